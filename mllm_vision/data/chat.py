@@ -1,0 +1,148 @@
+"""Chat templates, and conversations as token ids with the assistant's words marked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+# The pictures of a message in their order; templates differ in what stands around them.
+_IMAGES = (
+    "{% if m['content'] is not string %}{% for part in m['content'] %}{% if part['type'] == 'image' %}"
+    "{{ '<image>' }}{% endif %}{% endfor %}{% endif %}"
+)
+_TEXT = (
+    "{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endif %}"
+)
+_ORDERED = (
+    "{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] | trim }}"
+    "{% if not loop.last %}{{ '\n' }}{% endif %}{% endif %}{% endfor %}{% endif %}"
+)
+_ANSWER = "{% generation %}{{ ' ' }}" + _TEXT + "{{ eos_token }}{% endgeneration %}"
+_START = "{{ bos_token }}{% for m in messages %}"
+
+CHAT_TEMPLATES: dict[str, str] = {
+    # Stage one: the picture, then the caption, and no other words. The space matters: after a special token
+    # sentencepiece and GPT-2 know "there" as a word only with one before it (otherwise it is "t" "he" "re").
+    "plain": _START
+    + "{% if m['role'] == 'assistant' %}"
+    + _ANSWER
+    + "{% else %}"
+    + _IMAGES
+    + "{% endif %}{% endfor %}",
+    # LLaVA 1.5: the prompt ends without a space, and the answer begins with one.
+    "vicuna": _START
+    + "{% if m['role'] == 'assistant' %}{{ 'ASSISTANT:' }}"
+    + _ANSWER
+    + "{% elif m['role'] == 'system' %}"
+    + _TEXT
+    + "{{ ' ' }}{% else %}{{ 'USER: ' }}"
+    + _ORDERED
+    + "{{ ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+    # Short, for small language models with lower-case vocabularies.
+    "qa": _START
+    + "{% if m['role'] == 'assistant' %}{{ 'answer:' }}"
+    + _ANSWER
+    + "{% elif m['role'] == 'system' %}"
+    + _TEXT
+    + "{{ ' ' }}{% else %}"
+    + _IMAGES
+    + "{% set text %}"
+    + _TEXT
+    + "{% endset %}{% if text %}{{ ' question: ' + text + ' ' }}{% endif %}"
+    + "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'answer:' }}{% endif %}",
+}
+
+
+class ChatTokenizer:
+    """Messages to token ids and a mask of the assistant's tokens, through a chat template's generation marks.
+
+    Args:
+        tokenizer: a fast tokenizer that has `image_token` as one token, and an end-of-text token.
+        chat_template: a name in `CHAT_TEMPLATES`, a Jinja text, or None for the tokenizer's own.
+        image_token: stands once for every picture in the template's output.
+
+    Raises:
+        ValueError: no template, no generation marks, no such token, a tokenizer without character offsets.
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: str | None = None, image_token: str = "<image>") -> None:
+        self.tokenizer, self.image_token = tokenizer, image_token
+        template = CHAT_TEMPLATES.get(chat_template or "", chat_template) or getattr(tokenizer, "chat_template", None)
+        names = ", ".join(map(repr, CHAT_TEMPLATES))
+        if isinstance(template, dict):
+            template = template.get("default")
+        if not template:
+            raise ValueError(
+                f"{type(tokenizer).__name__} has no chat template; choose one of {names} or pass a Jinja text"
+            )
+        if not re.search(r"\{\%-?\s*generation\s*-?\%\}", template):
+            raise ValueError(
+                "the chat template has no generation marks, so the assistant's words cannot be told from the others: "
+                "put {% generation %} ... {% endgeneration %} around what the assistant says, "
+                f"or choose one of {names}"
+            )
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"{type(tokenizer).__name__} gives no character offsets, which the label mask needs; "
+                "load the fast tokenizer (AutoTokenizer.from_pretrained)"
+            )
+        if tokenizer.eos_token is None:
+            raise ValueError(f"{type(tokenizer).__name__} has no end token (eos_token), so answers would never end")
+        token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if token_id is None or token_id == tokenizer.unk_token_id:
+            raise ValueError(
+                f"{image_token!r} is no token of {type(tokenizer).__name__}; add it "
+                f"(tokenizer.add_special_tokens({{'additional_special_tokens': [{image_token!r}]}})) and resize the "
+                "language model's embeddings, as build_vlm does"
+            )
+        if tokenizer(f"a{image_token}b", add_special_tokens=False)["input_ids"].count(token_id) != 1:
+            raise ValueError(f"{image_token!r} is not read as one token inside text; add it as a special token")
+        self.template, self.image_token_id = template, int(token_id)
+        bos = tokenizer.bos_token_id
+        # As LlavaProcessor does: a beginning the template leaves out is added where the tokenizer adds one.
+        self._adds_bos = bos is not None and bos in tokenizer("")["input_ids"]
+
+    def turns(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[int, list[tuple[int, int]]]:
+        """Where the turns of a tokenised dialogue lie: the length of what precedes the first question (beginning
+        and pictures), and (start, end) of every question with its complete answer."""
+        pictures = np.flatnonzero(tokens == self.image_token_id)
+        prefix = int(pictures[-1]) + 1 if len(pictures) else int(tokens[0] == self.tokenizer.bos_token_id)
+        last = np.flatnonzero(mask & ~np.append(mask[1:], False))
+        turns, start = [], prefix
+        for end in last:
+            if tokens[end] == self.tokenizer.eos_token_id:
+                turns.append((start, int(end) + 1))
+            start = int(end) + 1
+        return prefix, turns
+
+    def __call__(self, conversations: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids int32 `[T]`, mask bool `[T]`) for each conversation; one image token stands for one picture."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, spans = render_jinja_template(
+            conversations=list(conversations),
+            chat_template=self.template,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        out = []
+        for text, marked, ids, offsets in zip(
+            texts, spans, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            tokens = np.asarray(ids, dtype=np.int32)
+            places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+            mask = np.zeros(len(tokens), dtype=bool)
+            for start, end in marked:
+                mask |= (places[:, 1] > start) & (places[:, 0] < end)
+            if self._adds_bos and not text.startswith(self.tokenizer.bos_token):
+                tokens = np.concatenate([[self.tokenizer.bos_token_id], tokens]).astype(np.int32)
+                mask = np.concatenate([[False], mask])
+            mask &= tokens != self.image_token_id
+            out.append((tokens, mask))
+        return out

@@ -1,0 +1,191 @@
+"""Which column plays which role: bound by name, then by type where only one fits, never by order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from .sampling import rows_of
+
+_NAMES: dict[str, tuple[str, ...]] = {
+    "image": (
+        *("image", "images", "img", "picture", "photo", "pixel_values", "jpg", "jpeg", "png", "webp"),
+        *("image_path", "image_file", "file_name", "filename", "filepath", "path", "image_bytes"),
+    ),
+    "caption": (
+        *("caption", "captions", "text", "texts", "txt", "sentence", "sentences", "description", "descriptions"),
+        *("raw", "alt_text", "title"),
+    ),
+    "question": ("question", "questions", "query", "prompt", "instruction"),
+    "answer": ("answer", "answers", "response", "output", "multiple_choice_answer"),
+    "messages": ("messages", "chat", "dialogue"),
+    "conversations": ("conversations", "conversation"),
+    "label": ("label", "labels", "class", "fine_label", "category", "target", "cls"),
+}
+ROLES = tuple(_NAMES)
+IMAGE_NAMES = _NAMES["image"]
+_PATH_NAMES = IMAGE_NAMES[IMAGE_NAMES.index("image_path") :]
+
+
+def bind_columns(dataset: Any, roles: Sequence[str], overrides: dict[str, str] | None = None) -> dict[str, str]:
+    """Which column plays which role: by name, then by type where exactly one column fits; never by order.
+
+    Args:
+        dataset: a `datasets.Dataset`, or a list of dicts.
+        roles: among image, caption, question, answer, messages, conversations, label; "label?" may be missing.
+        overrides: role -> column, as the user said; checked for existence and type.
+
+    Returns:
+        role -> column; an optional role that was not found is left out.
+
+    Raises:
+        ValueError: an empty data set, an unknown role, a missing, ambiguous or wrong column; lists what there is.
+    """
+    rows_of(dataset)
+    features = _features(dataset)
+    found = ", ".join(f"{name} ({_type_name(feature)})" for name, feature in features.items())
+    bound: dict[str, str] = {}
+    wanted = [role.rstrip("?") for role in roles]
+    overrides = {role: name for role, name in (overrides or {}).items() if name}
+    for role in [*wanted, *overrides]:
+        if role not in _NAMES:
+            raise ValueError(f"unknown role {role!r}; the roles are {', '.join(ROLES)}")
+    for role in wanted:
+        name = overrides.get(role)
+        if name is None:
+            continue
+        if name not in features:
+            near = get_close_matches(name, features, n=1)
+            raise ValueError(
+                f"column {name!r} (for {role}) does not exist"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+                + f" The columns are: {found}"
+            )
+        if not _fits(role, features[name]):
+            raise ValueError(
+                f"column {name!r} ({_type_name(features[name])}) cannot serve as {role}. The columns are: {found}"
+            )
+        bound[role] = name
+    lower = {name.lower(): name for name in reversed(list(features))}
+    for role in wanted:
+        if role in bound:
+            continue
+        for candidate in _NAMES[role]:
+            if role == "image" and candidate in _PATH_NAMES and _pictures(features):
+                break  # beside a column of pictures, a column of names says something else
+            name = lower.get(candidate)
+            if name is not None and name not in bound.values() and _fits(role, features[name]):
+                bound[role] = name
+                break
+    for role in roles:
+        wanted_role = role.rstrip("?")
+        if wanted_role in bound:
+            continue
+        fitting = [
+            name
+            for name, feature in features.items()
+            if name not in bound.values() and _by_type(wanted_role, name, feature)
+        ]
+        if len(fitting) == 1:
+            bound[wanted_role] = fitting[0]
+        elif not role.endswith("?"):
+            why = f"several columns could be it ({', '.join(fitting)})" if fitting else "none fits by name or type"
+            raise ValueError(
+                f"no column found for {wanted_role}: {why}. The columns are: {found}. "
+                f"Name it with --{wanted_role}_column"
+            )
+    return {role: bound[role] for role in wanted if role in bound}
+
+
+def _features(dataset: Any) -> dict[str, Any]:
+    if hasattr(dataset, "features") and dataset.features is not None:
+        return dict(dataset.features)
+    first = dataset[0]
+    if not isinstance(first, dict):
+        raise ValueError(f"rows must be dicts of columns, got {type(first).__name__}")
+    rows = [dataset[i] for i in range(min(len(dataset), 16))]
+    return {name: next((row[name] for row in rows if row.get(name) is not None), None) for name in first}
+
+
+def column_kind(feature: Any) -> str:
+    """A column's type in one word, from a `datasets` feature or from a value of a plain list of dicts."""
+    from datasets import ClassLabel, Image, LargeList, List, Value
+
+    try:
+        from datasets import Json
+    except ImportError:  # older releases have no such feature
+        Json = type(None)
+    if isinstance(feature, Image):
+        return "picture"
+    if isinstance(feature, ClassLabel):
+        return "class"
+    if isinstance(feature, Value):
+        plain = {"string": "text", "large_string": "text", "binary": "bytes", "large_binary": "bytes"}
+        return plain.get(feature.dtype, "integer" if "int" in feature.dtype else "other")
+    if isinstance(feature, Json) and feature is not None:
+        return "any"
+    if isinstance(feature, List | LargeList):
+        return _list_kind(column_kind(feature.feature))
+    if isinstance(feature, dict):
+        keys = set(feature)
+        for kind, needed in (("role turn", {"role", "content"}), ("from turn", {"from", "value"})):
+            if needed <= keys:
+                return kind
+        if keys and keys <= {"bytes", "path"}:
+            return "picture"
+        return "other"
+    if feature is None:
+        return "any"
+    if isinstance(feature, str):
+        return "text"
+    if isinstance(feature, bytes):
+        return "bytes"
+    if isinstance(feature, int):
+        return "integer"
+    if isinstance(feature, list | tuple):
+        return _list_kind(column_kind(feature[0]) if feature else "any")
+    return "picture" if hasattr(feature, "convert") and hasattr(feature, "size") else "other"
+
+
+def _list_kind(inner: str) -> str:
+    return {"text": "texts", "picture": "pictures", "bytes": "pictures", "any": "any"}.get(inner, f"list of {inner}")
+
+
+_ALLOWED = {
+    "image": ("picture", "pictures", "bytes", "text", "texts", "any"),
+    "caption": ("text", "texts", "any"),
+    "question": ("text", "texts", "any"),
+    "answer": ("text", "texts", "integer", "class", "list of other", "list of integer", "any"),
+    "messages": ("list of role turn", "list of from turn", "role turn", "from turn", "any"),
+    "conversations": ("list of from turn", "list of role turn", "role turn", "from turn", "any"),
+    "label": ("class", "integer", "text", "any"),
+}
+
+
+def _pictures(features: dict[str, Any]) -> bool:
+    return any(column_kind(feature) in ("picture", "pictures") for feature in features.values())
+
+
+def _fits(role: str, feature: Any) -> bool:
+    return column_kind(feature) in _ALLOWED[role]
+
+
+def _by_type(role: str, name: str, feature: Any) -> bool:
+    """Whether the type alone says the role, for columns with unusual names."""
+    kind = column_kind(feature)
+    if role == "image":
+        return kind in ("picture", "pictures")
+    if role == "caption":
+        odd = re.search(r"(^|_)(id|url|path|file|name|key|split|question|answer|label)s?($|_)", name.lower())
+        return kind in ("text", "texts") and not odd and not name.startswith("__")
+    if role == "label":
+        return kind == "class"
+    if role in ("messages", "conversations"):
+        return kind == ("list of role turn" if role == "messages" else "list of from turn")
+    return False
+
+
+def _type_name(feature: Any) -> str:
+    return "no type known" if feature is None else column_kind(feature)

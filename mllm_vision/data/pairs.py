@@ -1,0 +1,144 @@
+"""Image-caption pairs for contrastive training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .columns import bind_columns
+from .images import BadImage, ImageTransform, load_image
+from .sampling import BadSamples, EpochDataset, bytes_id, draw_key, only_columns, rows_of, text_id
+
+
+class PairDataset(EpochDataset):
+    """One picture and one of its captions a row.
+
+    Args:
+        records: a `datasets.Dataset` (or a list of dicts) with undecoded pictures, see `load_records`.
+        columns: role -> column for "image" and "caption", as `bind_columns` gives it.
+        transform: decodes with its own settings (large JPEGs at reduced scale in training); optional.
+        seed: with the epoch and the index it decides which caption is drawn, and the sample's random crop.
+        bad_samples: a counter to share; otherwise one is made (`bad_samples`).
+
+    A row is {"image": PIL, "caption": str, "image_id": int, "key": int, "index": int}. A row whose picture cannot
+    be decoded or that has no caption with words is counted and replaced by the next good one; `index` is then
+    the other row's.
+
+    Raises:
+        ValueError: an empty data set, or a column that does not exist or has the wrong type.
+    """
+
+    def __init__(
+        self,
+        records: Any,
+        columns: dict[str, str] | None = None,
+        *,
+        transform: ImageTransform | None = None,
+        seed: int = 0,
+        bad_samples: BadSamples | None = None,
+    ) -> None:
+        self._rows = rows_of(records)
+        self.columns = bind_columns(records, ("image", "caption"), columns)
+        self.records = only_columns(records, list(self.columns.values()))
+        self.transform = transform
+        super().__init__(seed, self._rows, bad_samples)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def captions(self, index: int) -> list[str]:
+        """All captions of a row that have words."""
+        return _captions(only_columns(self.records, [self.columns["caption"]])[index][self.columns["caption"]])
+
+    def _read(self, index: int, key: int) -> dict[str, Any]:
+        record = self.records[index]
+        captions = _captions(record[self.columns["caption"]])
+        if not captions:
+            raise ValueError("the caption is empty")
+        value = record[self.columns["image"]]
+        if isinstance(value, list | tuple):
+            if not value:
+                raise BadImage("the row has no image")
+            value = value[0]
+        image = self.transform.load(value) if self.transform is not None else load_image(value)
+        return {
+            "image": image,
+            "caption": captions[key % len(captions)],
+            "image_id": image_id(value),
+            "key": draw_key(key, 1),
+            "index": index,
+        }
+
+
+class PairCollator:
+    """Rows of `PairDataset` (or `{"image", "caption"}` dicts) to the batch that contrastive objectives take.
+
+    Args:
+        transform: pictures to pixel values.
+        tokenizer: of the text tower; it must have a padding token, and add by itself what the tower expects.
+        max_length: in tokens; longer captions are cut (special tokens stay).
+        padding: "longest", or "max_length" for towers that read a fixed position (SigLIP).
+
+    Gives "pixel_values" `[B, 3, H, W]`, "input_ids" and "attention_mask" `[B, T]`, and "caption_ids" and
+    "image_ids" `[B]` int64: equal ids mean the very same caption or picture, so that the loss does not take
+    one for the other's negative.
+    """
+
+    def __init__(self, transform: ImageTransform, tokenizer: Any, max_length: int, *, padding: str = "longest") -> None:
+        if max_length < 2:
+            raise ValueError(f"max_length={max_length} leaves no room for words; use at least 2 tokens")
+        if padding not in ("longest", "max_length"):
+            raise ValueError(f"padding={padding!r} is neither 'longest' nor 'max_length'")
+        if getattr(tokenizer, "pad_token_id", None) is None:
+            raise ValueError(
+                f"{type(tokenizer).__name__} has no padding token; set tokenizer.pad_token = tokenizer.eos_token"
+            )
+        self.transform, self.tokenizer, self.max_length, self.padding = transform, tokenizer, int(max_length), padding
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        captions = [row["caption"] for row in rows]
+        images = [row["image"] for row in rows]
+        keys = [row["key"] for row in rows] if all("key" in row for row in rows) else None
+        text = self.tokenizer(
+            captions,
+            padding=self.padding,
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=True,  # SigLIP's tokenizer gives none by itself
+            return_tensors="pt",
+        )
+        ids = [row["image_id"] if "image_id" in row else image_id(row["image"]) for row in rows]
+        return {
+            "pixel_values": self.transform(images, keys=keys),
+            "input_ids": text["input_ids"],
+            "attention_mask": text["attention_mask"],
+            "caption_ids": torch.tensor([text_id(caption) for caption in captions], dtype=torch.int64),
+            "image_ids": torch.tensor(ids, dtype=torch.int64),
+        }
+
+
+def image_id(value: Any) -> int:
+    """A stable 63-bit id of a picture: of its encoded bytes where they are known, otherwise of its pixels.
+
+    Two encodings of the same pixels get two ids; a path is read, so that copies of a file are recognised.
+    """
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, str | Path):
+        try:
+            value = Path(value).read_bytes()
+        except OSError as error:
+            raise BadImage(f"image {str(value)!r} cannot be read: {error}") from error
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes_id(bytes(value))
+    image = load_image(value)
+    return bytes_id(f"{image.size}".encode() + image.tobytes())
+
+
+def _captions(value: Any) -> list[str]:
+    texts = value if isinstance(value, list | tuple) else [value]
+    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]

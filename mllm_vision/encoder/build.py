@@ -1,0 +1,118 @@
+"""Vision backbones from scratch: a config in, random weights and a matching image processor out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.models.efficientnet.modeling_efficientnet import round_filters
+
+from mllm_vision.encoder.families import COMPOSITES, FAMILIES, family_of
+from mllm_vision.encoder.files import read_json
+from mllm_vision.encoder.sizes import check_image_size, resize_processor
+from mllm_vision.errors import unknown_name
+
+ALIASES = {
+    "clip": "clip_vision_model",
+    "siglip": "siglip_vision_model",
+    "siglip2": "siglip_vision_model",  # SigLIP 2 of fixed size is SigLIP's own architecture
+    "dinov3": "dinov3_vit",
+}
+
+
+def build_backbone(
+    spec: dict[str, Any] | str | Path, *, image_size: int | None = None, **overrides: Any
+) -> tuple[PreTrainedModel, Any]:
+    """A vision backbone with random weights, and an image processor of its size.
+
+    Args:
+        spec: a model type (`"clip_vision_model"`, or short `"clip"`, `"siglip"`, `"vit"`, `"dinov2"`, `"resnet"`...),
+            a config as a dict with `model_type`, or the path of a `config.json` (or of the directory that holds it).
+        image_size: side of the square picture.
+        **overrides: fields of the config (`hidden_size`, `num_hidden_layers`, `num_attention_heads`,
+            `intermediate_size`, `patch_size`, ...).
+
+    Returns:
+        (backbone, processor): feed them to `VisionEncoder.from_backbone`.
+
+    Raises:
+        ValueError: unknown model type or field (the nearest known one is named), a size that the patches do not
+            divide, heads that do not divide the width.
+        FileNotFoundError: no such config file.
+    """
+    fields = _read_spec(spec)
+    model_type = fields.pop("model_type")
+    config_class = type(AutoConfig.for_model(model_type))
+    known = config_class().to_dict()
+    for name in overrides:
+        if name not in known:
+            raise ValueError(unknown_name(f"{model_type} config field", name, known))
+    fields.update(overrides)
+    if image_size is not None and "image_size" in known:
+        fields["image_size"] = image_size
+    width, heads = ({**known, **fields}.get(name) for name in ("hidden_size", "num_attention_heads"))
+    if isinstance(width, int) and isinstance(heads, int) and (heads < 1 or width % heads):
+        raise ValueError(f"hidden_size={width} is not divisible by num_attention_heads={heads}")
+    try:
+        config = config_class(**fields)
+        if model_type == "efficientnet" and "hidden_dim" not in fields:
+            # transformers has B7's width here whatever the coefficient says, and cannot run then
+            config.hidden_dim = round_filters(config, 1280)
+    except Exception as error:  # transformers' strict configs raise several kinds; all mean a wrong value
+        raise ValueError(f"{model_type}: {error}") from error
+
+    size = image_size or getattr(config, "image_size", None) or 224
+    patch_size = getattr(config, "patch_size", None)
+    check_image_size(size, patch_size)
+    backbone = AutoModel.from_config(config)
+    if model_type == "efficientnet":
+        _initialise_efficientnet(backbone)
+    return backbone, build_processor(config, size)
+
+
+@torch.no_grad()
+def _initialise_efficientnet(backbone: PreTrainedModel) -> None:
+    """The paper's own start: transformers draws the gains of its norms around zero, and then no signal gets through."""
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+        elif isinstance(module, nn.Conv2d):
+            fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels / module.groups
+            module.weight.normal_(0, (2 / fan_out) ** 0.5)
+
+
+def build_processor(config: Any, image_size: int) -> Any:
+    """The image processor of a family at one size. Square pictures are only resized, others as the family does."""
+    family = family_of(config)
+    # The PIL backend by name: the same pixels with or without torchvision, and a config that loads with either.
+    name = family.processor + ("Pil" if hasattr(transformers, family.processor + "Pil") else "")
+    return resize_processor(getattr(transformers, name)(), image_size)
+
+
+def _read_spec(spec: dict[str, Any] | str | Path) -> dict[str, Any]:
+    if isinstance(spec, dict):
+        fields = dict(spec)
+    elif str(spec) in FAMILIES or str(spec) in ALIASES:
+        fields = {"model_type": str(spec)}
+    else:
+        path = Path(spec)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            message = unknown_name("model type", str(spec), [*FAMILIES, *ALIASES])
+            raise FileNotFoundError(f"there is no config file {spec}, and if a model type was meant: {message}")
+        fields = read_json(path)
+    model_type = fields.get("model_type")
+    if model_type in COMPOSITES and isinstance(fields.get("vision_config"), dict):
+        fields = {"model_type": f"{model_type}_vision_model", **fields["vision_config"]}
+        model_type = fields["model_type"]
+    model_type = ALIASES.get(model_type, model_type)
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type={model_type!r} cannot be built as a vision backbone; use {', '.join(FAMILIES)}")
+    # Which class a file was written from, and by which version, is no part of the architecture.
+    for name in ("architectures", "transformers_version", "dtype", "torch_dtype"):
+        fields.pop(name, None)
+    return {**fields, "model_type": model_type}

@@ -1,0 +1,365 @@
+"""VisionEncoder: any transformers vision backbone, with the layer and tokens that a language model will see."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from mllm_vision.encoder.families import _side, family_of
+from mllm_vision.encoder.features import (
+    VisionFeatures,
+    check_feature,
+    default_selection,
+    extract_features,
+    num_layers,
+    resolve_layer,
+)
+from mllm_vision.encoder.sizes import processor_size, resize_backbone, resize_processor
+
+
+class VisionEncoder(nn.Module):
+    """A vision backbone, its image processor, and which of its tokens are its output.
+
+    Make one with `from_pretrained` or `from_backbone`.
+
+    Attributes:
+        backbone: the plain transformers model; its `config` is the encoder's.
+        processor: the plain transformers image processor.
+        select_layer: index into `hidden_states` (negative from the end; -1 is before the final norm).
+        select_feature: `patch`, `cls_patch`, `cls` or `pooled`.
+        lineage: what the directory it was loaded from says about its making, or None.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, processor: Any, *, select_layer: int, select_feature: str) -> None:
+        super().__init__()
+        family = family_of(backbone)
+        check_feature(select_feature, family)
+        resolve_layer(select_layer, num_layers(backbone), family.model_type)
+        size = _agreed_size(backbone, processor)
+        self.backbone = backbone
+        self.processor = processor
+        self.select_layer = select_layer
+        self.select_feature = select_feature
+        self.lineage: dict[str, Any] | None = None
+        self._source: Path | None = None
+        self._image_size = size
+        self._probed: tuple[tuple[int, int], tuple[int, int]] | None = None
+        self._remember_selection()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: PreTrainedModel,
+        processor: Any,
+        *,
+        select_layer: int | None = None,
+        select_feature: str | None = None,
+        image_size: int | None = None,
+    ) -> VisionEncoder:
+        """An encoder around a model in memory (not copied).
+
+        Args:
+            backbone: a transformers vision model of an accepted family.
+            processor: its image processor.
+            select_layer: None takes what `backbone.config` remembers, else -2 for CLIP and SigLIP, -1 for others.
+            select_feature: None takes what the config remembers, else `patch`.
+            image_size: change backbone (in place) and processor to another size.
+
+        Raises:
+            ValueError: a model that is no vision backbone, an impossible layer, feature or size, or a processor
+                that makes pictures of another size than the backbone takes.
+        """
+        if processor is None:
+            raise ValueError("processor=None: an encoder needs its image processor (see encoder.build_processor)")
+        family_of(backbone)
+        if image_size is not None:
+            resize_backbone(backbone, image_size)
+            processor = resize_processor(processor, image_size)
+        layer, feature = default_selection(backbone)
+        return cls(
+            backbone,
+            processor,
+            select_layer=layer if select_layer is None else select_layer,
+            select_feature=feature if select_feature is None else select_feature,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike[str],
+        *,
+        select_layer: int | None = None,
+        select_feature: str | None = None,
+        image_size: int | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        processor: Any = None,
+        dtype: torch.dtype | str = torch.float32,
+    ) -> VisionEncoder:
+        """An encoder from a local directory or a Hub id.
+
+        Takes a checkpoint of our own, a plain transformers vision model (CLIP, SigLIP, SigLIP 2 of fixed size,
+        DINOv2, DINOv3 ViT, ViT, ResNet, EfficientNet), a whole CLIP or SigLIP dual model (its image tower), or a
+        LLaVA checkpoint (its vision tower with the weights as tuned; the language model is not read).
+
+        Args:
+            path_or_id: directory, or `owner/name` on the Hub.
+            select_layer: None takes what the checkpoint says, else -2 for CLIP and SigLIP, -1 for others.
+            select_feature: None takes what the checkpoint says, else `patch`.
+            image_size: another square size; learned positions are interpolated once, so that what is saved
+                afterwards is an ordinary checkpoint of that size.
+            revision: branch, tag or commit on the Hub.
+            token: a Hub token; None uses `HF_TOKEN` or the stored login.
+            processor: an image processor, for checkpoints that come without one.
+            dtype: of the weights; "auto" keeps what is stored.
+
+        Raises:
+            FileNotFoundError: no such directory or repository, or no processor in it.
+            PermissionError: the Hub refuses the token, or the repository is gated.
+            ValueError: not a vision model, incomplete weights, weights that differ from what lineage.json says,
+                an impossible layer, feature or size.
+        """
+        from mllm_vision.encoder.loading import load_tower
+
+        tower = load_tower(path_or_id, revision=revision, token=token, processor=processor, dtype=dtype)
+        encoder = cls.from_backbone(
+            tower.backbone,
+            tower.processor,
+            select_layer=tower.select_layer if select_layer is None else select_layer,
+            select_feature=tower.select_feature if select_feature is None else select_feature,
+            image_size=image_size,
+        )
+        encoder.lineage, encoder._source = tower.lineage, tower.directory
+        return encoder
+
+    # What a LLaVA-style model asks for -------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The backbone's config."""
+        return self.backbone.config
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square picture that the processor makes, in pixels."""
+        return self._image_size
+
+    @property
+    def patch_size(self) -> int:
+        """Side of the square of pixels behind one token (for convolutional networks: the total stride)."""
+        if family_of(self.backbone).convolutional:
+            return -(-self.image_size // round(self._probe()[0] ** 0.5))
+        return _side(self.config.patch_size)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens an image of `image_size` becomes: N of `[B, N, D]`."""
+        if self.select_feature in ("cls", "pooled"):
+            return 1
+        if family_of(self.backbone).convolutional:
+            return self._probe()[0]
+        return (self.image_size // self.patch_size) ** 2 + int(self.select_feature == "cls_patch")
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the tokens: D of `[B, N, D]`."""
+        if self.select_feature == "pooled":
+            return self.pooled_size
+        return self._probe()[1] if family_of(self.backbone).convolutional else self.config.hidden_size
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of the pooled vector: P of `[B, P]` (differs from `hidden_size` in convolutional networks)."""
+        config = self.config
+        if config.model_type == "resnet":
+            return config.hidden_sizes[-1]
+        if config.model_type == "efficientnet":
+            return config.hidden_dim
+        if config.model_type == "vit" and self.backbone.pooler is not None:
+            return config.pooler_output_size or config.hidden_size
+        return config.hidden_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches in `hidden_states`: the class token and registers."""
+        return family_of(self.backbone).num_prefix_tokens(self.config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.backbone.dtype
+
+    def forward(self, pixel_values: Tensor, *, pooled: bool = True) -> VisionFeatures:
+        """Features of preprocessed images.
+
+        Args:
+            pixel_values: `[B, 3, H, W]` as the processor makes them; another size interpolates the positions.
+            pooled: False runs only the layers that `select_layer` needs, and gives `pooled=None`.
+
+        Returns:
+            VisionFeatures: tokens `[B, N, D]`, pooled `[B, P]` or None.
+        """
+        return extract_features(
+            self.backbone,
+            pixel_values,
+            select_layer=self.select_layer,
+            select_feature=self.select_feature,
+            pooled=pooled,
+        )
+
+    @torch.no_grad()
+    def encode(self, images: Any, *, batch_size: int = 64, feature: str = "tokens", progress: bool = False) -> Tensor:
+        """Encode pictures, in batches, without gradient and in evaluation mode.
+
+        Args:
+            images: PIL images, paths or bytes of image files (a sequence; a single one is a batch of one).
+            batch_size: pictures at a time.
+            feature: `tokens` for `[N, T, D]`, `pooled` for `[N, P]`.
+            progress: show a bar.
+
+        Returns:
+            Tensor: on the CPU, in the order of `images`.
+
+        Raises:
+            ValueError: unknown `feature`, or a picture that cannot be decoded (`BadImage`).
+        """
+        from mllm_vision.data.images import load_image
+
+        if feature not in ("tokens", "pooled"):
+            raise ValueError(f"feature={feature!r} is unknown; use 'tokens' or 'pooled'")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} is no number of pictures; use 1 or more")
+        one = isinstance(images, (str, bytes, os.PathLike, dict)) or hasattr(images, "convert")
+        images = [images] if one else list(images)
+        was_training = self.training
+        self.eval()
+        try:
+            rows = []
+            for start in tqdm(range(0, len(images), batch_size), desc="encode", disable=not progress):
+                pictures = [load_image(image) for image in images[start : start + batch_size]]
+                pixel_values = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+                features = self(pixel_values.to(self.device), pooled=feature == "pooled")
+                rows.append((features.pooled if feature == "pooled" else features.tokens).cpu())
+        finally:
+            self.train(was_training)
+        if rows:
+            return torch.cat(rows)
+        shape = (0, self.pooled_size) if feature == "pooled" else (0, self.num_tokens, self.hidden_size)
+        return torch.empty(shape, dtype=self.dtype)
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write the backbone's own transformers checkpoint and its image processor.
+
+        `AutoModel.from_pretrained(path)` and `AutoImageProcessor.from_pretrained(path)` read it without this
+        package; `select_layer` and `select_feature` are an extra key of config.json that they ignore. An encoder
+        whose weights are still those it was loaded with takes its lineage.json and recipe.yaml along. Files are
+        written aside and moved in place together: a full disk leaves what was there before.
+        """
+        from mllm_vision.encoder.loading import carry_lineage
+
+        self._remember_selection()
+        target = Path(path)
+        if target.exists() and not target.is_dir():
+            raise FileExistsError(f"{target} is a file; an encoder is saved as a directory")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            self.backbone.save_pretrained(aside)
+            self.processor.save_pretrained(aside)
+            carry_lineage(self, aside)
+            target.mkdir(exist_ok=True)
+            for stale in ("lineage.json", "recipe.yaml", "model.safetensors.index.json"):
+                # Of the model that was here before: keeping it would lie about the one that comes.
+                (target / stale).unlink(missing_ok=True)
+            for file in sorted(aside.iterdir()):
+                os.replace(file, target / file.name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes, with a model card made from the lineage, in one commit.
+
+        Args:
+            repo_id: `owner/name`; made if it is not there.
+            token: a token with the right to write; None uses `HF_TOKEN` or the stored login.
+            private: whether a new repository is private; None is the account's default.
+            revision: branch to commit to; made if it is not there.
+            commit_message: None says what it is.
+
+        Returns:
+            str: the commit's address.
+
+        Raises:
+            PermissionError: the Hub refuses the token.
+            ConnectionError: the Hub is out of reach, or the upload broke; nothing of it is visible then.
+        """
+        from mllm_vision.encoder.card import find_run
+        from mllm_vision.encoder.hub import push_directory
+
+        run = find_run(self._source, self.lineage or {}) if self._source is not None else {}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / repo_id.split("/")[-1]
+            self.save_pretrained(path)
+            run = run if (path / "lineage.json").is_file() else {}  # trained on since: the run made other weights
+            arguments: dict[str, Any] = {"token": token, "private": private, "revision": revision}
+            return push_directory(path, repo_id, commit_message=commit_message, run=run, **arguments)
+
+    def extra_repr(self) -> str:
+        return f"select_layer={self.select_layer}, select_feature={self.select_feature!r}, image_size={self.image_size}"
+
+    def _remember_selection(self) -> None:
+        # In the config at once, not only on saving: whoever saves the backbone (a dual model, a VLM) keeps it.
+        self.backbone.config.mllm_vision = {"select_layer": self.select_layer, "select_feature": self.select_feature}
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[int, int]:
+        """(tokens, width) of a convolutional network, which only a run can tell."""
+        key = (self.image_size, self.select_layer)
+        if self._probed is None or self._probed[0] != key:
+            was_training = self.training
+            self.eval()
+            picture = torch.zeros(1, getattr(self.config, "num_channels", 3), *(self.image_size,) * 2)
+            tokens = extract_features(
+                self.backbone, picture.to(self.device), select_layer=self.select_layer, select_feature="patch"
+            ).tokens
+            self.train(was_training)
+            self._probed = (key, (tokens.shape[1], tokens.shape[2]))
+        return self._probed[1]
+
+
+def _agreed_size(backbone: PreTrainedModel, processor: Any) -> int:
+    """The picture size that processor and backbone agree on, or ValueError."""
+    family = family_of(backbone)
+    size = processor_size(processor)
+    if size is None:
+        raise ValueError(
+            f"{type(processor).__name__} does not make square pictures of one size (size={processor.size}, "
+            f"crop_size={getattr(processor, 'crop_size', None)}); set both, or pass image_size="
+        )
+    fixed = family.positions is not None and not family.model_type.startswith("dinov2")
+    if fixed and size != _side(backbone.config.image_size):
+        own = _side(backbone.config.image_size)
+        raise ValueError(
+            f"the image processor makes pictures of {size}, the {family.model_type} takes image_size={own}; "
+            f"pass image_size={own} or image_size={size} to make both agree"
+        )
+    return size

@@ -1,0 +1,215 @@
+"""What differs from one transformers vision backbone to the next, in one table.
+
+A backbone is run in three moves: `embed` (pixels to the first hidden state), its `layers` one after the
+other, and `pool` (the last hidden state to one vector). Running the moves ourselves, instead of calling the
+model, is what lets an encoder stop after the layer it needs. The tests hold every row of the table against
+the model's own `forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Hidden = Tensor  # [B, N, D] for transformers, [B, C, H, W] for convolutional networks
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table: how a model type embeds, which layers it has, and how it pools."""
+
+    model_type: str
+    embed: Callable[[nn.Module, Tensor], tuple[Hidden, dict[str, Any]]]
+    layers: Callable[[nn.Module], nn.ModuleList]
+    pool: Callable[[nn.Module, Hidden], Tensor]
+    processor: str
+    """Name of the family's image processor class in transformers."""
+    positions: str | None = None
+    """Parameter that holds one learned position per patch; None where positions are computed or absent."""
+    has_cls: bool = False
+    convolutional: bool = False
+    default_layer: int = -1
+    optional_weights: tuple[str, ...] = ()
+    """Prefixes a checkpoint may lack without harm to the tokens."""
+
+    def num_prefix_tokens(self, config: Any) -> int:
+        """Number of tokens before the patches: the class token and the registers."""
+        return int(self.has_cls) + int(getattr(config, "num_register_tokens", 0) or 0)
+
+
+def _side(value: Any) -> int:
+    return int(value[0]) if isinstance(value, (list, tuple)) else int(value)
+
+
+def _other_size(model: nn.Module, pixel_values: Tensor) -> bool:
+    size = _side(model.config.image_size)
+    return tuple(pixel_values.shape[-2:]) != (size, size)
+
+
+def _embed_clip(model: nn.Module, pixel_values: Tensor) -> tuple[Hidden, dict[str, Any]]:
+    hidden = model.embeddings(pixel_values, interpolate_pos_encoding=_other_size(model, pixel_values))
+    return model.pre_layrnorm(hidden), {"attention_mask": None}
+
+
+def _embed_siglip(model: nn.Module, pixel_values: Tensor) -> tuple[Hidden, dict[str, Any]]:
+    hidden = model.embeddings(pixel_values, interpolate_pos_encoding=_other_size(model, pixel_values))
+    return hidden, {"attention_mask": None}
+
+
+def _embed_vit(model: nn.Module, pixel_values: Tensor) -> tuple[Hidden, dict[str, Any]]:
+    hidden = model.embeddings(pixel_values, interpolate_pos_encoding=_other_size(model, pixel_values))
+    return hidden, {}
+
+
+def _embed_dinov2(model: nn.Module, pixel_values: Tensor) -> tuple[Hidden, dict[str, Any]]:
+    return model.embeddings(pixel_values), {}  # interpolates its positions by itself
+
+
+def _embed_dinov3(model: nn.Module, pixel_values: Tensor) -> tuple[Hidden, dict[str, Any]]:
+    return model.embeddings(pixel_values), {"position_embeddings": model.rope_embeddings(pixel_values)}
+
+
+def _pool_siglip(model: nn.Module, hidden: Hidden) -> Tensor:
+    hidden = model.post_layernorm(hidden)
+    # A tower saved without its attention-pooling head has no vector of its own: the mean is the honest stand-in.
+    return model.head(hidden) if model.use_head else hidden.mean(dim=1)
+
+
+def _pool_vit(model: nn.Module, hidden: Hidden) -> Tensor:
+    hidden = model.layernorm(hidden)
+    return hidden[:, 0] if model.pooler is None else model.pooler(hidden)
+
+
+def _pool_efficientnet(model: nn.Module, hidden: Hidden) -> Tensor:
+    encoder = model.encoder
+    hidden = encoder.top_activation(encoder.top_bn(encoder.top_conv(hidden)))
+    # The model's own pooler has a fixed window of `hidden_dim` pixels: a global pool for any picture smaller.
+    return hidden.amax(dim=(2, 3)) if model.config.pooling_type == "max" else hidden.mean(dim=(2, 3))
+
+
+_FAMILIES = (
+    Family(
+        "clip_vision_model",
+        embed=_embed_clip,
+        layers=lambda model: model.encoder.layers,
+        pool=lambda model, hidden: model.post_layernorm(hidden[:, 0]),
+        processor="CLIPImageProcessor",
+        positions="embeddings.position_embedding.weight",
+        has_cls=True,
+        default_layer=-2,
+    ),
+    Family(
+        "siglip_vision_model",
+        embed=_embed_siglip,
+        layers=lambda model: model.encoder.layers,
+        pool=_pool_siglip,
+        processor="SiglipImageProcessor",
+        positions="embeddings.position_embedding.weight",
+        default_layer=-2,
+        optional_weights=("head.",),
+    ),
+    Family(
+        "vit",
+        embed=_embed_vit,
+        layers=lambda model: model.layers,
+        pool=_pool_vit,
+        processor="ViTImageProcessor",
+        positions="embeddings.position_embeddings",
+        has_cls=True,
+        optional_weights=("pooler.",),
+    ),
+    Family(
+        "dinov2",
+        embed=_embed_dinov2,
+        layers=lambda model: model.encoder.layer,
+        pool=lambda model, hidden: model.layernorm(hidden)[:, 0],
+        processor="BitImageProcessor",
+        positions="embeddings.position_embeddings",
+        has_cls=True,
+        optional_weights=("embeddings.mask_token",),
+    ),
+    Family(
+        "dinov2_with_registers",
+        embed=_embed_dinov2,
+        layers=lambda model: model.encoder.layer,
+        pool=lambda model, hidden: model.layernorm(hidden)[:, 0],
+        processor="BitImageProcessor",
+        positions="embeddings.position_embeddings",
+        has_cls=True,
+        optional_weights=("embeddings.mask_token",),
+    ),
+    Family(
+        "dinov3_vit",
+        embed=_embed_dinov3,
+        layers=lambda model: model.model.layer,
+        pool=lambda model, hidden: model.norm(hidden)[:, 0],
+        processor="ViTImageProcessor",  # its own one needs torchvision; same arithmetic within a grey level
+        has_cls=True,
+        optional_weights=("embeddings.mask_token",),
+    ),
+    Family(
+        "resnet",
+        embed=lambda model, pixel_values: (model.embedder(pixel_values), {}),
+        layers=lambda model: model.encoder.stages,
+        pool=lambda model, hidden: model.pooler(hidden).flatten(1),
+        processor="ConvNextImageProcessor",
+        convolutional=True,
+    ),
+    Family(
+        "efficientnet",
+        embed=lambda model, pixel_values: (model.embeddings(pixel_values), {}),
+        layers=lambda model: model.encoder.blocks,
+        pool=_pool_efficientnet,
+        processor="EfficientNetImageProcessor",
+        convolutional=True,
+    ),
+)
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _FAMILIES}
+
+COMPOSITES: dict[str, tuple[str, ...]] = {
+    # model type -> prefixes its image tower's weights carry in files, longest first
+    "clip": ("vision_model.",),
+    "siglip": ("vision_model.",),
+    "vision-text-dual-encoder": ("vision_model.",),
+    "llava": ("model.vision_tower.", "vision_tower."),
+}
+
+
+def accepted_types() -> str:
+    """The accepted model types, for messages."""
+    return ", ".join([*FAMILIES, *COMPOSITES])
+
+
+def family_of(backbone: Any) -> Family:
+    """The table row of a backbone (a model, or its config).
+
+    Raises:
+        ValueError: for a model type that is not in the table.
+    """
+    config = getattr(backbone, "config", backbone)
+    model_type = getattr(config, "model_type", None)
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type={model_type!r} is no vision backbone; accepted are {accepted_types()}")
+    return FAMILIES[model_type]
+
+
+def to_tokens(hidden: Hidden) -> Tensor:
+    """Feature maps `[B, C, H, W]` become tokens `[B, H*W, C]`, row by row; tokens stay as they are."""
+    return hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
+
+
+def select_tokens(hidden: Hidden, family: Family, config: Any, select_feature: str) -> Tensor:
+    """Tokens of one hidden state: `patch`, `cls_patch` or `cls` (see `features.extract_features`)."""
+    tokens = to_tokens(hidden)
+    prefix = family.num_prefix_tokens(config)
+    if select_feature == "cls":
+        return tokens[:, :1]
+    patches = tokens[:, prefix:]
+    if select_feature == "patch":
+        return patches
+    return tokens if prefix == 1 else torch.cat([tokens[:, :1], patches], dim=1)

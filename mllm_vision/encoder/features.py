@@ -1,0 +1,126 @@
+"""Tokens and the pooled vector of a vision backbone, running no more layers than they need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from mllm_vision.encoder.families import Family, family_of, select_tokens
+from mllm_vision.encoder.sizes import check_pixels
+
+SELECT_FEATURES = ("patch", "cls_patch", "cls", "pooled")
+
+
+@dataclass
+class VisionFeatures(ModelOutput):
+    """What an encoder gives for a batch of images.
+
+    Attributes:
+        tokens: `[B, N, D]`, the selected tokens of the selected layer.
+        pooled: `[B, P]`, the backbone's own image vector (its `pooler_output`), or None if it was not asked for.
+    """
+
+    tokens: Tensor | None = None
+    pooled: Tensor | None = None
+
+
+def num_layers(backbone: PreTrainedModel) -> int:
+    """Number of layers (transformer blocks, ResNet stages, EfficientNet blocks) of a backbone."""
+    return len(family_of(backbone).layers(backbone))
+
+
+def resolve_layer(select_layer: int, layers: int, model_type: str = "backbone") -> int:
+    """Index into `hidden_states`, counted from the front.
+
+    As in LLaVA, `hidden_states` has `layers + 1` entries: 0 is the embedding, `layers` (or -1) the last layer's
+    output before the final norm. The result is the number of layers that have to run.
+
+    Raises:
+        ValueError: if there is no such layer.
+    """
+    if isinstance(select_layer, bool) or not isinstance(select_layer, int):
+        raise ValueError(f"select_layer={select_layer!r} is not a whole number; use -1 for the last layer")
+    if not -(layers + 1) <= select_layer <= layers:
+        raise ValueError(
+            f"select_layer={select_layer} does not exist: this {model_type} has {layers} layers; "
+            f"use {-(layers + 1)}..{layers} (-1 is the last layer, -2 the one before, 0 the embeddings)"
+        )
+    return select_layer % (layers + 1)
+
+
+def check_feature(select_feature: str, family: Family) -> None:
+    """Raises ValueError for an unknown `select_feature`, or one this family cannot give."""
+    if select_feature not in SELECT_FEATURES:
+        raise ValueError(f"select_feature={select_feature!r} is unknown; use one of {', '.join(SELECT_FEATURES)}")
+    if select_feature in ("cls", "cls_patch") and not family.has_cls:
+        raise ValueError(
+            f"select_feature={select_feature!r} needs a class token, and {family.model_type} has none; "
+            "use 'patch' or 'pooled'"
+        )
+
+
+def default_selection(backbone: PreTrainedModel) -> tuple[int, str]:
+    """`(select_layer, select_feature)`: what the config remembers, else -2 for CLIP-like towers and -1 for others."""
+    family = family_of(backbone)
+    kept: dict[str, Any] = getattr(backbone.config, "mllm_vision", None) or {}
+    layer = kept.get("select_layer")
+    if layer is None:
+        # A tower of one layer has no second to last one worth the name (it would be the bare embeddings).
+        layer = family.default_layer if num_layers(backbone) > 1 else -1
+    return layer, kept.get("select_feature") or "patch"
+
+
+def extract_features(
+    backbone: PreTrainedModel,
+    pixel_values: Tensor,
+    *,
+    select_layer: int | None = None,
+    select_feature: str | None = None,
+    pooled: bool = False,
+) -> VisionFeatures:
+    """Features of a batch of preprocessed images.
+
+    Args:
+        backbone: a transformers vision model of an accepted family (also a VLM's `vision_tower`).
+        pixel_values: `[B, 3, H, W]`. Another size than the backbone's own interpolates its positions.
+        select_layer: index into `hidden_states` (negative from the end). None: what `default_selection` says.
+        select_feature: `patch` (no class and register tokens), `cls_patch` (class token first, no registers),
+            `cls` (`[B, 1, D]`) or `pooled` (`[B, 1, P]`, the image vector as the only token).
+        pooled: also give the image vector. False runs only the layers that `select_layer` needs.
+
+    Returns:
+        VisionFeatures: tokens `[B, N, D]`; pooled `[B, P]` or None. Feature maps `[B, C, H, W]` of convolutional
+        networks become tokens row by row.
+
+    Raises:
+        ValueError: unknown family, layer or feature, or a picture size that the patches do not divide.
+    """
+    family = family_of(backbone)
+    if select_layer is None or select_feature is None:
+        layer, feature = default_selection(backbone)
+        select_layer = layer if select_layer is None else select_layer
+        select_feature = feature if select_feature is None else select_feature
+    check_feature(select_feature, family)
+    layers = family.layers(backbone)
+    stop = resolve_layer(select_layer, len(layers), family.model_type)
+    check_pixels(pixel_values, backbone.config, family)
+
+    wants_pooled = pooled or select_feature == "pooled"
+    hidden, arguments = family.embed(backbone, pixel_values.to(backbone.dtype))
+    selected = hidden
+    for index, layer in enumerate(layers, start=1):
+        if index > stop and not wants_pooled:
+            break
+        hidden = layer(hidden, **arguments)
+        if index == stop:
+            selected = hidden
+    vector = family.pool(backbone, hidden) if wants_pooled else None
+    if select_feature == "pooled":
+        tokens = vector[:, None]
+    else:
+        tokens = select_tokens(selected, family, backbone.config, select_feature)
+    return VisionFeatures(tokens=tokens, pooled=vector if pooled else None)

@@ -1,0 +1,213 @@
+"""From a directory or a Hub id to a backbone, its processor and the selection it remembers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModel, PreTrainedModel, ViTModel
+
+from mllm_vision.encoder.build import build_processor
+from mllm_vision.encoder.families import COMPOSITES, FAMILIES, accepted_types, family_of
+from mllm_vision.encoder.files import Source, read_json
+
+if TYPE_CHECKING:
+    from mllm_vision.encoder.encoder import VisionEncoder
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass
+class Tower:
+    """What was found in a directory or repository."""
+
+    backbone: PreTrainedModel
+    processor: Any
+    select_layer: int | None
+    select_feature: str | None
+    lineage: dict[str, Any] | None
+    directory: Path | None
+
+
+def load_tower(
+    path_or_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    processor: Any = None,
+    dtype: torch.dtype | str = torch.float32,
+) -> Tower:
+    """Read an encoder's parts; see `VisionEncoder.from_pretrained` for what is accepted and what is raised."""
+    source = Source(path_or_id, revision=revision, token=token)
+    fields = read_json(source.file("config.json"))
+    model_type = fields.get("model_type")
+    if model_type == "mllm_vision_dual":  # a pair no transformers class holds: its towers are folders of their own
+        inner = source.folder("vision_model")
+        return load_tower(inner, processor=processor, dtype=dtype)
+    if model_type == "siglip2":
+        raise ValueError(
+            f"{source}: model_type='siglip2' is the NaFlex variant, which takes patches of any aspect instead of "
+            "pictures; use a SigLIP 2 checkpoint of fixed size (their config says model_type='siglip')"
+        )
+    if model_type not in FAMILIES and model_type not in COMPOSITES:
+        raise ValueError(f"{source} is no vision model: model_type={model_type!r}; accepted are {accepted_types()}")
+
+    vision, prefixes = fields, ("",)
+    if model_type in COMPOSITES:
+        prefixes = COMPOSITES[model_type]
+        # transformers fills in what a composite config leaves out (LLaVA 1.5 names only what differs)
+        vision = CONFIG_MAPPING[model_type].from_dict(fields).vision_config.to_dict()
+        if vision.get("model_type") not in FAMILIES:
+            raise ValueError(
+                f"{source}: its image tower has model_type={vision.get('model_type')!r}; accepted are "
+                f"{', '.join(FAMILIES)}"
+            )
+    backbone = _load_backbone(source, vision, prefixes, dtype)
+    if processor is None:
+        processor = _load_processor(source, backbone)
+    layer, feature = _remembered(fields, vision, backbone)
+    lineage = None
+    if model_type in FAMILIES:  # a pair's or a VLM's lineage speaks of more than this tower
+        lineage = source.lineage()
+    return Tower(backbone, processor, layer, feature, lineage, source.directory)
+
+
+def _load_backbone(
+    source: Source, vision: dict[str, Any], prefixes: tuple[str, ...], dtype: torch.dtype | str
+) -> PreTrainedModel:
+    config = CONFIG_MAPPING[vision["model_type"]].from_dict(vision)
+    family = family_of(config)
+    model_class = _model_class(config)
+    state = _read_weights(source, prefixes)
+    # BatchNorm's counter of batches is absent from older files, and the results do not depend on it.
+    optional = (*family.optional_weights, ".num_batches_tracked")
+
+    def load(**arguments: Any) -> tuple[PreTrainedModel, set[str]]:
+        try:
+            model, info = model_class.from_pretrained(
+                None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True, **arguments
+            )
+        except RuntimeError as error:
+            raise ValueError(f"{source}: weights do not fit their config.json: {error}") from error
+        return model, set(info["missing_keys"])
+
+    model, missing = load()
+    if model_class is ViTModel and any(name.startswith("pooler.") for name in missing):
+        # A classifier's ViT has no pooler; a random one must not pass for the image vector.
+        model, missing = load(add_pooling_layer=False)
+    if config.model_type == "siglip_vision_model" and any(name.startswith("head.") for name in missing):
+        config.vision_use_head = False
+        model, missing = load()
+    missing = {name for name in missing if not name.startswith(optional) and not name.endswith(optional)}
+    if missing:
+        raise ValueError(
+            f"{source}: {len(missing)} weights of the {config.model_type} are missing, such as {sorted(missing)[0]!r}; "
+            f"found {len(state)} under {' or '.join(prefix or 'the root' for prefix in prefixes)}"
+        )
+    return model.eval()
+
+
+def _model_class(config: Any) -> type[PreTrainedModel]:
+    with torch.device("meta"):
+        return type(AutoModel.from_config(config))
+
+
+def _read_weights(source: Source, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Tensors under the first prefix that has any, the prefix cut off; only files that hold some are fetched."""
+    index = source.file(INDEX, optional=True)
+    if index is not None:
+        places: dict[str, str] = read_json(index)["weight_map"]
+        names = sorted({file for key, file in places.items() if key.startswith(prefixes)})
+    else:
+        weights = source.file(WEIGHTS, optional=True)
+        if weights is None:
+            raise FileNotFoundError(
+                f"{source} has no {WEIGHTS} (only safetensors are read, since pickles can run code); convert with "
+                "AutoModel.from_pretrained(...).save_pretrained(...), or try revision='refs/pr/1', where the Hub's "
+                "conversion often is"
+            )
+        names = [WEIGHTS]
+    state: dict[str, torch.Tensor] = {}
+    for name in names:
+        try:
+            with safe_open(source.file(name), framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
+                    if prefix is not None:
+                        state[key.removeprefix(prefix)] = file.get_tensor(key)
+        except Exception as error:
+            if isinstance(error, OSError):
+                raise
+            raise ValueError(f"{source}: {name} cannot be read, it may be cut short: {error}") from error
+    if not state:
+        raise ValueError(f"{source}: no weights under {' or '.join(prefixes)}")
+    return state
+
+
+def _load_processor(source: Source, backbone: PreTrainedModel) -> Any:
+    found = source.file("preprocessor_config.json", optional=True) or source.file(
+        "processor_config.json", optional=True
+    )
+    if found is None:
+        family = family_of(backbone)
+        raise FileNotFoundError(
+            f"{source} has no image processor (preprocessor_config.json); save one there, or pass processor=, "
+            f"for example transformers.{family.processor}.from_pretrained(<the model it was trained from>)"
+        )
+    settings = read_json(found)
+    settings = settings.get("image_processor", settings)
+    if str(settings.get("image_processor_type", "")).startswith("DINOv3ViT"):
+        return _dinov3_processor(source, settings, backbone)
+    try:
+        return AutoImageProcessor.from_pretrained(source.directory)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: {found.name} describes no image processor; pass processor= ({error})") from error
+
+
+def _dinov3_processor(source: Source, settings: dict[str, Any], backbone: PreTrainedModel) -> Any:
+    """DINOv3's own processor exists only for torchvision: a ViT processor with its numbers stands in."""
+    processor = build_processor(backbone.config, settings["size"]["height"])
+    names = ("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+    kept = {name: settings[name] for name in names if settings.get(name) is not None}
+    logger.info("%s: DINOv3's image processor needs torchvision; a ViT processor with its settings stands in", source)
+    return type(processor)(**kept)
+
+
+def _remembered(
+    fields: dict[str, Any], vision: dict[str, Any], backbone: PreTrainedModel
+) -> tuple[int | None, str | None]:
+    """The selection a checkpoint speaks of: our own key, or a LLaVA's `vision_feature_*`."""
+    own = vision.get("mllm_vision") or {}
+    layer, feature = own.get("select_layer"), own.get("select_feature")
+    if fields.get("model_type") == "llava":
+        stored = fields.get("vision_feature_layer", -2)
+        if isinstance(stored, int):
+            layer = stored  # what the language model was tuned on
+        else:
+            logger.warning("vision_feature_layer=%s is a list; taking the default layer, pass select_layer=", stored)
+        if feature is None:
+            full = fields.get("vision_feature_select_strategy", "default") == "full"
+            feature = "cls_patch" if full and family_of(backbone).has_cls else "patch"
+    return layer, feature
+
+
+def carry_lineage(encoder: VisionEncoder, directory: Path) -> None:
+    """Copy lineage.json and recipe.yaml next to weights that are still the ones they speak of."""
+    if encoder.lineage is None or encoder._source is None:
+        return
+    from mllm_vision.lineage import hash_weights
+
+    stated = encoder.lineage.get("weights_sha256")
+    if stated is None or hash_weights(directory) != stated:
+        return
+    for name in ("lineage.json", "recipe.yaml"):
+        if (encoder._source / name).is_file():
+            shutil.copy2(encoder._source / name, directory / name)

@@ -1,0 +1,147 @@
+"""Image sizes: checking them, and making a backbone and its processor work at another one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mllm_vision.encoder.families import Family, _side, family_of
+
+
+def check_image_size(image_size: int, patch_size: int | None) -> None:
+    """Raises ValueError unless `image_size` is a positive multiple of `patch_size` (if there is one)."""
+    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
+        raise ValueError(f"image_size={image_size!r} is not a size; give the side of the square picture in pixels")
+    if patch_size and image_size % patch_size:
+        below, above = image_size // patch_size * patch_size, (image_size // patch_size + 1) * patch_size
+        remedy = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(f"image_size={image_size} is not divisible by patch_size={patch_size}; use {remedy}")
+
+
+def check_pixels(pixel_values: Tensor, config: Any, family: Family) -> None:
+    """Raises ValueError unless `pixel_values` is `[B, C, H, W]` of a size the backbone can take."""
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != getattr(config, "num_channels", 3):
+        raise ValueError(
+            f"pixel_values has shape {list(pixel_values.shape)}; expected [batch, "
+            f"{getattr(config, 'num_channels', 3)}, height, width]"
+        )
+    if family.convolutional:
+        return
+    height, width = pixel_values.shape[-2:]
+    # A native checkpoint may have a size its patches do not divide (SigLIP so400m: 384 by 14): the convolution
+    # drops the rest. At any other size the mistake is more likely than the wish.
+    if (height, width) == (_side(config.image_size),) * 2:
+        return
+    for side in (height, width):
+        check_image_size(side, _side(config.patch_size))
+
+
+def processor_size(processor: Any) -> int | None:
+    """Side of the square picture an image processor makes; None if it makes pictures of varying size."""
+    crop, size = getattr(processor, "crop_size", None), getattr(processor, "size", None)
+    if getattr(processor, "do_center_crop", False) and crop:
+        height, width = _height_width(crop)
+    elif not getattr(processor, "do_resize", True) or not size:
+        return None
+    elif _get(size, "height"):
+        height, width = _height_width(size)
+    elif getattr(processor, "crop_pct", None) is not None:  # ConvNext style: crops to the shortest edge
+        height = width = _get(size, "shortest_edge")
+    else:
+        return None
+    return int(height) if height and height == width else None
+
+
+def _get(size: Any, key: str) -> Any:
+    return size.get(key) if isinstance(size, dict) else getattr(size, key, None)
+
+
+def _height_width(size: Any) -> tuple[Any, Any]:
+    return _get(size, "height"), _get(size, "width")
+
+
+def resize_processor(processor: Any, image_size: int) -> Any:
+    """A copy of an image processor that makes square pictures of `image_size`.
+
+    Resize-then-crop processors keep the ratio between the two, so the same part of the picture is seen.
+    """
+    old = processor_size(processor)
+    if old == image_size:
+        return processor
+    settings = copy.deepcopy(processor.to_dict())
+    for name in ("image_processor_type", "processor_class", "_processor_class"):
+        settings.pop(name, None)
+    size, crop = settings.get("size") or {}, settings.get("crop_size")
+    if settings.get("do_center_crop") and crop:
+        settings["crop_size"] = {"height": image_size, "width": image_size}
+        edge = _get(size, "shortest_edge")
+        if edge:
+            settings["size"] = {"shortest_edge": round(edge * image_size / old) if old else image_size}
+        else:
+            settings["size"] = {"height": image_size, "width": image_size}
+    elif _get(size, "shortest_edge") and settings.get("crop_pct") is not None:
+        settings["size"] = {"shortest_edge": image_size}
+    else:
+        settings["size"] = {"height": image_size, "width": image_size}
+        settings["do_resize"] = True
+    return type(processor)(**settings)
+
+
+@torch.no_grad()
+def resize_backbone(backbone: PreTrainedModel, image_size: int) -> PreTrainedModel:
+    """Change a backbone, in place, to take square pictures of `image_size` natively.
+
+    A table of learned positions is interpolated once, by the model's own `interpolate_pos_encoding`, and
+    `config.image_size` follows, so that the saved checkpoint is an ordinary one of the new size. Rotary positions
+    and convolutions only need the config.
+
+    Raises:
+        ValueError: `image_size` is not divisible by the patch size.
+    """
+    family = family_of(backbone)
+    config = backbone.config
+    if family.convolutional:
+        check_image_size(image_size, None)
+        if hasattr(config, "image_size"):
+            config.image_size = image_size
+        return backbone
+    if image_size == _side(config.image_size):
+        return backbone
+    patch_size = _side(config.patch_size)
+    check_image_size(image_size, patch_size)
+    if family.positions is not None:
+        _resize_positions(backbone, family, image_size, patch_size)
+    config.image_size = image_size
+    embeddings = backbone.embeddings
+    if isinstance(getattr(embeddings, "image_size", None), int):
+        embeddings.image_size = image_size
+    elif hasattr(embeddings, "image_size"):
+        embeddings.image_size = (image_size, image_size)
+    patches = getattr(embeddings, "patch_embeddings", None)
+    if hasattr(patches, "image_size"):
+        patches.image_size = (image_size, image_size)
+        patches.num_patches = (image_size // patch_size) ** 2
+    return backbone
+
+
+def _resize_positions(backbone: PreTrainedModel, family: Family, image_size: int, patch_size: int) -> None:
+    assert family.positions is not None
+    embeddings = backbone.embeddings
+    table = backbone.get_parameter(family.positions)
+    tokens = int(family.has_cls) + (image_size // patch_size) ** 2
+    # The model's own interpolation looks at nothing but the shape of the embeddings it is given.
+    shape = torch.empty(1, tokens, table.shape[-1], device=table.device, dtype=table.dtype)
+    resized = embeddings.interpolate_pos_encoding(shape, image_size, image_size).clone()  # [1, N, D]
+    owner_name, _, name = family.positions.rpartition(".")
+    owner = backbone.get_submodule(owner_name)
+    if isinstance(owner, nn.Embedding):  # CLIP and SigLIP keep [N, D] and the ids of the rows
+        owner.weight = nn.Parameter(resized[0], requires_grad=table.requires_grad)
+        owner.num_embeddings = tokens
+        embeddings.num_patches, embeddings.num_positions = (image_size // patch_size) ** 2, tokens
+        embeddings.position_ids = torch.arange(tokens, device=resized.device).expand((1, -1))
+    else:  # ViT and DINOv2 keep [1, N, D]
+        setattr(owner, name, nn.Parameter(resized, requires_grad=table.requires_grad))

@@ -1,0 +1,225 @@
+"""What every evaluator shares: its result, its calling convention, and its behaviour on several processes.
+
+An evaluator is a callable ``(model, step) -> dict`` of plain floats with a ``name`` and a ``primary_metric``
+(trainers log the items as ``eval_<name>_<metric>``). The full result of the last call, with baselines,
+tables, sample pictures and small arrays, stays in ``evaluator.last``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+COUNTS = ("count", "images", "texts", "skipped", "dimensions")  # metrics that say how much was measured, not how well
+
+
+@dataclass
+class Evaluation:
+    """Result of one evaluator.
+
+    ``metrics`` are floats; ``baselines`` maps a baseline's name ("chance", "majority", ...) to the same
+    metrics as far as they make sense for it; ``tables`` are rows by class or question type; ``samples`` and
+    ``arrays`` hold thumbnails and small nested lists for the report.
+    """
+
+    primary_metric: str
+    metrics: dict[str, float]
+    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    arrays: dict[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """The JSON entry of ``run.json["evaluations"][name]``: metrics at the top, ``baselines`` as one float
+        each (the primary metric), everything else under ``details``."""
+        entry: dict[str, Any] = {key: float(value) for key, value in self.metrics.items()}
+        entry["primary_metric"] = self.primary_metric
+        entry["baselines"] = {
+            name: float(values[self.primary_metric])
+            for name, values in self.baselines.items()
+            if self.primary_metric in values
+        }
+        entry["details"] = {"baselines": self.baselines, "tables": self.tables}
+        return entry
+
+    def add_baseline(self, name: str, other: Evaluation) -> None:
+        """Put another model's result beside this one; of its arrays only the spectrum is kept."""
+        self.baselines[name] = {key: value for key, value in other.metrics.items() if key not in COUNTS}
+        for key, value in other.arrays.items():
+            if key == "spectrum" and key in self.arrays:
+                self.arrays[key][name] = value["values"]
+
+    def store(self, record: dict[str, Any], name: str) -> None:
+        """Put this result under ``name`` into a run.json-like dict: its entry, samples and arrays."""
+        record.setdefault("evaluations", {})[name] = self.record()
+        others = [sample for sample in record.get("samples", []) if sample.get("evaluation") != name]
+        record["samples"] = others + [{"evaluation": name, **sample} for sample in self.samples]
+        arrays = record.setdefault("arrays", {})
+        for key, value in self.arrays.items():
+            arrays[f"{name}/{key}"] = value
+
+
+class Evaluator(ABC):
+    """Base of all evaluators. Subclasses implement :meth:`evaluate`; every rank must call them.
+
+    Args:
+        name: used in the logged keys ``eval_<name>_<metric>``; letters, digits, ``_``, ``-`` and ``/``.
+    """
+
+    primary_metric: str = "accuracy"
+
+    def __init__(self, name: str) -> None:
+        if not name or not all(ch.isalnum() or ch in "_-/" for ch in name):
+            raise ValueError(f"evaluator name={name!r} must consist of letters, digits, '_', '-' or '/'")
+        self.name = name
+        self.last: Evaluation | None = None
+
+    @abstractmethod
+    def evaluate(self, model: Any) -> Evaluation:
+        """Measure ``model`` and return everything that was found."""
+
+    def __call__(self, model: Any, step: int = 0) -> dict[str, float]:
+        """Measure ``model`` in evaluation mode and return the metrics; training modes come back as they
+        were.
+        """
+        with evaluation_mode(model), torch.no_grad():
+            self.last = self.evaluate(model)
+        return dict(self.last.metrics)
+
+    def store(self, record: dict[str, Any]) -> None:
+        """Put the last result into a run.json-like dict (see :meth:`Evaluation.store`)."""
+        if self.last is None:
+            raise ValueError(f"evaluator {self.name!r} has not been called yet: there is nothing to store")
+        self.last.store(record, self.name)
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Switch every sub-module to ``eval()`` and restore each one's own mode afterwards.
+
+    Restoring by module matters: a frozen tower that was kept in ``eval()`` during training must not come back
+    in ``train()``.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def unwrap(model: Any) -> Any:
+    """The model inside DistributedDataParallel and similar wrappers (``module``), and inside peft's (LoRA)."""
+    while isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def dual_model(model: Any) -> Any:
+    """The object with ``encode_images`` and ``encode_texts``: the model itself, or its ``.dual``.
+
+    Raises:
+        ValueError: neither has them.
+    """
+    model = unwrap(model)
+    for candidate in (model, getattr(model, "dual", None)):
+        if hasattr(candidate, "encode_images") and hasattr(candidate, "encode_texts"):
+            return candidate
+    raise ValueError(
+        f"{type(model).__name__} has no encode_images/encode_texts, nor a .dual that has them; zero-shot and "
+        "retrieval need an image-text pair such as DualEncoder.from_pretrained(path)"
+    )
+
+
+def image_model(model: Any) -> Any:
+    """The VisionEncoder inside ``model``: the model itself, its ``.encoder``, its ``.vision``, or its dual's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    model = unwrap(model)
+    dual = getattr(model, "dual", None)
+    candidates = (
+        model,
+        getattr(model, "encoder", None),
+        getattr(model, "vision", None),
+        getattr(dual, "vision", None),
+    )
+    for candidate in candidates:
+        if hasattr(candidate, "encode") and hasattr(candidate, "backbone"):
+            return candidate
+    raise ValueError(f"{type(model).__name__} holds no VisionEncoder (looked at .encoder, .vision and .dual.vision)")
+
+
+def world() -> tuple[int, int]:
+    """(rank, world size); (0, 1) outside torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def my_share(count: int) -> list[int]:
+    """The indices of ``range(count)`` that this rank works on: every ``world_size``-th one."""
+    rank, size = world()
+    return list(range(rank, count, size))
+
+
+def gather_items(items: Sequence[tuple[int, Any]]) -> list[Any]:
+    """All ranks' ``(index, item)`` pairs merged and ordered by index; the items, on every rank."""
+    merged = list(items)
+    _, size = world()
+    if size > 1:
+        parts: list[Any] = [None] * size
+        dist.all_gather_object(parts, merged)
+        merged = [pair for part in parts for pair in part]
+    return [item for _, item in sorted(merged, key=lambda pair: pair[0])]
+
+
+def agree_on_error(error: Exception | None) -> None:
+    """Raise on every rank when any rank failed, so that no rank waits for the others for ever."""
+    _, size = world()
+    if size == 1:
+        if error is not None:
+            raise error
+        return
+    parts: list[Any] = [None] * size
+    dist.all_gather_object(parts, None if error is None else f"{type(error).__name__}: {error}")
+    messages = [f"rank {rank}: {text}" for rank, text in enumerate(parts) if text]
+    if error is not None:
+        raise error
+    if messages:
+        raise ValueError("an evaluation failed on another rank; " + "; ".join(messages))
+
+
+def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Consecutive slices of at most ``size`` items."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def encode_rows(items: Sequence[Any], encode: Any, batch_size: int) -> torch.Tensor:
+    """Encode ``items`` shared out over the ranks and return all rows ``[N, D]`` (float32, CPU) on every rank.
+
+    ``encode`` maps a list of items to a tensor ``[n, D]``.
+    """
+    share = my_share(len(items))
+    rows: list[tuple[int, torch.Tensor]] = []
+    error: Exception | None = None
+    try:
+        for chunk in batches(share, batch_size):
+            encoded = encode([items[index] for index in chunk]).detach().float().cpu()
+            rows.extend(zip(chunk, encoded, strict=True))
+    except Exception as problem:
+        error = problem
+    agree_on_error(error)
+    return torch.stack(gather_items(rows))

@@ -1,0 +1,59 @@
+"""Encoding many pictures: read, skip bad ones, share out over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from mllm_vision.evaluation.base import agree_on_error, batches, gather_items, my_share
+from mllm_vision.evaluation.images import usable_images
+
+
+def encode_records(
+    encode: Callable[[list[Any]], torch.Tensor],
+    records: Any,
+    column: str,
+    indices: Sequence[int],
+    batch_size: int,
+) -> tuple[torch.Tensor, list[int]]:
+    """Encode the pictures of some rows, every rank its share.
+
+    Args:
+        encode: list of PIL pictures to ``[n, ...]``.
+        records: the rows; ``column`` holds the picture.
+        indices: rows wanted.
+        batch_size: pictures read and encoded at once.
+
+    Returns:
+        (features ``[N, ...]`` float32 on the CPU, the row of each one), complete on every rank.
+
+    Raises:
+        ValueError: not one picture could be read.
+    """
+    indices = list(indices)
+    rows: list[tuple[int, tuple[int, torch.Tensor]]] = []
+    error: Exception | None = None
+    try:
+        for chunk in batches(my_share(len(indices)), batch_size):
+            pictures, kept = usable_images(records, column, [indices[place] for place in chunk])
+            if pictures:
+                features = encode(pictures).detach().float().cpu()
+                rows.extend((index, (index, row)) for index, row in zip(kept, features, strict=True))
+    except Exception as problem:
+        error = problem
+    agree_on_error(error)
+    merged = gather_items(rows)
+    if not merged:
+        raise ValueError(f"none of the {len(indices)} pictures in column {column!r} could be read")
+    return torch.stack([row for _, row in merged]), [index for index, _ in merged]
+
+
+def encode_pictures(
+    dual: Any, records: Any, column: str, indices: Sequence[int], batch_size: int
+) -> tuple[torch.Tensor, list[int]]:
+    """Unit image embeddings ``[N, E]`` of an image-text model and the rows they belong to."""
+    features, kept = encode_records(dual.encode_images, records, column, indices, batch_size)
+    return F.normalize(features, dim=-1), kept

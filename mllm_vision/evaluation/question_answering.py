@@ -1,0 +1,253 @@
+"""Visual question answering: exact match, consensus, by question type, beside what guessing reaches."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mllm_vision.evaluation.answers import MajorityBaseline, consensus, exact_match
+from mllm_vision.evaluation.base import Evaluation, Evaluator, agree_on_error, batches, gather_items, my_share
+from mllm_vision.evaluation.generation import AnswerGenerator
+from mllm_vision.evaluation.images import as_list, check_columns, data_uri, usable_images
+
+IMAGES_AT_ONCE = 256  # projected features of this many pictures are held in memory together
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about the picture of one row; ``answers`` are several annotators' where ``annotated``."""
+
+    row: int
+    text: str
+    answers: tuple[str, ...]
+    kind: str
+    annotated: bool = False
+
+
+def read_questions(records: Any, columns: dict[str, str], by: str | None, limit: int | None = None) -> list[Question]:
+    """Flatten rows into questions.
+
+    A row holds one question (str) with one answer or a list of annotators' answers, or a list of questions
+    with a list as long of answers (each again one or several). ``by`` names the column of question types, of
+    the same form.
+
+    Raises:
+        ValueError: lists of different lengths, a question without an answer.
+    """
+    questions: list[Question] = []
+    asked, answered = records[columns["question"]], records[columns["answer"]]
+    kinds = records[by] if by else None
+    for row in range(min(len(records), limit or len(records))):
+        several = isinstance(asked[row], (list, tuple))
+        texts = as_list(asked[row])
+        answers = list(answered[row]) if several else [answered[row]]
+        types = as_list(kinds[row]) if kinds is not None else ["all"]
+        if len(types) == 1:
+            types = types * len(texts)
+        if not len(texts) == len(answers) == len(types):
+            raise ValueError(
+                f"row {row}: {len(texts)} questions, {len(answers)} answers and {len(types)} types; "
+                "the lists must be of one length"
+            )
+        for text, answer, kind in zip(texts, answers, types, strict=True):
+            given = tuple(_words(value) for value in as_list(answer))
+            if not given:
+                raise ValueError(f"row {row}: the question {text!r} has no answer")
+            questions.append(Question(row, _words(text), given, str(kind), isinstance(answer, (list, tuple))))
+    return questions
+
+
+def _words(value: Any) -> str:
+    """VQA files hold an annotator's answer as a dict with more in it than the words."""
+    if isinstance(value, dict):
+        value = value.get("answer", value.get("text"))
+    return "" if value is None else str(value).strip()
+
+
+def slug(kind: str) -> str:
+    """A question type as part of a metric's name: "yes/no" becomes yes_no."""
+    return re.sub(r"\W+", "_", kind.strip().lower()).strip("_") or "other"
+
+
+class QuestionAnswering(Evaluator):
+    """Accuracy of a vision-language model on questions about pictures.
+
+    Args:
+        name: evaluator name.
+        records: rows with an image, question(s) and answer(s).
+        columns: roles ``image``, ``question``, ``answer`` to column names.
+        processor: the model's processor (tokenizer, image processor, chat template).
+        by: column of question types (str or a list as long as the questions); used if present, else one type
+            "all".
+        batch_size: questions generated at once.
+        max_new_tokens: length limit of an answer.
+        limit: at most this many rows.
+        blind: the model sees zeros instead of pictures.
+        no_image_baseline: measure the same model blind as well, as baseline ``no_image``.
+        training_answers: (type, answer) pairs, or records with the same columns, from which the majority
+            baselines are taken; None takes them from the evaluated set itself, which makes them as strong as
+            a constant can be.
+
+    Metrics: ``accuracy`` (normalised exact match), ``accuracy_<type>``, ``consensus`` where answers come from
+    several annotators, ``count``. Baselines: ``majority`` (one answer for everything), ``majority_by_type``
+    and ``no_image``.
+
+    Raises:
+        ValueError: missing columns, an empty set, lists of different lengths, no chat template.
+    """
+
+    primary_metric = "accuracy"
+
+    def __init__(
+        self,
+        name: str,
+        records: Any,
+        columns: dict[str, str] | None = None,
+        processor: Any = None,
+        by: str | None = "question_types",
+        batch_size: int = 64,
+        max_new_tokens: int = 12,
+        *,
+        limit: int | None = None,
+        blind: bool = False,
+        no_image_baseline: bool = False,
+        training_answers: Any = None,
+        sample_count: int = 24,
+    ) -> None:
+        super().__init__(name)
+        self.records, self.processor = records, processor
+        self.columns = columns or {"image": "image", "question": "questions", "answer": "answers"}
+        check_columns(records, self.columns, ("image", "question", "answer"), f"QuestionAnswering {name!r}")
+        if processor is None:
+            raise ValueError(f"QuestionAnswering {name!r} needs the model's processor")
+        found = list(getattr(records, "column_names", None) or records[0].keys())
+        candidates = (by, "question_type", "question_types", "answer_type")
+        self.by = next((column for column in candidates if column and column in found), None)
+        self.batch_size, self.max_new_tokens, self.sample_count = batch_size, max_new_tokens, sample_count
+        self.blind, self.no_image_baseline = blind, no_image_baseline
+        self.questions = read_questions(records, self.columns, self.by, limit)
+        self.majority = MajorityBaseline(self._training_pairs(training_answers))
+
+    def _training_pairs(self, given: Any) -> list[tuple[str, str]]:
+        self.majority_from = "evaluated set" if given is None else "training set"
+        if given is None:
+            return [(question.kind, answer) for question in self.questions for answer in question.answers]
+        if hasattr(given, "column_names"):
+            by = self.by if self.by in given.column_names else None
+            return [(q.kind, answer) for q in read_questions(given, self.columns, by) for answer in q.answers]
+        return [(str(kind), str(answer)) for kind, answer in given]
+
+    def evaluate(self, model: Any) -> Evaluation:
+        answers = self._answers(model, self.blind)
+        asked = [question for question, _ in answers]
+        result = self._summary(answers)
+        result.baselines |= self._majorities(asked)
+        result.tables["question_type"] = self._table(answers)
+        if self.no_image_baseline and not self.blind:
+            blind = self._answers(model, True)
+            result.baselines["no_image"] = self._summary(blind).metrics
+            without = {row["name"]: row["accuracy"] for row in self._table(blind)}
+            for row in result.tables["question_type"]:
+                row["no_image"] = without.get(row["name"])
+        result.samples = self._samples(answers)
+        return result
+
+    def _answers(self, model: Any, blind: bool) -> list[tuple[Question, str]]:
+        """(question, generated answer) of the whole set, on every rank."""
+        by_row: dict[int, list[tuple[int, Question]]] = defaultdict(list)
+        for number, question in enumerate(self.questions):
+            by_row[question.row].append((number, question))
+        rows = sorted(by_row)
+        pairs: list[tuple[int, tuple[Question, str]]] = []
+        error: Exception | None = None
+        try:
+            generator = AnswerGenerator(
+                model,
+                self.processor,
+                batch_size=self.batch_size,
+                max_new_tokens=self.max_new_tokens,
+                blind=blind,
+            )
+            for chunk in batches(my_share(len(rows)), IMAGES_AT_ONCE):
+                pictures, kept = usable_images(self.records, self.columns["image"], [rows[place] for place in chunk])
+                asked = [(place, *item) for place, row in enumerate(kept) for item in by_row[row]]
+                texts = generator.answer(pictures, [(place, question.text) for place, _, question in asked])
+                pairs += [(number, (question, text)) for (_, number, question), text in zip(asked, texts, strict=True)]
+        except Exception as problem:
+            error = problem
+        agree_on_error(error)
+        merged = gather_items(pairs)
+        if not merged:
+            raise ValueError(f"QuestionAnswering {self.name!r}: none of the pictures could be read")
+        return merged
+
+    def _summary(self, answers: Sequence[tuple[Question, str]]) -> Evaluation:
+        right = [exact_match(text, question.answers) for question, text in answers]
+        metrics = {"accuracy": sum(right) / len(right), "count": float(len(right))}
+        if any(question.annotated for question, _ in answers):
+            metrics["consensus"] = sum(consensus(text, question.answers) for question, text in answers) / len(answers)
+        by_type: dict[str, list[float]] = defaultdict(list)
+        for (question, _), value in zip(answers, right, strict=True):
+            by_type[question.kind].append(value)
+        if len(by_type) > 1:
+            metrics |= {f"accuracy_{slug(kind)}": sum(v) / len(v) for kind, v in sorted(by_type.items())}
+        if len(answers) < len(self.questions):
+            metrics["skipped"] = float(len(self.questions) - len(answers))
+        return Evaluation(self.primary_metric, metrics)
+
+    def _majorities(self, asked: Sequence[Question]) -> dict[str, dict[str, float]]:
+        guesses = {
+            "majority": [(question, self.majority.guess()) for question in asked],
+            "majority_by_type": [(question, self.majority.guess(question.kind)) for question in asked],
+        }
+        if self.by is None:
+            del guesses["majority_by_type"]
+        return {name: self._summary(pairs).metrics for name, pairs in guesses.items()}
+
+    def _table(self, answers: Sequence[tuple[Question, str]]) -> list[dict[str, Any]]:
+        groups: dict[str, list[tuple[Question, str]]] = defaultdict(list)
+        for question, text in answers:
+            groups[question.kind].append((question, text))
+        rows = []
+        for kind, items in sorted(groups.items()):
+            guess = self.majority.guess(kind)
+            rows.append(
+                {
+                    "name": kind,
+                    "count": len(items),
+                    "accuracy": sum(exact_match(text, q.answers) for q, text in items) / len(items),
+                    "majority": sum(exact_match(guess, q.answers) for q, _ in items) / len(items),
+                    "majority_answer": guess,
+                }
+            )
+        return rows
+
+    def _samples(self, answers: Sequence[tuple[Question, str]]) -> list[dict[str, Any]]:
+        """Right and wrong answers with thumbnails, spread over question types and pictures."""
+        from mllm_vision.data.images import load_image
+
+        chosen: list[tuple[Question, str, bool]] = []
+        for wanted in (True, False):
+            groups: dict[str, list[tuple[Question, str]]] = defaultdict(list)
+            used: set[int] = set()
+            for question, text in answers:
+                if bool(exact_match(text, question.answers)) is wanted and question.row not in used:
+                    groups[question.kind].append((question, text))
+                    used.add(question.row)
+            depth = max((len(items) for items in groups.values()), default=0)
+            turns = [items[i] for i in range(depth) for _, items in sorted(groups.items()) if i < len(items)]
+            chosen += [(question, text, wanted) for question, text in turns[: self.sample_count // 2]]
+        return [
+            {
+                "image": data_uri(load_image(self.records[question.row][self.columns["image"]]), 128),
+                "question": question.text,
+                "answer": question.answers[0],
+                "prediction": text,
+                "correct": wanted,
+                "question_type": question.kind,
+            }
+            for question, text, wanted in chosen
+        ]

@@ -1,0 +1,194 @@
+"""Image-text retrieval, both ways, with any number of captions an image.
+
+Source: Karpathy and Fei-Fei 2015 (the Flickr protocol): an image query counts as solved at K when any of its
+captions is among the first K texts; a text query when its image is among the first K images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import comb
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from mllm_vision.evaluation.base import Evaluation, Evaluator, dual_model, encode_rows
+from mllm_vision.evaluation.images import as_list, check_columns
+from mllm_vision.evaluation.loading import encode_pictures
+
+
+def first_hit_ranks(scores: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """How many wrong candidates stand before (or level with) the best right one, for each query.
+
+    Args:
+        scores: ``[Q, K]`` similarities.
+        positives: ``[Q, K]`` bool, at least one True a row.
+
+    Returns:
+        int64 ``[Q]``, 0 is best. Ties count against the query, so that constant embeddings score zero.
+    """
+    best = scores.masked_fill(~positives, -torch.inf).amax(dim=1, keepdim=True)
+    return ((scores >= best) & ~positives).sum(dim=1)
+
+
+def chance_recall(right: Iterable[int], candidates: int, k: int) -> float:
+    """Expected recall at ``k`` of a random order: the mean of ``1 - C(n - p, k) / C(n, k)`` over queries."""
+    values = []
+    for p in right:
+        k_here = min(k, candidates)
+        values.append(1 - comb(candidates - p, k_here) / comb(candidates, k_here))
+    return sum(values) / len(values)
+
+
+def distinct_rows(records: Any, column: str, limit: int | None = None, captions_each: int | None = 1) -> list[int]:
+    """Rows whose (first) captions share no text with an earlier chosen row, at most ``limit`` of them."""
+    seen: set[str] = set()
+    rows: list[int] = []
+    for index, value in enumerate(records[column]):
+        captions = as_list(value)[:captions_each]
+        if captions and not seen.intersection(captions):
+            rows.append(index)
+            seen.update(captions)
+        if limit is not None and len(rows) >= limit:
+            break
+    return rows
+
+
+class Retrieval(Evaluator):
+    """Recall at K, image to text and text to image.
+
+    Args:
+        name: evaluator name.
+        records: rows with an image and one caption or a list of captions.
+        columns: roles ``image`` and ``caption`` to column names.
+        ks: the K's of R@K.
+        batch_size: pictures encoded at once.
+        captions_each: use at most this many captions a picture (None: all).
+        distinct: leave out pictures whose captions repeat an earlier picture's text.
+        limit: at most this many pictures.
+
+    The same text under two pictures is one and the same query to the model, so every picture that carries it
+    counts as right (and the reverse); on data without repeated captions this is the standard protocol.
+
+    Metrics: ``r1``, ``r5``, ``r10`` (mean of both ways), ``image_to_text_r<k>``, ``text_to_image_r<k>``,
+    ``image_to_text_median_rank``, ``text_to_image_median_rank`` (1 is best), ``images``, ``texts``; baseline
+    ``chance``.
+
+    Raises:
+        ValueError: missing columns, fewer than two usable pictures, a picture without caption.
+    """
+
+    primary_metric = "r1"
+
+    def __init__(
+        self,
+        name: str,
+        records: Any,
+        columns: dict[str, str] | None = None,
+        ks: Sequence[int] = (1, 5, 10),
+        batch_size: int = 64,
+        *,
+        captions_each: int | None = None,
+        distinct: bool = False,
+        limit: int | None = None,
+        matrix_size: int = 16,
+    ) -> None:
+        super().__init__(name)
+        self.records, self.batch_size, self.matrix_size = records, batch_size, matrix_size
+        self.columns = columns or {"image": "image", "caption": "captions"}
+        check_columns(records, self.columns, ("image", "caption"), f"Retrieval {name!r}")
+        self.ks = tuple(sorted(set(ks)))
+        if not self.ks or self.ks[0] < 1:
+            raise ValueError(f"ks={ks} must be positive whole numbers, such as (1, 5, 10)")
+        self.primary_metric = f"r{self.ks[0]}"
+        column = self.columns["caption"]
+        if distinct:
+            self.rows = distinct_rows(records, column, limit, captions_each)
+        else:
+            self.rows = list(range(len(records)))[:limit]
+        captions = records[column]
+        self.captions = {row: as_list(captions[row])[:captions_each] for row in self.rows}
+        empty = [row for row, texts in self.captions.items() if not texts]
+        if empty:
+            raise ValueError(f"Retrieval {name!r}: rows {empty[:5]} have no caption in column {column!r}")
+        if len(self.rows) < 2:
+            raise ValueError(f"Retrieval {name!r} needs two pictures or more; {len(self.rows)} left of {len(records)}")
+
+    def evaluate(self, model: Any) -> Evaluation:
+        dual = dual_model(model)
+        images, kept = encode_pictures(dual, self.records, self.columns["image"], self.rows, self.batch_size)
+        pairs = [(place, text) for place, row in enumerate(kept) for text in self.captions[row]]
+        distinct = list(dict.fromkeys(text for _, text in pairs))
+        vector = dict(zip(distinct, F.normalize(encode_rows(distinct, dual.encode_texts, 256), dim=-1), strict=True))
+        texts = torch.stack([vector[text] for _, text in pairs])
+        result = retrieval_metrics(images, texts, pairs, self.ks)
+        if len(kept) < len(self.rows):
+            result.metrics["skipped"] = float(len(self.rows) - len(kept))
+        result.arrays.update(self._matrix(images, kept, vector))
+        return result
+
+    def _matrix(self, images: torch.Tensor, kept: Sequence[int], vector: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """A small similarity matrix with thumbnails and captions, for the report."""
+        from mllm_vision.data.images import load_image
+        from mllm_vision.evaluation.images import data_uri
+
+        size = min(self.matrix_size, len(kept))
+        if size < 2:
+            return {}
+        places = torch.linspace(0, len(kept) - 1, size).long().tolist()
+        captions = [self.captions[kept[place]][0] for place in places]
+        scores = images[places] @ torch.stack([vector[text] for text in captions]).T
+        return {
+            "similarity": {
+                "matrix": [[round(value, 4) for value in row] for row in scores.tolist()],
+                "captions": captions,
+                "images": [
+                    data_uri(load_image(self.records[kept[place]][self.columns["image"]]), 64) for place in places
+                ],
+            }
+        }
+
+
+def retrieval_metrics(
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    pairs: Sequence[tuple[int, str]],
+    ks: Sequence[int] = (1, 5, 10),
+) -> Evaluation:
+    """Recalls from embeddings.
+
+    Args:
+        images: ``[N, E]`` unit vectors.
+        texts: ``[T, E]`` unit vectors, one a pair.
+        pairs: for each text its image's place and the text itself.
+        ks: the K's.
+    """
+    owner = torch.tensor([place for place, _ in pairs])
+    number: dict[str, int] = {}
+    text_id = torch.tensor([number.setdefault(text, len(number)) for _, text in pairs])
+    has = torch.zeros(len(images), len(number), dtype=torch.bool)
+    has[owner, text_id] = True  # image carries this text
+    positives = has[:, text_id]  # [N, T]
+    ranks: dict[str, list[torch.Tensor]] = {"image_to_text": [], "text_to_image": []}
+    for start in range(0, len(images), 1024):  # blocks: 5k pictures x 25k captions need not fit at once
+        block = slice(start, start + 1024)
+        ranks["image_to_text"].append(first_hit_ranks(images[block] @ texts.T, positives[block]))
+    for start in range(0, len(texts), 1024):
+        block = slice(start, start + 1024)
+        ranks["text_to_image"].append(first_hit_ranks(texts[block] @ images.T, positives.T[block]))
+    right = {"image_to_text": positives.sum(1).tolist(), "text_to_image": positives.sum(0).tolist()}
+    candidates = {"image_to_text": len(texts), "text_to_image": len(images)}
+    metrics: dict[str, float] = {}
+    chance: dict[str, float] = {}
+    for way, parts in ranks.items():
+        rank = torch.cat(parts)
+        for k in ks:
+            metrics[f"{way}_r{k}"] = (rank < k).float().mean().item()
+            chance[f"{way}_r{k}"] = chance_recall(right[way], candidates[way], k)
+        metrics[f"{way}_median_rank"] = rank.float().median().item() + 1
+    for k in ks:
+        for values in (metrics, chance):
+            values[f"r{k}"] = (values[f"image_to_text_r{k}"] + values[f"text_to_image_r{k}"]) / 2
+    metrics |= {"count": float(len(images)), "images": float(len(images)), "texts": float(len(texts))}
+    return Evaluation(f"r{min(ks)}", metrics, {"chance": chance})

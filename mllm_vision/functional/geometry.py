@@ -1,0 +1,159 @@
+"""How a cloud of embeddings fills its space: rank, spectrum, alignment, uniformity.
+
+A collapsed encoder shows here before any label is needed. All functions take features `[N, D]`, compute
+in float64 (spectra of nearly collapsed features need it), and return 0-d tensors unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def spectrum(features: Tensor, *, center: bool = True) -> Tensor:
+    """Eigenvalues of the covariance of the features, in descending order.
+
+    Args:
+        features: `[N, D]`, N >= 2.
+        center: subtract the mean row first; otherwise the eigenvalues of the second moment.
+
+    Returns:
+        `[min(N, D)]` float64, divided by N (biased), none negative.
+
+    Raises:
+        ValueError: not `[N, D]`, or fewer than two rows.
+    """
+    return _singular_values(features, center).square() / len(features)
+
+
+def effective_rank(features: Tensor, *, center: bool = True) -> Tensor:
+    """Exponential of the entropy of the normalised singular values: between 1 and min(N, D).
+
+    Features that are all equal (no variance at all) give 0 with `center`.
+
+    Args:
+        features: `[N, D]`, N >= 2.
+        center: subtract the mean row first, so that a common offset does not count as a direction.
+
+    Raises:
+        ValueError: not `[N, D]`, or fewer than two rows.
+
+    Reference:
+        Roy and Vetterli, 2007, "The effective rank: a measure of effective dimensionality", equations 3-5.
+    """
+    values = _singular_values(features, center)
+    if values[0] <= torch.finfo(values.dtype).eps * max(1.0, features.detach().abs().max().item()):
+        return values.new_zeros(())
+    shares = values / values.sum()
+    return torch.exp(torch.special.entr(shares).sum())
+
+
+def rankme(features: Tensor, *, epsilon: float = 1e-7) -> Tensor:
+    """RankMe: effective rank of the uncentred features with the paper's epsilon added to each share.
+
+    Args:
+        features: `[N, D]`, N >= 2; the paper uses 25,600 rows.
+        epsilon: added to every normalised singular value.
+
+    Raises:
+        ValueError: not `[N, D]`, or fewer than two rows.
+
+    Reference:
+        Garrido et al., 2023, "RankMe: Assessing the downstream performance of pretrained self-supervised
+        representations by their rank", equations 1-2 (https://arxiv.org/abs/2210.02885).
+    """
+    values = _singular_values(features, center=False)
+    shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny) + epsilon
+    return torch.exp(-(shares * shares.log()).sum())
+
+
+def alpha_req(features: Tensor, *, first: int = 1, last: int | None = None) -> Tensor:
+    """Decay exponent of the covariance spectrum: alpha in eigenvalue_i ~ i ** -alpha.
+
+    Least squares of log eigenvalue on log index, over the indices `first` to `last` (from 1, inclusive).
+    Near 1 is what the paper finds to go with good features; a large alpha means few directions are used.
+
+    Args:
+        features: `[N, D]`, N >= 2.
+        first: first index of the fit.
+        last: last index of the fit; by default all eigenvalues above rounding.
+
+    Raises:
+        ValueError: not `[N, D]`, fewer than two rows, or fewer than two eigenvalues left for the fit.
+
+    Reference:
+        Agrawal et al., 2022, "alpha-ReQ: Assessing representation quality in self-supervised learning by
+        measuring eigenspectrum decay" (https://openreview.net/forum?id=ii9X4vtZGTZ), section 3.
+    """
+    values = spectrum(features)
+    floor = values[0] * torch.finfo(values.dtype).eps * max(features.shape)
+    usable = int((values > floor).sum())
+    last = usable if last is None else min(last, usable)
+    if last - first < 1:
+        raise ValueError(
+            f"alpha_req needs at least two eigenvalues above rounding between index {first} and {last}; the "
+            f"features have {usable} such eigenvalues (collapsed, or too few rows)"
+        )
+    x = torch.arange(first, last + 1, dtype=values.dtype, device=values.device).log()
+    y = values[first - 1 : last].log()
+    x, y = x - x.mean(), y - y.mean()
+    return -(x * y).sum() / x.square().sum()
+
+
+def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0, normalize: bool = True) -> Tensor:
+    """Mean distance of positive pairs to the power `alpha`: 0 when pairs coincide, at most 2 ** alpha.
+
+    Args:
+        x: `[N, D]`.
+        y: `[N, D]`; row i is the positive of x's row i.
+        normalize: put the rows on the unit sphere first.
+
+    Raises:
+        ValueError: shapes that disagree.
+
+    Reference:
+        Wang and Isola, 2020, "Understanding Contrastive Representation Learning through Alignment and
+        Uniformity on the Hypersphere", section 4.1.1 (https://arxiv.org/abs/2005.10242).
+    """
+    if x.ndim != 2 or x.shape != y.shape:
+        raise ValueError(f"alignment: x and y must both be [N, D], got {list(x.shape)} and {list(y.shape)}")
+    x, y = x.double(), y.double()
+    if normalize:
+        x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+    return (x - y).norm(dim=1).pow(alpha).mean()
+
+
+def uniformity(x: Tensor, *, t: float = 2.0, normalize: bool = True) -> Tensor:
+    """Log of the mean Gaussian potential over all pairs of rows: 0 when collapsed, lower is more uniform.
+
+    Args:
+        x: `[N, D]`, N >= 2.
+        t: the kernel's sharpness.
+        normalize: put the rows on the unit sphere first.
+
+    Raises:
+        ValueError: not `[N, D]`, or fewer than two rows.
+
+    Reference:
+        Wang and Isola, 2020, section 4.1.2 (https://arxiv.org/abs/2005.10242).
+    """
+    _check(x)
+    x = x.double()
+    if normalize:
+        x = F.normalize(x, dim=-1)
+    distances = torch.pdist(x).square()
+    return torch.logsumexp(-t * distances, dim=0) - torch.log(distances.new_tensor(float(len(distances))))
+
+
+def _check(features: Tensor) -> None:
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"features must be [N, D] with N >= 2, got {list(features.shape)}")
+
+
+def _singular_values(features: Tensor, center: bool) -> Tensor:
+    _check(features)
+    features = features.detach().double()
+    if center:
+        features = features - features.mean(dim=0, keepdim=True)
+    return torch.linalg.svdvals(features)

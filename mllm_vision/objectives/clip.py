@@ -1,0 +1,73 @@
+"""CLIP: images and texts of a batch find one another by softmax over all pairs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mllm_vision.encoder.dual import DualEncoder
+from mllm_vision.functional.image_text import clip_loss
+from mllm_vision.objectives.base import ImageTextObjective, ObjectiveOutput
+
+
+class Clip(ImageTextObjective):
+    """Symmetric softmax contrast of the images and texts of the whole batch, over all ranks.
+
+    Duplicates of a caption or an image within the batch are positives: their targets share the row.
+
+    Args:
+        dual: image and text tower; a pair made for the sigmoid loss is refused.
+        config: see `Config`.
+
+    Raises:
+        ValueError: a pair with a logit bias, or a scale outside [1, max_logit_scale].
+
+    Reference:
+        Radford et al., 2021, "Learning Transferable Visual Models From Natural Language Supervision",
+        sections 2.3-2.5 (https://arxiv.org/abs/2103.00020).
+    """
+
+    @dataclass
+    class Config:
+        """Flags of the method."""
+
+        initial_logit_scale: float | None = field(
+            default=1 / 0.07, metadata={"help": "1 / temperature at the start; 'none' keeps a loaded pair's"}
+        )
+        max_logit_scale: float = field(
+            default=100.0, metadata={"help": "the logit scale is clamped to [1, this] after each step"}
+        )
+        duplicate_positives: bool = field(
+            default=True, metadata={"help": "captions or images that occur twice in a batch are positives"}
+        )
+
+    def __init__(self, dual: DualEncoder, config: Config | None = None) -> None:
+        super().__init__(dual, config)
+        scale, limit = self.config.initial_logit_scale, self.config.max_logit_scale
+        if dual.logit_bias is not None:
+            raise ValueError("the softmax loss has no bias, but the pair has one; build it with logit_bias=None")
+        if limit < 1 or (scale is not None and not 1 <= scale <= limit):
+            raise ValueError(f"initial_logit_scale={scale} must lie in [1, max_logit_scale={limit}]")
+        self._set(dual.logit_scale, None if scale is None else math.log(scale))
+
+    def loss(self, embeddings: dict[str, Tensor]) -> ObjectiveOutput:
+        """`embeddings` as `embed` returns them."""
+        loss = clip_loss(
+            embeddings["image"],
+            embeddings["text"],
+            self.dual.logit_scale.exp(),
+            relations=embeddings.get("ids"),
+        )
+        return ObjectiveOutput(loss=loss, metrics=self.metrics(embeddings))
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Keeps the scale in [1, max_logit_scale], as the paper does to prevent instability."""
+        self.dual.logit_scale.clamp_(0.0, math.log(self.config.max_logit_scale))
+
+    def chance_loss(self, batch_size: int) -> float:
+        """ln N: every text equally likely."""
+        return math.log(batch_size)

@@ -1,0 +1,77 @@
+"""SigLIP: whether an image and a text belong together, asked of every pair by itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from mllm_vision.encoder.dual import DualEncoder
+from mllm_vision.functional.image_text import siglip_loss
+from mllm_vision.objectives.base import ImageTextObjective, ObjectiveOutput
+
+
+class SigLip(ImageTextObjective):
+    """Pairwise sigmoid loss over the images and texts of the whole batch, over all ranks.
+
+    Duplicates of a caption or an image within the batch are positives (labelled +1).
+
+    Args:
+        dual: image and text tower, made with a logit bias.
+        config: see `Config`.
+
+    Raises:
+        ValueError: a pair without a logit bias, or a scale that is not positive.
+
+    Reference:
+        Zhai et al., 2023, "Sigmoid Loss for Language Image Pre-Training", section 3.2
+        (https://arxiv.org/abs/2303.15343).
+    """
+
+    @dataclass
+    class Config:
+        """Flags of the method."""
+
+        initial_logit_scale: float | None = field(
+            default=10.0, metadata={"help": "t at the start; 'none' keeps a loaded pair's"}
+        )
+        initial_logit_bias: float | None = field(
+            default=-10.0,
+            metadata={"help": "b at the start: -10, or -2.71 for small batches; 'none' keeps a loaded pair's"},
+        )
+        duplicate_positives: bool = field(
+            default=True, metadata={"help": "captions or images that occur twice in a batch are positives"}
+        )
+
+    has_bias = True
+
+    def __init__(self, dual: DualEncoder, config: Config | None = None) -> None:
+        super().__init__(dual, config)
+        scale = self.config.initial_logit_scale
+        if dual.logit_bias is None:
+            raise ValueError("the sigmoid loss needs a logit bias; build the pair with logit_bias=-10.0")
+        if scale is not None and scale <= 0:
+            raise ValueError(f"initial_logit_scale={scale} must be positive")
+        self._set(dual.logit_scale, None if scale is None else math.log(scale))
+        self._set(dual.logit_bias, self.config.initial_logit_bias)
+
+    def loss(self, embeddings: dict[str, Tensor]) -> ObjectiveOutput:
+        """`embeddings` as `embed` returns them."""
+        loss = siglip_loss(
+            embeddings["image"],
+            embeddings["text"],
+            self.dual.logit_scale.exp(),
+            self.dual.logit_bias,
+            relations=embeddings.get("ids"),
+        )
+        return ObjectiveOutput(loss=loss, metrics=self.metrics(embeddings))
+
+    def chance_loss(self, batch_size: int) -> float:
+        """ln N + (N - 1) ln(N / (N - 1)), about ln N + 1.
+
+        The best that a model can do that answers every pair alike: it says yes with probability 1 / N.
+        """
+        if batch_size < 2:
+            return 0.0
+        return math.log(batch_size) + (batch_size - 1) * math.log(batch_size / (batch_size - 1))

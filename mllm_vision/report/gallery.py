@@ -1,0 +1,92 @@
+"""The parts of the page with pictures in them: maps over pictures and sample answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mllm_vision.report.chain import as_dict, as_list
+from mllm_vision.report.markup import esc, picture, png
+
+
+def veil(grid: Sequence[Sequence[float]]) -> str:
+    """A white veil over what does not matter; where the map is strong, the picture shines through.
+
+    Only what speaks for the text counts (negative values are as unimportant as zero); the strongest square is
+    fully clear.
+    """
+    values = [max(float(value), 0.0) for row in grid for value in row]
+    top = max(values, default=0.0) or 1.0
+    return png(
+        [[(255, 255, 255, round(228 * max(0.0, 1 - 1.5 * max(float(v), 0.0) / top))) for v in row] for row in grid]
+    )
+
+
+def maps_gallery(maps: Any) -> str:
+    """Pictures in rows: the picture as the model sees it, then one veiled copy a text."""
+    rows = []
+    for entry in as_list(maps):
+        entry = as_dict(entry)
+        source = entry.get("image", "")
+        base = picture(source, "pixels")
+        items = [as_dict(item) for item in as_list(entry.get("items"))]
+        if not base or not items:
+            continue
+        cells = [f"<figure>{base}<figcaption class=muted>picture</figcaption></figure>"]
+        for item in items:
+            grid = as_list(item.get("grid"))
+            if not grid or not all(as_list(row) for row in grid):
+                continue
+            text = esc(item.get("text", ""))
+            if item.get("kind") == "answer":
+                text += f"<br><b>{esc(item.get('answer', ''))}</b>"
+            elif item.get("kind") == "occlusion":
+                text = f"&ldquo;{text}&rdquo;"
+                if isinstance(item.get("score"), (int, float)):
+                    text += f" <span class=muted>{item['score']:.2f}</span>"
+            cells.append(
+                f"<figure><div class=veiled>{base}{picture(veil(grid), 'veil')}</div>"
+                f"<figcaption>{text}</figcaption></figure>"
+            )
+        rows.append(f"<div class=map-row>{''.join(cells)}</div>")
+    if not rows:
+        return ""
+    return (
+        "<p class=note>White covers what does not matter. For a text or an answer, a square counts by how much the "
+        "score falls when that square is painted over in the picture's own ground colour; attention is the last "
+        f"layer's, as it is.</p><div class=maps>{''.join(rows)}</div>"
+    )
+
+
+def sample_cards(samples: Sequence[dict[str, Any]], most: int = 12) -> str:
+    """Right and wrong answers, each with its picture."""
+    parts = []
+    for wanted, title in ((True, "Answered right"), (False, "Answered wrong"), (None, "What it says")):
+        chosen = [sample for sample in samples if judged(sample) is wanted][:most]
+        cards = "".join(_card(sample) for sample in chosen)
+        short = all(len(str(sample.get("prediction", ""))) < 24 and not sample.get("question") for sample in chosen)
+        small = " small" if short else ""
+        if cards:
+            parts.append(f"<h4>{title}</h4><div class='cards{small}'>{cards}</div>")
+    return "".join(parts)
+
+
+def judged(sample: dict[str, Any]) -> bool | None:
+    """Whether a sample is right; None where nobody judged (a caption beside its reference)."""
+    value = sample.get("correct")
+    return None if value is None else bool(value)
+
+
+def _card(sample: dict[str, Any]) -> str:
+    right = judged(sample)
+    css = {True: "right", False: "wrong", None: "open"}[right]
+    question, kind, answer = sample.get("question"), sample.get("question_type"), sample.get("answer", "")
+    said = f"<b class={css}>{esc(sample.get('prediction', '') or '(nothing)')}</b>"
+    word = {False: "right: ", None: "reference: "}
+    truth = f"<div class=muted>{word[right]}{esc(answer)}</div>" if right in word and answer else ""
+    tag = f"<span class=tag>{esc(str(kind).replace('_', ' '))}</span>" if kind else ""
+    asked = f"<div class=question>{esc(question)}</div>" if question else ""
+    return (
+        f"<div class='card is-{css}'>{picture(sample.get('image', ''), 'pixels')}"
+        f"<div class=words>{asked}<div>{said}</div>{truth}{tag}</div></div>"
+    )

@@ -1,0 +1,332 @@
+"""The parts of the page that belong to one stage. Each returns HTML, or "" when its data is not there."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from mllm_vision.report import charts, gallery
+from mllm_vision.report.chain import Stage, as_dict, as_list
+from mllm_vision.report.charts import Line
+from mllm_vision.report.markup import (
+    bar,
+    details,
+    duration,
+    esc,
+    is_fraction,
+    label,
+    legend,
+    number,
+    percent,
+    short_hash,
+    shown,
+    table,
+)
+from mllm_vision.report.results import COUNTS, baselines_of, numbers, task_of
+
+SERIES = ("var(--model)", "var(--blind)", "var(--right)", "var(--other)", "var(--wrong)", "var(--untrained)")
+ABLATIONS = ("blind", "untrained_encoder", "untrained")
+ABOUT = {
+    "stage_zero": "A vision encoder learns from pictures and their texts: what belongs together is pulled together, "
+    "everything else in the batch is pushed apart.",
+    "language_model": "A small language model learns to read and write, from text alone. It has never seen a picture.",
+    "stage_one": "Encoder and language model are frozen; a projector between them learns, from captions, to say in the "
+    "language model's terms what the encoder sees.",
+    "stage_two": "The pair learns to answer questions about pictures. Only the assistant's words are learnt from.",
+}
+TASKS = {
+    "zero_shot": "Zero-shot classification",
+    "retrieval": "Retrieval",
+    "vqa": "Questions about pictures",
+    "geometry": "Geometry of the embeddings",
+}
+
+
+def history(run: dict[str, Any], key: str) -> list[tuple[float, float]]:
+    """(step, value) of one logged quantity."""
+    points = []
+    for entry in as_list(run.get("history")):
+        entry = as_dict(entry)
+        step, value = entry.get("step"), entry.get(key)
+        if isinstance(step, (int, float)) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            points.append((float(step), float(value)))
+    return points
+
+
+def history_keys(run: dict[str, Any]) -> list[str]:
+    """All logged quantities, in the order of their first appearance."""
+    keys: dict[str, None] = {}
+    for entry in as_list(run.get("history")):
+        keys.update(dict.fromkeys(key for key in as_dict(entry) if key != "step"))
+    return list(keys)
+
+
+def intro(stage: Stage) -> str:
+    """What the stage was, its data, its time."""
+    run = stage.run
+    facts = []
+    for role, data in as_dict(run.get("data")).items():
+        rows = numbers(data).get("rows")
+        if rows is not None:
+            facts.append(f"{number(rows)} {esc(role.replace('_', ' '))} rows")
+    steps = max((point[0] for key in history_keys(run) for point in history(run, key)[-1:]), default=0)
+    if steps:
+        facts.append(f"{number(steps)} steps")
+    speed = [value for _, value in history(run, "samples_per_second")]
+    if speed:
+        facts.append(f"{number(round(sorted(speed)[len(speed) // 2]))} samples a second")
+    if numbers(run).get("seconds"):
+        facts.append(duration(numbers(run)["seconds"]))
+    bad = numbers(run.get("bad_samples")).get("count")
+    if bad:
+        facts.append(f"{number(bad)} bad samples skipped")
+    about = ABOUT.get(stage.name, "")
+    line = f"<p class=facts>{' <i>·</i> '.join(facts)}</p>" if facts else ""
+    return f"<p class=about>{esc(about)}</p>{line}{verdict(run)}"
+
+
+def verdict(run: dict[str, Any]) -> str:
+    """The run's own verdict lines, coloured by their outcome."""
+    items = []
+    for text in str(run.get("verdict") or "").splitlines():
+        outcome = text.rpartition(":")[2].strip()
+        css = {"better": "good", "worse": "bad"}.get(outcome, "even")
+        items.append(f"<li class={css}>{esc(text)}</li>")
+    return f"<ul class=verdict>{''.join(items)}</ul>" if items else ""
+
+
+def chance_loss(run: dict[str, Any]) -> float | None:
+    """The softmax loss of a model that knows nothing: ln of the batch."""
+    recipe = as_dict(run.get("recipe"))
+    batch = recipe.get("per_device_train_batch_size")
+    processes = as_dict(run.get("machine")).get("processes") or 1
+    if recipe.get("objective") != "clip" or not isinstance(batch, int) or batch < 2:
+        return None
+    return math.log(batch * processes)
+
+
+def curves(stage: Stage) -> str:
+    """Loss, evaluation metrics and the other logged quantities against the step."""
+    run, parts = stage.run, []
+    loss = history(run, "loss")
+    lines = [Line("training loss", loss, SERIES[0], faint=len(loss) > 25)]
+    if len(loss) > 25:
+        lines.append(Line("training loss", charts.smooth(loss), SERIES[0]))
+    evaluated = [key for key in history_keys(run) if re.fullmatch(r"eval_(\w+_)?loss", key)]
+    for key, tint in zip(evaluated, ("var(--wrong)", "var(--right)")):
+        lines.append(Line("held-out loss" if key == "eval_loss" else label(key[5:]), history(run, key), tint))
+    for variant, other in stage.runs.items():
+        name = label(variant)
+        tint = {"blind": "var(--blind)", "untrained_encoder": "var(--untrained)"}.get(variant, "var(--other)")
+        lines.append(Line(name, charts.smooth(history(other, "loss")), tint, dashed=True))
+    known = chance_loss(run)
+    rules = [(known, "knows nothing (ln N)")] if known else []
+    parts.append(charts.line_chart("Loss", lines, rules=rules, zero=True))
+    parts.append(charts.line_chart("Measured on the way", _metric_lines(run), as_percent=True))
+    parts.append(_small("Scale and bias of the loss", run, ("logit_scale", "logit_bias")))
+    parts.append(_small("Perplexity on held-out text", run, ("eval_perplexity", "perplexity"), log_y=True))
+    rates = [key for key in history_keys(run) if key.startswith("learning_rate")]
+    parts.append(_small("Learning rate", run, rates, zero=True))
+    parts.append(_small("Gradient norm", run, ("grad_norm",), zero=True))
+    shown_charts = [part for part in parts if part]
+    main, rest = shown_charts[:2], shown_charts[2:]
+    folded = (
+        details("Learning rate, scale and other curves", f"<div class=charts>{''.join(rest)}</div>") if rest else ""
+    )
+    return f"<div class=charts>{''.join(main)}</div>{folded}" if main else ""
+
+
+def _metric_lines(run: dict[str, Any]) -> list[Line]:
+    """Evaluation fractions; where there are many, the primary ones."""
+    keys = [
+        key for key in history_keys(run) if key.startswith("eval_") and is_fraction(key) and "mean_class" not in key
+    ]
+    if len(keys) > len(SERIES):
+        keys = [key for key in keys if re.search(r"(?<!5)(_accuracy|[^e]_r1|retrieval_r1)$", key)] or keys
+    chosen = [key for key in keys if not re.search(r"(image_to_text|text_to_image)", key)] or keys
+    chosen = [key for key in chosen if not re.search(r"_accuracy_\w+$", key)] or chosen
+    return [Line(_metric_name(key[5:]), history(run, key), tint) for key, tint in zip(chosen, SERIES)]
+
+
+def _metric_name(key: str) -> str:
+    recall = re.search(r"^(.*?)_?r(\d+)$", key)
+    return f"{recall[1].replace('_', ' ')} R@{recall[2]}".strip() if recall else label(key)
+
+
+def _small(title: str, run: dict[str, Any], keys: Sequence[str], **options: Any) -> str:
+    lines = [Line(label(key.removeprefix("eval_")), history(run, key), tint) for key, tint in zip(keys, SERIES)]
+    return charts.line_chart(title, lines, **options)
+
+
+def evaluation_tables(stage: Stage) -> str:
+    """A table an evaluation: metrics down, the model and its baselines across."""
+    parts = []
+    for name, entry in stage.evaluations().items():
+        entry = as_dict(entry)
+        variant, task = task_of(name, entry)
+        if task == "maps":
+            continue
+        columns = {"model": numbers(entry)} | baselines_of(entry)
+        for ablation in ABLATIONS:
+            other = numbers(stage.find(task, ablation)) if not variant else {}
+            if other and ablation in stage.files:
+                columns[ablation] = other
+        rows = []
+        for metric in columns["model"]:
+            if metric in COUNTS | {"step"} or metric.startswith("accuracy_"):
+                continue
+            cells = [shown(metric, values[metric]) if metric in values else "" for values in columns.values()]
+            cells[0] = f"<b>{cells[0]}</b>"
+            rows.append([esc(label(metric)), *cells])
+        title = TASKS.get(task, label(task))
+        if variant:
+            title += f", {label(variant)}"
+        count = numbers(entry).get("count")
+        size = f" <span class=muted>{number(count)}</span>" if count else ""
+        body = table(["", *(esc(label(column)) for column in columns)], rows)
+        if body:
+            wide = " wide" if len(columns) > 4 else ""
+            parts.append(f"<div class='evaluation{wide}'><h4>{esc(title)}{size}</h4>{body}</div>")
+    return f"<div class=evaluations>{''.join(parts)}</div>" if parts else ""
+
+
+def spectrum(stage: Stage) -> str:
+    """Eigenvalues of the embeddings' covariance, trained and untrained, with the effective rank of each."""
+    data = as_dict(stage.array("spectrum"))
+    entry = as_dict(stage.find("geometry"))
+    lines, marks = [], []
+    for key, name, tint in (("values", "trained", "var(--model)"), ("untrained", "untrained", "var(--untrained)")):
+        values = [float(v) for v in as_list(data.get(key)) if isinstance(v, (int, float))]
+        if values:
+            top = max(values[0], 1e-30)
+            # Below a millionth of the first value there is rounding, not signal.
+            lines.append(Line(name, [(i + 1.0, v / top) for i, v in enumerate(values) if v > 1e-6 * top], tint))
+        source = numbers(entry) if key == "values" else baselines_of(entry).get("untrained", {})
+        if values and source.get("effective_rank"):
+            marks.append((source["effective_rank"], f"effective rank {source['effective_rank']:.1f}", tint))
+    chart = charts.line_chart(
+        "Spectrum of the embeddings", lines, x_label="direction, strongest first", log_y=True, last=False, marks=marks
+    )
+    return chart and (
+        chart.removesuffix("</figure>")
+        + "<p class=note>Share of each direction in the variance, relative to the first. "
+        "A steep fall means that few directions carry the output; the effective rank counts them.</p></figure>"
+    )
+
+
+def pictures(stage: Stage) -> str:
+    """Similarity matrix, spectrum, confusion, maps, samples: whatever the evaluation left."""
+    matrix = as_dict(stage.array("similarity"))
+    similarity = charts.similarity_matrix(
+        [as_list(row) for row in as_list(matrix.get("matrix"))],
+        [str(text) for text in as_list(matrix.get("captions"))],
+        as_list(matrix.get("images")),
+    )
+    confusion = as_dict(stage.array("confusion"))
+    confused = charts.confusion_matrix(
+        [str(name) for name in as_list(confusion.get("classes"))],
+        [as_list(row) for row in as_list(confusion.get("counts"))],
+    )
+    side = "".join(part for part in (spectrum(stage), confused) if part)
+    parts = [similarity, f"<div class=charts>{side}</div>" if side else ""]
+    maps = gallery.maps_gallery(stage.array("maps"))
+    if maps:
+        parts.append(f"<h3>What it looks at</h3>{maps}")
+    samples = gallery.sample_cards(stage.samples())
+    if samples:
+        parts.append(f"<h3>Samples</h3>{samples}")
+    return "".join(parts)
+
+
+def by_type(stage: Stage) -> str:
+    """Accuracy by question type, beside the ablations and the majority answer of the type."""
+    entry = as_dict(stage.find("vqa"))
+    rows = [as_dict(row) for row in as_list(as_dict(as_dict(entry.get("details")).get("tables")).get("question_type"))]
+    if not rows:
+        rows = [
+            {"name": key.removeprefix("accuracy_"), "accuracy": value}
+            for key, value in numbers(entry).items()
+            if key.startswith("accuracy_")
+        ]
+    beside = {name: numbers(stage.find("vqa", name)) for name in ("blind", "untrained_encoder") if name in stage.files}
+    unseen = numbers(stage.find("vqa", "unseen"))
+    groups, used = [], {"model": None}
+    for row in rows:
+        name = str(row.get("name", ""))
+        bars = [bar(float(row["accuracy"]), "model", "")]
+        key_name = "accuracy_" + re.sub(r"\W+", "_", name.strip().lower()).strip("_")
+        others = {"unseen": unseen.get(key_name)}
+        others |= {key: values.get(key_name) for key, values in beside.items()}
+        others |= {
+            key: row.get(key) for key in ("no_image", "majority") if not (key == "no_image" and "blind" in beside)
+        }
+        for key, value in others.items():
+            if isinstance(value, (int, float)):
+                used[key] = None
+                bars.append(bar(float(value), key, "", thin=True))
+        count = f"<span class=muted>{number(row['count'])}</span>" if isinstance(row.get("count"), int) else ""
+        answer = row.get("majority_answer")
+        hint = f' title="majority answer: {esc(answer)}"' if answer else ""
+        groups.append(f"<div class=type{hint}><h5>{esc(name.replace('_', ' '))} {count}</h5>{''.join(bars)}</div>")
+    if not groups:
+        return ""
+    return f"<h3>By type of question</h3>{legend(used)}<div class=types>{''.join(groups)}</div>"
+
+
+def modules(stage: Stage) -> str:
+    """The freeze audit: what trained, at which rate, and whether it moved."""
+    rows = []
+    for module in (as_dict(module) for module in as_list(stage.run.get("modules"))):
+        trainable, moved = bool(module.get("trainable")), module.get("moved")
+        before, after = short_hash(module.get("sha256_before")), short_hash(module.get("sha256_after"))
+        state = "" if moved is None else ("moved" if moved else "did not move")
+        css = "" if moved is None else ("right" if bool(moved) == trainable else "wrong")
+        rate = module.get("learning_rate")
+        hashes = (
+            f"<code>{before}</code>"
+            if before == after or not after
+            else f"<code>{before}</code> → <code>{after}</code>"
+        )
+        rows.append(
+            [
+                esc(module.get("group", "")),
+                f"{int(module.get('parameters', 0)):,}",
+                "trained" if trainable else "<span class=muted>frozen</span>",
+                f"{rate:g}" if trainable and isinstance(rate, (int, float)) else "",
+                f"<span class={css or 'muted'}>{state}</span>",
+                hashes if before else "",
+            ]
+        )
+    body = table(["module", "parameters", "", "learning rate", "proof", "weights, before and after"], rows)
+    return f"<h3>What was trained</h3>{body}" if body else ""
+
+
+def recipe(stage: Stage) -> str:
+    """Flags, parents, data and the command, folded."""
+    run, parts = stage.run, []
+    if run.get("command"):
+        parts.append(f"<pre>{esc(run['command'])}</pre>")
+    flags = as_dict(run.get("recipe"))
+    given = [(key, value) for key, value in sorted(flags.items()) if value not in (None, "", [], {})]
+    if given:
+        items = "".join(f"<div><dt>{esc(key)}</dt><dd>{esc(value)}</dd></div>" for key, value in given)
+        parts.append(f"<dl class=flags>{items}</dl>")
+    text = details("Recipe: command and every flag", "".join(parts))
+    rows = []
+    for role, data in as_dict(run.get("data")).items():
+        data = as_dict(data)
+        for sample in as_list(data.get("samples"))[:3]:
+            words = " · ".join(f"{key}: {value}" for key, value in as_dict(sample).items())
+            rows.append([esc(role), f"<span class=muted>{esc(words)}</span>"])
+    text += details("Data: three samples of each set", table(["set", "sample"], rows, numeric_from=9))
+    examples = as_list(as_dict(run.get("bad_samples")).get("examples"))
+    text += details(
+        "Samples that were skipped",
+        "<ul>" + "".join(f"<li>{esc(e)}</li>" for e in examples) + "</ul>" if examples else "",
+    )
+    return f"<div class=folds>{text}</div>" if text else ""
+
+
+__all__ = ["by_type", "curves", "evaluation_tables", "intro", "modules", "percent", "pictures", "recipe"]

@@ -1,0 +1,116 @@
+"""Checkpoints that are whole or not there: what happens when the disk is full or the process is killed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"  # the Trainer writes it last: a checkpoint without it is torn
+_NAME = re.compile(r"^checkpoint-(\d+)$")
+# what torch and safetensors say when the disk is full: they do not raise OSError
+_FULL_DISK = ("no space left", "disk quota exceeded", "file write failed", "failed writing file", "unexpected pos")
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: readable trainer state, and weights."""
+    try:
+        json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return any(checkpoint.glob("*.safetensors")) or any(checkpoint.glob("*/*.safetensors"))
+
+
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """The `checkpoint-<step>` folders in a run folder, whole or not, by step."""
+    found = [path for path in run_folder.iterdir() if path.is_dir() and _NAME.match(path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def last_checkpoint(run_folder: Path) -> str | None:
+    """The newest whole checkpoint of a run; torn ones are reported and passed over. None where there is none yet.
+
+    Raises:
+        FileNotFoundError: there is no run in the folder.
+    """
+    if not run_folder.is_dir() or not any(run_folder.iterdir()):
+        raise FileNotFoundError(f"--resume: {run_folder} holds no run to go on with; leave --resume out to start one")
+    for checkpoint in reversed(list_checkpoints(run_folder)):
+        if is_whole(checkpoint):
+            return str(checkpoint)
+        logger.warning("%s is torn (the process ended while it was written); it is passed over", checkpoint)
+    logger.warning("%s holds no whole checkpoint yet: the run starts at step 0", run_folder)
+    return None
+
+
+def check_checkpoint(checkpoint: Path) -> Path:
+    """`checkpoint` if it is there and whole.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is torn.
+    """
+    if not checkpoint.is_dir():
+        beside = [path.name for path in list_checkpoints(checkpoint.parent)] if checkpoint.parent.is_dir() else []
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {checkpoint}: no such folder; beside it are {', '.join(beside) or 'none'}"
+        )
+    if not is_whole(checkpoint):
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint} is torn: its {STATE_FILE} or its weights are missing or cut off; "
+            "use an earlier checkpoint, or --resume to take the newest whole one"
+        )
+    return checkpoint
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[None]:
+    """Code inside may write the folder `final` step by step; if it fails, what stood there before is back.
+
+    Raises:
+        OSError: the disk is full (or another failure to write); names the path and the remedy.
+    """
+    previous = final.with_name(f".{final.name}.previous")
+    if previous.exists():  # left by a process that was killed
+        if final.exists():
+            shutil.rmtree(previous)
+        else:
+            os.replace(previous, final)
+    if final.exists():
+        os.replace(final, previous)
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(final, ignore_errors=True)
+        if previous.exists():
+            os.replace(previous, final)
+        if isinstance(error, Exception) and is_write_failure(error):
+            raise write_failure(final, error) from error
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def is_write_failure(error: Exception) -> bool:
+    """Whether an error, of whatever type, says that writing failed."""
+    return isinstance(error, OSError) or any(words in str(error).lower() for words in _FULL_DISK)
+
+
+def write_failure(path: Path, error: Exception) -> OSError:
+    """The error for a user whose `path` could not be written: what stands, how much is free, what to do."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free / 2**20
+    whole = [checkpoint.name for checkpoint in list_checkpoints(folder) if is_whole(checkpoint)]
+    kept = f"the earlier {whole[-1]} is whole" if whole else "no earlier checkpoint was there"
+    return OSError(
+        getattr(error, "errno", None) or errno.ENOSPC,
+        f"could not save {path}: {error}. What was half written is removed; {kept}. {free:.0f} MiB are free there: "
+        "make room (or lower --save_total_limit, or choose another --output_dir) and go on with --resume",
+    )

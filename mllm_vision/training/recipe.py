@@ -1,0 +1,414 @@
+"""Recipes from flags and YAML: a config is saved flags, the command line wins, an unknown key is an error.
+
+Every field of the dataclasses given to `parse_recipe` is a flag (`--max_steps` or `--max-steps`) and a YAML key.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mllm_vision.errors import unknown_name
+
+_TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+_GIVEN = "_recipe_values"  # on an instance: what its constructor was given, and what became of it
+# never written to recipe.yaml: a secret, and what belongs to one start of the run, not to the run
+_UNSAVED = {"hub_token", "overwrite", "resume", "resume_from_checkpoint", "local_rank"}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: PyYAML takes `1e-6` for a string, here it is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+def parse_recipe(*classes: type, argv: Sequence[str] | None = None, description: str = "") -> tuple:
+    """Instances of the dataclasses `classes`, filled from `--config file.yaml` and the command line.
+
+    A bool field is `--bf16`, `--bf16 true`, `--bf16 false` or `--no_bf16`; a list takes several values; a dict
+    takes JSON or `key=value,key=value`. `--help` prints every flag and ends the process.
+
+    Args:
+        classes: dataclasses; a field's `metadata["help"]` becomes its help.
+        argv: the words after the program's name; the process's own by default.
+        description: the first lines of the help.
+
+    Raises:
+        ValueError: an unknown flag or key (naming the nearest known one), a value of a wrong type (with the
+            value and the type expected), a required flag missing.
+        FileNotFoundError: the file of `--config` does not exist.
+    """
+    values = read_recipe(*classes, argv=argv, description=description)
+    return tuple(build(cls, given) for cls, given in zip(classes, values))
+
+
+def build(cls: type, given: dict[str, Any]) -> Any:
+    """One instance of the dataclass `cls` that remembers what it was given (see `recipe_dict`)."""
+    instance = cls(**given)
+    resolved = {field.name: getattr(instance, field.name) for field in dataclasses.fields(cls)}
+    defaults = {field.name: _default(field) for field in dataclasses.fields(cls)}
+    object.__setattr__(instance, _GIVEN, ({**defaults, **given}, resolved))
+    return instance
+
+
+def read_recipe(*classes: type, argv: Sequence[str] | None = None, description: str = "") -> list[dict[str, Any]]:
+    """As `parse_recipe`, but only the checked keyword arguments of each class; nothing is constructed."""
+    fields = _known_fields(classes)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in words or "-h" in words:
+        print(_help(classes, description))
+        raise SystemExit(0)
+    flags = _split_flags(words, fields)
+    values: dict[str, Any] = {}
+    for config in flags.pop("config", []):
+        values.update(_read_config(config, fields))
+    for name, texts in flags.items():
+        values[name] = convert(texts, fields[name][1], f"--{name}", words=True)
+    missing = [f"--{name}" for name, (field, _, _) in fields.items() if name not in values and _required(field)]
+    if missing:
+        raise ValueError(f"missing: {', '.join(missing)} (a flag, or a key of --config; --help lists all)")
+    return [{name: values[name] for name in values if fields[name][2] is cls} for cls in classes]
+
+
+def peek_recipe(name: str, default: Any = None, *, argv: Sequence[str] | None = None) -> Any:
+    """The value of one flag before the full parse, from the command line or the `--config` file.
+
+    For recipes where one flag decides which other flags exist (`--objective` chooses its Config dataclass).
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    found: dict[str, str] = {}
+    for position, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        key = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and key in (name, "config"):
+            if not equals and position + 1 < len(words):
+                value = words[position + 1]
+            found[key] = value
+    if name in found:
+        return found[name]
+    if "config" in found:
+        return _load_yaml(found["config"]).get(name, default)
+    return default
+
+
+def recipe_dict(*instances: Any) -> dict[str, Any]:
+    """All flags as resolved, flat and fit for YAML: what `recipe.yaml` holds and `--config` reads back.
+
+    A field that a class's own `__post_init__` rewrote (an enum, a parsed dict) is written as it was given, so
+    that reading it back reproduces it; one that was set after construction is written as it is now. Secrets
+    (`hub_token`) and what belongs to a single start (`overwrite`, `resume`) are left out.
+    """
+    flat: dict[str, Any] = {}
+    for instance in instances:
+        given, resolved = getattr(instance, _GIVEN, ({}, {}))
+        for field in dataclasses.fields(instance):
+            if not field.init or field.name in _UNSAVED:
+                continue
+            now = getattr(instance, field.name)
+            untouched = field.name in given and _same(now, resolved[field.name])
+            flat[field.name] = _yamlable(given[field.name] if untouched else now)
+    return flat
+
+
+def run_recipe(main: Callable[[], Any]) -> None:
+    """Run a recipe's `main()`: a user's error becomes `error: ...` on stderr and exit code 2, without traceback.
+
+    `MLLM_VISION_TRACEBACK=1` shows the traceback all the same.
+    """
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("MLLM_VISION_TRACEBACK", "0") not in ("", "0"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; a run with checkpoints goes on with --resume", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+def _known_fields(classes: Sequence[type]) -> dict[str, tuple[dataclasses.Field, Any, type]]:
+    known: dict[str, tuple[dataclasses.Field, Any, type]] = {}
+    for cls in classes:
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if not field.init:
+                continue
+            if field.name in known:
+                other = known[field.name][2].__name__
+                raise ValueError(f"both {other} and {cls.__name__} have a field {field.name!r}; rename one of them")
+            known[field.name] = (field, hints[field.name], cls)
+    return known
+
+
+def _split_flags(words: list[str], fields: dict) -> dict[str, list[str]]:
+    """Flag -> its words; the last one wins where a flag is repeated."""
+    flags: dict[str, list[str]] = {}
+    position = 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        if not word.startswith("--") or word == "--":
+            raise ValueError(f"unexpected argument {word!r}; every value follows a --flag")
+        flag, equals, value = word[2:].partition("=")
+        name = flag.replace("-", "_")
+        negated = name.removeprefix("no_")
+        if name not in fields and name != "config":
+            if name.startswith("no_") and negated in fields and _is_bool(fields[negated][1]) and not equals:
+                flags[negated] = ["false"]
+                continue
+            raise ValueError(unknown_name("flag", name, [*fields, "config"], prefix="--"))
+        if equals:
+            flags[name] = [value]
+            continue
+        hint = str if name == "config" else fields[name][1]
+        taken: list[str] = []
+        while position < len(words) and not words[position].startswith("--"):
+            if taken and not _is_list(hint):
+                break
+            taken.append(words[position])
+            position += 1
+        if not taken and _is_bool(hint):
+            taken = ["true"]
+        if not taken and not _is_list(hint):
+            raise ValueError(f"--{name} needs a value ({type_name(hint)})")
+        flags[name] = taken
+    return flags
+
+
+def _load_yaml(path: str) -> dict[str, Any]:
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"--config {path}: no such file")
+    try:
+        content = _yaml(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold `flag: value` lines, got {type(content).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _read_config(path: str, fields: dict) -> dict[str, Any]:
+    values = {}
+    for name, value in _load_yaml(path).items():
+        if name not in fields:
+            raise ValueError(f"{path}: {unknown_name('key', name, fields)}")
+        values[name] = convert(value, fields[name][1], f"{path}: {name}")
+    return values
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+# ---- types -------------------------------------------------------------------------------------------------
+
+
+def _members(hint: Any) -> list[Any]:
+    """The members of a union, or the type alone."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [member for part in typing.get_args(hint) for member in _members(part)]
+    return [hint]
+
+
+def _origin(hint: Any) -> Any:
+    return typing.get_origin(hint) or hint
+
+
+def _is_list(hint: Any) -> bool:
+    return any(_origin(member) in (list, tuple, set, Sequence) for member in _members(hint))
+
+
+def _is_bool(hint: Any) -> bool:
+    members = [member for member in _members(hint) if member is not type(None)]
+    return members == [bool]
+
+
+def type_name(hint: Any) -> str:
+    """`float`, `int or None`, `list of str`: how a type is named in help and errors."""
+    names = []
+    for member in _members(hint):
+        origin, arguments = _origin(member), typing.get_args(member)
+        if member is type(None):
+            names.append("None")
+        elif origin is typing.Literal:
+            names.append(" or ".join(repr(argument) for argument in arguments))
+        elif isinstance(origin, type) and issubclass(origin, enum.Enum):
+            names.append("one of " + ", ".join(repr(entry.value) for entry in origin))
+        elif origin in (list, tuple, set, Sequence):
+            names.append(f"list of {type_name(arguments[0])}" if arguments else "list")
+        elif origin is dict:
+            names.append("mapping")
+        else:
+            names.append(getattr(origin, "__name__", str(origin)))
+    return " or ".join(dict.fromkeys(names))
+
+
+def convert(value: Any, hint: Any, where: str, *, words: bool = False) -> Any:
+    """`value` (from YAML, or with `words` the list of words after a flag) as the type `hint`.
+
+    Raises:
+        ValueError: it cannot be; the message holds `where`, the value and the type.
+    """
+    single = not isinstance(value, list) or (words and len(value) == 1)
+    scalar = value[0] if words and single else value
+    members = sorted(_members(hint), key=_precedence)
+    if not words and type(value) in members:
+        return value  # YAML types its values: the string "no" stays a string
+    for member in members:
+        listed = _origin(member) in (list, tuple, set, Sequence)
+        if (listed and single and str in members) or (not listed and not single):
+            continue  # one word is a string where a string will do; several words are only ever a list
+        try:
+            return _convert_one(value if listed else scalar, member)
+        except (ValueError, TypeError):
+            continue
+    shown = " ".join(value) if words else value
+    raise ValueError(f"{where}: expected {type_name(hint)}, got {shown!r}")
+
+
+def _precedence(member: Any) -> int:
+    """The narrower type is tried first; `str` takes anything and comes last."""
+    origin = _origin(member)
+    if origin is typing.Literal or (isinstance(origin, type) and issubclass(origin, enum.Enum)):
+        return 1
+    order = [type(None), None, bool, int, float, dict, list, tuple, set, Path, str]
+    return order.index(origin) if origin in order else 7
+
+
+def _convert_one(value: Any, hint: Any) -> Any:
+    origin, arguments = _origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return _yaml(value) if isinstance(value, str) else value
+    if hint is type(None):
+        if value is None or (isinstance(value, str) and value.lower() in ("null", "~")):
+            return None
+    elif origin is typing.Literal:
+        for argument in arguments:
+            if value == argument or (isinstance(value, str) and value == str(argument)):
+                return argument
+    elif isinstance(origin, type) and issubclass(origin, enum.Enum):
+        return origin(value)
+    elif origin is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in _TRUE | _FALSE:
+            return value.lower() in _TRUE
+    elif origin is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, str):
+            return int(value)
+    elif origin is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, str):
+            return float(value)
+    elif origin is str:
+        if isinstance(value, str):
+            return value
+    elif isinstance(origin, type) and issubclass(origin, os.PathLike):
+        if isinstance(value, (str, os.PathLike)):
+            return Path(value)
+    elif origin is dict:
+        return _mapping(value)
+    elif origin in (list, tuple, set, Sequence):
+        entries = list(value) if isinstance(value, (list, tuple, set)) else [value]
+        inner = arguments[0] if arguments else Any
+        result = [_convert_one(entry, member) for entry in entries for member in [_fitting(entry, inner)]]
+        return result if origin in (list, Sequence) else origin(result)
+    raise ValueError(value)
+
+
+def _fitting(entry: Any, hint: Any) -> Any:
+    """The member of a union that takes `entry` (lists of unions are rare; the first that works)."""
+    for member in sorted(_members(hint), key=_precedence):
+        try:
+            _convert_one(entry, member)
+        except (ValueError, TypeError):
+            continue
+        return member
+    raise ValueError(entry)
+
+
+def _mapping(value: Any) -> dict:
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        found = _yaml(value)
+        if isinstance(found, dict):
+            return found
+    elif isinstance(value, str) and "=" in value:
+        pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
+        if all(equals for _, equals, _ in pairs):
+            return {key.strip(): _yaml(text) for key, _, text in pairs}
+    raise ValueError(value)
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+
+def _same(left: Any, right: Any) -> bool:
+    try:
+        return bool(left is right or left == right)
+    except (ValueError, RuntimeError):  # arrays compare to arrays
+        return False
+
+
+def _yamlable(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return _yamlable(value.value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _yamlable(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_yamlable(entry) for entry in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _yamlable(dataclasses.asdict(value))
+    return str(value)
+
+
+def _help(classes: Sequence[type], description: str) -> str:
+    lines = [description.strip(), ""] if description else []
+    lines += ["  --config FILE", "        YAML of saved flags; flags on the command line win"]
+    for cls in classes:
+        lines += ["", f"{cls.__name__}:"]
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if not field.init:
+                continue
+            default = "required" if _required(field) else f"default {_yamlable(_default(field))}"
+            lines.append(f"  --{field.name}  ({type_name(hints[field.name])}; {default})")
+            if field.metadata.get("help"):
+                lines.append(f"        {field.metadata['help']}")
+    return "\n".join(lines)

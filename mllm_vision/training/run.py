@@ -1,0 +1,304 @@
+"""The run folder: recipe.yaml, metrics.jsonl, run.json, and artifacts that carry their lineage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mllm_vision.lineage import check_lineage, hash_weights, plain, write_json, write_lineage
+
+from . import summary
+from .arguments import RecipeArguments
+from .checkpoints import list_checkpoints, whole_folder
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("language_model", "stage_zero", "stage_one", "stage_two")
+TEXT_ROLES = ("caption", "question", "answer", "messages", "conversations", "text", "label")
+
+
+class Run:
+    """One run in one folder. Only the main process writes; every process may call every method.
+
+    Creating it sets the random seeds (`arguments.seed`): create it before the models.
+
+    Args:
+        kind: "language_model", "stage_zero", "stage_one" or "stage_two".
+        arguments: tells folder, seed, overwrite and resume.
+        recipe: the resolved flags, from `recipe_dict`.
+
+    Raises:
+        FileExistsError: the folder holds something and neither --overwrite nor --resume was given.
+        ValueError: an unknown kind.
+    """
+
+    def __init__(self, kind: str, arguments: RecipeArguments, recipe: Mapping[str, Any]) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r} is none of {', '.join(KINDS)}")
+        from transformers import set_seed
+
+        if not logging.getLogger().handlers:  # a recipe as a program: say what happens; a library user decides alone
+            level = logging.INFO if arguments.process_index == 0 else logging.WARNING
+            logging.basicConfig(level=level, format="%(message)s")
+            for noisy in ("httpx", "httpx2", "httpcore", "filelock", "fsspec", "PIL", "matplotlib", "datasets"):
+                logging.getLogger(noisy).setLevel(logging.WARNING)
+        self.arguments = arguments
+        self.folder = Path(arguments.output_dir)
+        self.is_main = arguments.process_index == 0
+        self._started = time.monotonic()
+        self.record: dict[str, Any] = {
+            "schema": 1,
+            "kind": kind,
+            "name": arguments.run_name or self.folder.resolve().name,
+            "command": summary.command_line(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": 0.0,
+            "machine": summary.machine(arguments.world_size),
+            "versions": summary.versions(),
+            "recipe": dict(recipe),
+            "parents": [],
+            "data": {},
+            "modules": [],
+            "history": [],
+            "evaluations": {},
+            "samples": [],
+            "arrays": {},
+            "bad_samples": {"count": 0, "examples": []},
+            "verdict": "",
+            "artifacts": [],
+        }
+        if self.is_main:
+            self._claim()
+            self._write_recipe(self.folder)
+        set_seed(arguments.seed)
+        # The artifact is what belongs on the Hub, not every checkpoint of the Trainer: see finish().
+        self._push = (arguments.hub_model_id, arguments.hub_token) if arguments.push_to_hub else None
+        arguments.push_to_hub = False
+
+    # ---- what the run is made of ---------------------------------------------------------------------------
+
+    def inherit(self, role: str, path_or_id: str) -> None:
+        """Note a parent artifact ("encoder", "language_model", "vlm", "tokenizer") and say what is inherited.
+
+        Raises:
+            ValueError: the parent's weights are not those its lineage was written for; both hashes are named.
+        """
+        path = Path(path_or_id)
+        parent: dict[str, Any] = {"role": role, "path": str(path_or_id), "kind": None, "weights_sha256": None}
+        if path.is_dir():
+            lineage = check_lineage(path)
+            if lineage is not None:
+                parent |= {key: lineage.get(key) for key in ("kind", "weights_sha256")}
+                parent |= {"run": lineage.get("run"), "parents": lineage.get("parents", [])}
+                numbers = [
+                    f"{name} {metric} {entry[metric]:.4g}"
+                    for name, entry in (lineage.get("evaluations") or {}).items()
+                    if (metric := summary.primary_metric(entry)) is not None
+                ]
+                told = f"{lineage.get('kind')} of run {lineage.get('run')!r}; {', '.join(numbers) or 'no metrics'}"
+            else:
+                if any(path.glob("*.safetensors")):
+                    parent["weights_sha256"] = hash_weights(path)
+                told = "a directory without lineage"
+            if parent["weights_sha256"]:
+                told += f"; weights sha256 {parent['weights_sha256'][:12]}"
+        else:
+            told = "from the Hub or its cache"
+        self.record["parents"].append(parent)
+        self._say("inherits %s from %s (%s)", role, path_or_id, told)
+
+    def describe_data(self, role: str, dataset: Any, columns: Mapping[str, str] | None = None) -> None:
+        """Note a data set ("train", "validation"...): fingerprint, rows, columns bound, three text samples."""
+        columns = dict(columns or {})
+        rows = len(dataset) if hasattr(dataset, "__len__") else None
+        wanted = [column for bound, column in columns.items() if bound in TEXT_ROLES]
+        if not columns:
+            wanted = [name for name in getattr(dataset, "column_names", None) or ["text"] if "image" not in name]
+        view = dataset
+        if hasattr(dataset, "select_columns"):  # so that no image is decoded for three sentences
+            view = dataset.select_columns([name for name in wanted if name in dataset.column_names])
+        samples = []
+        for index in sorted({0, rows // 2, rows - 1}) if rows else []:
+            row = view[index]
+            row = {name: row[name] for name in wanted if name in row} if isinstance(row, Mapping) else {"text": row}
+            samples.append({name: _shorten(value) for name, value in row.items()})
+        fingerprint = getattr(dataset, "_fingerprint", None)
+        if fingerprint is None:
+            fingerprint = hashlib.sha256(json.dumps([rows, plain(samples)]).encode()).hexdigest()[:16]
+        self.record["data"][role] = {
+            "fingerprint": fingerprint,
+            "rows": rows,
+            "columns": columns,
+            "samples": samples,
+        }
+        self._say("%s data: %s rows, columns %s", role, rows, columns or "as they are")
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl and an entry to the history; only numbers are kept.
+
+        A failure to write is reported and never ends the training.
+        """
+        entry: dict[str, Any] = {"step": int(step)}
+        for name, value in metrics.items():
+            value = value.item() if hasattr(value, "item") else value  # numpy and torch scalars
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
+                entry[name] = float(value) if math.isfinite(value) else None
+        self.record["history"].append(entry)
+        if not self.is_main:
+            return
+        try:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            logger.warning("metrics.jsonl could not be written (%s); the training goes on", error)
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after `step`: a resumed run computes it again."""
+        if all(entry["step"] <= step for entry in self.record["history"]):
+            return
+        self.record["history"] = [entry for entry in self.record["history"] if entry["step"] <= step]
+        if self.is_main:
+            lines = [json.dumps(entry) + "\n" for entry in self.record["history"]]
+            (self.folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    # ---- what it leaves behind -----------------------------------------------------------------------------
+
+    def save_artifact(self, save: Callable[[Path], Any], name: str, kind: str) -> Path:
+        """Write the artifact `output_dir/name` whole or not at all, with recipe.yaml and lineage.json inside.
+
+        Args:
+            save: called with the empty folder to write to, e.g. `encoder.save_pretrained`.
+            name: the artifact's folder in the run folder.
+            kind: what it is: "encoder", "dual", "language_model", "vlm"...
+
+        Raises:
+            OSError: the disk is full; the artifact that stood there before is whole.
+        """
+        final = self.folder / name
+        if self.is_main:
+            with whole_folder(final):
+                final.mkdir(parents=True)
+                save(final)
+                self._write_recipe(final)
+                weights = hash_weights(final)
+                write_lineage(final, self._lineage(name, kind, weights))
+            entry = {"name": name, "path": str(final), "kind": kind, "weights_sha256": weights}
+            self.record["artifacts"] = [old for old in self.record["artifacts"] if old["name"] != name] + [entry]
+        if self.arguments.world_size > 1:
+            self.arguments.distributed_state.wait_for_everyone()
+        return final
+
+    def finish(self, **extra: Any) -> None:
+        """Complete the record with `extra`, write run.json, print the end table, push if asked to.
+
+        The artifacts' lineage gets the final metrics. A push that fails is reported and ends nothing.
+        """
+        self.record.update(extra)
+        self.record["seconds"] = round(time.monotonic() - self._started, 1)
+        self.record["verdict"] = self.record["verdict"] or summary.verdict(self.record["evaluations"])
+        if not self.is_main:
+            return
+        for entry in self.record["artifacts"]:
+            write_lineage(entry["path"], self._lineage(entry["name"], entry["kind"], entry["weights_sha256"]))
+        write_json(self.folder / "run.json", self.record)
+        print(summary.end_table(self.record), flush=True)
+        if self._push is not None:
+            self._push_artifacts(*self._push)
+
+    # ---- inside --------------------------------------------------------------------------------------------
+
+    def _claim(self) -> None:
+        """Make the folder ours, or refuse."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise FileExistsError(f"--output_dir {self.folder} is a file; name a folder")
+        present = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        visible = [name for name in present if not name.startswith(".")]
+        if visible == ["recipe.yaml"]:  # a start that was refused before its first step: nothing to lose
+            visible = []
+        if visible and self.arguments.overwrite:
+            self._clear()
+        elif visible and self.arguments.resuming:
+            self._read_history()
+        elif visible:
+            raise FileExistsError(
+                f"--output_dir {self.folder} already holds {', '.join(visible[:4])}{' ...' * (len(visible) > 4)}; "
+                "--overwrite replaces that run, --resume goes on with it, or choose another folder"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _clear(self) -> None:
+        """Remove what a run of ours leaves, and nothing else that may lie in the folder."""
+        for checkpoint in list_checkpoints(self.folder):
+            shutil.rmtree(checkpoint)
+        for path in self.folder.iterdir():
+            if path.is_dir() and ((path / "lineage.json").is_file() or path.name.endswith(".previous")):
+                shutil.rmtree(path)
+        for name in ("recipe.yaml", "metrics.jsonl", "run.json"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _read_history(self) -> None:
+        file = self.folder / "metrics.jsonl"
+        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+            try:
+                self.record["history"].append(json.loads(line))
+            except json.JSONDecodeError:  # the last line of a process that was killed
+                continue
+        old = self.folder / "recipe.yaml"
+        before = yaml.safe_load(old.read_text(encoding="utf-8")) if old.is_file() else {}
+        now = self.record["recipe"]
+        changed = [key for key in now if key in (before or {}) and before[key] != now[key]]
+        for key in changed:
+            logger.warning("resumed with another %s: %r, it was %r", key, now[key], before[key])
+
+    def _write_recipe(self, folder: Path) -> None:
+        text = yaml.safe_dump(plain(self.record["recipe"]), sort_keys=False, allow_unicode=True)
+        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+
+    def _lineage(self, name: str, kind: str, weights: str) -> dict[str, Any]:
+        kept = ("started", "command", "versions", "machine", "parents", "data", "evaluations", "modules", "verdict")
+        history = self.record["history"]
+        return {
+            "schema": 1,
+            "kind": kind,
+            "name": name,
+            "stage": self.record["kind"],
+            "run": self.record["name"],
+            "weights_sha256": weights,
+            "seed": self.arguments.seed,
+            "steps": history[-1]["step"] if history else 0,
+            "seconds": round(time.monotonic() - self._started, 1),
+            **{key: self.record[key] for key in kept},
+        }
+
+    def _push_artifacts(self, repo_id: str | None, token: str | None) -> None:
+        from mllm_vision.encoder.hub import push_directory
+
+        given = self.arguments
+        settings = {"token": token, "private": given.hub_private_repo, "revision": given.hub_revision}
+        for position, entry in enumerate(self.record["artifacts"]):
+            base = repo_id or self.record["name"]
+            target = base if position == 0 else f"{base}-{entry['name']}"
+            try:
+                push_directory(entry["path"], target, run=self.record, **settings)
+                logger.info("pushed %s to %s", entry["path"], target)
+            except Exception as error:  # the run itself is done and saved
+                logger.error("could not push %s to %s: %s; try scripts/push_to_hub.py", entry["path"], target, error)
+
+    def _say(self, message: str, *values: Any) -> None:
+        if self.is_main:
+            logger.info(message, *values)
+
+
+def _shorten(value: Any, limit: int = 200) -> str:
+    text = value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,148 @@
+"""The end of a run in words: machine and versions, the verdict against the baselines, the table for the user."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+_PACKAGES = (
+    "mllm_vision",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "huggingface_hub",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "numpy",
+    "pillow",
+)
+_FIRST = ("accuracy", "zero_shot_accuracy", "r1", "image_to_text_r1", "perplexity", "loss")
+_COUNTS = ("count", "step")  # numbers in an evaluation that are no metrics
+_SECRET = ("hub_token", "token", "api_key", "password")
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that decide what a run computes; absent ones are left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine(processes: int = 1) -> dict[str, Any]:
+    """What computes: platform, cores, memory, accelerators. No host name, no user name."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    described: dict[str, Any] = {
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu_cores": cores,
+        "torch_threads": torch.get_num_threads(),
+        "processes": processes,
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        described["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    return described
+
+
+def command_line() -> str:
+    """The command of this process as it can be typed again, secrets left out."""
+    words, hidden = [], False
+    for word in [os.path.basename(sys.executable), *sys.argv]:
+        flag, equals, _ = word.partition("=")
+        secret = flag.lstrip("-").replace("-", "_") in _SECRET
+        if hidden:
+            word = "REDACTED"
+        elif secret and equals:
+            word = f"{flag}=REDACTED"
+        hidden = secret and not equals
+        words.append(f"'{word}'" if any(sign in word for sign in ' {}*?"') else word)
+    return " ".join(words)
+
+
+def primary_metric(evaluation: Mapping[str, Any]) -> str | None:
+    """The metric an evaluation is judged by: the one it names, else the first that is usual, else the first number."""
+    named = evaluation.get("primary_metric")
+    if isinstance(named, str) and isinstance(evaluation.get(named), (int, float)):
+        return named
+    numbers = [key for key, value in evaluation.items() if _is_number(value) and key not in _COUNTS]
+    return next((key for key in _FIRST if key in numbers), numbers[0] if numbers else None)
+
+
+def verdict(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line per evaluation against each of its baselines: better, within noise, worse.
+
+    Noise is two standard errors of the difference of two fractions where the evaluation tells its `count`,
+    else one hundredth of the baseline.
+    """
+    lines = []
+    for name, evaluation in evaluations.items():
+        metric = primary_metric(evaluation)
+        baselines = evaluation.get("baselines") or {}
+        if metric is None:
+            continue
+        for against, value in baselines.items():
+            if isinstance(value, Mapping):  # a baseline may be a whole evaluation
+                value = value.get(metric)
+            if not _is_number(value):
+                continue
+            word = compare(metric, evaluation[metric], value, evaluation.get("count"))
+            lines.append(f"{name} {metric} {evaluation[metric]:.4g} against {against} {value:.4g}: {word}")
+    return "\n".join(lines)
+
+
+def compare(metric: str, value: float, baseline: float, count: float | None = None) -> str:
+    """ "better", "within noise" or "worse"; of losses and perplexities less is better."""
+    gain = baseline - value if metric == "perplexity" or metric.endswith("loss") else value - baseline
+    if count and 0 <= value <= 1 and 0 <= baseline <= 1:
+        noise = 2 * math.sqrt((value * (1 - value) + baseline * (1 - baseline)) / count)
+    else:
+        noise = abs(baseline) / 100
+    return "within noise" if abs(gain) <= noise else ("better" if gain > 0 else "worse")
+
+
+def end_table(record: Mapping[str, Any]) -> str:
+    """What is printed when a run ends: metrics beside their baselines, the verdict, the paths, the time."""
+    rows: list[tuple[str, str, str]] = []
+    for name, evaluation in record.get("evaluations", {}).items():
+        chief = primary_metric(evaluation)
+        for metric, value in evaluation.items():
+            if not _is_number(value) or metric in _COUNTS:
+                continue
+            baselines = evaluation.get("baselines") or {} if metric == chief else {}
+            beside = [f"{key} {entry:.4g}" for key, entry in baselines.items() if _is_number(entry)]
+            rows.append((f"{name} {metric}", f"{value:.4g}", ", ".join(beside)))
+    heads = ("metric", "value", "baselines")
+    lines = ["", f"== {record.get('kind')}: {record.get('name')} =="]
+    if rows:
+        widths = [max(len(row[column]) for row in [*rows, heads]) for column in range(3)]
+        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [heads, *rows]]
+    if record.get("bad_samples", {}).get("count"):
+        lines.append(f"bad samples skipped: {record['bad_samples']['count']}")
+    lines += [f"verdict: {line}" for line in str(record.get("verdict") or "").splitlines()]
+    lines += [f"{entry['kind']}: {entry['path']}" for entry in record.get("artifacts", [])]
+    lines.append(f"time: {duration(record.get('seconds', 0))}")
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """`95` -> `1 min 35 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else (f"{minutes} min {rest} s" if minutes else f"{rest} s")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

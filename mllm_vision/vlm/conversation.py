@@ -1,0 +1,164 @@
+"""The data of stages one and two: records to tokenised conversations that fit one model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mllm_vision.data import (
+    CHAT_TEMPLATES,
+    BadSamples,
+    ConversationCollator,
+    ConversationDataset,
+    ImageTransform,
+    bind_columns,
+    bind_conversations,
+    load_records,
+    preview_labels,
+)
+from mllm_vision.errors import unknown_name
+
+logger = logging.getLogger(__name__)
+LONGEST = 2048  # the default limit where the language model itself allows more
+
+
+def chat_template(name_or_path: str) -> str:
+    """A chat template by name ("plain", "vicuna", "qa") or from a Jinja file.
+
+    Raises:
+        ValueError: neither a known name (the nearest is named) nor a file, or a file without generation marks.
+    """
+    if name_or_path in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[name_or_path]
+    file = Path(name_or_path)
+    if not file.is_file():
+        raise ValueError(f"{unknown_name('chat template', name_or_path, CHAT_TEMPLATES)}; nor is it a file")
+    text = file.read_text(encoding="utf-8")
+    if "generation" not in text:
+        raise ValueError(
+            f"{file} has no {{% generation %}} ... {{% endgeneration %}} around the assistant's words, so nothing "
+            "says what is to be learnt"
+        )
+    return text
+
+
+def set_chat_template(processor: Any, name_or_path: str) -> None:
+    """Give processor and tokenizer the template (see ``chat_template``); it is saved with them."""
+    template = chat_template(name_or_path)
+    processor.chat_template = processor.tokenizer.chat_template = template
+
+
+@dataclass
+class StageData:
+    """Training and held-out conversations of one stage, with all that was found on the way."""
+
+    train: ConversationDataset
+    evaluation: ConversationDataset
+    collator: ConversationCollator
+    columns: dict[str, str]
+    train_records: Any
+    eval_records: Any
+    eval_columns: dict[str, str]
+
+    @property
+    def bad_samples(self) -> BadSamples:
+        """The counter of the training set."""
+        return self.train.bad_samples
+
+
+def load_stage_data(
+    model: Any,
+    processor: Any,
+    dataset_name: str,
+    eval_dataset_name: str | None = None,
+    *,
+    roles: tuple[str, ...] | None = None,
+    overrides: Mapping[str, str | None] | None = None,
+    split: str = "train",
+    eval_split: str = "validation",
+    config_name: str | None = None,
+    image_root: str | None = None,
+    max_rows: int | None = None,
+    eval_rows: int = 200,
+    max_length: int | None = None,
+    max_turns: int | None = None,
+    shuffle_turns: bool = True,
+    seed: int = 0,
+) -> StageData:
+    """Load, bind and tokenise what a stage trains on, for this model and its processor's chat template.
+
+    Args:
+        model, processor: from ``build_vlm`` or ``load_vlm``; they say how many tokens a picture takes, how long a
+            sequence may be, and how a conversation is written down.
+        dataset_name: file, pattern, folder or Hub id.
+        eval_dataset_name: held-out data; None holds rows of the training data out (at most a tenth).
+        roles: columns to bind, e.g. ("image", "caption"); None: whatever form of conversation there is.
+        overrides: role -> column name.
+        split, eval_split, config_name, image_root: see ``load_records``.
+        max_rows: of the training data; ``eval_rows``: of the held-out data.
+        max_length: in tokens, image tokens included; None: what the language model allows, at most 2048.
+        max_turns, shuffle_turns: see ``ConversationDataset``.
+        seed: decides which rows are held out, which caption is drawn and in which order questions come.
+
+    Raises:
+        FileNotFoundError: no such data.
+        ValueError: columns that are not there, an empty set, a length the language model does not allow.
+    """
+    limit = getattr(model.config.text_config, "max_position_embeddings", None)
+    if max_length is None:
+        max_length = min(limit or LONGEST, LONGEST)
+    elif limit and max_length > limit:
+        raise ValueError(
+            f"max_length={max_length} is beyond the language model's limit of {limit}; use {limit} or less"
+        )
+    if eval_rows < 2:
+        raise ValueError(f"eval_rows={eval_rows} must be at least 2")
+    records = load_records(dataset_name, split=split, config_name=config_name, max_rows=max_rows, image_root=image_root)
+    if eval_dataset_name:
+        held = load_records(
+            eval_dataset_name, split=eval_split, config_name=config_name, max_rows=eval_rows, image_root=image_root
+        )
+    else:
+        count = min(eval_rows, len(records) // 10)
+        if count < 2:
+            raise ValueError(
+                f"{len(records)} rows leave none to hold out; give --eval_dataset_name or 20 rows at least"
+            )
+        parts = records.train_test_split(test_size=count, seed=seed)
+        records, held = parts["train"], parts["test"]
+        logger.info("no --eval_dataset_name: %d of the training rows are held out", count)
+
+    def bind(dataset: Any) -> dict[str, str]:
+        given = {role: name for role, name in (overrides or {}).items() if name}
+        return bind_columns(dataset, roles, given) if roles else bind_conversations(dataset, given)
+
+    columns, eval_columns = bind(records), bind(held)
+    # Positions matter to questions and captions: no crops, so training pictures are transformed as all others.
+    transform = ImageTransform(processor.image_processor, train=False)
+    options: dict[str, Any] = {
+        "num_image_tokens": model.config.image_seq_length,
+        "image_token": processor.image_token,
+        "max_length": max_length,
+        "chat_template": processor.chat_template,
+        "max_turns": max_turns,
+        "transform": transform,
+        "seed": seed,
+    }
+    tokenizer = processor.tokenizer
+    return StageData(
+        train=ConversationDataset(records, columns, tokenizer, shuffle_turns=shuffle_turns, **options),
+        evaluation=ConversationDataset(held, eval_columns, tokenizer, shuffle_turns=False, **options),
+        collator=ConversationCollator(tokenizer, transform),
+        columns=columns,
+        train_records=records,
+        eval_records=held,
+        eval_columns=eval_columns,
+    )
+
+
+def label_preview(data: StageData, processor: Any) -> str:
+    """The first training sample with the words that are learnt between « and »."""
+    return preview_labels(data.collator([data.train[0]]), processor.tokenizer)

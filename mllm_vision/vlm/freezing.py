@@ -1,0 +1,212 @@
+"""What trains, at which rate, and the proof afterwards that nothing else moved (LoRA included)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_vision.lineage import hash_parameters
+from mllm_vision.vlm.model import VisionLanguageModel
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+GROUPS = ("encoder", "projector", "language_model")
+PROJECTOR = "multi_modal_projector"
+
+
+def module_group(name: str) -> str:
+    """The group of a parameter, by its name: "encoder", "projector" or "language_model" (its head included)."""
+    if "vision_tower." in name:
+        return "encoder"
+    return "projector" if f"{PROJECTOR}." in name else "language_model"
+
+
+def freeze(model: VisionLanguageModel, train: Iterable[str] = ("projector",)) -> VisionLanguageModel:
+    """Let only the groups in ``train`` take gradients; the others go to evaluation mode with ``model.train()``.
+
+    Of the encoder, what does not reach the language model (layers above the selected one, the pooling head) stays
+    frozen too: it would never get a gradient, and data-parallel training would wait for it.
+
+    Args:
+        model: before any LoRA adapters are added.
+        train: some of "encoder", "projector", "language_model".
+
+    Raises:
+        ValueError: an unknown group, or none at all.
+    """
+    wanted = set(train)
+    if not wanted or wanted - set(GROUPS):
+        raise ValueError(f"train={sorted(wanted)}: name one or more of {', '.join(GROUPS)}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(module_group(name) in wanted)
+    if "encoder" in wanted:
+        _freeze_unused_encoder(model)
+    return model
+
+
+def _freeze_unused_encoder(model: VisionLanguageModel) -> None:
+    """Freeze the tower's parameters that no gradient reaches, as one blank picture shows."""
+    tower = model.model.vision_tower
+    learning = [parameter for parameter in tower.parameters() if parameter.requires_grad]
+    was_training = model.training
+    with torch.enable_grad():
+        total = model.eval().blank_picture()
+        gradients = torch.autograd.grad(total, learning, allow_unused=True)
+    model.train(was_training)
+    for parameter, gradient in zip(learning, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
+
+
+def add_lora(
+    model: VisionLanguageModel, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0, train_encoder: bool = False
+) -> PeftModel:
+    """LoRA (arXiv:2106.09685) on every linear layer of the language model; the projector trains in full.
+
+    Args:
+        model: the model; its weights are frozen by peft.
+        rank, alpha, dropout: of the adapters (LLaVA-1.5: 128, 256, 0.05 for 7B).
+        train_encoder: train the vision tower's own weights too.
+
+    Raises:
+        ValueError: a rank below 1, or a language model without linear layers.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if rank < 1:
+        raise ValueError(f"lora_rank={rank} must be at least 1")
+    # GPT-2 calls its linear layers Conv1D. The names are taken from the language model, and the expression is
+    # bound to it, because a plain list of suffixes would also hit the vision tower.
+    leaves = {
+        name.rpartition(".")[2]
+        for name, module in model.model.language_model.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+    if not leaves:
+        raise ValueError(f"{type(model.model.language_model).__name__} has no linear layers for LoRA; use --train full")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=rf".*language_model\..*\.({'|'.join(sorted(map(re.escape, leaves)))})",
+        modules_to_save=[PROJECTOR] + (["vision_tower"] if train_encoder else []),
+    )
+    wrapped = get_peft_model(model, config)
+    if train_encoder:
+        _freeze_unused_encoder(model)
+    return wrapped
+
+
+def learning_rates(model: nn.Module, rates: Mapping[str, float | None]) -> dict[str, float]:
+    """Parameter-name prefix -> learning rate, from group -> rate (None: the run's own), for ``RecipeTrainer``.
+
+    Only groups that train are named. Works on the model and on the peft model around it.
+    """
+    prefixes: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        rate = rates.get(module_group(name))
+        if rate is not None and parameter.requires_grad:
+            parts = name.removeprefix("base_model.model.").split(".")  # what peft puts before every name
+            prefixes[parts[0] if parts[0] == "lm_head" else ".".join(parts[:2])] = rate
+    return prefixes
+
+
+def _tensors(model: nn.Module, group: str, trainable: bool | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and saved buffers of a group; with ``trainable`` only those that do or do not take gradients."""
+    seen: set[int] = set()
+    learns = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if module_group(name) != group or id(tensor) in seen:  # tied weights count once
+            continue
+        seen.add(id(tensor))
+        if trainable is None or learns.get(name, False) == trainable:
+            yield name, tensor.detach()
+
+
+def audit(
+    model: nn.Module, learning_rate: float, rates: Mapping[str, float | None] | None = None
+) -> list[dict[str, Any]]:
+    """One row a module group: ``group``, ``parameters``, ``trainable`` (how many of them), ``learning_rate``.
+
+    Args:
+        model: the model, or the peft model around it.
+        learning_rate: the run's rate, used by groups without their own.
+        rates: group -> learning rate.
+    """
+    rows = []
+    for group in GROUPS:
+        total = trainable = 0
+        for name, parameter in model.named_parameters():
+            # peft keeps the projector as it was beside the copy that trains: not a part of the model
+            if module_group(name) == group and ".original_module." not in name:
+                total += parameter.numel()
+                trainable += parameter.numel() * parameter.requires_grad
+        own = (rates or {}).get(group)
+        rate = (learning_rate if own is None else own) if trainable else 0.0
+        rows.append({"group": group, "parameters": total, "trainable": trainable, "learning_rate": rate})
+    return rows
+
+
+def audit_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The audit as a table for people; with the proof's keys it says what moved."""
+    lines = [f"{'module':<16}{'parameters':>14}{'trainable':>14}{'learning rate':>15}"]
+    for row in rows:
+        rate = f"{row['learning_rate']:.3g}" if row["trainable"] else "frozen"
+        line = f"{row['group']:<16}{row['parameters']:>14,}{row['trainable']:>14,}{rate:>15}"
+        if "moved" in row:
+            line += (
+                f"   {row['sha256_before'][:12]} -> {row['sha256_after'][:12]} {'moved' if row['moved'] else 'equal'}"
+            )
+        lines.append(line)
+    return "\n".join(lines)
+
+
+class FreezeProof:
+    """Hashes of every group before training; afterwards they tell what moved.
+
+    Frozen and trainable tensors of a group are hashed apart, so that with LoRA the language model's own weights
+    are proven untouched while its adapters move.
+
+    Example: ``proof = FreezeProof(model, rows)``, train, ``rows = proof.close(model)``, save, ``proof.check()``.
+    """
+
+    def __init__(self, model: nn.Module, rows: Iterable[Mapping[str, Any]]) -> None:
+        self.rows = [dict(row) for row in rows]
+        self._before = self._hashes(model)
+        self.problems: list[str] = []
+
+    @staticmethod
+    def _hashes(model: nn.Module) -> dict[tuple[str, bool | None], str]:
+        return {
+            (group, part): hash_parameters(_tensors(model, group, part))
+            for group in GROUPS
+            for part in (None, True, False)
+        }
+
+    def close(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The rows with ``sha256_before``, ``sha256_after`` and ``moved``; call before LoRA is merged."""
+        after = self._hashes(model)
+        self.problems = []
+        for row in self.rows:
+            group = row["group"]
+            row["sha256_before"], row["sha256_after"] = self._before[group, None], after[group, None]
+            row["moved"] = row["sha256_before"] != row["sha256_after"]
+            if self._before[group, False] != after[group, False]:
+                self.problems.append(
+                    f"{group}: frozen weights moved ({self._before[group, False][:12]} -> {after[group, False][:12]})"
+                )
+            if row["trainable"] and self._before[group, True] == after[group, True]:
+                self.problems.append(
+                    f"{group}: {row['trainable']:,} trainable parameters did not move "
+                    f"(learning rate {row['learning_rate']:.3g}; a warm-up that never left zero does this too)"
+                )
+        return self.rows
+
+    def check(self) -> None:
+        """Raises ValueError if what was frozen moved or what should train did not. Call after saving."""
+        if self.problems:
+            raise ValueError("the freeze audit does not hold: " + "; ".join(self.problems))

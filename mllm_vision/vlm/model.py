@@ -1,0 +1,240 @@
+"""The LLaVA-style model: transformers' parameter layout, with a pluggable projector and cheaper training.
+
+What differs from ``LlavaForConditionalGeneration`` is only how the same numbers are computed: the vision tower
+runs no layer above the selected one, and without gradient bookkeeping when it is frozen; with labels, the
+vocabulary-sized logits are computed at supervised positions only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModel
+from transformers.utils.generic import can_return_tuple
+
+from mllm_vision.encoder.features import extract_features
+from mllm_vision.modules.projectors import build_projector
+
+
+def settings(config: LlavaConfig) -> dict[str, Any]:
+    """Our extra keys in ``config.json`` (``projector``, ``select_feature``, ``blind``); empty for a foreign LLaVA."""
+    return getattr(config, "mllm_vision", None) or {}
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """True when no parameter of ``module`` takes a gradient."""
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _right_padded(attention_mask: Tensor | None) -> bool:
+    """True for a ``[B, T]`` mask whose zeros all come after its ones."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return False
+    return bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+
+
+class VisionLanguageBackbone(LlavaModel):
+    """``LlavaModel`` with the projector named in the config, and features taken by ``extract_features``."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super(LlavaModel, self).__init__(config)  # past LlavaModel: it would build the MLP projector
+        kind = settings(config).get("projector", "mlp")
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+        self.multi_modal_projector = build_projector(
+            kind, config.vision_config.hidden_size * layers, config.text_config.hidden_size
+        )
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Projected tokens of ``pixel_values [n, 3, H, W]``: ``pooler_output`` is a list of n ``[N, D_text]``.
+
+        Other layers or another strategy than the config's may be asked for; these, several layers at once,
+        and towers of pictures of varying size take transformers' own (slower) way.
+        """
+        if settings(self.config).get("blind", False):
+            pixel_values = torch.zeros_like(pixel_values)
+        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+        own = layer == self.config.vision_feature_layer and strategy == self.config.vision_feature_select_strategy
+        feature = settings(self.config).get("select_feature")
+        wants_more = kwargs.get("output_attentions") or kwargs.get("output_hidden_states")
+        if feature is None or not own or wants_more or not isinstance(layer, int) or image_sizes is not None:
+            return super().get_image_features(
+                pixel_values,
+                vision_feature_layer=layer,
+                vision_feature_select_strategy=strategy,
+                image_sizes=image_sizes,
+                **kwargs,
+            )
+        with torch.no_grad() if is_frozen(self.vision_tower) else nullcontext():
+            tokens = extract_features(
+                self.vision_tower, pixel_values, select_layer=layer, select_feature=feature, pooled=False
+            ).tokens
+        projected = self.multi_modal_projector(tokens.to(self.multi_modal_projector.linear_1.weight.dtype))
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=list(projected))
+
+
+class VisionLanguageModel(LlavaForConditionalGeneration):
+    """A LLaVA model whose checkpoints plain transformers loads; build one with ``build_vlm`` or ``load_vlm``.
+
+    ``config.mllm_vision`` holds what Llava's config has no field for: ``projector`` ("mlp" or "linear"),
+    ``select_feature`` and ``blind`` (every picture is replaced by zeros: the "no image" ablation; plain
+    transformers does not know this key and would look at the pictures).
+
+    Source: LLaVA (arXiv:2304.08485), LLaVA-1.5 (arXiv:2310.03744).
+    """
+
+    accepts_loss_kwargs = True  # the Trainer hands over num_items_in_batch: accumulated means weigh every token alike
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super(LlavaForConditionalGeneration, self).__init__(config)
+        self.model = VisionLanguageBackbone(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"  # tells the Trainer that labels are shifted in forward
+        self.post_init()
+
+    @property
+    def blind(self) -> bool:
+        """Whether pictures are replaced by zeros."""
+        return bool(settings(self.config).get("blind", False))
+
+    @blind.setter
+    def blind(self, value: bool) -> None:
+        self.config.mllm_vision = {**settings(self.config), "blind": bool(value)}
+
+    def train(self, mode: bool = True) -> VisionLanguageModel:
+        """As ``nn.Module.train``, but parts that are wholly frozen stay in evaluation mode (no dropout there)."""
+        super().train(mode)
+        for part in (self.model.vision_tower, self.model.multi_modal_projector, self.model.language_model):
+            if mode and is_frozen(part):
+                part.eval()
+        return self
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        image_sizes: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> LlavaCausalLMOutputWithPast:
+        """One pass through tower, projector and language model.
+
+        Args:
+            input_ids: ``[B, T]``, each picture spelt as ``config.image_seq_length`` image tokens.
+            pixel_values: ``[n_images, 3, H, W]`` in reading order, or None for text only.
+            attention_mask: ``[B, T]``.
+            labels: ``[B, T]``, -100 where nothing is learnt; shifted here. With labels, ``logits`` is
+                ``[S, V]``: one row for each of the S supervised tokens, row by row of the batch.
+            num_items_in_batch: supervised tokens of the whole accumulated batch; the loss is then the sum
+                divided by it, otherwise the mean over S.
+
+        Raises:
+            ValueError: image tokens and image features differ in number.
+        """
+        if labels is not None:
+            use_cache = bool(use_cache)
+            if past_key_values is None and _right_padded(attention_mask):
+                # Causal attention never looks right: without the mask the result is the same, and cheaper.
+                attention_mask = None
+        extra = {
+            name: value
+            for name, value in (
+                ("use_cache", use_cache),
+                ("output_attentions", output_attentions),
+                ("output_hidden_states", output_hidden_states),
+            )
+            if value is not None
+        }
+        no_pictures = pixel_values is None and mm_encoder_outputs is None and input_ids is not None
+        if labels is not None and no_pictures and (input_ids == self.config.image_token_id).any():
+            raise ValueError(
+                f"input_ids hold {int((input_ids == self.config.image_token_id).sum())} image tokens, but "
+                "pixel_values is None; pass the pictures, or leave the image token out of a text-only batch"
+            )
+        if self.training and no_pictures:
+            # A batch without pictures still has to run tower and projector: in a sharded or data-parallel run
+            # the other ranks wait for them, and a projector-only run would have no graph at all.
+            inputs_embeds = self.get_input_embeddings()(input_ids) + 0.0 * self.blank_picture()
+            input_ids = None
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            image_sizes=image_sizes,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **extra,
+        )
+        hidden = outputs.last_hidden_state
+        loss = None
+        if labels is None:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep])
+        else:
+            targets = labels[:, 1:]
+            supervised = targets != -100
+            logits = self.lm_head(hidden[:, :-1][supervised])
+            targets = targets[supervised]
+            total = F.cross_entropy(logits.float(), targets, reduction="sum")
+            loss = total / (max(targets.numel(), 1) if num_items_in_batch is None else num_items_in_batch)
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def blank_picture(self) -> Tensor:
+        """The sum of the projected tokens of one black picture; a scalar."""
+        size = self.config.vision_config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        tower = next(self.model.vision_tower.parameters())
+        picture = tower.new_zeros(1, getattr(self.config.vision_config, "num_channels", 3), height, width)
+        return self.model.get_image_features(picture).pooler_output[0].sum()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As in transformers; ``config.json`` names LlavaForConditionalGeneration, which can load it too."""
+        super().save_pretrained(save_directory, **kwargs)
+        file = Path(save_directory) / "config.json"
+        if kwargs.get("is_main_process", True) and file.is_file():
+            config = json.loads(file.read_text(encoding="utf-8"))
+            config["architectures"] = ["LlavaForConditionalGeneration"]
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,142 @@
+"""Stage one: connect a frozen vision encoder to a frozen language model; only the projector trains, on captions.
+
+    python recipes/align.py --encoder runs/encoder --llm runs/language_model/model \\
+        --dataset_name pairs.parquet --output_dir runs/align
+
+Leaves <output_dir>/model: a LLaVA directory that plain transformers loads, with the loss on held-out captions beside
+that of the untrained projector, of shuffled pictures and of none. Next: recipes/instruct.py --model <output_dir>/model
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mllm_vision.training.arguments import RecipeArguments
+from mllm_vision.training.recipe import parse_recipe, recipe_dict, run_recipe
+
+
+@dataclass
+class AlignArguments:
+    """What is connected to what, and the captions."""
+
+    encoder: str = field(metadata={"help": "Vision encoder: folder or Hub id."})
+    llm: str = field(metadata={"help": "Causal language model: folder or Hub id."})
+    dataset_name: str = field(metadata={"help": "Image-caption data: file, pattern, folder or Hub id."})
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out data; else rows of the training data."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str = field(default="validation", metadata={"help": "Split of the held-out data."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder that relative picture paths start from."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the pictures, if not found by name."})
+    caption_column: str | None = field(default=None, metadata={"help": "Column of the captions, if not found by name."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
+    max_eval_samples: int = field(default=200, metadata={"help": "Rows of the held-out data, at most."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, if it does not lie beside the model."})
+    projector: str = field(default="mlp", metadata={"help": "mlp or linear."})
+    select_layer: int | None = field(
+        default=None, metadata={"help": "Layer of the encoder; its own choice by default."}
+    )
+    select_feature: str | None = field(
+        default=None, metadata={"help": "patch or cls_patch; its own choice by default."}
+    )
+    image_size: int | None = field(default=None, metadata={"help": "Side of the pictures, if not the encoder's own."})
+    chat_template: str = field(default="plain", metadata={"help": "plain, vicuna, qa, or a Jinja file."})
+    max_length: int | None = field(default=None, metadata={"help": "Longest sequence in tokens, pictures included."})
+    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16 or auto."})
+    blind: bool = field(default=False, metadata={"help": "Zeros instead of pictures: what text alone can reach."})
+    sample_count: int = field(default=8, metadata={"help": "Held-out pictures that are captioned at the end."})
+    artifact_name: str = field(default="model", metadata={"help": "Folder of the result in output_dir."})
+
+
+@dataclass
+class Arguments(RecipeArguments):
+    """Defaults of LLaVA-1.5's first stage (arXiv:2310.03744, table 9); any TrainingArguments name works."""
+
+    learning_rate: float = 1e-3
+    per_device_train_batch_size: int = 32
+    num_train_epochs: float = 1.0
+    warmup_steps: float = 0.03
+
+
+def main(argv: list[str] | None = None) -> None:
+    own, arguments = parse_recipe(AlignArguments, Arguments, argv=argv, description=__doc__)
+
+    from mllm_vision.data import load_image
+    from mllm_vision.encoder import VisionEncoder
+    from mllm_vision.evaluation.images import data_uri
+    from mllm_vision.training.run import Run
+    from mllm_vision.training.trainer import RecipeTrainer
+    from mllm_vision.vlm import FreezeProof, HeldOutLoss, answer, audit, build_vlm, freeze, save_vlm
+    from mllm_vision.vlm.conversation import chat_template, label_preview, load_stage_data
+    from mllm_vision.vlm.freezing import audit_table
+
+    template = chat_template(own.chat_template)
+    run = Run("stage_one", arguments, recipe_dict(own, arguments))
+    run.inherit("encoder", own.encoder)
+    run.inherit("language_model", own.llm)
+    encoder = VisionEncoder.from_pretrained(
+        own.encoder, select_layer=own.select_layer, select_feature=own.select_feature, image_size=own.image_size
+    )
+    model, processor = build_vlm(
+        encoder, own.llm, own.projector, own.tokenizer, template, dtype=own.dtype, blind=own.blind
+    )
+
+    data = load_stage_data(
+        model,
+        processor,
+        own.dataset_name,
+        own.eval_dataset_name,
+        roles=("image", "caption"),
+        overrides={"image": own.image_column, "caption": own.caption_column},
+        split=own.dataset_split,
+        eval_split=own.eval_split,
+        config_name=own.dataset_config_name,
+        image_root=own.image_root,
+        max_rows=own.max_train_samples,
+        eval_rows=own.max_eval_samples,
+        max_length=own.max_length,
+        seed=arguments.seed,
+    )
+    data.bad_samples.check(arguments.max_bad_fraction)
+    run.describe_data("train", data.train_records, data.columns)
+    run.describe_data("validation", data.eval_records, data.eval_columns)
+
+    freeze(model, ("projector",))
+    rows = audit(model, arguments.learning_rate)
+    proof = FreezeProof(model, rows)
+    heldout = HeldOutLoss("captions", data.evaluation, data.collator, arguments.per_device_eval_batch_size)
+    run.record["label_preview"] = label_preview(data, processor)
+    run.record["evaluations"]["captions"] = {"baselines": {"untrained": heldout(model)["loss"]}}
+    if run.is_main:
+        print(f"what is learnt: {run.record['label_preview']}\n{audit_table(rows)}", flush=True)
+
+    trainer = RecipeTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        data_collator=data.collator,
+        run=run,
+        bad_samples=data.bad_samples,
+        evaluators=[heldout],
+    )
+    trainer.train()
+    trainer.final_evaluation()
+
+    run.record["modules"] = proof.close(model)
+    model.eval()
+    for row in data.eval_records.select(range(min(own.sample_count, len(data.eval_records)))):
+        image, caption = load_image(row[data.eval_columns["image"]]), row[data.eval_columns["caption"]]
+        said = answer(model, processor, [{"role": "user", "content": [{"type": "image"}]}], [image])
+        sample = {"evaluation": "captions", "image": data_uri(image, 128), "question": "", "prediction": said}
+        run.record["samples"].append({**sample, "answer": caption if isinstance(caption, str) else caption[0]})
+    run.save_artifact(lambda path: save_vlm(model, processor, path), own.artifact_name, "vlm")
+    if run.is_main:
+        print(audit_table(run.record["modules"]), flush=True)
+    run.finish(freeze_problems=proof.problems)
+    proof.check()
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,173 @@
+"""Stage two: teach the aligned model to answer; projector and language model train, the encoder if asked to.
+
+    python recipes/instruct.py --model runs/align/model --dataset_name questions.parquet --output_dir runs/instruct
+
+Takes question-answer columns, `messages`, or LLaVA's `conversations`. Leaves <output_dir>/model: a LLaVA directory that
+plain transformers loads (LoRA merged into it), with the answer accuracy by question type beside the majority's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mllm_vision.training.arguments import RecipeArguments
+from mllm_vision.training.recipe import parse_recipe, recipe_dict, run_recipe
+
+
+@dataclass
+class InstructArguments:
+    """Which model learns, how much of it, and from which conversations."""
+
+    model: str = field(metadata={"help": "What recipes/align.py left, or any LLaVA checkpoint: folder or Hub id."})
+    dataset_name: str = field(metadata={"help": "Conversations: file, pattern, folder or Hub id."})
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out data; else rows of the training data."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str = field(default="validation", metadata={"help": "Split of the held-out data."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder that relative picture paths start from."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the pictures, if not found by name."})
+    messages_column: str | None = field(default=None, metadata={"help": "Column of `messages`, likewise."})
+    conversations_column: str | None = field(
+        default=None, metadata={"help": "Column of LLaVA conversations, likewise."}
+    )
+    question_column: str | None = field(default=None, metadata={"help": "Column of the question(s), likewise."})
+    answer_column: str | None = field(default=None, metadata={"help": "Column of the answer(s), likewise."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
+    max_eval_samples: int = field(default=200, metadata={"help": "Rows of the held-out data, at most."})
+    chat_template: str = field(default="vicuna", metadata={"help": "plain, vicuna, qa, or a Jinja file."})
+    max_length: int | None = field(default=None, metadata={"help": "Longest sequence in tokens, pictures included."})
+    max_turns: int | None = field(default=None, metadata={"help": "Questions a sample, at most; more become several."})
+    shuffle_turns: bool = field(
+        default=True, metadata={"help": "A picture's questions come in a new order each epoch."}
+    )
+    train: Literal["full", "lora", "projector"] = field(
+        default="full", metadata={"help": "full: projector and language model; lora: adapters; projector alone."}
+    )
+    train_encoder: bool = field(default=False, metadata={"help": "The vision encoder learns too."})
+    encoder_learning_rate: float | None = field(default=None, metadata={"help": "Of the encoder; else learning_rate."})
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "Of the projector, likewise."})
+    language_model_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the language model, likewise."}
+    )
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters (LLaVA-1.5: 128)."})
+    lora_alpha: int = field(default=32, metadata={"help": "Their scale is alpha / rank (LLaVA-1.5: 256)."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    max_new_tokens: int = field(default=12, metadata={"help": "Length limit of an answer in the evaluation."})
+    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16 or auto."})
+    blind: bool = field(default=False, metadata={"help": "Zeros instead of pictures: what text alone can reach."})
+    artifact_name: str = field(default="model", metadata={"help": "Folder of the result in output_dir."})
+
+
+@dataclass
+class Arguments(RecipeArguments):
+    """Defaults of LLaVA-1.5's second stage (arXiv:2310.03744, table 9); any TrainingArguments name works."""
+
+    learning_rate: float = 2e-5
+    per_device_train_batch_size: int = 32
+    num_train_epochs: float = 1.0
+    warmup_steps: float = 0.03
+
+
+def main(argv: list[str] | None = None) -> None:
+    own, arguments = parse_recipe(InstructArguments, Arguments, argv=argv, description=__doc__)
+
+    from mllm_vision.evaluation.question_answering import QuestionAnswering
+    from mllm_vision.training.run import Run
+    from mllm_vision.training.trainer import RecipeTrainer
+    from mllm_vision.vlm import FreezeProof, HeldOutLoss, add_lora, audit, freeze, learning_rates, load_vlm, save_vlm
+    from mllm_vision.vlm.conversation import label_preview, load_stage_data, set_chat_template
+    from mllm_vision.vlm.freezing import audit_table
+
+    run = Run("stage_two", arguments, recipe_dict(own, arguments))
+    run.inherit("vlm", own.model)
+    model, processor = load_vlm(own.model, dtype=own.dtype)
+    model.blind = model.blind or own.blind
+    set_chat_template(processor, own.chat_template)
+
+    data = load_stage_data(
+        model,
+        processor,
+        own.dataset_name,
+        own.eval_dataset_name,
+        overrides={
+            "image": own.image_column,
+            "messages": own.messages_column,
+            "conversations": own.conversations_column,
+            "question": own.question_column,
+            "answer": own.answer_column,
+        },
+        split=own.dataset_split,
+        eval_split=own.eval_split,
+        config_name=own.dataset_config_name,
+        image_root=own.image_root,
+        max_rows=own.max_train_samples,
+        eval_rows=own.max_eval_samples,
+        max_length=own.max_length,
+        max_turns=own.max_turns,
+        shuffle_turns=own.shuffle_turns,
+        seed=arguments.seed,
+    )
+    data.bad_samples.check(arguments.max_bad_fraction)
+    run.describe_data("train", data.train_records, data.columns)
+    run.describe_data("validation", data.eval_records, data.eval_columns)
+    heldout = HeldOutLoss("conversations", data.evaluation, data.collator, arguments.per_device_eval_batch_size)
+    evaluators: list = [heldout]
+    if {"question", "answer", "image"} <= set(data.eval_columns):
+        paired = {"question", "answer"} <= set(data.columns) and data.columns == data.eval_columns
+        asked = QuestionAnswering(
+            "answers",
+            data.eval_records,
+            data.eval_columns,
+            processor,
+            max_new_tokens=own.max_new_tokens,
+            training_answers=data.train_records if paired else None,
+        )
+        evaluators.append(asked)
+    run.record["evaluations"]["conversations"] = {"baselines": {"untrained": heldout(model)["loss"]}}
+
+    trained = model
+    if own.train == "lora":
+        adapters = {"rank": own.lora_rank, "alpha": own.lora_alpha, "dropout": own.lora_dropout}
+        trained = add_lora(model, **adapters, train_encoder=own.train_encoder)
+    else:
+        groups = ["projector"] + ["language_model"] * (own.train == "full") + ["encoder"] * own.train_encoder
+        freeze(model, groups)
+    rates = {
+        "encoder": own.encoder_learning_rate,
+        "projector": own.projector_learning_rate,
+        "language_model": own.language_model_learning_rate,
+    }
+    rows = audit(trained, arguments.learning_rate, rates)
+    proof = FreezeProof(trained, rows)
+    run.record["label_preview"] = label_preview(data, processor)
+    if run.is_main:
+        print(f"what is learnt: {run.record['label_preview']}\n{audit_table(rows)}", flush=True)
+
+    trainer = RecipeTrainer(
+        model=trained,
+        args=arguments,
+        train_dataset=data.train,
+        data_collator=data.collator,
+        run=run,
+        learning_rates=learning_rates(trained, rates),
+        bad_samples=data.bad_samples,
+        evaluators=evaluators,
+    )
+    trainer.train()
+    trainer.final_evaluation()
+    for evaluator in evaluators[1:]:
+        evaluator.store(run.record)
+
+    run.record["modules"] = proof.close(trained)
+    run.save_artifact(lambda path: save_vlm(trained, processor, path), own.artifact_name, "vlm")
+    if run.is_main:
+        print(audit_table(run.record["modules"]), flush=True)
+    run.finish(freeze_problems=proof.problems)
+    proof.check()
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,198 @@
+"""Stage zero: an image tower and a text tower learn one space from image-text pairs, by contrast.
+
+    python recipes/pretrain.py --dataset_name pairs.parquet --tokenizer runs/lm/model --output_dir runs/pretrain
+
+Leaves <output_dir>/encoder (the vision encoder, a native checkpoint) and <output_dir>/dual (the pair: with two
+CLIP or two SigLIP towers a native model that pipeline("zero-shot-image-classification") runs).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from mllm_vision.lineage import hash_parameters
+from mllm_vision.training.arguments import RecipeArguments
+from mllm_vision.training.recipe import parse_recipe, peek_recipe, recipe_dict, run_recipe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PretrainArguments:
+    """What the pairs are, and which towers meet in which objective."""
+
+    dataset_name: str = field(metadata={"help": "Pairs: a file, folder, pattern or Hub id."})
+    objective: str = field(default="clip", metadata={"help": "clip, siglip, or package.module:Class of your own."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    image_column: str | None = field(default=None, metadata={"help": "Image column, where its name does not tell."})
+    caption_column: str | None = field(default=None, metadata={"help": "Caption column, likewise."})
+    label_column: str | None = field(default=None, metadata={"help": "Label column of the zero-shot set."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
+    encoder: str = field(default="clip_vision_model", metadata={"help": "Path, Hub id, or a model type to build."})
+    encoder_overrides: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Config fields of a built encoder: hidden_size=128,patch_size=8"}
+    )
+    image_size: int | None = field(default=None, metadata={"help": "Side of the square picture in pixels."})
+    text_tower: str | None = field(
+        default=None, metadata={"help": "Path, Hub id, clip_text_model or siglip_text_model; default: the encoder's."}
+    )
+    text_overrides: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Config fields of a built text tower: hidden_size=128"}
+    )
+    tokenizer: str | None = field(default=None, metadata={"help": "Path or Hub id; default: the text tower's."})
+    embed_dim: int | None = field(default=None, metadata={"help": "Width of the shared space; default: the narrower."})
+    max_text_length: int | None = field(default=None, metadata={"help": "Tokens; default 77 (CLIP), 64 (SigLIP)."})
+    crop_scale: list[float] = field(
+        default_factory=lambda: [0.9, 1.0], metadata={"help": "Share of the picture a training crop keeps."}
+    )
+    encoder_learning_rate: float | None = field(default=None, metadata={"help": "Of the image tower alone."})
+    text_learning_rate: float | None = field(default=None, metadata={"help": "Of the text tower alone."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Pairs for retrieval R@1/5/10."})
+    eval_split: str = field(default="validation", metadata={"help": "Its split (a single file has only one)."})
+    max_eval_samples: int | None = field(default=1000, metadata={"help": "Pictures in retrieval, at most."})
+    zero_shot_dataset_name: str | None = field(default=None, metadata={"help": "Labelled pictures for zero-shot."})
+    zero_shot_split: str = field(default="test", metadata={"help": "Its split (a single file has only one)."})
+    templates: list[str] = field(
+        default_factory=lambda: ["a photo of a {}."], metadata={"help": "Prompts of zero-shot, {} is the class."}
+    )
+
+
+@dataclass
+class Arguments(RecipeArguments):
+    """Defaults of the CLIP paper; any TrainingArguments name works."""
+
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.2
+    adam_beta2: float = 0.98
+    adam_epsilon: float = 1e-6
+    warmup_steps: float = 0.05
+    per_device_train_batch_size: int = 256
+    max_grad_norm: float = 1.0
+    eval_strategy: str = "steps"
+    eval_steps: float = 0.2
+    ddp_find_unused_parameters: bool = False
+
+
+def main(argv: list[str] | None = None) -> None:
+    from mllm_vision.objectives import ImageTextObjective, load_objective
+
+    method = load_objective(peek_recipe("objective", "clip", argv=argv))
+    own, arguments, config = parse_recipe(PretrainArguments, Arguments, method.Config, argv=argv, description=__doc__)
+    method.check_accumulation(arguments.gradient_accumulation_steps, arguments.per_device_train_batch_size)
+    if not issubclass(method, ImageTextObjective):
+        raise ValueError(f"objective {own.objective!r} takes no image-text pairs, and this recipe trains on pairs")
+
+    from mllm_vision.data import ImageTransform, PairCollator, PairDataset, bind_columns, load_records
+    from mllm_vision.encoder.dual import build_dual
+    from mllm_vision.encoder.families import FAMILIES
+    from mllm_vision.evaluation import Geometry
+    from mllm_vision.training.run import Run
+    from mllm_vision.training.trainer import ObjectiveTrainer
+    from mllm_vision.vlm.freezing import audit_table
+
+    named = {"image": own.image_column, "caption": own.caption_column, "label": own.label_column}
+    overrides = {role: column for role, column in named.items() if column}
+    records = load_records(
+        own.dataset_name, split=own.dataset_split, config_name=own.dataset_config_name, max_rows=own.max_train_samples
+    )
+    columns = bind_columns(records, ("image", "caption"), overrides)
+    run = Run("stage_zero", arguments, recipe_dict(own, arguments, config))
+    run.describe_data("train", records, columns)
+
+    for role, source in (("encoder", own.encoder), ("tokenizer", own.tokenizer or own.text_tower)):
+        if source and source not in FAMILIES:
+            run.inherit(role, source)
+    dual = build_dual(
+        own.encoder,
+        text_tower=own.text_tower,
+        tokenizer=own.tokenizer,
+        encoder_overrides=own.encoder_overrides,
+        text_overrides=own.text_overrides,
+        image_size=own.image_size,
+        embed_dim=own.embed_dim,
+        max_text_length=own.max_text_length,
+        logit_bias=0.0 if method.has_bias else None,  # the objective sets its initial value
+    )
+    objective = method(dual, config)
+    evaluators = build_evaluators(own, overrides, run)
+    if not evaluators:
+        arguments.eval_strategy = "no"
+    rates = {"vision": own.encoder_learning_rate, "text": own.text_learning_rate, "head": None}
+    transform = ImageTransform(dual.vision.processor, train=True, scale=tuple(own.crop_scale))
+    dataset = PairDataset(records, columns, transform=transform, seed=arguments.seed)
+    trainer = ObjectiveTrainer(
+        model=objective,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=PairCollator(transform, dual.tokenizer, dual.max_text_length),
+        run=run,
+        learning_rates={f"dual.{tower}": rates[tower] for tower in ("vision", "text")},
+        bad_samples=dataset.bad_samples,
+        evaluators=evaluators,
+    )
+    run.record["modules"] = audit(dual, {name: rate or arguments.learning_rate for name, rate in rates.items()})
+    logger.info(audit_table(run.record["modules"]))
+    before = {each.name: each(objective)[each.primary_metric] for each in evaluators}
+    trainer.train()
+    if arguments.load_best_model_at_end or arguments.eval_strategy == "no":
+        trainer.evaluate()
+    for row in run.record["modules"]:
+        row["sha256_after"] = hash_parameters(groups(dual)[row["group"]])
+        row["moved"] = row["sha256_before"] != row["sha256_after"]
+
+    run.save_artifact(dual.vision.save_pretrained, "encoder", "encoder")
+    run.save_artifact(dual.save_pretrained, "dual", "dual")
+    untrained = "untrained" if own.encoder in FAMILIES else "before_training"
+    for each in evaluators:
+        each.store(run.record)
+        run.record["evaluations"][each.name]["baselines"][untrained] = before[each.name]
+    if own.eval_dataset_name:  # not for a verdict: it shows a collapse, and draws the spectrum
+        geometry = Geometry("geometry", evaluators[0].records, evaluators[0].columns, limit=own.max_eval_samples)
+        geometry(objective)
+        geometry.store(run.record)
+    run.finish()
+
+
+def build_evaluators(own: PretrainArguments, overrides: dict[str, str], run: Any) -> list:
+    """Retrieval and zero-shot, each where its data set is named."""
+    from mllm_vision.data import bind_columns, load_records
+    from mllm_vision.evaluation import Retrieval, ZeroShot
+
+    evaluators: list[Any] = []
+    if own.eval_dataset_name:
+        records = load_records(own.eval_dataset_name, split=own.eval_split)
+        columns = bind_columns(records, ("image", "caption"), overrides)
+        run.describe_data("validation", records, columns)
+        evaluators.append(Retrieval("retrieval", records, columns, distinct=True, limit=own.max_eval_samples))
+    if own.zero_shot_dataset_name:
+        records = load_records(own.zero_shot_dataset_name, split=own.zero_shot_split)
+        columns = bind_columns(records, ("image", "label"), overrides)
+        run.describe_data("zero_shot", records, columns)
+        evaluators.append(ZeroShot("zero_shot", records, templates=own.templates, columns=columns))
+    return evaluators
+
+
+def audit(dual: Any, rates: dict[str, float]) -> list[dict[str, Any]]:
+    """What trains, at which rate: a row for each tower and one for the projections, the scale and the bias."""
+    rows = []
+    for group, parameters in groups(dual).items():
+        trainable = sum(value.numel() for value in parameters.values() if value.requires_grad)
+        total = sum(value.numel() for value in parameters.values())
+        rows.append({"group": group, "parameters": total, "trainable": trainable, "learning_rate": rates[group]})
+        rows[-1]["sha256_before"] = hash_parameters(parameters)
+    return rows
+
+
+def groups(dual: Any) -> dict[str, dict[str, Any]]:
+    """Parameters of the pair by module group."""
+    found: dict[str, dict[str, Any]] = {"vision": {}, "text": {}, "head": {}}
+    for name, value in dual.named_parameters():
+        found.get(name.partition(".")[0], found["head"])[name] = value
+    return found
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,65 @@
+"""Ask a vision-language model about a picture, once or in a dialogue.
+
+    python scripts/chat.py --model runs/quickstart/instruct --image picture.png --question "what colour is the circle?"
+
+Several questions are asked one after the other, as one dialogue. Without --question it reads them from the
+terminal; an empty line, "exit" or Ctrl-D ends it. --model takes any LLaVA checkpoint, ours or another.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mllm_vision.training import parse_recipe, run_recipe
+
+
+@dataclass
+class ChatArguments:
+    """What to ask, whom, about what."""
+
+    model: str = field(metadata={"help": "Folder (or Hub id) of a LLaVA checkpoint."})
+    image: str = field(metadata={"help": "File of the picture."})
+    question: list[str] | None = field(
+        default=None, metadata={"help": "One or more questions; without it, a dialogue."}
+    )
+    max_new_tokens: int = field(default=60, metadata={"help": "Length limit of an answer, in tokens."})
+
+
+def typed_questions() -> Iterator[str]:
+    """Lines of the terminal until an empty one, "exit" or the end."""
+    prompt = "you: " if sys.stdin.isatty() else ""
+    print(prompt, end="", flush=True)
+    for line in sys.stdin:
+        question = line.strip()
+        if not question or question.lower() in ("exit", "quit"):
+            return
+        yield question
+        print(prompt, end="", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (options,) = parse_recipe(ChatArguments, argv=argv, description=__doc__)
+    if not Path(options.image).is_file():
+        raise FileNotFoundError(f"--image {options.image}: no such file")
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max_new_tokens {options.max_new_tokens} must be at least 1")
+
+    from mllm_vision.data.images import load_image
+    from mllm_vision.vlm import answer, load_vlm
+
+    image = load_image(options.image)
+    model, processor = load_vlm(options.model)
+    messages: list[dict] = []
+    for question in options.question or typed_questions():
+        picture = [] if messages else [{"type": "image"}]  # the picture goes before the first question only
+        messages.append({"role": "user", "content": [*picture, {"type": "text", "text": question}]})
+        reply = answer(model, processor, messages, [image], max_new_tokens=options.max_new_tokens)
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
+        print(reply, flush=True)
+
+
+if __name__ == "__main__":
+    run_recipe(main)

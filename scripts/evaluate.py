@@ -1,0 +1,307 @@
+"""Measure an encoder, an image-text pair or a vision-language model; write one JSON file for the report.
+
+    python scripts/evaluate.py --model runs/q/dual --untrained --output stage_zero.json \\
+        --task zero_shot=single_test.parquet unseen/zero_shot=single_unseen.parquet retrieval=test.parquet geometry maps
+    python scripts/evaluate.py --model runs/q/instruct --output stage_two.json --task vqa=test.parquet maps=test.parquet
+
+A task is [variant/]task[=dataset]: zero_shot, retrieval, geometry, maps, vqa. Without a dataset of its own it takes
+--dataset_name. The variant (such as unseen) goes into the result's name. What the model is, its config.json tells.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mllm_vision.training.recipe import parse_recipe, run_recipe
+
+TASKS = ("zero_shot", "retrieval", "geometry", "maps", "vqa")
+DEFAULTS = {"encoder": ["geometry"], "dual": ["retrieval", "geometry", "maps"], "vlm": ["vqa"]}
+FIT = {"zero_shot": ("dual",), "retrieval": ("dual",), "vqa": ("vlm",)}
+
+
+@dataclass
+class EvaluateArguments:
+    """What to measure, on what."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of an encoder, an image-text pair or a VLM."})
+    output: str | None = field(
+        default=None, metadata={"help": "JSON file for scripts/report.py; default: only a table."}
+    )
+    task: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "[variant/]task[=dataset], several: zero_shot retrieval geometry maps vqa. Default: by model."
+        },
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Data of the tasks that name none."})
+    dataset_split: str = field(default="test", metadata={"help": "Split, for folders and Hub data sets."})
+    max_samples: int | None = field(default=None, metadata={"help": "Only the first so many rows."})
+    image_column: str | None = field(default=None, metadata={"help": "Where its name does not tell."})
+    caption_column: str | None = field(default=None, metadata={"help": "Likewise."})
+    label_column: str | None = field(default=None, metadata={"help": "Likewise."})
+    question_column: str | None = field(default=None, metadata={"help": "Likewise."})
+    answer_column: str | None = field(default=None, metadata={"help": "Likewise; a list is several annotators."})
+    type_column: str = field(default="question_types", metadata={"help": "Question types, where there are any."})
+    templates: list[str] = field(
+        default_factory=lambda: ["a photo of a {}."],
+        metadata={"help": "Zero-shot prompts, {} is the class; ensembled."},
+    )
+    class_names: list[str] = field(default_factory=list, metadata={"help": "Zero-shot; default: the label column's."})
+    ks: list[int] = field(default_factory=lambda: [1, 5, 10], metadata={"help": "The K's of retrieval's R@K."})
+    captions_each: int | None = field(default=None, metadata={"help": "Retrieval: captions a picture; default all."})
+    distinct: bool = field(default=False, metadata={"help": "Retrieval: only pictures with captions of their own."})
+    max_pictures: int | None = field(default=None, metadata={"help": "Retrieval: at most so many pictures."})
+    feature: str = field(default="pooled", metadata={"help": "Geometry: pooled, tokens or embedding."})
+    map_count: int = field(default=6, metadata={"help": "Maps: pictures."})
+    map_texts: list[str] = field(default_factory=list, metadata={"help": "Maps: texts; default: what each row says."})
+    untrained: bool = field(default=False, metadata={"help": "The same model with fresh random weights as baseline."})
+    blind: bool = field(default=False, metadata={"help": "vqa: zeros in place of every picture."})
+    no_image_baseline: bool = field(default=False, metadata={"help": "vqa: also the same model without pictures."})
+    training_dataset_name: str | None = field(
+        default=None, metadata={"help": "vqa: where the majority answers come from; default: the evaluated set."}
+    )
+    training_split: str = field(default="train", metadata={"help": "Its split."})
+    max_new_tokens: int = field(default=16, metadata={"help": "Longest answer."})
+    batch_size: int = field(default=64, metadata={"help": "Pictures or questions at once, on each process."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; default: cuda where there is one."})
+    seed: int = field(default=0, metadata={"help": "Of the untrained weights."})
+
+
+@dataclass
+class Job:
+    """One task on one dataset."""
+
+    name: str
+    task: str
+    dataset: str
+
+
+def read_tasks(words: list[str], default: str | None) -> list[Job]:
+    """`[variant/]task[=dataset]` words as jobs.
+
+    Raises:
+        ValueError: an unknown task, a task without data, the same name twice.
+    """
+    from mllm_vision.errors import unknown_name
+
+    jobs: list[Job] = []
+    for word in words:
+        name, _, dataset = word.partition("=")
+        task = name.rpartition("/")[2]
+        if task not in TASKS:
+            raise ValueError(unknown_name("task", task, TASKS) + "; a task is [variant/]task[=dataset]")
+        if not dataset and not default:
+            raise ValueError(f"--task {word} names no data; write {name}=file.parquet or pass --dataset_name")
+        if name in (job.name for job in jobs):
+            raise ValueError(f"--task {name} is there twice; give one a variant, such as unseen/{task}")
+        jobs.append(Job(name, task, dataset or str(default)))
+    return jobs
+
+
+def map_texts(row: dict[str, Any], given: list[str], names: list[str] | None, caption: str | None) -> list[str]:
+    """What to look for in one picture: the texts given, each object of a generated scene, its class, its captions."""
+    if given:
+        return given
+    if isinstance(row.get("scene"), str):
+        objects = json.loads(row["scene"])
+        return list(dict.fromkeys(f"a {item['colour']} {item['shape']}" for item in objects))
+    if names and isinstance(row.get("label"), int):
+        return [f"a {names[row['label']]}"]
+    captions = row[caption] if caption else []
+    return [captions] if isinstance(captions, str) else list(captions or [])
+
+
+class Bench:
+    """Loads data once a path and builds the evaluators."""
+
+    def __init__(self, own: EvaluateArguments, kind: str, processor: Any) -> None:
+        self.own, self.kind, self.processor = own, kind, processor
+        self.loaded: dict[tuple[str, str], Any] = {}
+        self.named = {
+            role: getattr(own, f"{role}_column") for role in ("image", "caption", "label", "question", "answer")
+        }
+
+    def records(self, path: str, split: str) -> Any:
+        from mllm_vision.data import load_records
+
+        key = (path, split)
+        if key not in self.loaded:
+            self.loaded[key] = load_records(path, split=split, max_rows=self.own.max_samples)
+        return self.loaded[key]
+
+    def columns(self, records: Any, *roles: str) -> dict[str, str]:
+        from mllm_vision.data import bind_columns
+
+        return bind_columns(records, roles, {role: name for role, name in self.named.items() if name})
+
+    def evaluator(self, job: Job) -> Any:
+        """The evaluator of a job; bad data is refused here, before anything is measured."""
+        own, records = self.own, self.records(job.dataset, self.own.dataset_split)
+        return getattr(self, job.task)(job, own, records)
+
+    def zero_shot(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
+        from mllm_vision.evaluation import ZeroShot
+
+        columns = self.columns(records, "image", "label")
+        return ZeroShot(job.name, records, own.class_names or None, own.templates, columns, own.batch_size)
+
+    def retrieval(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
+        from mllm_vision.evaluation import Retrieval
+
+        options = {"captions_each": own.captions_each, "distinct": own.distinct, "limit": own.max_pictures}
+        columns = self.columns(records, "image", "caption")
+        return Retrieval(job.name, records, columns, own.ks, own.batch_size, **options)
+
+    def geometry(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
+        from mllm_vision.evaluation import Geometry
+
+        columns = self.columns(records, "image", "caption?")
+        return Geometry(job.name, records, columns, own.batch_size, feature=own.feature)
+
+    def maps(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
+        from mllm_vision.evaluation import Maps
+
+        if self.kind == "vlm":
+            columns = self.columns(records, "image", "question")
+            return Maps(job.name, records, columns, self.processor, count=own.map_count)
+        columns = self.columns(records, "image", "caption?", "label?")
+        names = getattr(records.features.get(columns.get("label", "")), "names", None)
+
+        def texts(row: dict[str, Any]) -> list[str]:
+            return map_texts(row, own.map_texts, names, columns.get("caption"))
+
+        return Maps(job.name, records, columns, texts=texts, count=own.map_count)
+
+    def vqa(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
+        from mllm_vision.evaluation import QuestionAnswering
+
+        columns = self.columns(records, "image", "question", "answer")
+        training = None
+        if own.training_dataset_name:
+            training = self.records(own.training_dataset_name, own.training_split)
+        return QuestionAnswering(
+            job.name,
+            records,
+            columns,
+            self.processor,
+            own.type_column,
+            own.batch_size,
+            own.max_new_tokens,
+            blind=own.blind,
+            no_image_baseline=own.no_image_baseline,
+            training_answers=training,
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    (own,) = parse_recipe(EvaluateArguments, argv=argv, description=__doc__)
+    began = time.monotonic()
+    jobs = read_tasks(own.task, own.dataset_name)
+
+    import torch
+
+    from mllm_vision.evaluation.models import load_model, model_kind, reinitialise
+
+    kind = model_kind(own.model)
+    jobs = jobs or read_tasks(DEFAULTS[kind], own.dataset_name)
+    for job in jobs:
+        if kind not in FIT.get(job.task, (kind,)):
+            raise ValueError(f"--task {job.task} needs a {FIT[job.task][0]} model; {own.model} is a {kind}")
+    device = own.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    main_process = join_processes(device)
+    loaded = load_model(own.model, device)
+    bench = Bench(own, kind, loaded.processor)
+    evaluators = [(job, bench.evaluator(job)) for job in jobs]
+
+    record: dict[str, Any] = {"schema": 1, "kind": "evaluation", "model": own.model, "model_kind": kind}
+    record |= {"task": [job.name for job in jobs], "evaluations": {}, "samples": [], "arrays": {}}
+    record["datasets"] = {job.name: {"path": job.dataset, "rows": len(e.records)} for job, e in evaluators}
+    fresh = None
+    for job, evaluator in evaluators:
+        model = encoder_of(own.model, loaded, device) if job.task == "geometry" else loaded.model
+        evaluator(model)
+        result = evaluator.last
+        if own.untrained and job.task != "maps":
+            fresh = fresh or reinitialise(load_model(own.model, device).model, own.seed)
+            other = fresh
+            if job.task == "geometry" and kind == "vlm":
+                other = reinitialise(encoder_of(own.model, loaded, device), own.seed)
+            evaluator(other)
+            result.add_baseline("untrained", evaluator.last)
+        result.store(record, job.name)
+        record["evaluations"][job.name]["task"] = job.task
+    record["seconds"] = round(time.monotonic() - began, 1)
+    if main_process:
+        record |= provenance(own.model)
+        print(end_table(record), flush=True)
+        if own.output:
+            write(Path(own.output), record)
+
+
+def encoder_of(path: str, loaded: Any, device: str) -> Any:
+    """The model itself, or the vision tower inside a VLM."""
+    if loaded.kind != "vlm":
+        return loaded.model
+    from mllm_vision.encoder import VisionEncoder
+
+    return VisionEncoder.from_pretrained(path).to(device).eval()
+
+
+def join_processes(device: str) -> bool:
+    """Under torchrun, join the others; True on the process that writes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return dist.get_rank() == 0
+
+
+def provenance(model: str) -> dict[str, Any]:
+    """Which weights were measured, by which versions and command."""
+    from mllm_vision.lineage import hash_weights
+    from mllm_vision.training.summary import command_line, versions
+
+    known: dict[str, Any] = {"command": command_line(), "versions": versions()}
+    if Path(model).is_dir() and any(Path(model).glob("*.safetensors")):
+        known["weights_sha256"] = hash_weights(model)
+    return known
+
+
+def end_table(record: dict[str, Any]) -> str:
+    """Metrics beside their baselines, as printed."""
+    from mllm_vision.evaluation.base import COUNTS
+
+    rows = [("", "metric", "value", "baselines")]
+    for name, entry in record["evaluations"].items():
+        baselines = entry["details"]["baselines"]
+        for metric, value in entry.items():
+            if isinstance(value, float) and metric not in COUNTS:
+                beside = [f"{key} {values[metric]:.4g}" for key, values in baselines.items() if metric in values]
+                rows.append((name, metric, f"{value:.4g}", ", ".join(beside)))
+    widths = [max(len(row[place]) for row in rows) for place in range(4)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([f"== {record['model_kind']}: {record['model']} ==", *lines, f"time: {record['seconds']} s"])
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """The JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        aside.write_text(json.dumps(record), encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    print(f"written: {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,32 @@
+"""Stages one and two on two ranks: text-only batches keep ranks in step, and losses are those of one process."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+import vlm_work as work
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny.tiny_tokenizer(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("train", [("projector",), ("encoder", "projector", "language_model")])
+@pytest.mark.parametrize("pictures", [[True, False], [False, False], [True, True]])
+def test_a_rank_without_pictures_neither_hangs_nor_bends_the_gradient(gloo, tokenizer, train, pictures):
+    expected = work.gradients(tokenizer, train, pictures)
+    for found in gloo.run(2, work.gradients, tokenizer, train, pictures):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert torch.allclose(found[name], expected[name], atol=1e-6), name
+
+
+def test_held_out_loss_is_shared_out(gloo, tokenizer):
+    expected = work.held_out(tokenizer, 8)
+    for found in gloo.run(2, work.held_out, tokenizer, 8):
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+        assert found["baselines"]["no_image"] == pytest.approx(expected["baselines"]["no_image"], abs=1e-6)

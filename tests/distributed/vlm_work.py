@@ -1,0 +1,64 @@
+"""What the ranks of test_vlm_ranks.py run."""
+
+from __future__ import annotations
+
+import tiny
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+
+def small_model(folder: str, train: tuple[str, ...]):
+    from transformers import AutoTokenizer
+
+    from mllm_vision.encoder import VisionEncoder
+    from mllm_vision.vlm import build_vlm, freeze
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoder = VisionEncoder.from_backbone(tiny.tiny_clip_vision(), tiny.tiny_image_processor("clip"))
+    torch.manual_seed(0)
+    model, _ = build_vlm(encoder, tiny.tiny_llama(len(tokenizer)), "mlp", tokenizer)
+    return freeze(model, train).train()
+
+
+def rows(model, pictures: list[bool]) -> list[dict]:
+    """One batch of one row for each entry: with a picture, or text alone; all of them supervise 5 tokens."""
+    batches = []
+    for index, picture in enumerate(pictures):
+        generator = torch.Generator().manual_seed(index)
+        spelt = model.config.image_seq_length if picture else 0
+        ids = torch.randint(20, 200, (1, 1 + spelt + 8), generator=generator)
+        ids[:, 1 : 1 + spelt] = model.config.image_token_id
+        labels = ids.clone()
+        labels[:, :-5] = -100
+        batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+        if picture:
+            batch["pixel_values"] = torch.randn(1, 3, 32, 32, generator=generator)
+        batches.append(batch)
+    return batches
+
+
+def gradients(folder: str, train: tuple[str, ...], pictures: list[bool]) -> dict[str, torch.Tensor]:
+    """Gradients of the mean loss: each rank takes its own batch, or one process takes them all."""
+    from mllm_vision.distributed import rank, world_size
+
+    model = small_model(folder, train)
+    batches = rows(model, pictures)
+    if world_size() > 1:
+        wrapped = DistributedDataParallel(model)  # by name: its reducer would be gone before the backward pass
+        wrapped(**batches[rank()]).loss.backward()
+    else:
+        (sum(model(**batch).loss for batch in batches) / len(batches)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def held_out(folder: str, count: int) -> dict:
+    """The held-out loss of rows of which every rank measures its share."""
+    from mllm_vision.vlm import HeldOutLoss
+
+    model = small_model(folder, ("projector",)).eval()
+    items = rows(model, [True] * count)
+
+    def collate(chunk):
+        return {name: torch.cat([row[name] for row in chunk]) for name in chunk[0]}
+
+    return HeldOutLoss("captions", items, collate, batch_size=2)(model)

@@ -1,0 +1,64 @@
+"""Measures of a cloud of embeddings, against clouds whose answer is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mllm_vision.functional.geometry import alignment, alpha_req, effective_rank, rankme, spectrum, uniformity
+
+
+def cloud(eigenvalues, rows=64, seed=0):
+    """Centred features `[rows, D]` whose covariance has exactly these eigenvalues, randomly rotated."""
+    generator = torch.Generator().manual_seed(seed)
+    d = len(eigenvalues)
+    x = torch.randn(rows, d, generator=generator, dtype=torch.float64)
+    x = torch.linalg.qr(x - x.mean(0)).Q  # orthonormal columns, still of mean zero
+    rotation = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    return (x * torch.tensor(eigenvalues, dtype=torch.float64).sqrt() * rows**0.5) @ rotation
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(0.01, 100.0), min_size=2, max_size=8), st.integers(0, 1000))
+def test_spectrum_and_effective_rank_of_known_eigenvalues(values, seed):
+    values = sorted(values, reverse=True)
+    x = cloud(values, seed=seed)
+    torch.testing.assert_close(spectrum(x), torch.tensor(values, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+    shares = [math.sqrt(v) / sum(math.sqrt(w) for w in values) for v in values]
+    expected = math.exp(-sum(p * math.log(p) for p in shares))
+    assert effective_rank(x).item() == pytest.approx(expected, rel=1e-6)
+    assert effective_rank(x + 1000.0).item() == pytest.approx(expected, rel=1e-5)  # an offset is no direction
+
+
+def test_rank_is_the_number_of_equal_directions():
+    assert effective_rank(cloud([1.0] * 5)).item() == pytest.approx(5)
+    assert effective_rank(cloud([1.0] * 3 + [0.0] * 5)).item() == pytest.approx(3, rel=1e-5)
+    assert rankme(cloud([1.0] * 5)).item() == pytest.approx(5, rel=1e-4)
+    assert effective_rank(torch.ones(10, 4)).item() == 0
+    assert rankme(torch.ones(10, 4)).item() == pytest.approx(1, rel=1e-4)
+
+
+def test_alpha_req_finds_the_exponent():
+    values = [i**-1.3 for i in range(1, 21)]
+    assert alpha_req(cloud(values)).item() == pytest.approx(1.3, rel=1e-6)
+    bent = values[:10] + [v / 50 for v in values[10:]]
+    assert alpha_req(cloud(bent), last=10).item() == pytest.approx(1.3, rel=1e-6)
+    with pytest.raises(ValueError, match="at least two eigenvalues"):
+        alpha_req(torch.ones(10, 4) * torch.arange(10)[:, None])
+
+
+def test_alignment_and_uniformity():
+    x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    assert alignment(x, 3 * x).item() == pytest.approx(0)
+    assert alignment(x, -x).item() == pytest.approx(4)
+    assert alignment(x, x.flip(0), alpha=1).item() == pytest.approx(math.sqrt(2))
+    assert uniformity(torch.ones(5, 3)).item() == pytest.approx(0, abs=1e-6)
+    assert uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])).item() == pytest.approx(-8)
+    with pytest.raises(ValueError, match=r"\[2, 2\] and \[1, 2\]"):
+        alignment(x, x[:1])
+    with pytest.raises(ValueError, match="N >= 2"):
+        uniformity(x[:1])

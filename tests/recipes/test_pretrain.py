@@ -1,0 +1,178 @@
+"""recipes/pretrain.py from its flags: what it leaves, that it learns, reproduces, resumes, and refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from pairs_for_tests import tokenizer
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64"
+
+
+@pytest.fixture(scope="module")
+def pretrain():
+    spec = importlib.util.spec_from_file_location("recipe_pretrain", ROOT / "recipes" / "pretrain.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    tiny.write_pairs_parquet(folder / "train.parquet", 64, captions_each=3)
+    tiny.write_pairs_parquet(folder / "validation.parquet", 32, captions_each=2)
+    tokenizer().save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def flags(data, output, **changed):
+    given = {
+        "dataset_name": data / "train.parquet",
+        "tokenizer": data / "tokenizer",
+        "output_dir": output,
+        "encoder": "clip_vision_model",
+        "encoder_overrides": f"{SMALL},patch_size=8",
+        "image_size": 32,
+        "text_overrides": SMALL,
+        "max_text_length": 24,
+        "per_device_train_batch_size": 16,
+        "max_steps": 8,
+        "warmup_steps": 2,
+        "learning_rate": 2e-3,
+        "logging_steps": 4,
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+    }
+    given |= changed
+    return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def test_it_learns_and_leaves_everything(pretrain, data, tmp_path):
+    evaluation = {
+        "eval_dataset_name": data,
+        "zero_shot_dataset_name": data / "validation.parquet",
+        "templates": "a {}",
+        "eval_steps": 150,
+        "max_steps": 300,
+        "learning_rate": 1e-3,
+    }
+    pretrain.main(flags(data, tmp_path / "run", **evaluation))
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["kind"] == "stage_zero" and [a["name"] for a in run["artifacts"]] == ["encoder", "dual"]
+    zero_shot, retrieval = run["evaluations"]["zero_shot"], run["evaluations"]["retrieval"]
+    assert zero_shot["baselines"]["chance"] == pytest.approx(1 / 16)
+    assert zero_shot["accuracy"] >= 0.7 > 0.3 > zero_shot["baselines"]["untrained"]
+    assert {"r1", "r5", "r10"} <= set(retrieval) and retrieval["r1"] > retrieval["baselines"]["untrained"]
+    assert "against untrained" in run["verdict"] and run["evaluations"]["geometry"]["baselines"] == {}
+    assert {"retrieval/similarity", "geometry/spectrum"} <= set(run["arrays"])
+    steps = {entry["step"] for entry in run["history"] if "eval_zero_shot_accuracy" in entry}
+    assert steps == {150, 300}
+    logged = [entry for entry in run["history"] if "loss" in entry]
+    assert {"logit_scale", "positive_similarity"} <= set(logged[0]) and "samples_per_second" in logged[-1]
+    assert [row["group"] for row in run["modules"]] == ["vision", "text", "head"]
+    assert all(row["moved"] and row["trainable"] == row["parameters"] for row in run["modules"])
+
+    from mllm_vision.encoder import DualEncoder, VisionEncoder
+
+    dual = DualEncoder.from_pretrained(tmp_path / "run" / "dual")
+    encoder = VisionEncoder.from_pretrained(tmp_path / "run" / "encoder")
+    for name, value in encoder.backbone.state_dict().items():
+        assert torch.equal(value, dual.vision.backbone.state_dict()[name]), name
+    picture, colour, shape = tiny.labelled_image(5)
+    names = [f"a {c} {s}" for c in tiny.COLOURS for s in tiny.SHAPES]
+    best = dual.logits(dual.encode_images([picture]), dual.encode_texts(names)).argmax()
+    assert names[best] == f"a {colour} {shape}"
+
+
+@pytest.mark.parametrize("objective", ["clip", "siglip"])
+def test_saved_flags_reproduce_the_run_and_a_resumed_run_is_the_uninterrupted_one(pretrain, data, tmp_path, objective):
+    changed = {"objective": objective, "encoder": f"{objective}_vision_model", "save_steps": 4}
+    changed |= {"initial_logit_bias": -2.71} if objective == "siglip" else {}
+    pretrain.main(flags(data, tmp_path / "one", **changed))
+    recipe = yaml.safe_load((tmp_path / "one" / "recipe.yaml").read_text())
+    assert recipe["objective"] == objective and recipe["encoder_overrides"]["hidden_size"] == 32
+    pretrain.main(["--config", str(tmp_path / "one" / "recipe.yaml"), "--output_dir", str(tmp_path / "two")])
+    one = load_file(tmp_path / "one" / "dual" / "model.safetensors")
+    two = load_file(tmp_path / "two" / "dual" / "model.safetensors")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+    shutil.rmtree(tmp_path / "two" / "checkpoint-8")
+    shutil.rmtree(tmp_path / "two" / "dual")
+    words = ["--config", str(tmp_path / "one" / "recipe.yaml"), "--output_dir", str(tmp_path / "two"), "--resume"]
+    pretrain.main(words)
+    resumed = load_file(tmp_path / "two" / "dual" / "model.safetensors")
+    assert all(torch.equal(one[name], resumed[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"gradient_accumulation_steps": 4}, "--per_device_train_batch_size 64"),
+        ({"tokenizer": None}, "needs --tokenizer"),
+        ({"objective": "simclr2"}, "unknown objective"),
+        ({"caption_column": "caption"}, "did you mean 'captions'"),
+        ({"dataset_name": "/nowhere/pairs.parquet"}, "nowhere"),
+        ({"per_device_train_batch_size": 128}, "fewer than one batch of 128"),
+        ({"encoder_overrides": "hidden_sise=3"}, "hidden_size"),
+        ({"image_size": 33}, "use 32 or 40"),
+        ({"initial_logit_bias": -10}, "initial_logit_scale"),  # a flag of siglip, not of clip
+        ({"encoder": "siglip_vision_model", "embed_dim": 16}, "leave embed_dim out"),
+    ],
+)
+def test_refusals_before_training(pretrain, data, tmp_path, changed, words):
+    with pytest.raises((ValueError, OSError)) as caught:
+        pretrain.main(flags(data, tmp_path / "run", **changed))
+    assert words in str(caught.value)
+    assert not (tmp_path / "run" / "encoder").exists()
+
+
+def test_a_refused_start_does_not_block_the_next(pretrain, data, tmp_path):
+    with pytest.raises(ValueError, match="hidden_size"):
+        pretrain.main(flags(data, tmp_path / "run", encoder_overrides="hidden_sise=3"))
+    pretrain.main(flags(data, tmp_path / "run", max_steps=1))
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        pretrain.main(flags(data, tmp_path / "run", max_steps=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["clip", "siglip"])
+def test_two_ranks_train_as_one(pretrain, data, tmp_path, objective):
+    """torchrun from the command line: two ranks of 8 give the losses and the weights of one rank of 16."""
+    changed = {"objective": objective, "encoder": f"{objective}_vision_model", "logging_steps": 1}
+    pretrain.main(flags(data, tmp_path / "one", **changed))
+    words = flags(data, tmp_path / "two", **changed, per_device_train_batch_size=8, eval_dataset_name=data)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "recipes" / "pretrain.py"), *words],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    losses = []
+    for name in ("one", "two"):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([entry["loss"] for entry in map(json.loads, lines) if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 8
+    one = load_file(tmp_path / "one" / "dual" / "model.safetensors")
+    two = load_file(tmp_path / "two" / "dual" / "model.safetensors")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+    assert "negatives per anchor: 15" in done.stderr + done.stdout
+    assert f"{math.log(16):.4f}" in done.stderr + done.stdout or objective == "siglip"

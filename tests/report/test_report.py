@@ -1,0 +1,250 @@
+"""The page and the flat results from made-up files: complete, partial, broken and hostile."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import fakes
+
+from mllm_vision.report import Chain, flat_results, load_chain, render, write_report, write_results
+from mllm_vision.report.chain import split_name
+from mllm_vision.report.charts import Line, line_chart, log_ticks, smooth, ticks
+from mllm_vision.report.gallery import veil
+from mllm_vision.report.lineage import edges
+from mllm_vision.report.markup import compact, duration, number, percent, png, shown
+
+VOID = {"meta", "img", "br", "path", "rect", "line", "circle", "polyline", "image"}
+
+
+class Checker(HTMLParser):
+    """Every tag closed in order, and every address that the page would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in VOID:
+            self.open.append(tag)
+        self._note(attributes)
+
+    def handle_startendtag(self, tag, attributes):
+        self._note(attributes)
+
+    def _note(self, attributes):
+        self.addresses += [value for key, value in attributes if key in ("src", "href", "xlink:href") and value]
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+            self.open.pop()
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def check(page: str) -> Checker:
+    checker = Checker()
+    checker.feed(page)
+    assert not checker.open
+    assert all(address.startswith("data:image/") for address in checker.addresses)
+    assert "url(http" not in page and "@import" not in page and "<script" not in page and "<link" not in page
+    assert "NaN" not in page and "None" not in "".join(checker.text)
+    return checker
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> Chain:
+    runs, evaluations = fakes.write_chain(tmp_path_factory.mktemp("chain"))
+    return load_chain(runs, evaluations)
+
+
+def test_the_whole_page(chain) -> None:
+    page = render(chain)
+    text = "".join(check(page).text)
+    for words in (
+        "Stage zero",
+        "Language model",
+        "Stage one",
+        "Stage two",
+        "The chain",
+        "What it looks at",
+        "trained blind",
+        "By type of question",
+        "Answered wrong",
+        "What was trained",
+        "did not move",
+        "unseen pairs",
+        "12\u202fmin",
+        "effective rank 31.4",
+        "knows nothing",
+        "15 of 16",
+        "truncated PNG",
+        "torch 2.13.0",
+    ):
+        assert words in text, words
+    assert fakes.digest("e")[:8] in text
+    assert len(page) < 600_000
+
+
+def test_lineage_follows_the_weight_hashes(chain) -> None:
+    assert edges(chain) == [
+        ("stage_zero", "stage_one", "encoder"),
+        ("language_model", "stage_one", "language model"),
+        ("stage_one", "stage_two", "vlm"),
+    ]
+
+
+def test_flat_results(chain, tmp_path) -> None:
+    results = write_results(chain, tmp_path / "r" / "results.json")
+    assert json.loads((tmp_path / "r" / "results.json").read_text()) == results == flat_results(chain)
+    expected = {
+        "stage_zero/zero_shot_accuracy": 0.978,
+        "stage_zero/untrained_zero_shot_accuracy": 0.071,
+        "stage_zero/unseen_zero_shot_accuracy": 0.891,
+        "stage_zero/zero_shot_accuracy_chance": 0.066667,
+        "stage_zero/retrieval_r1": 0.79,
+        "stage_zero/retrieval_r1_chance": 0.005,
+        "stage_zero/untrained_retrieval_r1": 0.01,
+        "stage_two/accuracy": 0.9,
+        "stage_two/accuracy_colour": 0.99,
+        "stage_two/unseen_accuracy": 0.83,
+        "stage_two/majority_accuracy": 0.21,
+        "stage_two/majority_by_type_accuracy": 0.36,
+        "stage_two/blind_accuracy": 0.37,
+        "stage_two/untrained_encoder_accuracy": 0.62,
+    }
+    assert {key: results[key] for key in expected} == pytest.approx(expected)
+    assert all(isinstance(value, float) for value in results.values())
+    assert not any("count" in key.rpartition("/")[2].split("_")[-1] for key in results if "accuracy" not in key)
+
+
+def test_several_files_of_one_stage_are_merged(tmp_path) -> None:
+    parts = {"zero_shot": {"accuracy": 0.5, "task": "zero_shot"}, "retrieval": {"r1": 0.25, "task": "retrieval"}}
+    names = []
+    for name, entry in parts.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"kind": "evaluation", "evaluations": {name: entry}}))
+        names.append(f"stage_zero={tmp_path / name}.json")
+    results = flat_results(load_chain([], names))
+    assert results == {"stage_zero/zero_shot_accuracy": 0.5, "stage_zero/retrieval_r1": 0.25}
+
+
+@pytest.mark.parametrize(
+    "missing", ["history", "evaluations", "modules", "parents", "artifacts", "data", "machine", "recipe"]
+)
+def test_a_missing_part_leaves_no_hole(missing, caplog) -> None:
+    record = fakes.stage_two()
+    del record[missing]
+    chain = Chain()
+    from mllm_vision.report import Stage
+
+    chain.stages = [Stage("stage_two", run=record)]
+    with caplog.at_level(logging.WARNING):
+        page = render(chain)
+    check(page)
+    assert not caplog.records and "Stage two" in page
+    assert not re.search(r"<(h3|h4|figure|ul|table)[^>]*>\s*</", page)
+
+
+def test_broken_parts_are_left_out_and_the_page_is_drawn(caplog) -> None:
+    """Wrong types in every place a file could have them."""
+    from mllm_vision.report import Stage
+
+    record = fakes.stage_zero()
+    record |= {
+        "history": [{"step": 1, "loss": None}, "x", {"step": 2, "loss": float("nan")}],
+        "modules": ["?", {"group": 3}],
+    }
+    record |= {"data": {"train": 7}, "parents": [3], "verdict": None, "machine": "a computer", "seconds": "long"}
+    evaluation = fakes.stage_zero_evaluation()
+    evaluation["arrays"] |= {
+        "retrieval/similarity": {"matrix": [[1]], "captions": None},
+        "maps/maps": [{"image": 5}, 7],
+    }
+    evaluation["arrays"]["zero_shot/confusion"] = {"classes": ["a", "b"], "counts": [["x"], 3]}
+    evaluation["evaluations"]["retrieval"] = "gone"
+    with caplog.at_level(logging.WARNING):
+        page = render(Chain([Stage("stage_zero", run=record, files={"": evaluation})]))
+    check(page)
+    assert ("97.8" in page and "Spectrum of the embeddings" in page) or caplog.records
+
+
+def test_hostile_text_is_escaped() -> None:
+    from mllm_vision.report import Stage
+
+    evil = "<script>alert(1)</script>\"'"
+    record = fakes.stage_two()
+    record |= {"name": evil, "command": evil, "verdict": f"{evil}: better", "recipe": {evil: evil}}
+    record["modules"][0]["group"] = evil
+    record["artifacts"][0]["name"] = evil
+    evaluation = fakes.stage_two_evaluation()
+    evaluation["samples"][0] |= {"question": evil, "prediction": evil, "image": "https://example.com/spy.png"}
+    evaluation["evaluations"]["vqa"]["details"]["tables"]["question_type"][0] |= {"name": evil, "majority_answer": evil}
+    page = render(Chain([Stage("stage_two", run=record, files={"": evaluation})]), title=evil)
+    checker = check(page)  # no <script>, no foreign address
+    assert "alert(1)" in "".join(checker.text)
+
+
+def test_unreadable_files_are_named_and_left_out(tmp_path, caplog) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "list.json").write_text("[1]")
+    with caplog.at_level(logging.WARNING):
+        chain = load_chain([tmp_path / "nothing", tmp_path / "list.json"], [f"stage_two={tmp_path / 'broken.json'}"])
+    assert chain.stages == [] and len(caplog.records) == 3
+    assert "broken.json" in caplog.text and "nothing" in caplog.text
+    check(render(chain))
+
+
+def test_a_report_that_cannot_be_written_ends_nothing(chain, tmp_path, caplog) -> None:
+    (tmp_path / "file").write_text("")
+    assert write_report(chain, tmp_path / "file" / "report.html") is False
+    assert "could not be written" in caplog.text
+    assert write_report(chain, tmp_path / "new" / "report.html") is True
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["report.html"]
+
+
+def test_names() -> None:
+    assert split_name("stage_two/blind=a/b.json") == ("stage_two", "blind", "a/b.json")
+    assert split_name("runs/x=3/run.json") == ("runs", "x", "3/run.json")  # say ./runs/x=3 for such a path
+    assert split_name("./runs/x=3/run.json") == ("", "", "./runs/x=3/run.json")
+    assert split_name("runs/a") == ("", "", "runs/a")
+
+
+def test_numbers_as_people_read_them() -> None:
+    assert percent(0.9563) == "95.6&#8239;%" and number(24000) == "24,000" and number(0.5) == "0.500"
+    assert duration(95) == "1&#8239;min 35&#8239;s" and duration(3720) == "1&#8239;h 2&#8239;min"
+    assert compact(1_630_000) == "1.63&#8239;M" and compact(12) == "12"
+    assert shown("retrieval_r1", 0.5) == "50.0&#8239;%" and shown("effective_rank", 31.44) == "31.4"
+
+
+def test_axes() -> None:
+    assert ticks(0, 1, 4) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert ticks(3, 3) == [3]
+    assert log_ticks(1e-6, 1.2) == pytest.approx([1e-6, 1e-4, 1e-2, 1])
+    line = [(i, 2.0 * i) for i in range(200)]
+    assert [y for _, y in smooth(line)] == pytest.approx([y for _, y in line])
+    assert line_chart("t", [Line("a", [(1, float("nan")), (2, 3.0)], "red")]) == ""
+    assert "polyline" in line_chart("t", [Line("a", [(1, 1.0), (2, 1.0)], "red")])
+
+
+def test_veil_is_clear_where_the_map_is_strong() -> None:
+    import base64
+    import io
+
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(base64.b64decode(veil([[0.0, 1.0], [-5.0, 0.5]]).partition(",")[2])))
+    assert image.size == (2, 2) and image.mode == "RGBA"
+    alpha = [image.getpixel((x, y))[3] for y in range(2) for x in range(2)]
+    assert alpha[1] == 0 and alpha[0] == alpha[2] == 228 and 0 < alpha[3] < 100
+    assert png([[(1, 2, 3, 4)]]).startswith("data:image/png;base64,")

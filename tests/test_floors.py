@@ -1,0 +1,181 @@
+"""The import floors of the package, read off the syntax trees; and what no file may contain."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "mllm_vision"
+
+FLOORS = {
+    "functional": 0, "distributed": 0, "lineage": 0, "errors": 0,
+    "modules": 1, "encoder": 1, "data": 1,
+    "objectives": 2, "vlm": 2,
+    "evaluation": 3,
+    "training": 4,
+}  # fmt: skip
+LEAVES = {"lineage", "errors"}  # any room may import these, they import no room
+# within one floor, who may import whom
+SIDEWAYS = {("encoder", "modules"), ("encoder", "data")}
+# where modules take what they need from: floor 0 only, by design
+CLOSED = {"report": set()}
+HEAVY_FREE = {"functional": {"torch"}}  # third-party packages a room is limited to
+
+
+def module_name(path: Path, root: Path = ROOT) -> list[str]:
+    parts = list(path.relative_to(root).with_suffix("").parts)
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def imported(source: str, parts: list[str], is_package: bool) -> list[tuple[int, str]]:
+    """(line, absolute dotted name) of everything imported anywhere in a file, inside functions too."""
+    found = []
+    package = parts if is_package else parts[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            found += [(node.lineno, f"{prefix}.{alias.name}") for alias in node.names]
+    return found
+
+
+def complaints(source: str, parts: list[str], is_package: bool = False) -> list[str]:
+    """What the file `parts` (e.g. mllm_vision, vlm, model) imports against the floors."""
+    bad = []
+    room = parts[1] if len(parts) > 1 else None
+    for line, name in imported(source, parts, is_package):
+        words = name.split(".")
+        if words[0] in ("recipes", "scripts", "tests", "tiny"):
+            bad.append(f"line {line}: imports {name}; nothing imports {words[0]}")
+            continue
+        if words[0] != "mllm_vision":
+            allowed = HEAVY_FREE.get(room or "")
+            standard = words[0] in {
+                "__future__",
+                "math",
+                "typing",
+                "collections",
+                "dataclasses",
+                "functools",
+                "itertools",
+            }
+            if allowed is not None and words[0] not in allowed and not standard:
+                bad.append(f"line {line}: {room} imports {name}; it may import {', '.join(sorted(allowed))} only")
+            continue
+        other = words[1] if len(words) > 1 else None
+        if other is None or other == room or other in LEAVES or other == "__version__":
+            if other == room == "objectives" and _method(words) and _method(parts) not in (None, _method(words)):
+                bad.append(f"line {line}: method {_method(parts)} imports its sibling {_method(words)}")
+            continue
+        if room is None:
+            bad.append(f"line {line}: the package's own __init__ imports {name}; it must stay lazy")
+        elif room in CLOSED:
+            bad.append(f"line {line}: {room} imports {name}; it imports none of the other rooms")
+        elif room in LEAVES:
+            bad.append(f"line {line}: the leaf {room} imports {name}")
+        elif other not in FLOORS or room not in FLOORS:
+            if other not in {"report"} and (PACKAGE / other).exists():
+                bad.append(f"line {line}: {room} imports {name}, a room without a floor; give it one in FLOORS")
+            elif other == "report":
+                bad.append(f"line {line}: {room} imports {name}; the report stands apart")
+        elif FLOORS[other] > FLOORS[room]:
+            bad.append(f"line {line}: {room} (floor {FLOORS[room]}) imports {name} (floor {FLOORS[other]}), upwards")
+        elif FLOORS[other] == FLOORS[room] and FLOORS[room] > 0 and (room, other) not in SIDEWAYS:
+            bad.append(f"line {line}: {room} imports {name} on its own floor")
+    return bad
+
+
+def _method(words: list[str]) -> str | None:
+    """The method a file of objectives/ holds, None for base and the package itself."""
+    if len(words) < 3 or words[2] in ("base", "registry", "__init__") or not words[2].islower():
+        return None
+    return words[2] if (PACKAGE / "objectives" / f"{words[2]}.py").exists() else None
+
+
+def package_files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", package_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_downward(path: Path) -> None:
+    parts = module_name(path)
+    found = complaints(path.read_text(encoding="utf-8"), parts, path.name == "__init__.py")
+    assert not found, f"{path.relative_to(ROOT)}:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("parts", "source", "word"),
+    [
+        (["mllm_vision", "encoder", "x"], "from mllm_vision.vlm import build_vlm", "upwards"),
+        (["mllm_vision", "encoder", "x"], "def f():\n    from ..training.run import Run", "upwards"),
+        (["mllm_vision", "modules", "x"], "import mllm_vision.encoder.features", "own floor"),
+        (["mllm_vision", "data", "x"], "from mllm_vision import encoder", "own floor"),
+        (["mllm_vision", "objectives", "x"], "from mllm_vision.vlm.model import A", "own floor"),
+        (["mllm_vision", "objectives", "siglip"], "from .clip import Clip", "sibling"),
+        (["mllm_vision", "report", "x"], "from mllm_vision.functional import geometry", "none of the other rooms"),
+        (["mllm_vision", "training", "x"], "import mllm_vision.report", "stands apart"),
+        (["mllm_vision", "functional", "x"], "import transformers", "torch only"),
+        (["mllm_vision", "vlm", "x"], "from recipes.align import main", "nothing imports"),
+        (["mllm_vision", "lineage"], "from mllm_vision.training import run", "leaf"),
+    ],
+)
+def test_a_breach_is_seen(parts: list[str], source: str, word: str) -> None:
+    """The walker itself: each kind of breach is named, relative and nested imports included."""
+    if "sibling" in word and not (PACKAGE / "objectives" / "clip.py").exists():
+        pytest.skip("objectives/clip.py is not there")
+    assert any(word in complaint for complaint in complaints(source, parts))
+
+
+def test_allowed_imports_pass() -> None:
+    lines = ["import torch", "from mllm_vision.modules import text", "from mllm_vision.errors import nearest"]
+    source = "\n".join([*lines, "from . import sizes"])
+    assert complaints(source, ["mllm_vision", "encoder", "x"]) == []
+
+
+def source_files() -> list[Path]:
+    folders = [PACKAGE, ROOT / "recipes", ROOT / "scripts"]
+    return [path for folder in folders if folder.exists() for path in sorted(folder.rglob("*.py"))]
+
+
+def test_what_no_file_contains() -> None:
+    """No remote code, no torchvision, no pickled weights, no file that outgrew its reader."""
+    bad = []
+    for path in source_files():
+        text = path.read_text(encoding="utf-8")
+        name = path.relative_to(ROOT)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                bad.append(f"{name}:{node.value.lineno}: trust_remote_code")
+        for line, module in imported(text, module_name(path), path.name == "__init__.py"):
+            if module.split(".")[0] in ("torchvision", "timm", "open_clip", "pickle"):
+                bad.append(f"{name}:{line}: imports {module}")
+        if text.count("\n") > 450:  # "about 400"
+            bad.append(f"{name}: {text.count(chr(10))} lines; split it")
+    assert not bad, "\n".join(bad)
+
+
+def test_the_package_and_help_import_no_torch(run_python) -> None:
+    """`import mllm_vision`, its names listed, and parsing a recipe cost no torch import."""
+    printed = run_python(
+        "import sys, mllm_vision\n"
+        "names = dir(mllm_vision)\n"
+        "from mllm_vision.training import parse_recipe\n"
+        "import mllm_vision.report, mllm_vision.lineage\n"
+        "print('VisionEncoder' in names, 'torch' in sys.modules, 'transformers' in sys.modules)",
+        PYTHONPATH=str(ROOT),
+    )
+    assert printed.split() == ["True", "False", "False"]
+
+
+def test_public_names_resolve() -> None:
+    import mllm_vision
+
+    for name in mllm_vision.__all__:
+        assert getattr(mllm_vision, name) is not None, name
+    with pytest.raises(AttributeError, match="VisionEncoder"):
+        _ = mllm_vision.VisionEncodr

@@ -1,0 +1,151 @@
+"""What is saved is plain LLaVA: loaded in a process that cannot import this package."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+
+PLAIN = """
+import json, sys
+from pathlib import Path
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+
+found = {}
+for folder in sorted(Path(FOLDER).iterdir()):
+    if not folder.is_dir():
+        continue
+    processor = AutoProcessor.from_pretrained(folder)
+    model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    auto = AutoModelForImageTextToText.from_pretrained(folder)
+    assert type(auto) is LlavaForConditionalGeneration, type(auto)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what colour is the star?"}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    inputs = processor(text=text, images=Image.open(f"{FOLDER}/picture.png"), return_tensors="pt",
+                       add_special_tokens=False)
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits
+    words = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    torch.save({"text": text, "ids": inputs["input_ids"], "logits": logits, "words": words}, folder / "plain.pt")
+assert "mllm_vision" not in sys.modules or sys.modules["mllm_vision"] is None
+"""
+
+
+def test_plain_transformers_loads_what_was_trained(build, make_batch, dialogue, tmp_path, run_python):
+    """CLIP and SigLIP towers, both projectors, LoRA, GPT-2 and Qwen2: equal logits, equal words."""
+    from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+
+    from mllm_vision.vlm import add_lora, freeze, load_vlm, save_vlm
+
+    sizes = {"vocab_size": 300, "bos_token_id": 2, "eos_token_id": 3}
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=128, **sizes))
+    qwen = Qwen2ForCausalLM(
+        Qwen2Config(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            **sizes,
+        )
+    )
+    cases = {
+        "clip-mlp": {"kind": "clip"},
+        "clip-linear-lora": {"kind": "clip", "projector": "linear"},
+        "siglip-mlp": {"kind": "siglip"},
+        "siglip-linear-gpt2": {"kind": "siglip", "projector": "linear", "llm": gpt2},
+        "clip-qwen2": {"kind": "clip", "llm": qwen},
+    }
+    dialogue.image.save(tmp_path / "picture.png")
+    trained = {}
+    for name, case in cases.items():
+        model, processor = build(**case)
+        train = add_lora(model, rank=2) if "lora" in name else freeze(model, ("projector", "language_model"))
+        optimizer = torch.optim.AdamW([p for p in train.parameters() if p.requires_grad], lr=1e-2)
+        train.train()
+        train(**make_batch(model)).loss.backward()  # so that what is compared is no initial value
+        optimizer.step()
+        train.eval()
+        text = processor.apply_chat_template(dialogue.messages, add_generation_prompt=True, tokenize=False)
+        inputs = processor(text=text, images=dialogue.image, return_tensors="pt", add_special_tokens=False)
+        with torch.no_grad():
+            logits = train(**inputs).logits
+        words = train.generate(**inputs, max_new_tokens=8, do_sample=False)
+        save_vlm(train, processor, tmp_path / name)
+        trained[name] = (text, inputs["input_ids"], logits, words)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["architectures"] == ["LlavaForConditionalGeneration"]
+    assert (tmp_path / "clip-linear-lora" / "adapter" / "adapter_model.safetensors").is_file()
+
+    run_python(f"FOLDER = {str(tmp_path)!r}\n" + PLAIN, block_package=True)
+    for name, (text, ids, logits, words) in trained.items():
+        plain = torch.load(tmp_path / name / "plain.pt")
+        assert plain["text"] == text and torch.equal(plain["ids"], ids), name
+        assert torch.allclose(plain["logits"], logits, atol=1e-5), name
+        assert torch.equal(plain["words"], words), name
+        again, processor = load_vlm(tmp_path / name)
+        with torch.no_grad():
+            inputs = processor(text=text, images=dialogue.image, return_tensors="pt", add_special_tokens=False)
+            assert torch.allclose(again(**inputs).logits, logits, atol=1e-5), name
+
+
+def test_saving_again_gives_the_same_weights(build, tmp_path):
+    from mllm_vision.lineage import hash_weights
+    from mllm_vision.vlm import load_vlm, save_vlm
+
+    for projector in ("mlp", "linear"):
+        model, processor = build(projector=projector)
+        save_vlm(model, processor, tmp_path / projector)
+        again, processor = load_vlm(tmp_path / projector)
+        assert type(again.model.multi_modal_projector) is type(model.model.multi_modal_projector)
+        save_vlm(again, processor, tmp_path / f"{projector}-again")
+        hashes = {hash_weights(tmp_path / projector), hash_weights(tmp_path / f"{projector}-again")}
+        assert len(hashes) == 1 and hash_weights(model) in hashes
+
+
+def test_checkpoint_gives_back_its_tower(build, tmp_path):
+    """The encoder of a saved model is an encoder again, the chosen layer and features included."""
+    from mllm_vision.encoder import VisionEncoder
+    from mllm_vision.vlm import save_vlm
+
+    model, processor = build("clip", select_layer=-1, select_feature="cls_patch")
+    save_vlm(model, processor, tmp_path / "vlm")
+    encoder = VisionEncoder.from_pretrained(tmp_path / "vlm")
+    assert (encoder.select_layer, encoder.select_feature) == (-1, "cls_patch")
+    image = tiny.random_image(5)
+    pixels = encoder.processor(images=[image], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        projected = model.model.multi_modal_projector(encoder(pixels, pooled=False).tokens)[0]
+        theirs = model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output[0]
+        assert torch.allclose(projected, theirs, atol=1e-6)
+
+
+def test_loading_something_else_is_a_clear_error(build, tmp_path):
+    from mllm_vision.vlm import load_vlm
+
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_vlm(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="it holds nothing"):
+        load_vlm(tmp_path / "empty")
+    tiny.tiny_clip_vision().save_pretrained(tmp_path / "tower")
+    with pytest.raises(ValueError, match="'clip_vision_model' model, not a vision-language model"):
+        load_vlm(tmp_path / "tower")
+
+
+def test_answer_counts_pictures(build, dialogue):
+    from mllm_vision.vlm import answer
+
+    model, processor = build()
+    assert isinstance(answer(model, processor, dialogue.messages, [dialogue.image], max_new_tokens=3), str)
+    with pytest.raises(ValueError, match=r"holds 1 pictures .* 2 were given"):
+        answer(model, processor, dialogue.messages, [dialogue.image] * 2)
+    processor.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        answer(model, processor, dialogue.messages, [dialogue.image])

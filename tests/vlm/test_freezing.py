@@ -1,0 +1,145 @@
+"""Freezing, its audit, and a proof that must fail when it should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def train_steps(model, batch, steps=2, rate=1e-2):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    model.train()
+    for _ in range(steps):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.parametrize("train", [("projector",), ("projector", "language_model"), ("encoder", "projector")])
+def test_only_what_was_named_moves(build, make_batch, train):
+    from mllm_vision.vlm import FreezeProof, audit, freeze
+
+    model, _ = build()
+    freeze(model, train)
+    rows = audit(model, 1e-3, {"language_model": 1e-4})
+    by_group = {row["group"]: row for row in rows}
+    assert sum(row["parameters"] for row in rows) == sum(p.numel() for p in model.parameters())
+    assert all((by_group[g]["trainable"] > 0) == (g in train) for g in by_group)
+    assert all(by_group[g]["trainable"] == by_group[g]["parameters"] for g in train if g != "encoder")
+    assert by_group["language_model"]["learning_rate"] == (1e-4 if "language_model" in train else 0.0)
+    proof = FreezeProof(model, rows)
+    train_steps(model, make_batch(model))
+    after = {row["group"]: row for row in proof.close(model)}
+    proof.check()
+    for group, row in after.items():
+        assert row["moved"] == (group in train) == (row["sha256_before"] != row["sha256_after"])
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "vit"])
+def test_every_trainable_parameter_gets_a_gradient(build, make_batch, kind):
+    """Layers above the selected one and pooling heads must not pose as trained (and would stall DDP)."""
+    from mllm_vision.vlm import add_lora, freeze
+
+    for lora in (False, True):
+        model, _ = build(kind, select_layer=-2)
+        wrapped = add_lora(model, rank=2, train_encoder=True) if lora else freeze(model, ("encoder", "projector"))
+        wrapped.train()
+        wrapped(**make_batch(model)).loss.backward()
+        without = [n for n, p in wrapped.named_parameters() if p.requires_grad and p.grad is None]
+        assert not without
+        trained = {
+            n.split("vision_tower.")[1]
+            for n, p in wrapped.named_parameters()
+            if "vision_tower." in n and p.requires_grad
+        }
+        assert any("layer" in name for name in trained) and not any(".2." in name for name in trained)
+
+
+def test_proof_fails_when_frozen_weights_move(build, make_batch):
+    from mllm_vision.vlm import FreezeProof, audit, freeze
+
+    model, _ = build()
+    freeze(model)
+    proof = FreezeProof(model, audit(model, 1e-3))
+    train_steps(model, make_batch(model))
+    with torch.no_grad():
+        next(model.model.vision_tower.parameters())[0] += 1e-6
+    proof.close(model)
+    with pytest.raises(ValueError, match="encoder: frozen weights moved"):
+        proof.check()
+
+
+def test_proof_fails_when_nothing_was_learnt(build):
+    from mllm_vision.vlm import FreezeProof, audit, freeze
+
+    model, _ = build()
+    freeze(model)
+    proof = FreezeProof(model, audit(model, 0.0))
+    proof.close(model)
+    with pytest.raises(ValueError, match=r"projector: 2,112 trainable parameters did not move"):
+        proof.check()
+
+
+def test_proof_notices_frozen_base_weights_under_lora(build, make_batch):
+    from mllm_vision.vlm import FreezeProof, add_lora, audit
+
+    model, _ = build()
+    lora = add_lora(model, rank=2)
+    proof = FreezeProof(lora, audit(lora, 1e-3))
+    train_steps(lora, make_batch(model))
+    rows = {row["group"]: row for row in proof.close(lora)}
+    proof.check()
+    assert rows["language_model"]["moved"] and rows["projector"]["moved"] and not rows["encoder"]["moved"]
+    with torch.no_grad():
+        next(p for n, p in lora.named_parameters() if "q_proj.base_layer.weight" in n)[0] += 1e-6
+    proof.close(lora)
+    with pytest.raises(ValueError, match="language_model: frozen weights moved"):
+        proof.check()
+
+
+def test_lora_reaches_the_language_model_only_and_the_projector_trains_in_full(build):
+    from mllm_vision.vlm import add_lora, audit
+
+    model, _ = build()
+    plain = {row["group"]: row["parameters"] for row in audit(model, 1e-3)}
+    lora = add_lora(model, rank=2)
+    trained = [name for name, p in lora.named_parameters() if p.requires_grad]
+    assert trained and all(("lora_" in n and "language_model" in n) or "modules_to_save" in n for n in trained)
+    assert not any("vision_tower" in n for n in trained)
+    assert sum("lora_A" in n for n in trained) == 2 * 7  # two layers of q, k, v, o, gate, up, down
+    rows = {row["group"]: row for row in audit(lora, 1e-3)}
+    assert rows["projector"]["trainable"] == rows["projector"]["parameters"] == plain["projector"]
+    assert rows["encoder"]["parameters"] == plain["encoder"] and rows["encoder"]["trainable"] == 0
+
+
+def test_learning_rate_prefixes_fit_the_trainers_groups(build):
+    from mllm_vision.training import parameter_groups
+    from mllm_vision.vlm import add_lora, freeze, learning_rates
+
+    rates = {"encoder": 1e-5, "projector": 1e-3, "language_model": 1e-4}
+    model, _ = build()
+    for wrapped in (freeze(model, ("projector", "language_model")), add_lora(model, rank=2)):
+        prefixes = learning_rates(wrapped, rates)
+        groups = parameter_groups(wrapped, weight_decay=0.1, learning_rate=1.0, learning_rates=prefixes)
+        rate_of = {id(p): group["lr"] for group in groups for p in group["params"]}
+        for name, parameter in wrapped.named_parameters():
+            if parameter.requires_grad:
+                assert rate_of[id(parameter)] == (1e-3 if "multi_modal_projector" in name else 1e-4), name
+            else:
+                assert id(parameter) not in rate_of
+
+
+@pytest.mark.parametrize("train", [(), ("projektor",)])
+def test_unknown_groups_are_refused(build, train):
+    from mllm_vision.vlm import freeze
+
+    with pytest.raises(ValueError, match="encoder, projector, language_model"):
+        freeze(build()[0], train)
+
+
+def test_rank_below_one_is_refused(build):
+    from mllm_vision.vlm import add_lora
+
+    with pytest.raises(ValueError, match="lora_rank=0"):
+        add_lora(build()[0], rank=0)

@@ -1,0 +1,180 @@
+"""The model against transformers' own LLaVA, which is the oracle for everything computed in a cheaper way."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch.nn import functional as F
+
+
+def plain_twin(model):
+    """transformers' own class with the same weights."""
+    from transformers import LlavaForConditionalGeneration
+
+    twin = LlavaForConditionalGeneration(model.config).eval()
+    state = model.state_dict()
+    twin.load_state_dict(state)
+    return twin
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "vit"])
+@pytest.mark.parametrize("projector", ["mlp", "linear"])
+def test_logits_and_words_equal_plain_llava(build, make_batch, kind, projector):
+    model, _ = build(kind, projector)
+    twin, batch = plain_twin(model), make_batch(model, rows=2)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():
+        assert torch.allclose(model(**inputs).logits, twin(**inputs).logits, atol=1e-5)
+    prompt = {"input_ids": batch["input_ids"][:1], "pixel_values": batch["pixel_values"][:1]}
+    words = [m.generate(**prompt, max_new_tokens=6, do_sample=False).tolist() for m in (model, twin)]
+    assert words[0] == words[1]
+
+
+@pytest.mark.parametrize("select_layer", [-1, -2, 0, 1])
+def test_every_layer_equals_plain_llava(build, make_batch, select_layer):
+    model, _ = build("clip", select_layer=select_layer)
+    twin, batch = plain_twin(model), make_batch(model, rows=1)
+    inputs = {name: batch[name] for name in ("input_ids", "pixel_values")}
+    with torch.no_grad():
+        assert torch.allclose(model(**inputs).logits, twin(**inputs).logits, atol=1e-5)
+
+
+def test_class_token_is_kept_when_asked_for(build, make_batch):
+    model, processor = build("clip", select_feature="cls_patch")
+    assert model.config.image_seq_length == 17 and model.config.vision_feature_select_strategy == "full"
+    twin, batch = plain_twin(model), make_batch(model, rows=1)
+    inputs = {name: batch[name] for name in ("input_ids", "pixel_values")}
+    with torch.no_grad():
+        assert torch.allclose(model(**inputs).logits, twin(**inputs).logits, atol=1e-5)
+    text = processor(text="<image>", images=tiny.random_image(), return_tensors="pt", add_special_tokens=False)
+    assert int((text["input_ids"] == model.config.image_token_id).sum()) == 17
+
+
+def test_loss_and_gradients_equal_the_full_computation(build, make_batch):
+    """Supervised positions only, no padding mask: against plain Llava's whole logits and textbook cross-entropy."""
+    model, _ = build()
+    twin, batch = plain_twin(model), make_batch(model)
+    output = model(**batch)
+    logits = twin(**{name: batch[name] for name in batch if name != "labels"}).logits
+    whole = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+    assert torch.allclose(output.loss, whole, atol=1e-6)
+    assert output.logits.shape == (int((batch["labels"] != -100).sum()), logits.shape[-1])
+    output.loss.backward()
+    whole.backward()
+    theirs = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        other = theirs[name].grad
+        if other is None:  # layers above the selected one do not run here, and have no gradient there
+            assert parameter.grad is None, name
+        else:
+            assert torch.allclose(parameter.grad, other, atol=1e-6), name
+
+
+def test_accumulated_micro_batches_weigh_every_token_alike(build, make_batch):
+    model, _ = build()
+    batch = make_batch(model)
+    total = int((batch["labels"] != -100).sum())
+    batch["labels"][0, :-3] = -100  # uneven: the mean of means would be another number
+    total = int((batch["labels"] != -100).sum())
+    whole = model(**batch).loss
+    parts = [
+        model(**{name: value[row : row + 1] for name, value in batch.items()}, num_items_in_batch=total).loss
+        for row in range(3)
+    ]
+    assert torch.allclose(sum(parts), whole, atol=1e-6)
+    means = [model(**{name: value[row : row + 1] for name, value in batch.items()}).loss for row in range(3)]
+    assert not torch.allclose(sum(means) / 3, whole, atol=1e-4)
+
+
+def test_no_layer_above_the_selected_one_runs(build, make_batch):
+    model, _ = build(layers=3)
+    calls = []
+    for index, layer in enumerate(model.model.vision_tower.encoder.layers):
+        layer.register_forward_hook(lambda *_, index=index: calls.append(index))
+    model(**make_batch(model))
+    assert calls == [0, 1]  # -2 of three layers
+
+
+def test_frozen_tower_runs_without_gradient_and_in_evaluation_mode(build, make_batch):
+    from mllm_vision.vlm import freeze
+
+    model, _ = build()
+    freeze(model, ("projector",)).train()
+    seen = []
+    model.model.vision_tower.encoder.layers[0].register_forward_hook(
+        lambda module, _, output: seen.append((torch.is_grad_enabled(), module.training))
+    )
+    model(**make_batch(model)).loss.backward()
+    assert seen == [(False, False)]
+    assert not model.model.language_model.training and model.model.multi_modal_projector.training
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        name for name, _ in model.named_parameters() if "multi_modal_projector" in name
+    }
+    freeze(model, ("encoder",)).train()
+    model(**make_batch(model)).loss.backward()
+    assert seen[-1] == (True, True)
+
+
+def test_blind_model_ignores_the_picture_and_remembers_it(build, make_batch, tmp_path):
+    from mllm_vision.vlm import load_vlm, save_vlm
+
+    model, processor = build(blind=True)
+    batch = make_batch(model)
+    other = {**batch, "pixel_values": torch.randn(3, 3, 32, 32)}
+    with torch.no_grad():
+        assert torch.equal(model(**batch).loss, model(**other).loss)
+        save_vlm(model, processor, tmp_path / "blind")
+        again, _ = load_vlm(tmp_path / "blind")
+        assert again.blind and torch.equal(again(**other).loss, model(**batch).loss)
+        zeros = {**batch, "pixel_values": torch.zeros(3, 3, 32, 32)}
+        seeing = model(**zeros).loss
+        model.blind = False
+        assert torch.equal(model(**zeros).loss, seeing) and not torch.equal(model(**batch).loss, seeing)
+
+
+def test_text_only_batch_trains_and_reaches_the_projector(build, make_batch):
+    """Every rank of a data-parallel run must touch the same parameters, pictures or not."""
+    from mllm_vision.vlm import freeze
+
+    model, _ = build()
+    batch = make_batch(model, pictures=False)
+    with torch.no_grad():
+        expected = plain_twin(model)(**batch).loss
+    freeze(model, ("projector", "language_model")).train()
+    loss = model(**batch).loss
+    loss.backward()
+    assert torch.allclose(loss.detach(), expected, atol=1e-6)
+    gradients = [p.grad for p in model.model.multi_modal_projector.parameters()]
+    assert all(g is not None and not g.any() for g in gradients)
+    model.eval()
+    with torch.no_grad():
+        assert torch.allclose(model(**batch).loss, expected, atol=1e-6)
+
+
+def test_more_image_tokens_than_pictures_and_the_reverse(build, make_batch):
+    model, _ = build()
+    batch = make_batch(model)
+    with pytest.raises(ValueError, match=r"48 image tokens, but pixel_values is None"):
+        model(**{name: value for name, value in batch.items() if name != "pixel_values"})
+    with pytest.raises(ValueError, match="do not match"):
+        model(**{**batch, "pixel_values": batch["pixel_values"][:2]})
+    with pytest.raises(ValueError, match="do not match"):
+        model(**{**batch, "pixel_values": torch.cat([batch["pixel_values"]] * 2)})
+
+
+def test_foreign_llava_layers_and_several_layers_take_transformers_way(build, make_batch):
+    """A LLaVA not made here has no `mllm_vision` in its config, and may concatenate several layers."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    from mllm_vision.vlm import VisionLanguageModel
+
+    model, _ = build()
+    config = LlavaConfig.from_dict({**model.config.to_dict(), "vision_feature_layer": [-1, -2]})
+    del config.mllm_vision
+    foreign = LlavaForConditionalGeneration(config).eval()
+    ours = VisionLanguageModel(config).eval()
+    ours.load_state_dict(foreign.state_dict())
+    batch = make_batch(model, rows=1)
+    with torch.no_grad():
+        assert torch.allclose(ours(**batch).loss, foreign(**batch).loss, atol=1e-6)
