@@ -10,6 +10,7 @@ A task is [variant/]task[=dataset]: zero_shot, retrieval, geometry, maps, vqa. W
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -261,6 +262,7 @@ def join_processes(device: str) -> bool:
 
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    atexit.register(dist.destroy_process_group)
     return dist.get_rank() == 0
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from mllm_vision.encoder.encoder import VisionEncoder
 from mllm_vision.encoder.families import FAMILIES, family_of
+from mllm_vision.encoder.files import Source, read_json
+from mllm_vision.lineage import check_lineage, hash_weights
 from mllm_vision.modules.text import (
     CLIP_TEXT,
     POOLINGS,
@@ -245,7 +247,8 @@ class DualEncoder(nn.Module):
             state["logit_bias"] = self.logit_bias.detach()
         state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         save_file(state, path / "heads.safetensors", metadata={"format": "pt"})
-        config = {"model_type": COMPOSITE, "embed_dim": self.embed_dim, "pooling": self.pooling}
+        config: dict[str, Any] = {"model_type": COMPOSITE, "embed_dim": self.embed_dim, "pooling": self.pooling}
+        config["weights_sha256"] = {name: hash_weights(path / name) for name in ("vision_model", "text_model")}
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return path
 
@@ -261,18 +264,17 @@ class DualEncoder(nn.Module):
             token: Hub token.
 
         Raises:
-            FileNotFoundError: a folder without `config.json`.
-            ValueError: a model that is no image-text pair.
+            FileNotFoundError: no such folder or repository, or one without `config.json`.
+            ValueError: a model that is no image-text pair, or weights other than its lineage says.
         """
-        folder = Path(path_or_id)
-        hub = {"revision": revision, "token": token}
-        if not folder.is_dir():
+        source = Source(path_or_id, revision=revision, token=token)
+        config = read_json(source.file("config.json"))
+        folder = source.directory if source.local else None
+        if folder is None:
             from huggingface_hub import snapshot_download
 
-            folder = Path(snapshot_download(str(path_or_id), **hub))
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{path_or_id} has no config.json: it is no saved image-text pair")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            folder = Path(snapshot_download(str(path_or_id), revision=revision, token=token))
+        check_lineage(folder)
         if config.get("model_type") == COMPOSITE:
             return cls._from_composite(folder, config)
         return cls._from_native(folder, config.get("model_type"))
@@ -282,6 +284,9 @@ class DualEncoder(nn.Module):
         from safetensors.torch import load_file
         from transformers import AutoModel, AutoTokenizer
 
+        for name, stated in config["weights_sha256"].items():
+            if (found := hash_weights(folder / name)) != stated:
+                raise ValueError(f"{folder / name} has weights {found}, but the pair was saved with {stated}")
         state = load_file(folder / "heads.safetensors")
         dual = cls(
             VisionEncoder.from_pretrained(folder / "vision_model"),

@@ -179,7 +179,7 @@ def retrieval_metrics(
         ranks["text_to_image"].append(first_hit_ranks(texts[block] @ images.T, positives.T[block]))
     right = {"image_to_text": positives.sum(1).tolist(), "text_to_image": positives.sum(0).tolist()}
     candidates = {"image_to_text": len(texts), "text_to_image": len(images)}
-    metrics: dict[str, float] = {}
+    metrics = dict.fromkeys((f"r{k}" for k in ks), 0.0)  # the means come first where the figures are listed
     chance: dict[str, float] = {}
     for way, parts in ranks.items():
         rank = torch.cat(parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,8 @@ def line_chart(
             late = px(x) > WIDTH * 0.65
             parts.append(
                 f'<line x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="{tint}" '
-                f'stroke-dasharray="3 3"/><text x="{px(x) + (-5 if late else 5):.1f}" y="{TOP + 12 + 15 * place}" '
+                f'stroke-dasharray="3 3"/>'
+                f'<text class=mark x="{px(x) + (-5 if late else 5):.1f}" y="{TOP + 12 + 15 * place}" '
                 f'text-anchor="{"end" if late else "start"}" style="fill:{tint}">{esc(text)}</text>'
             )
     for line in kept:
@@ -280,4 +281,45 @@ def confusion_matrix(classes: Sequence[str], counts: Sequence[Sequence[int]]) ->
         f'style="max-width:{width}px;min-width:{min(width, 480)}px" '
         f'role="img" aria-label="confusion matrix">{"".join(parts)}</svg></div>'
         "<p class=note>True class down, answered class across; red cells are mistakes.</p></figure>"
+    )
+
+
+def pair_grid(cells: Mapping[tuple[str, str], tuple[float, int, bool]]) -> str:
+    """Accuracy of classes named by two words: first words down, second across; unseen pairs are framed.
+
+    Args:
+        cells: (first word, second word) to (accuracy, pictures, whether the pair was absent from training).
+    """
+    firsts, seconds = (list(dict.fromkeys(pair[place] for pair in cells)) for place in (0, 1))
+    if len(firsts) < 2 or len(seconds) < 2 or len(cells) * 2 < len(firsts) * len(seconds):
+        return ""
+    across, down, left, top = 56, 30, 74, 26
+    width, height = left + across * len(seconds) + 4, top + down * len(firsts) + 4
+    parts = []
+    for column, word in enumerate(seconds):
+        x = left + across * (column + 0.5)
+        parts.append(f'<text x="{x}" y="{top - 9}" text-anchor="middle">{esc(word[:9])}</text>')
+    for row, word in enumerate(firsts):
+        y = top + down * row
+        parts.append(f'<text x="{left - 8}" y="{y + down / 2 + 4}" text-anchor="end">{esc(word[:10])}</text>')
+        for column, other in enumerate(seconds):
+            found = cells.get((word, other))
+            if found is None:
+                continue
+            value, count, unseen = found
+            x = left + across * column
+            frame = ' stroke="var(--other)" stroke-width="2" stroke-dasharray="4 2"' if unseen else ""
+            parts.append(
+                f'<rect class=cell x="{x + 2}" y="{y + 2}" width="{across - 4}" height="{down - 4}" rx="4" '
+                f'fill-opacity="{0.06 + 0.6 * value**2:.3f}"{frame}><title>{esc(word)} {esc(other)}: '
+                f"{value:.1%} of {count}</title></rect>"
+                f'<text class=figure x="{x + across / 2}" y="{y + down / 2 + 4}" '
+                f'text-anchor="middle">{value:.0%}</text>'
+            )
+    unseen = any(cell[2] for cell in cells.values())
+    note = "<p class=note>Framed pairs never occur in training.</p>" if unseen else ""
+    return (
+        f"<figure class=chart><figcaption>Zero-shot accuracy by class</figcaption>"
+        f'<svg viewBox="0 0 {width} {height}" style="max-width:{width * 1.25:.0f}px" role="img" '
+        f'aria-label="accuracy by class">{"".join(parts)}</svg>{note}</figure>'
     )

@@ -38,12 +38,15 @@ def maps_gallery(maps: Any) -> str:
             if not grid or not all(as_list(row) for row in grid):
                 continue
             text = esc(item.get("text", ""))
+            empty = all(not isinstance(v, (int, float)) or v <= 0 for row in grid for v in row)
             if item.get("kind") == "answer":
                 text += f"<br><b>{esc(item.get('answer', ''))}</b>"
             elif item.get("kind") == "occlusion":
                 text = f"&ldquo;{text}&rdquo;"
                 if isinstance(item.get("score"), (int, float)):
                     text += f" <span class=muted>{item['score']:.2f}</span>"
+            if empty:
+                text += "<br><span class=muted>no single square matters</span>"
             cells.append(
                 f"<figure><div class=veiled>{base}{picture(veil(grid), 'veil')}</div>"
                 f"<figcaption>{text}</figcaption></figure>"
@@ -64,7 +67,7 @@ def sample_cards(samples: Sequence[dict[str, Any]], most: int = 12) -> str:
     for wanted, title in ((True, "Answered right"), (False, "Answered wrong"), (None, "What it says")):
         chosen = [sample for sample in samples if judged(sample) is wanted][:most]
         cards = "".join(_card(sample) for sample in chosen)
-        short = all(len(str(sample.get("prediction", ""))) < 24 and not sample.get("question") for sample in chosen)
+        short = all(len(spoken(each)) < 24 and not each.get("question") and each.get("image") for each in chosen)
         small = " small" if short else ""
         if cards:
             parts.append(f"<h4>{title}</h4><div class='cards{small}'>{cards}</div>")
@@ -77,11 +80,23 @@ def judged(sample: dict[str, Any]) -> bool | None:
     return None if value is None else bool(value)
 
 
+def spoken(sample: dict[str, Any]) -> str:
+    """What the model said: an answer, or a language model's continuation of a prompt."""
+    return str(sample.get("prediction") or sample.get("continuation") or "")
+
+
+def clipped(text: Any, most: int = 150) -> str:
+    """Text cut at a word, so that one long sample does not stretch the page."""
+    text = str(text)
+    return text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " …"
+
+
 def _card(sample: dict[str, Any]) -> str:
     right = judged(sample)
     css = {True: "right", False: "wrong", None: "open"}[right]
-    question, kind, answer = sample.get("question"), sample.get("question_type"), sample.get("answer", "")
-    said = f"<b class={css}>{esc(sample.get('prediction', '') or '(nothing)')}</b>"
+    question, kind = sample.get("question") or sample.get("prompt"), sample.get("question_type")
+    answer = clipped(sample.get("answer") or sample.get("reference") or "")
+    said = f"<b class={css}>{esc(clipped(spoken(sample)) or '(nothing)')}</b>"
     word = {False: "right: ", None: "reference: "}
     truth = f"<div class=muted>{word[right]}{esc(answer)}</div>" if right in word and answer else ""
     tag = f"<span class=tag>{esc(str(kind).replace('_', ' '))}</span>" if kind else ""

@@ -11,7 +11,7 @@ from mllm_vision.report.results import numbers
 BOX_WIDTH, LINE = 236, 18
 WHAT = {
     "stage_zero": "vision encoder, by contrast",
-    "language_model": "language model, from text",
+    "language_model": "from text alone",
     "stage_one": "projector, aligned on captions",
     "stage_two": "instructed to answer",
 }
@@ -54,7 +54,10 @@ def box_lines(stage: Stage) -> list[str]:
 
 
 def edges(chain: Chain) -> list[tuple[str, str, str]]:
-    """(parent stage, child stage, role): by weight hash, else by what the roles are called."""
+    """(parent stage, child stage, role): by weight hash, else by the parent's kind.
+
+    A tokenizer holds no weights, so it makes no arrow.
+    """
     owners: dict[str, str] = {}
     for stage in chain.stages:
         for artifact in as_list(stage.run.get("artifacts")):
@@ -65,6 +68,8 @@ def edges(chain: Chain) -> list[tuple[str, str, str]]:
     for stage in chain.stages:
         for parent in as_list(stage.run.get("parents")):
             parent = as_dict(parent)
+            if parent.get("role") == "tokenizer":
+                continue
             owner = owners.get(str(parent.get("weights_sha256")))
             if owner is None and not parent.get("weights_sha256"):
                 owner = str(parent.get("kind", ""))
@@ -149,7 +154,8 @@ def _arrow(start: tuple[float, float], end: tuple[float, float], box: float, tal
         x1, y1, x2, y2 = start[0] + BOX_WIDTH / 2, start[1] + box, end[0] + BOX_WIDTH / 2, end[1] - 3
         middle = (y1 + y2) / 2
         path = f"M{x1} {y1}C{x1} {middle} {x2} {middle} {x2} {y2}"
-        text: Any = (x1 + 8, y1 + 20, "start")
+        left = x1 < x2
+        text: Any = (x1 - 8 if left else x1 + 8, y1 + 20, "end" if left else "start")
     else:
         x1, y1, x2, y2 = start[0] + BOX_WIDTH, start[1] + box / 2, end[0] - 3, end[1] + box / 2
         middle = (x1 + x2) / 2

@@ -46,7 +46,8 @@ def headlines(chain: Chain) -> str:
             continue
         others = ablations(stage, task, metric)
         for baseline, values in baselines_of(entry).items():
-            if metric in values and not (baseline == "no_image" and "blind" in others):
+            hidden = baseline == "most_frequent_class" or (baseline == "no_image" and "blind" in others)
+            if metric in values and not hidden:
                 others[baseline] = values[metric]
         order = {key: place for place, key in enumerate(COLOURS)}
         others = dict(sorted(others.items(), key=lambda item: order.get(item[0], 0)))

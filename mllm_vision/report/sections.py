@@ -93,7 +93,7 @@ def verdict(run: dict[str, Any]) -> str:
     for text in str(run.get("verdict") or "").splitlines():
         outcome = text.rpartition(":")[2].strip()
         css = {"better": "good", "worse": "bad"}.get(outcome, "even")
-        items.append(f"<li class={css}>{esc(text)}</li>")
+        items.append(f"<li class={css}>{esc(text.replace('_', ' '))}</li>")
     return f"<ul class=verdict>{''.join(items)}</ul>" if items else ""
 
 
@@ -187,7 +187,7 @@ def evaluation_tables(stage: Stage) -> str:
         size = f" <span class=muted>{number(count)}</span>" if count else ""
         body = table(["", *(esc(label(column)) for column in columns)], rows)
         if body:
-            wide = " wide" if len(columns) > 4 else ""
+            wide = " wide" if len(columns) > 3 else ""
             parts.append(f"<div class='evaluation{wide}'><h4>{esc(title)}{size}</h4>{body}</div>")
     return f"<div class=evaluations>{''.join(parts)}</div>" if parts else ""
 
@@ -216,6 +216,20 @@ def spectrum(stage: Stage) -> str:
     )
 
 
+def classes(stage: Stage) -> str:
+    """Zero-shot accuracy by class, where the classes are pairs of words such as colour and shape."""
+    cells: dict[tuple[str, str], tuple[float, int, bool]] = {}
+    for variant in ("", "unseen"):
+        entry = as_dict(stage.find("zero_shot", variant))
+        for row in as_list(as_dict(as_dict(entry.get("details")).get("tables")).get("class")):
+            words = str(as_dict(row).get("name", "")).split()
+            found = numbers(row)
+            if len(words) != 2 or "accuracy" not in found:
+                return ""
+            cells[words[0], words[1]] = (found["accuracy"], int(found.get("count", 0)), variant == "unseen")
+    return charts.pair_grid(cells)
+
+
 def pictures(stage: Stage) -> str:
     """Similarity matrix, spectrum, confusion, maps, samples: whatever the evaluation left."""
     matrix = as_dict(stage.array("similarity"))
@@ -229,7 +243,7 @@ def pictures(stage: Stage) -> str:
         [str(name) for name in as_list(confusion.get("classes"))],
         [as_list(row) for row in as_list(confusion.get("counts"))],
     )
-    side = "".join(part for part in (spectrum(stage), confused) if part)
+    side = "".join(part for part in (spectrum(stage), confused, classes(stage)) if part)
     parts = [similarity, f"<div class=charts>{side}</div>" if side else ""]
     maps = gallery.maps_gallery(stage.array("maps"))
     if maps:

@@ -62,6 +62,8 @@ svg text.small{font-size:11px}
 .curve{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}.curve.faint{stroke-width:1;
 opacity:.28}
 .cell{fill:var(--model)}
+.mark,.rule-text{paint-order:stroke;stroke:var(--paper);stroke-width:4px}
+svg text.figure{fill:var(--ink)}
 .matrix{margin:22px 0}
 .matrix text{fill:var(--ink)}
 .scroll{overflow-x:auto}

@@ -1,4 +1,4 @@
-"""TrainingArguments with the defaults of this toolkit and three names more."""
+"""TrainingArguments with the defaults of this toolkit and four names more."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 @dataclass
 class RecipeArguments(TrainingArguments):
     """`transformers.TrainingArguments`, names verbatim; only defaults differ, and `overwrite`, `resume`,
-    `max_bad_fraction` are added.
+    `max_bad_fraction`, `muon_learning_rate` are added.
 
     `resume_from_checkpoint` takes a path or "true" (the newest whole checkpoint in `output_dir`).
 
@@ -34,6 +34,9 @@ class RecipeArguments(TrainingArguments):
     max_bad_fraction: float = field(
         default=0.01, metadata={"help": "Bad samples are counted and skipped up to this fraction, then it is an error."}
     )
+    muon_learning_rate: float | None = field(
+        default=None, metadata={"help": "Muon at this rate for the matrices of hidden layers, AdamW for the rest."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace the run that output_dir already holds."})
     resume: bool = field(default=False, metadata={"help": "Go on from the newest whole checkpoint in output_dir."})
 
@@ -53,7 +56,11 @@ class RecipeArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.learning_rate < 0:
             raise ValueError(f"learning_rate={self.learning_rate} must not be negative")
+        if self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
+            raise ValueError(f"muon_learning_rate={self.muon_learning_rate} must be positive; leave it out for no Muon")
         super().__post_init__()
+        if self.muon_learning_rate is not None and not str(self.optim.value).startswith("adamw_torch"):
+            raise ValueError(f"muon_learning_rate goes with --optim adamw_torch, not {self.optim.value}")
 
     @property
     def resuming(self) -> bool:

@@ -17,6 +17,7 @@ from mllm_vision.data.sampling import EpochCallback
 
 from .callbacks import AfterStep, BadSampleLimit, RunFolder
 from .checkpoints import whole_folder
+from .muon import MuonAdamW
 from .optimizers import parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -95,12 +96,16 @@ class RecipeTrainer(Trainer):
                 if self.learning_rates:
                     raise ValueError(f"--optim {self.args.optim} takes no learning rate per module group")
                 return super().create_optimizer(model)
+            muon = getattr(self.args, "muon_learning_rate", None)
             groups = parameter_groups(
                 target,
                 weight_decay=self.args.weight_decay,
                 learning_rate=settings.get("lr", self.args.learning_rate),
                 learning_rates=self.learning_rates,
+                muon_learning_rate=muon,
             )
+            if muon is not None:
+                cls = MuonAdamW
             self.optimizer = cls(groups, **settings)
         return self.optimizer
 
@@ -193,9 +198,7 @@ class RecipeTrainer(Trainer):
                 logs["samples_per_second"] = round((step - self._clock[1]) * batch / (now - self._clock[0]), 2)
             self._clock = (now, step)
             if self.learning_rates and logs.get("learning_rate") and self.optimizer is not None:
-                groups = (
-                    self.optimizer.param_groups
-                )  # the Trainer logs the first group's rate before the schedule moves
+                groups = self.optimizer.param_groups  # the Trainer logs the first one's rate before the schedule moves
                 for group in groups:
                     scale = group["initial_lr"] / groups[0]["initial_lr"]
                     if group.get("group_name", "default") != "default":

@@ -24,12 +24,10 @@ from mllm_vision.data import (
     bind_conversations,
     load_records,
     preview_labels,
-    to_messages,
 )
 from mllm_vision.data.chat import ChatTokenizer
-from mllm_vision.data.messages import BadConversation
 
-IMAGE, TEXT = {"type": "image"}, "text"
+IMAGE = {"type": "image"}
 QA = {"image": "image", "question": "questions", "answer": "answers"}
 TALK = {"image": "image", "conversations": "conversations"}
 
@@ -61,81 +59,6 @@ def build(records, columns, tokenizer, **options):
 
 def supervised(sample, tokenizer):
     return tokenizer.decode([i for i in sample["labels"].tolist() if i != -100])
-
-
-# -- messages ---------------------------------------------------------------------------------------------------------
-
-
-def test_forms_of_conversation_become_the_same_messages(picture):
-    expected = [
-        {"role": "user", "content": [IMAGE, part("what colour?")]},
-        {"role": "assistant", "content": "red"},
-    ]
-    llava = talk(picture, "<image>\nwhat colour?", "red")
-    assert to_messages(llava, TALK) == expected
-    as_lists = {
-        "image": picture,
-        "conversations": {"from": ["human", "gpt"], "value": ["<image>\nwhat colour?", "red"]},
-    }
-    assert to_messages(as_lists, TALK) == expected
-    roles = [{"role": "user", "content": "<image>what colour?"}, {"role": "assistant", "content": "red"}]
-    assert to_messages({"image": picture, "messages": roles}, {"image": "image", "messages": "messages"}) == expected
-    parts = [
-        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": " what colour? "}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
-    ]
-    assert to_messages({"image": picture, "messages": parts}, {"image": "image", "messages": "messages"}) == expected
-    assert to_messages({"image": picture, "questions": ["what colour?"], "answers": ["red"]}, QA) == expected
-    assert to_messages({"image": picture, "questions": "what colour?", "answers": "red"}, QA) == expected
-
-
-def test_several_questions_become_one_dialogue(picture):
-    record = {"image": picture, "questions": ["a?", "b?", "c?"], "answers": ["1", "2", "3"]}
-    messages = to_messages(record, QA)
-    assert [message["role"] for message in messages] == ["user", "assistant"] * 3
-    assert messages[0]["content"] == [IMAGE, part("a?")] and messages[2]["content"] == "b?"
-    assert [message["content"] for message in messages[1::2]] == ["1", "2", "3"]
-
-
-def test_captions_system_turns_two_pictures_and_answers_by_vote(picture):
-    columns = {"image": "image", "caption": "captions"}
-    record = {"image": picture, "captions": ["a dog", "", "a cat"]}
-    assert to_messages(record, columns)[1]["content"] == "a dog"
-    assert to_messages(record, columns, choice=3)[1]["content"] == "a cat", "the empty one is no choice"
-    record = {
-        "image": None,
-        "conversations": [{"from": "system", "value": "be brief"}, {"from": "human", "value": "hi"}],
-    }
-    assert to_messages(record, TALK) == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
-    two = talk([picture, picture], "<image>first <image> then\n<image>", "three")
-    assert to_messages(two, TALK)[0]["content"] == [IMAGE, part("first"), IMAGE, part("then"), IMAGE]
-    votes = {"image": picture, "questions": "q?", "answers": ["no", "yes", "yes"]}
-    assert to_messages(votes, QA)[1]["content"] == "yes"
-    vqa = {"image": picture, "questions": "q?", "answers": [{"answer": "2"}, {"answer": "2"}, {"answer": "3"}]}
-    assert to_messages(vqa, QA)[1]["content"] == "2"
-
-
-@pytest.mark.parametrize(
-    "record, columns, message",
-    [
-        ({"image": b"x", "questions": ["a?", "b?"], "answers": ["1"]}, QA, "differ in number: 2 and 1"),
-        ({"image": b"x", "questions": [], "answers": []}, QA, "the conversation is empty"),
-        ({"image": b"x", "questions": ["a?"], "answers": [" "]}, QA, "answer is empty"),
-        ({"conversations": None}, TALK, "the conversation is empty"),
-        ({"conversations": [{"from": "robot", "value": "hi"}]}, TALK, "unknown role.*'robot'"),
-        ({"conversations": [{"from": "human", "value": ""}]}, TALK, "turn of the conversation is empty"),
-        ({"conversations": ["hi"]}, TALK, "a turn is str"),
-        ({"image": b"x", "captions": ["", None]}, {"image": "image", "caption": "captions"}, "caption is empty"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
-            {"messages": "messages"},
-            "unknown kind of content.*'video'",
-        ),
-    ],
-)
-def test_malformed_conversations(record, columns, message):
-    with pytest.raises(BadConversation, match=message):
-        to_messages(record, columns)
 
 
 # -- templates and labels ---------------------------------------------------------------------------------------------

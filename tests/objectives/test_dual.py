@@ -138,8 +138,26 @@ def test_refusals(tmp_path):
         make_dual("siglip", bias=-10.0, embed_dim=16)
     with pytest.raises(ValueError, match="pooling='max' is unknown"):
         make_dual("clip", pooling="max")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        DualEncoder.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         DualEncoder.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="'llama' model, which is no image-text pair"):
+        DualEncoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("towers", "bias"), [("clip", None), ("vit", -3.0)])
+def test_exchanged_weights_are_noticed(towers, bias, tmp_path):
+    from mllm_vision.lineage import hash_weights, write_lineage
+
+    dual = make_dual(towers, bias=bias)
+    dual.save_pretrained(tmp_path)
+    write_lineage(tmp_path, {"weights_sha256": hash_weights(tmp_path)})
+    DualEncoder.from_pretrained(tmp_path)
+    if towers == "clip":
+        stirred(towers, bias).native_model().save_pretrained(tmp_path)
+    else:
+        stirred(towers, bias).vision.save_pretrained(tmp_path / "vision_model")
+    with pytest.raises(ValueError, match="(?s)weights.*[0-9a-f]{64}.*[0-9a-f]{64}"):
         DualEncoder.from_pretrained(tmp_path)

@@ -16,8 +16,8 @@ import fakes
 
 from mllm_vision.report import Chain, flat_results, load_chain, render, write_report, write_results
 from mllm_vision.report.chain import split_name
-from mllm_vision.report.charts import Line, line_chart, log_ticks, smooth, ticks
-from mllm_vision.report.gallery import veil
+from mllm_vision.report.charts import Line, line_chart, log_ticks, pair_grid, smooth, ticks
+from mllm_vision.report.gallery import sample_cards, veil
 from mllm_vision.report.lineage import edges
 from mllm_vision.report.markup import compact, duration, number, percent, png, shown
 
@@ -211,6 +211,28 @@ def test_a_report_that_cannot_be_written_ends_nothing(chain, tmp_path, caplog) -
     assert "could not be written" in caplog.text
     assert write_report(chain, tmp_path / "new" / "report.html") is True
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["report.html"]
+
+
+def test_samples_of_text_and_captions() -> None:
+    samples = [
+        {"prompt": "a large", "continuation": "red circle", "reference": "blue square"},
+        {"image": "https://example.com/a.png", "question": "", "prediction": "word " * 100, "answer": "a ring"},
+        {"question": "what?", "prediction": "", "answer": "red", "correct": False},
+    ]
+    page = sample_cards(samples)
+    text = "".join(check(page).text)
+    assert "What it says" in text and "red circle" in text and "reference: blue square" in text
+    assert "(nothing)" in text and "right: red" in text and "example.com" not in page
+    assert text.count("word") < 40
+
+
+def test_pair_grid_frames_the_unseen_pairs() -> None:
+    cells = {(a, b): (0.5, 10, False) for a in ("red", "blue") for b in ("ring", "square")}
+    assert "stroke-dasharray" not in pair_grid(cells)
+    cells["red", "square"] = (0.25, 4, True)
+    svg = pair_grid(cells)
+    assert svg.count("stroke-dasharray") == 1 and "never occur in training" in svg and ">25%<" in svg
+    assert pair_grid({("red", "ring"): (1.0, 3, False)}) == ""
 
 
 def test_names() -> None:
