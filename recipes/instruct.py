@@ -19,7 +19,12 @@ from mllm_vision.training.recipe import parse_recipe, recipe_dict, run_recipe
 class InstructArguments:
     """Which model learns, how much of it, and from which conversations."""
 
-    model: str = field(metadata={"help": "What recipes/align.py left, or any LLaVA checkpoint: folder or Hub id."})
+    model: str = field(
+        metadata={
+            "help": "What recipes/align.py left, or any LLaVA checkpoint: folder or Hub id.",
+            "aliases": ["model_name_or_path"],
+        }
+    )
     dataset_name: str = field(metadata={"help": "Conversations: file, pattern, folder or Hub id."})
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Held-out data; else rows of the training data."}
@@ -42,6 +47,10 @@ class InstructArguments:
     max_turns: int | None = field(default=None, metadata={"help": "Questions a sample, at most; more become several."})
     shuffle_turns: bool = field(
         default=True, metadata={"help": "A picture's questions come in a new order each epoch."}
+    )
+    pack_turns: bool = field(
+        default=False,
+        metadata={"help": "Questions on a picture do not see each other: separate samples at the cost of one."},
     )
     train: Literal["full", "lora", "projector"] = field(
         default="full", metadata={"help": "full: projector and language model; lora: adapters; projector alone."}
@@ -108,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         max_length=own.max_length,
         max_turns=own.max_turns,
         shuffle_turns=own.shuffle_turns,
+        pack_turns=own.pack_turns,
         seed=arguments.seed,
     )
     data.bad_samples.check(arguments.max_bad_fraction)

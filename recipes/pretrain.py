@@ -31,7 +31,10 @@ class PretrainArguments:
     caption_column: str | None = field(default=None, metadata={"help": "Caption column, likewise."})
     label_column: str | None = field(default=None, metadata={"help": "Label column of the zero-shot set."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
-    encoder: str = field(default="clip_vision_model", metadata={"help": "Path, Hub id, or a model type to build."})
+    encoder: str = field(
+        default="clip_vision_model",
+        metadata={"help": "Path, Hub id, or a model type to build.", "aliases": ["model_name_or_path"]},
+    )
     encoder_overrides: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Config fields of a built encoder: hidden_size=128,patch_size=8"}
     )
@@ -86,9 +89,11 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"objective {own.objective!r} takes no image-text pairs, and this recipe trains on pairs")
 
     from mllm_vision.data import ImageTransform, PairCollator, PairDataset, bind_columns, load_records
+    from mllm_vision.encoder.build import ALIASES
     from mllm_vision.encoder.dual import build_dual
     from mllm_vision.encoder.families import FAMILIES
     from mllm_vision.evaluation import Geometry
+    from mllm_vision.modules.text import CLIP_TEXT, SIGLIP_TEXT
     from mllm_vision.training.run import Run
     from mllm_vision.training.trainer import ObjectiveTrainer
     from mllm_vision.vlm.freezing import audit_table
@@ -102,8 +107,9 @@ def main(argv: list[str] | None = None) -> None:
     run = Run("stage_zero", arguments, recipe_dict(own, arguments, config))
     run.describe_data("train", records, columns)
 
-    for role, source in (("encoder", own.encoder), ("tokenizer", own.tokenizer or own.text_tower)):
-        if source and source not in FAMILIES:
+    built = {*FAMILIES, *ALIASES, CLIP_TEXT, SIGLIP_TEXT}  # model types: their weights come from no parent
+    for role, source in (("encoder", own.encoder), ("text_tower", own.text_tower), ("tokenizer", own.tokenizer)):
+        if source and source not in built:
             run.inherit(role, source)
     dual = build_dual(
         own.encoder,
@@ -119,6 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     objective = method(dual, config)
     evaluators = build_evaluators(own, overrides, run)
     if not evaluators:
+        if arguments.load_best_model_at_end:
+            raise ValueError("--load_best_model_at_end needs --eval_dataset_name or --zero_shot_dataset_name")
         arguments.eval_strategy = "no"
     rates = {"vision": own.encoder_learning_rate, "text": own.text_learning_rate, "head": None}
     transform = ImageTransform(dual.vision.processor, train=True, scale=tuple(own.crop_scale))
@@ -137,15 +145,14 @@ def main(argv: list[str] | None = None) -> None:
     logger.info(audit_table(run.record["modules"]))
     before = {each.name: each(objective)[each.primary_metric] for each in evaluators}
     trainer.train()
-    if arguments.load_best_model_at_end or arguments.eval_strategy == "no":
-        trainer.evaluate()
+    trainer.final_evaluation()
     for row in run.record["modules"]:
         row["sha256_after"] = hash_parameters(groups(dual)[row["group"]])
         row["moved"] = row["sha256_before"] != row["sha256_after"]
 
     run.save_artifact(dual.vision.save_pretrained, "encoder", "encoder")
     run.save_artifact(dual.save_pretrained, "dual", "dual")
-    untrained = "untrained" if own.encoder in FAMILIES else "before_training"
+    untrained = "untrained" if own.encoder in built else "before_training"
     for each in evaluators:
         each.store(run.record)
         run.record["evaluations"][each.name]["baselines"][untrained] = before[each.name]

@@ -56,7 +56,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     runs = folder / "runs" / "quickstart"
     tiny.random_image(0, 64).save(folder / "picture.png")
-    for name in ("train", "validation", "test", "single_test", "single_unseen", "unseen_test"):
+    for name in ("train", "validation", "test", "single_validation", "single_test", "single_unseen", "unseen_test"):
         tiny.write_pairs_parquet(runs / "data" / f"{name}.parquet", n=16, captions_each=2)
     tiny.write_conversations_jsonl(folder / "conversations.jsonl", n=4)
     (folder / "corpus.txt").write_text("\n".join(tiny.tiny_sentences(200)), encoding="utf-8")
@@ -83,14 +83,15 @@ def test_python_blocks_run(page: Path, request: pytest.FixtureRequest, monkeypat
     if not found:
         return
     for line, code, _ in found:
-        compile(code, f"{page.name}:{line}", "exec")
+        # dont_inherit: a reader's script has not this file's `from __future__ import annotations`
+        compile(code, f"{page.name}:{line}", "exec", dont_inherit=True)
     if any(run for _, _, run in found):
         monkeypatch.chdir(request.getfixturevalue("quickstart"))
     namespace: dict[str, Any] = {"__name__": "__docs__"}
     for line, code, run in found:
         if run:
             # padded, so that a traceback names the line of the page
-            exec(compile("\n" * line + code, str(page), "exec"), namespace)
+            exec(compile("\n" * line + code, str(page), "exec", dont_inherit=True), namespace)
 
 
 # ---- commands ------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ _HOMES = {
     "CHAT_TEMPLATES": "chat",
     "ConversationCollator": "conversations",
     "ConversationDataset": "conversations",
+    "PackedConversations": "packing",
     "bind_conversations": "conversations",
     "preview_labels": "conversations",
     "to_messages": "messages",

@@ -284,6 +284,16 @@ class ConversationDataset(EpochDataset):
 
     # -- reading ----------------------------------------------------------------------------------------------
 
+    def record_of(self, index: int) -> int:
+        """The row of the records that a sample comes from."""
+        return int(self._samples[index, 0])
+
+    def tokens_of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """A sample's first wording: ids `[T]`, one image token a picture, and the mask of the assistant's words."""
+        first = int(self._samples[index, 2])
+        span = slice(self._offsets[first], self._offsets[first + 1])
+        return self._ids[span], self._masks[span]
+
     def __len__(self) -> int:
         return len(self._samples)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def load_records(
         raise ValueError("no data set was named: pass a file, a folder or a Hub id (--dataset_name)")
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows={max_rows} must be at least 1")
+    _count_no_downloads()
     base = re.split(r"[\[+]", split, maxsplit=1)[0]
     path = Path(name_or_path).expanduser()
     files = _local_files(path, str(name_or_path), base)
@@ -80,6 +82,14 @@ def load_records(
     dataset = _hoist_json(dataset)
     dataset = _undecoded(dataset)
     return _resolve_paths(dataset, folder, Path(image_root).expanduser() if image_root is not None else None)
+
+
+def _count_no_downloads() -> None:
+    """`datasets` reports every load, of a local file too, to a counter on the net; we open no connection unasked."""
+    import datasets
+
+    if "HF_UPDATE_DOWNLOAD_COUNTS" not in os.environ:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 
 # -- finding and reading ------------------------------------------------------------------------------------------

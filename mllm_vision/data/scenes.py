@@ -9,7 +9,8 @@ users bring (Hugging Face features included):
 test.parquet``               :func:`unseen_pairs` never occur in them
 ``unseen_test.parquet``      the same columns; every picture holds an object of an unseen colour-shape pair, and its
                              questions ask about that object wherever the type allows
-``single_test.parquet``      ``image, captions, label, label_name``: one object, labels are colour x shape
+``single_validation /
+single_test.parquet``        ``image, captions, label, label_name``: one object, labels are colour x shape
 ``single_unseen.parquet``    the same for the unseen pairs only
 ``text.txt``                 one document a line: what a language model reads before it ever sees a picture
 ===========================  =================================================================================
@@ -56,7 +57,9 @@ PLACES: tuple[str, ...] = (
 NUMBERS: tuple[str, ...] = ("zero", "one", "two", "three", "four")
 OBJECT_COUNT_PROBABILITIES: tuple[float, ...] = (0.3, 0.3, 0.25, 0.15)  # of one, two, three and four objects
 QUESTION_TYPES: tuple[str, ...] = ("colour", "shape", "size", "count", "place", "relation", "yes/no")
-SPLITS: tuple[str, ...] = ("train", "validation", "test", "unseen_test", "single_test", "single_unseen", "text")
+SPLITS: tuple[str, ...] = (
+    "train", "validation", "test", "unseen_test", "single_validation", "single_test", "single_unseen", "text",
+)  # fmt: skip
 
 Pair = tuple[str, str]  # colour, shape
 
@@ -129,7 +132,8 @@ def sample_scene(rng: np.random.Generator, *, unseen: bool = False, count: int |
         pairs[0] = unseen_pairs()[rng.integers(len(SHAPES))]
     cells = rng.choice(len(PLACES), size=count, replace=False)
     sizes = rng.choice(list(SIZES), size=count)
-    return [SceneObject(*pair, size=str(size), cell=int(cell)) for pair, size, cell in zip(pairs, sizes, cells, strict=True)]
+    drawn = zip(pairs, sizes, cells, strict=True)
+    return [SceneObject(*pair, size=str(size), cell=int(cell)) for pair, size, cell in drawn]
 
 
 def draw_scene(objects: Sequence[SceneObject], rng: np.random.Generator, *, image_size: int = 48) -> Image.Image:
@@ -152,7 +156,13 @@ def draw_scene(objects: Sequence[SceneObject], rng: np.random.Generator, *, imag
 
 
 def _draw_shape(
-    canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, colour: tuple[int, ...], ground: tuple[int, ...]
+    canvas: ImageDraw.ImageDraw,
+    shape: str,
+    x: float,
+    y: float,
+    r: float,
+    colour: tuple[int, ...],
+    ground: tuple[int, ...],
 ) -> None:
     if shape == "circle":
         canvas.ellipse((x - r, y - r, x + r, y + r), fill=colour)
@@ -200,7 +210,7 @@ def describe(objects: Sequence[SceneObject]) -> str:
 
 
 def relation(first: SceneObject, second: SceneObject) -> str | None:
-    """Where ``first`` stands seen from ``second`` (left, right, above, below), or None where neither axis is plainly longer."""
+    """Where ``first`` stands seen from ``second``: left, right, above, below; None where neither axis is longer."""
     (row1, column1), (row2, column2) = first.row_column, second.row_column
     down, across = row1 - row2, column1 - column2
     if abs(across) > abs(down):
@@ -215,7 +225,7 @@ def _relation_phrase(where: str) -> str:
 
 
 def captions(objects: Sequence[SceneObject], rng: np.random.Generator) -> list[str]:
-    """Four captions: the full description, the same in another wording and order, names with relations, and shape counts.
+    """Four captions: the full description, the same in other words and order, names with relations, shape counts.
 
     The last one says nothing of colour and place, which are easy to see: what it tells apart is shapes alone.
     """
@@ -272,17 +282,14 @@ def _ask_yes_no(objects: Sequence[SceneObject], target: SceneObject, rng: np.ran
     present = {(item.colour, item.shape) for item in objects}
     if rng.random() < 0.5:
         return f"is there {_a(target.name)}?", "yes"
-    mixed = [(a.colour, b.shape) for a in objects for b in objects if (a.colour, b.shape) not in present]
-    if mixed and rng.random() < 0.7:
-        colour, shape = mixed[rng.integers(len(mixed))]  # both halves are in the picture, on different objects
-    else:  # one half of the target, the other half from elsewhere
-        colour, shape = target.colour, target.shape
-        while (colour, shape) in present:
-            if rng.random() < 0.5:
-                colour, shape = str(rng.choice(list(COLOURS))), target.shape
-            else:
-                colour, shape = target.colour, str(rng.choice(SHAPES))
-    return f"is there {_a(f'{colour} {shape}')}?", "no"
+    # An unseen pair is not asked for in pictures of seen pairs: training would teach that the answer is "no".
+    barred = present if present & set(unseen_pairs()) else present | set(unseen_pairs())
+    # Mostly both halves are in the picture, on different objects; otherwise one half is the target's.
+    mixed = [(a.colour, b.shape) for a in objects for b in objects]
+    half = [(colour, target.shape) for colour in COLOURS] + [(target.colour, shape) for shape in SHAPES]
+    wrong = [pair for pair in mixed if pair not in barred] if rng.random() < 0.7 else []
+    wrong = wrong or [pair for pair in half if pair not in barred]
+    return f"is there {_a(' '.join(wrong[rng.integers(len(wrong))]))}?", "no"
 
 
 _ASK: dict[str, Callable[[Sequence[SceneObject], SceneObject, np.random.Generator], Question | None]] = {
@@ -390,13 +397,13 @@ def write_split(
 def write_text(path: Path, documents: int, *, seed: int, workers: int = 1) -> None:
     """Write ``documents`` lines of text, one document a line."""
     make = partial(make_document, seed=seed)
-    path.write_text("\n".join(_parallel(make, documents, workers, "text")) + "\n")
+    path.write_text("\n".join(_parallel(make, documents, workers, "text")) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m mllm_vision.data.scenes",
-        description="Write the Scenes data set: Parquet files of pictures with captions and questions, and a text file.",
+        description="Write the Scenes data set: Parquet files of pictures with captions and questions, and a text.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="where the files go")
@@ -412,8 +419,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("train", "validation", "test", "documents", "image_size", "questions_each", "workers"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(options, name)}")
+    if options.seed < 0:
+        parser.error(f"--seed must not be negative, it is {options.seed}")
+    if options.output_dir.exists() and not options.output_dir.is_dir():
+        parser.error(f"--output_dir {options.output_dir} is a file; name a folder")
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    sizes = {"train": options.train, "validation": options.validation}
+    sizes = {"train": options.train, "validation": options.validation, "single_validation": options.validation}
     for split in SPLITS[:-1]:
         write_split(
             options.output_dir / f"{split}.parquet", sizes.get(split, options.test), seed=options.seed, split=split,

@@ -35,7 +35,7 @@ class Clip(ImageTextObjective):
         """Flags of the method."""
 
         initial_logit_scale: float | None = field(
-            default=1 / 0.07, metadata={"help": "1 / temperature at the start; 'none' keeps a loaded pair's"}
+            default=1 / 0.07, metadata={"help": "1 / temperature at the start; 'null' keeps a loaded pair's"}
         )
         max_logit_scale: float = field(
             default=100.0, metadata={"help": "the logit scale is clamped to [1, this] after each step"}

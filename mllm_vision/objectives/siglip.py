@@ -34,11 +34,11 @@ class SigLip(ImageTextObjective):
         """Flags of the method."""
 
         initial_logit_scale: float | None = field(
-            default=10.0, metadata={"help": "t at the start; 'none' keeps a loaded pair's"}
+            default=10.0, metadata={"help": "t at the start; 'null' keeps a loaded pair's"}
         )
         initial_logit_bias: float | None = field(
             default=-10.0,
-            metadata={"help": "b at the start: -10, or -2.71 for small batches; 'none' keeps a loaded pair's"},
+            metadata={"help": "b at the start: -10, or -2.71 for small batches; 'null' keeps a loaded pair's"},
         )
         duplicate_positives: bool = field(
             default=True, metadata={"help": "captions or images that occur twice in a batch are positives"}

@@ -132,11 +132,12 @@ def check_tokenizer(folder: Path, documents: Sequence[str]) -> None:
 
 
 def encode_documents(tokenizer: Any, documents: Sequence[str], eos: int) -> list[list[int]]:
-    """Token ids of every document, EOS at its end."""
+    """Token ids of every document, after BOS where the tokenizer has one and before EOS: as chat templates begin."""
     ids: list[list[int]] = []
     for start in range(0, len(documents), 10_000):
         ids += tokenizer(list(documents[start : start + 10_000]), add_special_tokens=False).input_ids
-    return [[*row, eos] for row in ids]
+    start_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [[*start_ids, *row, eos] for row in ids]
 
 
 class PackedBlocks(torch.utils.data.Dataset):

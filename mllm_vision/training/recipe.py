@@ -46,7 +46,7 @@ def parse_recipe(*classes: type, argv: Sequence[str] | None = None, description:
     takes JSON or `key=value,key=value`. `--help` prints every flag and ends the process.
 
     Args:
-        classes: dataclasses; a field's `metadata["help"]` becomes its help.
+        classes: dataclasses; a field's `metadata["help"]` becomes its help, `metadata["aliases"]` are other names.
         argv: the words after the program's name; the process's own by default.
         description: the first lines of the help.
 
@@ -62,9 +62,10 @@ def parse_recipe(*classes: type, argv: Sequence[str] | None = None, description:
 def build(cls: type, given: dict[str, Any]) -> Any:
     """One instance of the dataclass `cls` that remembers what it was given (see `recipe_dict`)."""
     instance = cls(**given)
-    resolved = {field.name: getattr(instance, field.name) for field in dataclasses.fields(cls)}
-    defaults = {field.name: _default(field) for field in dataclasses.fields(cls)}
-    object.__setattr__(instance, _GIVEN, ({**defaults, **given}, resolved))
+    kept = [field for field in dataclasses.fields(cls) if field.name not in _UNSAVED]  # no secret lies about
+    resolved = {field.name: getattr(instance, field.name) for field in kept}
+    values = {field.name: given.get(field.name, _default(field)) for field in kept}
+    object.__setattr__(instance, _GIVEN, (values, resolved))
     return instance
 
 
@@ -161,9 +162,15 @@ def _known_fields(classes: Sequence[type]) -> dict[str, tuple[dataclasses.Field,
     return known
 
 
+def _aliases(fields: dict) -> dict[str, str]:
+    """Other names of fields -> their own."""
+    return {alias: name for name, (field, _, _) in fields.items() for alias in field.metadata.get("aliases", ())}
+
+
 def _split_flags(words: list[str], fields: dict) -> dict[str, list[str]]:
     """Flag -> its words; the last one wins where a flag is repeated."""
     flags: dict[str, list[str]] = {}
+    aliases = _aliases(fields)
     position = 0
     while position < len(words):
         word = words[position]
@@ -172,12 +179,13 @@ def _split_flags(words: list[str], fields: dict) -> dict[str, list[str]]:
             raise ValueError(f"unexpected argument {word!r}; every value follows a --flag")
         flag, equals, value = word[2:].partition("=")
         name = flag.replace("-", "_")
+        name = aliases.get(name, name)
         negated = name.removeprefix("no_")
         if name not in fields and name != "config":
             if name.startswith("no_") and negated in fields and _is_bool(fields[negated][1]) and not equals:
                 flags[negated] = ["false"]
                 continue
-            raise ValueError(unknown_name("flag", name, [*fields, "config"], prefix="--"))
+            raise ValueError(unknown_name("flag", name, [*fields, *aliases, "config"], prefix="--"))
         if equals:
             flags[name] = [value]
             continue
@@ -213,7 +221,9 @@ def _load_yaml(path: str) -> dict[str, Any]:
 
 def _read_config(path: str, fields: dict) -> dict[str, Any]:
     values = {}
-    for name, value in _load_yaml(path).items():
+    aliases = _aliases(fields)
+    for key, value in _load_yaml(path).items():
+        name = aliases.get(key, key)
         if name not in fields:
             raise ValueError(f"{path}: {unknown_name('key', name, fields)}")
         values[name] = convert(value, fields[name][1], f"{path}: {name}")
@@ -408,7 +418,8 @@ def _help(classes: Sequence[type], description: str) -> str:
             if not field.init:
                 continue
             default = "required" if _required(field) else f"default {_yamlable(_default(field))}"
-            lines.append(f"  --{field.name}  ({type_name(hints[field.name])}; {default})")
+            names = ", ".join(f"--{name}" for name in (field.name, *field.metadata.get("aliases", ())))
+            lines.append(f"  {names}  ({type_name(hints[field.name])}; {default})")
             if field.metadata.get("help"):
                 lines.append(f"        {field.metadata['help']}")
     return "\n".join(lines)

@@ -84,6 +84,7 @@ class Run:
         # The artifact is what belongs on the Hub, not every checkpoint of the Trainer: see finish().
         self._push = (arguments.hub_model_id, arguments.hub_token) if arguments.push_to_hub else None
         arguments.push_to_hub = False
+        arguments.hub_token = None  # the Trainer writes its arguments into every checkpoint
 
     # ---- what the run is made of ---------------------------------------------------------------------------
 

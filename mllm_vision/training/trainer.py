@@ -40,7 +40,8 @@ class RecipeTrainer(Trainer):
             `eval_<name>_<metric>`; `baselines`, `samples` and `arrays` in the dict go to the run's record.
 
     Raises:
-        ValueError: the training set is empty, or smaller than one batch when the last one is dropped.
+        ValueError: the training set is empty, or smaller than one batch when the last one is dropped; no evaluator
+            measures `metric_for_best_model`.
     """
 
     def __init__(
@@ -70,6 +71,18 @@ class RecipeTrainer(Trainer):
         if bad_samples is not None:
             self.add_callback(BadSampleLimit(bad_samples, run))
         self._check_size()
+        self._check_best_metric()
+
+    def _check_best_metric(self) -> None:
+        """The stock Trainer finds out at the first evaluation, minutes or hours into the training."""
+        wanted = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if not wanted or not self.evaluators or self.eval_dataset is not None or self.args.eval_strategy == "no":
+            return
+        names = [getattr(evaluator, "name", type(evaluator).__name__.lower()) for evaluator in self.evaluators]
+        if not any(wanted.startswith(f"{name}_") for name in names):
+            chief = [getattr(evaluator, "primary_metric", "<metric>") for evaluator in self.evaluators]
+            known = ", ".join(f"{name}_{metric}" for name, metric in zip(names, chief))
+            raise ValueError(f"metric_for_best_model={wanted!r} is measured by no evaluator; use e.g. {known}")
 
     def _check_size(self) -> None:
         if self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
@@ -131,6 +144,8 @@ class RecipeTrainer(Trainer):
             logger.info("going on from %s", resume_from_checkpoint)
         self._clock = None
         result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.args.load_best_model_at_end:
+            self._evaluated_at = -1  # these are other weights than those evaluated last
         if self.args.eval_strategy != "no" and self.evaluators:
             self.final_evaluation()
         return result
@@ -155,6 +170,12 @@ class RecipeTrainer(Trainer):
             metrics = {**metrics, **found}
         self._evaluated_at = self.state.global_step
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:  # a metric that no evaluator gave: an error of the user's
+            raise ValueError(error.args[0]) from error
 
     def _run_evaluators(self, prefix: str) -> dict[str, float]:
         """Every evaluator once; the random state of the training is left as it was."""

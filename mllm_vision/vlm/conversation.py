@@ -14,6 +14,7 @@ from mllm_vision.data import (
     ConversationCollator,
     ConversationDataset,
     ImageTransform,
+    PackedConversations,
     bind_columns,
     bind_conversations,
     load_records,
@@ -55,8 +56,8 @@ def set_chat_template(processor: Any, name_or_path: str) -> None:
 class StageData:
     """Training and held-out conversations of one stage, with all that was found on the way."""
 
-    train: ConversationDataset
-    evaluation: ConversationDataset
+    train: ConversationDataset | PackedConversations
+    evaluation: ConversationDataset | PackedConversations
     collator: ConversationCollator
     columns: dict[str, str]
     train_records: Any
@@ -86,6 +87,7 @@ def load_stage_data(
     max_length: int | None = None,
     max_turns: int | None = None,
     shuffle_turns: bool = True,
+    pack_turns: bool = False,
     seed: int = 0,
 ) -> StageData:
     """Load, bind and tokenise what a stage trains on, for this model and its processor's chat template.
@@ -101,6 +103,7 @@ def load_stage_data(
         max_rows: of the training data; ``eval_rows``: of the held-out data.
         max_length: in tokens, image tokens included; None: what the language model allows, at most 2048.
         max_turns, shuffle_turns: see ``ConversationDataset``.
+        pack_turns: questions on one picture are independent samples, packed as ``PackedConversations`` says.
         seed: decides which rows are held out, which caption is drawn and in which order questions come.
 
     Raises:
@@ -148,9 +151,18 @@ def load_stage_data(
         "seed": seed,
     }
     tokenizer = processor.tokenizer
+    if pack_turns:
+        if max_turns not in (None, 1):
+            raise ValueError(f"pack_turns keeps every question to itself, so max_turns={max_turns} does not go with it")
+        options["max_turns"] = 1
+        shuffle_turns = False
+    train: Any = ConversationDataset(records, columns, tokenizer, shuffle_turns=shuffle_turns, **options)
+    evaluation: Any = ConversationDataset(held, eval_columns, tokenizer, shuffle_turns=False, **options)
+    if pack_turns:
+        train, evaluation = (PackedConversations(each, max_length=max_length) for each in (train, evaluation))
     return StageData(
-        train=ConversationDataset(records, columns, tokenizer, shuffle_turns=shuffle_turns, **options),
-        evaluation=ConversationDataset(held, eval_columns, tokenizer, shuffle_turns=False, **options),
+        train=train,
+        evaluation=evaluation,
         collator=ConversationCollator(tokenizer, transform),
         columns=columns,
         train_records=records,

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from mllm_vision.distributed import mean_over_ranks, rank, world_size
 
-INPUTS = ("input_ids", "attention_mask", "labels", "pixel_values")
+INPUTS = ("input_ids", "attention_mask", "position_ids", "labels", "pixel_values")
 PICTURES = ("own", "shuffled", "blank")
 
 

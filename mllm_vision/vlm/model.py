@@ -154,7 +154,7 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
         Args:
             input_ids: ``[B, T]``, each picture spelt as ``config.image_seq_length`` image tokens.
             pixel_values: ``[n_images, 3, H, W]`` in reading order, or None for text only.
-            attention_mask: ``[B, T]``.
+            attention_mask: ``[B, T]``, or ``[B, 1, T, T]`` bool as ``ConversationCollator`` gives it for packed rows.
             labels: ``[B, T]``, -100 where nothing is learnt; shifted here. With labels, ``logits`` is
                 ``[S, V]``: one row for each of the S supervised tokens, row by row of the batch.
             num_items_in_batch: supervised tokens of the whole accumulated batch; the loss is then the sum
@@ -168,6 +168,8 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
             if past_key_values is None and _right_padded(attention_mask):
                 # Causal attention never looks right: without the mask the result is the same, and cheaper.
                 attention_mask = None
+        if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
+            attention_mask = self._additive(attention_mask)
         extra = {
             name: value
             for name, value in (
@@ -221,6 +223,17 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    def _additive(self, mask: Tensor) -> Tensor:
+        """A boolean ``[B, 1, T, T]`` mask in the form that eager and SDPA attention both take."""
+        implementation = self.config.text_config._attn_implementation
+        if implementation not in (None, "sdpa", "eager"):
+            raise ValueError(
+                f"packed conversations need a full attention mask, which attn_implementation={implementation!r} does "
+                "not take; load the model with attn_implementation='sdpa', or train without --pack_turns"
+            )
+        dtype = self.get_input_embeddings().weight.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
     def blank_picture(self) -> Tensor:
         """The sum of the projected tokens of one black picture; a scalar."""

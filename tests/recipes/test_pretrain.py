@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -15,8 +16,9 @@ import pytest
 import tiny
 import torch
 import yaml
+from datasets import Image
 from pairs_for_tests import tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64"
@@ -147,6 +149,119 @@ def test_a_refused_start_does_not_block_the_next(pretrain, data, tmp_path):
     pretrain.main(flags(data, tmp_path / "run", max_steps=1))
     with pytest.raises(FileExistsError, match="--overwrite"):
         pretrain.main(flags(data, tmp_path / "run", max_steps=1))
+    pretrain.main([*flags(data, tmp_path / "run", max_steps=2), "--overwrite"])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["history"][-1]["step"] == 2
+
+
+def test_an_existing_encoder_and_a_text_model_of_transformers(pretrain, data, tmp_path):
+    """Fine-tuning: both towers come from folders, both go on learning, and both are told as parents."""
+    from mllm_vision.encoder import DualEncoder, VisionEncoder
+
+    start = VisionEncoder.from_backbone(tiny.tiny_dinov2(), tiny.tiny_image_processor("dinov2"), select_layer=-1)
+    start.save_pretrained(tmp_path / "encoder")
+    tiny.tiny_llama(len(tokenizer())).save_pretrained(tmp_path / "llama")
+    towers = {"encoder": None, "model_name_or_path": tmp_path / "encoder", "text_tower": tmp_path / "llama"}
+    built = {"encoder_overrides": None, "text_overrides": None, "embed_dim": 24, "eval_dataset_name": data}
+    pretrain.main(flags(data, tmp_path / "run", **towers, **built, max_steps=4))
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [parent["role"] for parent in run["parents"]] == ["encoder", "text_tower", "tokenizer"]
+    assert all(parent["weights_sha256"] for parent in run["parents"][:2])
+    assert all(row["moved"] for row in run["modules"])
+    assert set(run["evaluations"]["retrieval"]["baselines"]) == {"chance", "before_training"}
+
+    dual = DualEncoder.from_pretrained(tmp_path / "run" / "dual")
+    assert (dual.text.config.model_type, dual.embed_dim) == ("llama", 24)
+    tuned = VisionEncoder.from_pretrained(tmp_path / "run" / "encoder")
+    assert tuned.config.model_type == "dinov2" and tuned.select_layer == -1
+    picture = tiny.random_image(3)
+    assert torch.equal(tuned.encode([picture]), dual.vision.encode([picture]))
+    assert not torch.allclose(tuned.encode([picture]), start.encode([picture]), atol=1e-3)
+
+
+def test_an_encoder_that_is_not_its_lineages_is_refused(pretrain, data, tmp_path):
+    pretrain.main(flags(data, tmp_path / "first", max_steps=1))
+    file = tmp_path / "first" / "encoder" / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: value + 1 for name, value in weights.items()}, file, metadata={"format": "pt"})
+    changed = {"encoder": file.parent, "encoder_overrides": None}
+    with pytest.raises(ValueError, match=r"lineage says [0-9a-f]{64}, the files give [0-9a-f]{64}"):
+        pretrain.main(flags(data, tmp_path / "second", **changed))
+
+
+def test_the_best_checkpoint_is_saved_and_its_figures_told(pretrain, data, tmp_path):
+    """By a criterion turned upside down the best checkpoint is the first one, not the last."""
+    changed = {"zero_shot_dataset_name": data / "validation.parquet", "eval_steps": 60, "save_steps": 60}
+    changed |= {"load_best_model_at_end": "true", "metric_for_best_model": "zero_shot_accuracy", "max_steps": 180}
+    changed |= {"learning_rate": 1e-3, "save_total_limit": 3, "templates": "a {}"}
+    pretrain.main(flags(data, tmp_path / "run", **changed, greater_is_better="false"))
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    seen = [row["eval_zero_shot_accuracy"] for row in run["history"] if "eval_zero_shot_accuracy" in row]
+    told = run["evaluations"]["zero_shot"]["accuracy"]
+    assert told == min(seen) < seen[2] and len(seen) == 4
+    state = json.loads((tmp_path / "run" / "checkpoint-180" / "trainer_state.json").read_text())
+    best = load_file(Path(state["best_model_checkpoint"]) / "model.safetensors")
+    saved = load_file(tmp_path / "run" / "dual" / "model.safetensors")
+    assert torch.equal(saved["logit_scale"], best["dual.logit_scale"])
+    for wrong, words in ((None, "zero_shot_accuracy"), ("zero_shot_acc", "eval_zero_shot_acc")):
+        with pytest.raises(ValueError, match=words):
+            more = {**changed, "metric_for_best_model": wrong, "max_steps": 60}
+            pretrain.main(flags(data, tmp_path / f"wrong{wrong}", **more))
+
+
+def test_bad_pictures_are_counted_up_to_the_limit(pretrain, data, tmp_path):
+    from datasets import load_dataset
+
+    rows = load_dataset("parquet", data_files=str(data / "train.parquet"), split="train", cache_dir=str(tmp_path))
+    rows = rows.cast_column("image", Image(decode=False))
+    broken = {3: b"no picture", 17: rows[17]["image"]["bytes"][:60]}
+    spoilt = rows.map(
+        lambda row, index: {"image": {"bytes": broken.get(index, row["image"]["bytes"]), "path": None}},
+        with_indices=True,
+        features=rows.features,
+    )
+    spoilt.cast_column("image", Image()).to_parquet(str(tmp_path / "spoilt.parquet"))
+    changed = {"dataset_name": tmp_path / "spoilt.parquet", "max_steps": 4}
+    pretrain.main(flags(data, tmp_path / "run", **changed, max_bad_fraction=0.1))
+    told = json.loads((tmp_path / "run" / "run.json").read_text())["bad_samples"]
+    assert told["count"] == 2 and all("cannot be decoded" in example for example in told["examples"])
+    with pytest.raises(ValueError, match=r"unusable .*max_bad_fraction=0.01"):
+        pretrain.main(flags(data, tmp_path / "strict", **changed))
+    assert not (tmp_path / "strict" / "encoder").exists()
+
+
+def test_an_empty_data_set_is_refused(pretrain, data, tmp_path):
+    from datasets import load_dataset
+
+    rows = load_dataset("parquet", data_files=str(data / "train.parquet"), split="train", cache_dir=str(tmp_path))
+    rows.select([]).to_parquet(str(tmp_path / "none.parquet"))
+    with pytest.raises(ValueError, match=r"none\.parquet is empty"):
+        pretrain.main(flags(data, tmp_path / "run", dataset_name=tmp_path / "none.parquet"))
+
+
+def test_it_pushes_what_it_saved_when_asked_to(pretrain, data, tmp_path, monkeypatch, caplog):
+    from mllm_vision.encoder import hub
+
+    signature, pushed = inspect.signature(hub.push_directory), []
+
+    def push(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments  # a call that the real one would take
+        pushed.append((Path(given["path"]).name, given["repo_id"], given["run"]["kind"], given["token"]))
+        if "dual" in given["repo_id"]:
+            raise ConnectionError("the Hub is away")
+
+    monkeypatch.setattr(hub, "push_directory", push)
+    asked = {"push_to_hub": "true", "hub_model_id": "me/eyes", "hub_token": "hf_secret", "max_steps": 1}
+    pretrain.main(flags(data, tmp_path / "run", **asked))
+    assert pushed == [(n, r, "stage_zero", "hf_secret") for n, r in (("encoder", "me/eyes"), ("dual", "me/eyes-dual"))]
+    assert "the Hub is away" in caplog.text and (tmp_path / "run" / "run.json").is_file()
+    for file in (tmp_path / "run").rglob("*"):
+        assert file.is_dir() or b"hf_secret" not in file.read_bytes(), file
+
+
+def test_it_opens_no_network_connection(pretrain, data, tmp_path, no_network):
+    pretrain.main(flags(data, tmp_path / "run", eval_dataset_name=data, max_steps=2, save_steps=1))
+    changed = {"encoder": tmp_path / "run" / "encoder", "encoder_overrides": None, "max_steps": 1}
+    pretrain.main(flags(data, tmp_path / "more", **changed))
 
 
 @pytest.mark.slow

@@ -245,6 +245,46 @@ def test_parent_that_was_changed_is_refused(folder, aligned, tmp_path):
         run_instruct(folder, tmp_path / "run", model=tmp_path / "model")
 
 
+@pytest.mark.parametrize("role", ["encoder", "llm"])
+def test_changed_parents_of_stage_one_are_refused(folder, aligned, tmp_path, role):
+
+    from mllm_vision.lineage import write_lineage
+
+    shutil.copytree(folder / role, tmp_path / role)
+    write_lineage(tmp_path / role, {"kind": role, "weights_sha256": "0" * 64})
+    with pytest.raises(ValueError, match=r"lineage says 0{64}, the files give [0-9a-f]{64}"):
+        run_align(folder, tmp_path / "run", f"--{role}", tmp_path / role)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_an_empty_data_set_is_refused(folder, aligned, tmp_path):
+    from datasets import load_dataset
+
+    rows = load_dataset("parquet", data_files=str(folder / "train.parquet"), split="train", cache_dir=str(tmp_path))
+    rows.select([]).to_parquet(str(tmp_path / "none.parquet"))
+    for run in (run_align, run_instruct):
+        with pytest.raises(ValueError, match=r"none\.parquet is empty"):
+            run(folder, tmp_path / "run", "--dataset_name", tmp_path / "none.parquet")
+
+
+def test_the_figures_told_are_those_of_the_checkpoint_that_is_saved(folder, aligned, tmp_path):
+    """By a criterion turned upside down the best checkpoint is the first one, not the last."""
+    best = ("--load_best_model_at_end", "--metric_for_best_model", "captions_loss", "--eval_strategy", "steps")
+    every = ("--eval_steps", "4", "--save_strategy", "steps", "--save_steps", "4", "--greater_is_better", "true")
+    record = run_align(folder, tmp_path / "run", *best, *every, steps=12)
+    seen = [row["eval_captions_loss"] for row in record["history"] if "eval_captions_loss" in row]
+    assert seen[0] > seen[1] > seen[2]
+    assert record["evaluations"]["captions"]["loss"] == pytest.approx(seen[0], rel=1e-5)
+    with pytest.raises(ValueError, match=r"'loss' is measured by no evaluator; use e\.g\. captions_loss"):
+        run_align(folder, tmp_path / "wrong", "--load_best_model_at_end", *best[3:], *every)
+
+
+def test_stages_open_no_network_connection(folder, tmp_path, no_network):
+    run_align(folder, tmp_path / "one", steps=2)
+    run_instruct(folder, tmp_path / "two", "--train", "lora", model=tmp_path / "one" / "model", steps=2)
+    run_instruct(folder, tmp_path / "three", model=tmp_path / "two" / "model", data="llava.jsonl", steps=2)
+
+
 @pytest.mark.parametrize(
     ("more", "kind", "message"),
     [

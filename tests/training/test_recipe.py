@@ -165,6 +165,25 @@ def test_peek_sees_what_the_parse_will_see(tmp_path: Path) -> None:
     assert peek_recipe("kind", "clip", argv=["--kind=x", "--config", config]) == "x"
 
 
+def test_another_name_of_a_flag(tmp_path: Path) -> None:
+    @dataclass
+    class Aliased:
+        encoder: str = field(metadata={"aliases": ["model_name_or_path"]})
+
+    for argv in (
+        ["--model_name_or_path", "x"],
+        ["--model-name-or-path=x"],
+        ["--encoder", "y", "--model_name_or_path", "x"],
+    ):
+        assert parse_recipe(Aliased, argv=argv)[0].encoder == "x"
+    config = write(tmp_path / "c.yaml", "model_name_or_path: x\n")
+    (read,) = parse_recipe(Aliased, argv=["--config", config])
+    assert read.encoder == "x" and recipe_dict(read) == {"encoder": "x"}
+    assert parse_recipe(Aliased, argv=["--config", config, "--encoder", "y"])[0].encoder == "y"
+    with pytest.raises(ValueError, match="the nearest known one is '--model_name_or_path'"):
+        parse_recipe(Aliased, argv=["--model_name_or_pth", "x"])
+
+
 def test_help_lists_every_flag(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         parse_recipe(Own, argv=["--help"], description="Reads names.")

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, TrainerCallback
+from transformers import EarlyStoppingCallback, LlavaConfig, LlavaForConditionalGeneration, TrainerCallback
 from transformers.utils import ModelOutput
 
 from mllm_vision.training import trainer as trainer_module
@@ -283,6 +284,49 @@ def test_the_best_checkpoint_is_chosen_by_an_evaluator(tmp_path: Path) -> None:
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
     best = LlavaForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-4")
     assert_same(state_of(trainer.model), state_of(best))
+
+
+def test_a_metric_that_nobody_measures_is_refused_at_the_start(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"save_steps": 2, "eval_steps": 2, "eval_strategy": "steps"}
+    args = arguments(tmp_path, **settings, load_best_model_at_end=True)  # the stock default is "loss"
+    with pytest.raises(ValueError, match=r"metric_for_best_model='loss' is measured by no .* e\.g\. counter_score"):
+        RecipeTrainer(llama(), args, train_dataset=text_rows(), evaluators=[Counter()])
+    args = arguments(tmp_path, **settings, metric_for_best_model="counter_scor", load_best_model_at_end=True)
+    with pytest.raises(ValueError, match=r"'eval_counter_scor', which is not found.*eval_counter_score"):
+        RecipeTrainer(llama(), args, train_dataset=text_rows(), evaluators=[Counter()]).train()
+
+
+def test_callbacks_of_transformers_work_unchanged(tmp_path: Path) -> None:
+    """One of theirs stops the training by an evaluator's metric; one of the user's sees every event in order."""
+
+    class Falling(Counter):
+        def __call__(self, model: Any, step: int) -> dict:
+            return {"score": -step}
+
+    class Watch(TrainerCallback):
+        def __init__(self) -> None:
+            self.events: list[str] = []
+
+        def __getattribute__(self, name: str) -> Any:
+            if name.startswith("on_"):
+                return lambda args, state, control, **kwargs: self.events.append(f"{name[3:]} {state.global_step}")
+            return super().__getattribute__(name)
+
+    settings: dict[str, Any] = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "counter_score", "greater_is_better": True}
+    run, watch = Run("stage_zero", arguments(tmp_path, **settings, **best), {}), Watch()
+    trainer = ObjectiveTrainer(
+        Toy(), run.arguments, train_dataset=toy_rows(), run=run, evaluators=[Falling()],
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=1), watch],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 4  # worse than at step 2: stopped
+    assert watch.events[:2] == ["init_end 0", "train_begin 0"]
+    around = [event for event in watch.events if event.split()[0] in ("step_end", "evaluate", "save", "train_end")]
+    until = ["step_end 1", "step_end 2", "evaluate 2", "save 2", "step_end 3", "step_end 4", "evaluate 4", "save 4"]
+    assert around[:9] == [*until, "train_end 4"]
+    best_weights = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert torch.equal(trainer.model.layer.weight.detach(), best_weights["layer.weight"])
 
 
 def test_a_data_set_and_evaluators_together(tmp_path: Path) -> None:
