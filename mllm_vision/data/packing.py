@@ -32,7 +32,7 @@ class PackedConversations(EpochDataset):
 
     def __init__(self, samples: ConversationDataset, *, max_length: int) -> None:
         if samples.shuffle_turns:
-            raise ValueError("packed conversations do not see each other, so build the samples with shuffle_turns=False")
+            raise ValueError("packed conversations do not see each other: build the samples with shuffle_turns=False")
         super().__init__(samples.seed, len(samples), samples.bad_samples)
         self.samples, self.max_length = samples, int(max_length)
         self._rows: list[list[int]] = []

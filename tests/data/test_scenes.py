@@ -123,7 +123,7 @@ def test_files_do_not_depend_on_the_number_of_workers(tmp_path):
 def test_unseen_pairs_are_in_no_picture_of_training(splits):
     unseen = set(scenes.unseen_pairs())
     assert len(unseen) == 6 and len({c for c, _ in unseen}) == 6 and len({s for _, s in unseen}) == 6
-    for split in ("train", "validation", "test", "single_test"):
+    for split in ("train", "validation", "test", "single_validation", "single_test"):
         assert not any(pairs_of(row) & unseen for row in splits[split]), split
     named = [f"{colour} {shape}" for colour, shape in unseen]
     for split in ("train", "validation", "test"):  # nor in a caption or a question: its "no" would be learnt
@@ -159,7 +159,7 @@ def test_documents_hold_no_unseen_pair():
 def test_single_objects_and_their_labels(splits):
     names = scenes.class_names()
     assert names == [f"{colour} {shape}" for colour in PURE for shape in SHAPE.split("|")]
-    for split in ("single_test", "single_unseen"):
+    for split in ("single_validation", "single_test", "single_unseen"):
         for row in splits[split]:
             (item,) = objects_of(row)
             assert row["label_name"] == f"{item['colour']} {item['shape']}" == names[row["label"]]
@@ -357,7 +357,9 @@ def test_help_and_a_small_set_from_the_command_line(tmp_path):
     folder = tmp_path / "new" / "set"
     assert {path.name for path in folder.iterdir()} == {f"{name}.parquet" for name in scenes.SPLITS[:-1]} | {"text.txt"}
     assert len((folder / "text.txt").read_text().splitlines()) == 9
-    rows = {"train": 12, "validation": 5, "test": 6, "unseen_test": 6, "single_test": 6, "single_unseen": 6}
+    rows = {"train": 12, "validation": 5, "test": 6, "unseen_test": 6}
+    rows |= {"single_validation": 5, "single_test": 6, "single_unseen": 6}
+    assert set(rows) | {"text"} == set(scenes.SPLITS)
     for split, count in rows.items():
         data = load_dataset(
             "parquet", data_files=str(folder / f"{split}.parquet"), cache_dir=str(tmp_path / "cache"), split="train"
