@@ -35,6 +35,7 @@ class LanguageModelArguments:
     num_attention_heads: int = field(default=4, metadata={"help": "Attention heads; divides hidden_size."})
     intermediate_size: int | None = field(default=None, metadata={"help": "Width of the MLPs; by default 8/3."})
     max_position_embeddings: int = field(default=512, metadata={"help": "Longest sequence the model is made for."})
+    initializer_range: float = field(default=0.02, metadata={"help": "Of the weights; 1/sqrt(width) if narrow."})
     tie_word_embeddings: bool = field(default=False, metadata={"help": "Share input and output embeddings."})
     artifact_name: str = field(default="model", metadata={"help": "Folder of the result in output_dir."})
 
@@ -103,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             num_attention_heads=own.num_attention_heads,
             num_key_value_heads=own.num_attention_heads,
             max_position_embeddings=own.max_position_embeddings,
+            initializer_range=own.initializer_range,
             tie_word_embeddings=own.tie_word_embeddings,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,

@@ -15,9 +15,9 @@ single_test.parquet``        ``image, captions, label, label_name``: one object,
 ``text.txt``                 one document a line: what a language model reads before it ever sees a picture
 ===========================  =================================================================================
 
-Answers are balanced within a question's wording (a yes/no question is "yes" half of the time, and the "no" half
-asks for a colour and a shape that are both in the picture, only not on one object), so a model that reads the
-question and not the picture stays near the frequencies that :data:`QUESTION_TYPES` allow.
+Answers are balanced within a question's wording (a yes/no question is "yes" half of the time, and where it asks for a
+colour and a shape, "no" mostly means that both are in the picture, only not on one object), so a model that reads the
+question and not the picture stays near what chance allows.
 
 ``python -m mllm_vision.data.scenes --output_dir scenes --train 20000``
 """
@@ -55,7 +55,7 @@ PLACES: tuple[str, ...] = (
     "bottom left", "bottom", "bottom right",
 )  # fmt: skip
 NUMBERS: tuple[str, ...] = ("zero", "one", "two", "three", "four")
-OBJECT_COUNT_PROBABILITIES: tuple[float, ...] = (0.3, 0.3, 0.25, 0.15)  # of one, two, three and four objects
+OBJECT_COUNT_PROBABILITIES: tuple[float, ...] = (0.3, 0.35, 0.2, 0.15)  # of one, two, three and four objects
 QUESTION_TYPES: tuple[str, ...] = ("colour", "shape", "size", "count", "place", "relation", "yes/no")
 SPLITS: tuple[str, ...] = (
     "train", "validation", "test", "unseen_test", "single_validation", "single_test", "single_unseen", "text",
@@ -246,6 +246,20 @@ def captions(objects: Sequence[SceneObject], rng: np.random.Generator) -> list[s
 Question = tuple[str, str]  # question, answer
 
 
+def _refer(objects: Sequence[SceneObject], target: SceneObject, rng: np.random.Generator) -> str:
+    """A name of the target that fits no other object: "red circle", or "circle" or "red object" where that is enough.
+
+    An unseen pair always gets its full name: it is what its test is about.
+    """
+    names = [target.name]
+    if (target.colour, target.shape) not in unseen_pairs():
+        if sum(item.shape == target.shape for item in objects) == 1:
+            names.append(target.shape)
+        if sum(item.colour == target.colour for item in objects) == 1:
+            names.append(f"{target.colour} object")
+    return names[rng.integers(len(names))]
+
+
 def _ask_colour(objects: Sequence[SceneObject], target: SceneObject, rng: np.random.Generator) -> Question | None:
     if sum(item.shape == target.shape for item in objects) == 1 and rng.random() < 0.6:
         return f"what colour is the {target.shape}?", target.colour
@@ -259,7 +273,7 @@ def _ask_shape(objects: Sequence[SceneObject], target: SceneObject, rng: np.rand
 
 
 def _ask_size(objects: Sequence[SceneObject], target: SceneObject, rng: np.random.Generator) -> Question | None:
-    return f"is the {target.name} small or large?", target.size
+    return f"is the {_refer(objects, target, rng)} small or large?", target.size
 
 
 def _ask_count(objects: Sequence[SceneObject], target: SceneObject, rng: np.random.Generator) -> Question | None:
@@ -267,7 +281,7 @@ def _ask_count(objects: Sequence[SceneObject], target: SceneObject, rng: np.rand
 
 
 def _ask_place(objects: Sequence[SceneObject], target: SceneObject, rng: np.random.Generator) -> Question | None:
-    return f"where is the {target.name}?", target.place
+    return f"where is the {_refer(objects, target, rng)}?", target.place
 
 
 def _ask_relation(objects: Sequence[SceneObject], target: SceneObject, rng: np.random.Generator) -> Question | None:
@@ -275,21 +289,32 @@ def _ask_relation(objects: Sequence[SceneObject], target: SceneObject, rng: np.r
     if not others:
         return None
     other = others[rng.integers(len(others))]
-    return f"which side of the {other.name} is the {target.name}?", str(relation(target, other))
+    names = _refer(objects, other, rng), _refer(objects, target, rng)
+    return f"which side of the {names[0]} is the {names[1]}?", str(relation(target, other))
 
 
 def _ask_yes_no(objects: Sequence[SceneObject], target: SceneObject, rng: np.random.Generator) -> Question | None:
     present = {(item.colour, item.shape) for item in objects}
-    if rng.random() < 0.5:
-        return f"is there {_a(target.name)}?", "yes"
-    # An unseen pair is not asked for in pictures of seen pairs: training would teach that the answer is "no".
-    barred = present if present & set(unseen_pairs()) else present | set(unseen_pairs())
-    # Mostly both halves are in the picture, on different objects; otherwise one half is the target's.
-    mixed = [(a.colour, b.shape) for a in objects for b in objects]
-    half = [(colour, target.shape) for colour in COLOURS] + [(target.colour, shape) for shape in SHAPES]
-    wrong = [pair for pair in mixed if pair not in barred] if rng.random() < 0.7 else []
-    wrong = wrong or [pair for pair in half if pair not in barred]
-    return f"is there {_a(' '.join(wrong[rng.integers(len(wrong))]))}?", "no"
+    unseen, true = set(unseen_pairs()), rng.random() < 0.5
+    if not present & unseen and rng.random() < 0.4:  # one half alone; an unseen pair is always asked for as a pair
+        if rng.random() < 0.5:
+            absent = [colour for colour in COLOURS if all(item.colour != colour for item in objects)]
+            thing = f"{target.colour if true else absent[rng.integers(len(absent))]} object"
+        else:
+            absent = [shape for shape in SHAPES if all(item.shape != shape for item in objects)]
+            thing = target.shape if true else absent[rng.integers(len(absent))]
+    elif true:
+        thing = target.name
+    else:
+        # An unseen pair is not asked for in pictures of seen pairs: training would teach that the answer is "no".
+        barred = present if present & unseen else present | unseen
+        # Mostly both halves are in the picture, on different objects; otherwise one half is the target's.
+        mixed = [(a.colour, b.shape) for a in objects for b in objects]
+        half = [(colour, target.shape) for colour in COLOURS] + [(target.colour, shape) for shape in SHAPES]
+        wrong = [pair for pair in mixed if pair not in barred] if rng.random() < 0.7 else []
+        wrong = wrong or [pair for pair in half if pair not in barred]
+        thing = " ".join(wrong[rng.integers(len(wrong))])
+    return f"is there {_a(thing)}?", "yes" if true else "no"
 
 
 _ASK: dict[str, Callable[[Sequence[SceneObject], SceneObject, np.random.Generator], Question | None]] = {

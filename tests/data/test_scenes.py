@@ -26,6 +26,7 @@ PURE = {
 }  # fmt: skip
 COLOUR, SHAPE, SIZE = "|".join(PURE), "circle|square|triangle|diamond|cross|ring", "small|large"
 PLACE = "|".join(sorted(PLACES, key=len, reverse=True))
+THING = f"(?:{COLOUR}) (?:{SHAPE})|(?:{COLOUR}) object|{SHAPE}"
 TYPES = {"colour", "shape", "size", "count", "place", "relation", "yes/no"}
 
 
@@ -57,6 +58,17 @@ def only(items: list[dict], **wanted) -> dict:
     return found[0]
 
 
+def meant(thing: str) -> dict[str, str]:
+    """ "red circle", "red object" or "circle": what the words say of colour and shape."""
+    said = {}
+    for word in thing.split():
+        if word in PURE:
+            said["colour"] = word
+        elif word != "object":
+            said["shape"] = word
+    return said
+
+
 def side(first: dict, second: dict) -> str | None:
     """Where `first` stands, seen from `second`: the longer of the two ways tells."""
     x, y = (a - b for a, b in zip(grid(first), grid(second)))
@@ -78,15 +90,15 @@ def true_answer(question: str, items: list[dict]) -> tuple[str, str]:
         return "colour", only(items, shape=found[0])["colour"]
     if found := ask(rf"what shape is the ({COLOUR}) object\?"):
         return "shape", only(items, colour=found[0])["shape"]
-    if found := ask(rf"is the ({COLOUR}) ({SHAPE}) small or large\?"):
-        return "size", only(items, colour=found[0], shape=found[1])["size"]
-    if found := ask(rf"where is the ({COLOUR}) ({SHAPE})\?"):
-        return "place", PLACES[only(items, colour=found[0], shape=found[1])["cell"]]
-    if found := ask(rf"which side of the ({COLOUR}) ({SHAPE}) is the ({COLOUR}) ({SHAPE})\?"):
-        second, first = (only(items, colour=found[i], shape=found[i + 1]) for i in (0, 2))
+    if found := ask(rf"is the ({THING}) small or large\?"):
+        return "size", only(items, **meant(found[0]))["size"]
+    if found := ask(rf"where is the ({THING})\?"):
+        return "place", PLACES[only(items, **meant(found[0]))["cell"]]
+    if found := ask(rf"which side of the ({THING}) is the ({THING})\?"):
+        second, first = (only(items, **meant(thing)) for thing in found)
         return "relation", str(side(first, second))
-    if found := ask(rf"is there an? ({COLOUR}) ({SHAPE})\?"):
-        return "yes/no", "yes" if any((i["colour"], i["shape"]) == found for i in items) else "no"
+    if found := ask(rf"is there an? ({THING})\?"):
+        return "yes/no", "yes" if any(meant(found[0]).items() <= item.items() for item in items) else "no"
     assert question == "how many objects are there?", f"a question of no known form: {question!r}"
     return "count", next(word for word, number in NUMBERS.items() if number == len(items))
 
@@ -199,6 +211,9 @@ def test_the_check_of_answers_can_fail():
     assert true_answer("which side of the red ring is the blue cross?", items) == ("relation", "right")
     assert true_answer("is there a red cross?", items) == ("yes/no", "no")
     assert true_answer("where is the blue cross?", items) == ("place", "right")
+    assert true_answer("where is the red object?", items) == ("place", "top left")
+    assert true_answer("is there a cross?", items) == ("yes/no", "yes")
+    assert true_answer("is there a green object?", items) == ("yes/no", "no")
     with pytest.raises(AssertionError, match="names 0 of"):
         true_answer("what colour is the circle?", items)
 
