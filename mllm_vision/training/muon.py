@@ -40,7 +40,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     A Muon step is decoupled weight decay, then Nesterov momentum, then the orthogonalized direction times
     `lr * 0.2 * sqrt(max(rows, columns))`, which gives the update the RMS of an AdamW step: rates carry over.
-    On small transformers trained from scratch it needs well under half of AdamW's samples.
+    Meant for training from scratch, where it learns from fewer samples than AdamW; see docs/architecture.md.
 
     Args:
         params: groups as for AdamW; `muon=True` in a group chooses Muon, `muon_momentum` its momentum.
