@@ -65,7 +65,6 @@ def row_generator(seed: int, split: str, index: int) -> np.random.Generator:
     return np.random.default_rng([seed, SPLITS.index(split), index])
 
 
-
 def make_row(index: int, *, seed: int, split: str, image_size: int = 48, questions_each: int = 6) -> dict[str, Any]:
     """One row of a split, from (seed, split, index) alone."""
     rng = row_generator(seed, split, index)
