@@ -33,7 +33,7 @@ _HOMES = {
     "run_recipe": "mllm_vision.training.recipe",
     "RecipeArguments": "mllm_vision.training.arguments",
     "Run": "mllm_vision.training.run",
-    "RecipeTrainer": "mllm_vision.training.trainer",
+    "RecipeTrainer": "mllm_vision.training.recipe_trainer",
     "ObjectiveTrainer": "mllm_vision.training.trainer",
     "hash_weights": "mllm_vision.lineage",
     "read_lineage": "mllm_vision.lineage",

@@ -68,8 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     from mllm_vision.data import load_image
     from mllm_vision.encoder import VisionEncoder
     from mllm_vision.evaluation.images import data_uri
+    from mllm_vision.training.recipe_trainer import RecipeTrainer
     from mllm_vision.training.run import Run
-    from mllm_vision.training.trainer import RecipeTrainer
     from mllm_vision.vlm import FreezeProof, HeldOutLoss, answer, audit, build_vlm, freeze, save_vlm
     from mllm_vision.vlm.conversation import chat_template, label_preview, load_stage_data
     from mllm_vision.vlm.freezing import audit_table

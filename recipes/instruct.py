@@ -84,8 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     own, arguments = parse_recipe(InstructArguments, Arguments, argv=argv, description=__doc__)
 
     from mllm_vision.evaluation.question_answering import QuestionAnswering
+    from mllm_vision.training.recipe_trainer import RecipeTrainer
     from mllm_vision.training.run import Run
-    from mllm_vision.training.trainer import RecipeTrainer
     from mllm_vision.vlm import FreezeProof, HeldOutLoss, add_lora, audit, freeze, learning_rates, load_vlm, save_vlm
     from mllm_vision.vlm.conversation import label_preview, load_stage_data, set_chat_template
     from mllm_vision.vlm.freezing import audit_table

@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from mllm_vision.training import language
+    from mllm_vision.training.recipe_trainer import RecipeTrainer
     from mllm_vision.training.run import Run
-    from mllm_vision.training.trainer import RecipeTrainer
 
     documents = language.read_documents(own.text_files, lower_case=own.lower_case, max_rows=own.max_documents)
     held = random.Random(arguments.seed).sample(range(len(documents)), min(own.validation_lines, len(documents) // 10))

@@ -18,11 +18,12 @@ from torch import nn
 from transformers import EarlyStoppingCallback, LlavaConfig, LlavaForConditionalGeneration, TrainerCallback
 from transformers.utils import ModelOutput
 
-from mllm_vision.training import trainer as trainer_module
+from mllm_vision.training import recipe_trainer as trainer_module
 from mllm_vision.training.arguments import RecipeArguments
 from mllm_vision.training.checkpoints import is_whole, last_checkpoint
+from mllm_vision.training.recipe_trainer import RecipeTrainer
 from mllm_vision.training.run import Run
-from mllm_vision.training.trainer import ObjectiveTrainer, RecipeTrainer
+from mllm_vision.training.trainer import ObjectiveTrainer
 
 
 def arguments(folder: Path, **settings: Any) -> RecipeArguments:

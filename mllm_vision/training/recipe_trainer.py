@@ -1,0 +1,290 @@
+"""A thin layer over `transformers.Trainer`: our parameter groups, whole checkpoints, evaluators, the run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer
+
+from mllm_vision.data.sampling import EpochCallback
+
+from .callbacks import BadSampleLimit, RunFolder
+from .checkpoints import whole_folder
+from .muon import MuonAdamW
+from .optimizers import parameter_groups
+
+logger = logging.getLogger(__name__)
+
+
+class RecipeTrainer(Trainer):
+    """`Trainer` with what every stage here needs; every argument and callback of `Trainer` works as usual.
+
+    - Parameter groups by module and without decay where it does not belong (training/optimizers.py).
+    - A checkpoint is whole or not there; the one before it stays until the new one is. Resuming checks that every
+      weight was found, where the stock Trainer only warns.
+    - `train()` resumes by itself as `args.resume` and `args.resume_from_checkpoint` say.
+    - Logs go to `run.log`, with samples per second; evaluators run every `eval_steps` and at the end.
+
+    Args:
+        run: the `Run` whose folder is written; none is needed.
+        learning_rates: parameter-name prefix -> learning rate.
+        bad_samples: the `BadSamples` counter of the data set, checked at every step.
+        evaluators: callables (model, step) -> dict with an attribute `name`; keys are logged as
+            `eval_<name>_<metric>`; `baselines`, `samples` and `arrays` in the dict go to the run's record.
+
+    Raises:
+        ValueError: the training set is empty, or smaller than one batch when the last one is dropped; no evaluator
+            measures `metric_for_best_model`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        run: Any = None,
+        learning_rates: Mapping[str, float | None] | None = None,
+        bad_samples: Any = None,
+        evaluators: Sequence[Callable[[Any, int], Mapping[str, Any]]] = (),
+        **kwargs: Any,
+    ) -> None:
+        # The Trainer insists on a data set to evaluate on; evaluators bring their own.
+        stand_in = bool(evaluators) and kwargs.get("eval_dataset") is None and len(args) < 5
+        if stand_in:
+            kwargs["eval_dataset"] = []
+        self.run = run
+        self.learning_rates = dict(learning_rates or {})
+        self.evaluators = list(evaluators)
+        self._evaluated_at = -1
+        self._clock: tuple[float, int] | None = None
+        super().__init__(*args, **kwargs)
+        if stand_in:
+            self.eval_dataset = None
+        if run is not None:
+            self.add_callback(RunFolder(run))
+        self.add_callback(EpochCallback())
+        if bad_samples is not None:
+            self.add_callback(BadSampleLimit(bad_samples, run))
+        self._check_size()
+        self._check_best_metric()
+
+    def _check_best_metric(self) -> None:
+        """The stock Trainer finds out at the first evaluation, minutes or hours into the training."""
+        wanted = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if not wanted or not self.evaluators or self.eval_dataset is not None or self.args.eval_strategy == "no":
+            return
+        names = [getattr(evaluator, "name", type(evaluator).__name__.lower()) for evaluator in self.evaluators]
+        if not any(wanted.startswith(f"{name}_") for name in names):
+            chief = [getattr(evaluator, "primary_metric", "<metric>") for evaluator in self.evaluators]
+            known = ", ".join(f"{name}_{metric}" for name, metric in zip(names, chief))
+            raise ValueError(f"metric_for_best_model={wanted!r} is measured by no evaluator; use e.g. {known}")
+
+    def _check_size(self) -> None:
+        if self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
+            return
+        rows, batch = len(self.train_dataset), self._train_batch_size * self.args.world_size
+        if rows == 0:
+            raise ValueError("the training set is empty")
+        if rows < batch and self.args.dataloader_drop_last:
+            raise ValueError(
+                f"the training set has {rows} rows, fewer than one batch of {batch} "
+                f"(per_device_train_batch_size={self._train_batch_size} x {self.args.world_size} processes); "
+                f"use --per_device_train_batch_size {max(1, rows // self.args.world_size)} or less, "
+                "or --dataloader_drop_last false"
+            )
+
+    # ---- optimizer -----------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer named by `args.optim` over our parameter groups."""
+        if self.optimizer is None:
+            target = self.model if model is None else model
+            cls, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, target)
+            if {"params", "model", "optimizer_dict"} & set(settings):  # GaLore and the like choose parameters alone
+                if self.learning_rates:
+                    raise ValueError(f"--optim {self.args.optim} takes no learning rate per module group")
+                return super().create_optimizer(model)
+            muon = getattr(self.args, "muon_learning_rate", None)
+            groups = parameter_groups(
+                target,
+                weight_decay=self.args.weight_decay,
+                learning_rate=settings.get("lr", self.args.learning_rate),
+                learning_rates=self.learning_rates,
+                muon_learning_rate=muon,
+            )
+            if muon is not None:
+                cls = MuonAdamW
+            self.optimizer = cls(groups, **settings)
+        return self.optimizer
+
+    # ---- data ----------------------------------------------------------------------------------------------
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """`dataloader_drop_last` is for training: the stock Trainer leaves the rest of an evaluation set out too."""
+        given = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = given and description.lower() == "training"
+        try:
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = given
+
+    # ---- training and evaluation ---------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`, resuming as the arguments say; a last evaluation where one is due."""
+        if resume_from_checkpoint in (None, True) and hasattr(self.args, "checkpoint_to_resume"):
+            self.args.resume = self.args.resume or resume_from_checkpoint is True
+            resume_from_checkpoint = self.args.checkpoint_to_resume()
+        if resume_from_checkpoint:
+            logger.info("going on from %s", resume_from_checkpoint)
+        self._clock = None
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.args.load_best_model_at_end:
+            self._evaluated_at = -1  # these are other weights than those evaluated last
+        if self.args.eval_strategy != "no" and self.evaluators:
+            self.final_evaluation()
+        return result
+
+    def final_evaluation(self) -> None:
+        """Evaluate now, unless that was just done at this step."""
+        if self._evaluated_at != self.state.global_step:
+            self.evaluate()
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As `Trainer.evaluate` where there is a data set, then the evaluators; returns the metrics of both."""
+        metrics: dict[str, float] = {}
+        if eval_dataset is not None or self.eval_dataset is not None:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is None and self.evaluators:
+            found = self._run_evaluators(metric_key_prefix)
+            self.log(dict(found))
+            if not metrics:
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+            metrics = {**metrics, **found}
+        self._evaluated_at = self.state.global_step
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:  # a metric that no evaluator gave: an error of the user's
+            raise ValueError(error.args[0]) from error
+
+    def _run_evaluators(self, prefix: str) -> dict[str, float]:
+        """Every evaluator once; the random state of the training is left as it was."""
+        model, found, began = self.model, {}, time.monotonic()
+        was_training = model.training
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            model.eval()
+            for evaluator in self.evaluators:
+                name = getattr(evaluator, "name", type(evaluator).__name__.lower())
+                result = dict(evaluator(model, self.state.global_step))
+                numbers = {key: float(value) for key, value in result.items() if _is_number(value)}
+                found.update({f"{prefix}_{name}_{key}": value for key, value in numbers.items()})
+                if self.run is not None:
+                    self._keep(name, evaluator, numbers, result)
+            model.train(was_training)
+        if self._clock is not None:  # throughput is that of training
+            self._clock = (self._clock[0] + time.monotonic() - began, self._clock[1])
+        return found
+
+    def _keep(self, name: str, evaluator: Any, numbers: Mapping[str, float], result: Mapping[str, Any]) -> None:
+        record = self.run.record
+        before = record["evaluations"].get(name, {}).get("baselines", {})
+        entry: dict[str, Any] = {**numbers, "step": self.state.global_step}
+        if getattr(evaluator, "primary_metric", None):
+            entry["primary_metric"] = evaluator.primary_metric
+        entry["baselines"] = {**before, **(result.get("baselines") or {})}
+        record["evaluations"][name] = entry
+        if result.get("samples"):
+            others = [sample for sample in record["samples"] if sample.get("evaluation") != name]
+            record["samples"] = others + [{"evaluation": name, **sample} for sample in result["samples"]]
+        for key, value in (result.get("arrays") or {}).items():
+            record["arrays"][key] = value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`, with samples per second and the rate of each parameter group, and into the run."""
+        if "loss" in logs:
+            now, step = time.monotonic(), self.state.global_step
+            if self._clock is not None and step > self._clock[1] and now > self._clock[0]:
+                batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+                logs["samples_per_second"] = round((step - self._clock[1]) * batch / (now - self._clock[0]), 2)
+            self._clock = (now, step)
+            if self.learning_rates and logs.get("learning_rate") and self.optimizer is not None:
+                groups = self.optimizer.param_groups  # the Trainer logs the first one's rate before the schedule moves
+                for group in groups:
+                    scale = group["initial_lr"] / groups[0]["initial_lr"]
+                    if group.get("group_name", "default") != "default":
+                        logs[f"learning_rate_{group['group_name']}"] = logs["learning_rate"] * scale
+        super().log(logs, start_time)
+        if self.run is not None and self.is_world_process_zero():
+            self.run.log(self.state.global_step, logs)
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        with whole_folder(folder) if self.args.should_save else contextlib.nullcontext():
+            super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save weights under the names they have in memory.
+
+        The stock Trainer saves some models (Llava, ViT, DINOv2) under the names of older releases and then, on
+        resuming, loads by the names in memory: nothing fits, it warns, and training goes on from other weights.
+        """
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(model, PreTrainedModel):
+            original = model.save_pretrained
+
+            def save_pretrained(*args: Any, **kwargs: Any) -> Any:
+                return original(*args, **{**kwargs, "save_original_format": False})
+
+            model.save_pretrained = save_pretrained  # type: ignore[method-assign]
+            try:
+                super()._save(output_dir, state_dict)
+            finally:
+                del model.save_pretrained
+        else:
+            super()._save(output_dir, _without_copies(model.state_dict()) if state_dict is None else state_dict)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that does not fit; only tied copies may be missing."""
+        tied = set(self.model.state_dict()) - set(_without_copies(self.model.state_dict()))
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        if isinstance(self.model, PreTrainedModel):
+            known = getattr(self.model, "all_tied_weights_keys", None) or {}
+            ignored = self.model._keys_to_ignore_on_save or ()
+            missing = [name for name in missing if name not in known and name not in ignored]
+        unexpected = list(load_result.unexpected_keys)
+        if missing or unexpected:
+            raise ValueError(
+                f"the checkpoint does not fit this model: {len(missing)} weights are missing "
+                f"({', '.join(missing[:3]) or 'none'}), {len(unexpected)} are unknown "
+                f"({', '.join(unexpected[:3]) or 'none'}). Resume with the recipe the run was started with"
+            )
+
+
+def _without_copies(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` with one name per storage: safetensors refuses tied copies."""
+    kept: dict[str, torch.Tensor] = {}
+    seen: set[tuple] = set()
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if tensor.numel() else (name,)
+        if key not in seen:
+            seen.add(key)
+            kept[name] = tensor.contiguous()
+    return kept
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
