@@ -6,6 +6,7 @@ one process otherwise, so the same code runs alone and under ``torchrun``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,21 +34,13 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
-        ctx.sizes, ctx.group, ctx.local = sizes, group, rows.shape[0]
+        ctx.sizes, ctx.group = sizes, group
         return _gather_padded(rows, sizes, group)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        sizes, width = ctx.sizes, max(ctx.sizes)
-        if len(set(sizes)) > 1:
-            padded = gradient.new_zeros((len(sizes), width, *gradient.shape[1:]))
-            for index, part in enumerate(gradient.split(sizes)):
-                padded[index, : len(part)] = part
-            gradient = padded.flatten(0, 1)
-        local = gradient.new_empty((width, *gradient.shape[1:]))
-        dist.reduce_scatter_tensor(local, gradient.contiguous(), op=dist.ReduceOp.SUM, group=ctx.group)
-        return local[: ctx.local], None, None
+        return reduce_scatter(gradient, ctx.sizes, ctx.group), None, None
 
 
 def _gather_padded(rows: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
@@ -60,6 +53,29 @@ def _gather_padded(rows: Tensor, sizes: list[int], group: dist.ProcessGroup | No
         return gathered
     parts = gathered.unflatten(0, (len(sizes), width))
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def reduce_scatter(rows: Tensor, sizes: list[int], group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sums over ranks, each of which receives the rows that it owns; without gradient.
+
+    Args:
+        rows: `[sum of sizes, ...]`, in rank order.
+        sizes: rows of every rank, as `row_counts` returns them.
+
+    Returns:
+        `[own size, ...]`.
+    """
+    if world_size(group) == 1:
+        return rows
+    width = max(sizes)
+    if len(set(sizes)) > 1:
+        padded = rows.new_zeros((len(sizes), width, *rows.shape[1:]))
+        for index, part in enumerate(rows.split(sizes)):
+            padded[index, : len(part)] = part
+        rows = padded.flatten(0, 1)
+    local = rows.new_empty((width, *rows.shape[1:]))
+    dist.reduce_scatter_tensor(local, rows.contiguous(), op=dist.ReduceOp.SUM, group=group)
+    return local[: sizes[rank(group)]]
 
 
 def row_counts(rows: Tensor, group: dist.ProcessGroup | None = None) -> list[int]:
@@ -122,3 +138,158 @@ def mean_over_ranks(values: dict[str, Tensor], group: dist.ProcessGroup | None =
     stacked = torch.stack([detached[key] for key in keys])
     dist.all_reduce(stacked, group=group)
     return dict(zip(keys, (stacked / world_size(group)).unbind(), strict=True))
+
+
+def all_reduce(value: Tensor, group: dist.ProcessGroup | None = None, op: str = "sum") -> Tensor:
+    """`value` summed (or its maximum taken, `op="max"`) over ranks, without gradient; the argument is overwritten."""
+    if world_size(group) > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=group)
+    return value
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return all_reduce(value.clone(), group)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(gradient.clone(), ctx.group), None
+
+
+def sum_over_ranks(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The sum over ranks, with gradient; the same on every rank.
+
+    When every rank computes the same loss L of the sum, each rank's `value` receives `world_size * dL/d(value)`,
+    as the rows of `all_gather_with_grad` do.
+    """
+    return value if world_size(group) == 1 else _SumOverRanks.apply(value, group)
+
+
+class _MeanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return value.view_as(value)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(gradient.clone(), ctx.group) / world_size(ctx.group), None
+
+
+def mean_gradient(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """`value` itself; its gradient is averaged over ranks at once, rather than when DDP comes by."""
+    return value if world_size(group) == 1 or not value.requires_grad else _MeanGradient.apply(value, group)
+
+
+class Columns:
+    """How the rows of a matrix that is split over the ranks come by, so that each rank meets all of them.
+
+    `hold(local)` is what a rank keeps of it; `visit(held)` yields blocks of it with the number of their first row,
+    `visit(held, gradient=True)` also a buffer of zeros per block, to which the rank adds its part of the block's
+    gradient. When the visit is over, its `gradient` holds the sum over all ranks for the rows that this rank owns.
+
+    Args:
+        sizes: rows of every rank.
+        group: process group.
+        exchange: `"gather"`: every rank holds all rows, one collective forward, one reduce-scatter for the
+            gradient. `"ring"`: blocks, and the sums of their gradients, travel from rank to rank while the rank
+            computes with the block before; no rank holds more than a few blocks.
+            `"shared"`: every rank has the same rows already; the gradient is the mean over ranks, so that
+            it is what one process would have on each of them.
+
+    Raises:
+        ValueError: an unknown exchange.
+    """
+
+    KINDS = ("gather", "ring")
+
+    def __init__(self, sizes: list[int], group: dist.ProcessGroup | None = None, exchange: str = "gather") -> None:
+        if exchange not in (*self.KINDS, "shared"):
+            raise ValueError(f"exchange={exchange!r} must be one of {', '.join(map(repr, self.KINDS))}")
+        self.sizes, self.group, self.exchange = sizes, group, exchange
+        if exchange == "shared":
+            self.blocks = [(0, sizes[0])]
+        elif exchange == "gather" or len(sizes) == 1:
+            self.blocks = [(0, sum(sizes))]
+        else:  # in rank order; a rank meets its own first
+            starts = [sum(sizes[:index]) for index in range(len(sizes))]
+            self.blocks = [(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+    def hold(self, local: Tensor) -> Tensor:
+        """What this rank keeps between the passes: all rows, or its own."""
+        return all_gather(local, self.group, self.sizes) if self.exchange == "gather" else local.detach()
+
+    def visit(self, held: Tensor, *, gradient: bool = False) -> Visit:
+        return Visit(self, held, gradient)
+
+
+class Visit:
+    """One pass over `Columns`: iterate once, then read `gradient` (`None` unless it was asked for)."""
+
+    def __init__(self, columns: Columns, held: Tensor, with_gradient: bool) -> None:
+        self._columns, self._held, self._with_gradient = columns, held, with_gradient
+        self.gradient: Tensor | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        columns, held = self._columns, self._held
+        if columns.exchange == "ring" and len(columns.sizes) > 1:
+            yield from self._around()
+            return
+        buffer = torch.zeros_like(held) if self._with_gradient else None
+        yield 0, held, buffer
+        if buffer is None:
+            return
+        if columns.exchange == "gather":
+            self.gradient = reduce_scatter(buffer, columns.sizes, columns.group)
+        else:
+            self.gradient = all_reduce(buffer, columns.group) / world_size(columns.group)
+
+    def _around(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        columns, block = self._columns, self._held.contiguous()
+        group, sizes = columns.group, columns.sizes
+        me, world = rank(group), len(sizes)
+        travelling = None  # the gradient of the block at hand, as far as the ranks before have summed it
+        for step in range(world):
+            source = (me - step) % world
+            following = sizes[(me - step - 1) % world]
+            arriving = None
+            if step + 1 < world:
+                arriving = _HandOver(block, following, group)  # while this rank computes
+            buffer = torch.zeros_like(block) if self._with_gradient else None
+            yield columns.blocks[source][0], block, buffer
+            if buffer is not None:
+                if travelling is not None:
+                    buffer += travelling.wait()
+                travelling = _HandOver(buffer, following, group)
+            if arriving is not None:
+                block = arriving.wait()
+        if travelling is not None:  # the last hand-over brings this rank's own block home
+            self.gradient = travelling.wait()
+
+
+class _HandOver:
+    """Sends rows to the next rank of the ring while those of the previous one arrive."""
+
+    def __init__(self, rows: Tensor, arriving: int, group: dist.ProcessGroup | None) -> None:
+        me, world = rank(group), world_size(group)
+        names = [(me + 1) % world, (me - 1) % world]
+        if group is not None:
+            names = [dist.get_global_rank(group, name) for name in names]
+        self._sent = rows  # kept until it has left
+        self._arrived = rows.new_empty((arriving, *rows.shape[1:]))
+        self._work = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, self._sent, names[0], group),
+                dist.P2POp(dist.irecv, self._arrived, names[1], group),
+            ]
+        )
+
+    def wait(self) -> Tensor:
+        """The rows of the previous rank."""
+        for work in self._work:
+            work.wait()
+        return self._arrived

@@ -58,6 +58,7 @@ def complaints(source: str, parts: list[str], is_package: bool = False) -> list[
             standard = words[0] in {
                 "__future__",
                 "math",
+                "bisect",
                 "typing",
                 "collections",
                 "dataclasses",

@@ -146,6 +146,39 @@ def uniformity(x: Tensor, *, t: float = 2.0, normalize: bool = True) -> Tensor:
     return torch.logsumexp(-t * distances, dim=0) - torch.log(distances.new_tensor(float(len(distances))))
 
 
+def spread(features: Tensor) -> Tensor:
+    """Root mean squared distance of the unit vectors from their mean: 1 evenly on the sphere, 0 when collapsed.
+
+    Its square is one minus the mean cosine of two different rows, whatever N. In fp32, in time N D: for every step.
+
+    Args:
+        features: `[N, D]`; one row alone gives nan.
+    """
+    unit = F.normalize(features.float(), dim=-1)
+    return (unit - unit.mean(dim=0)).square().sum().div(len(unit) - 1).sqrt()
+
+
+def participation_ratio(features: Tensor) -> Tensor:
+    """How many directions carry the variance of the unit vectors: (sum of eigenvalues)^2 / sum of their squares.
+
+    Between 1 (all on a line) and min(N - 1, D); 0 without any variance. It needs the smaller Gram matrix and no
+    spectrum: cheap enough for every step on some hundred rows.
+
+    Args:
+        features: `[N, D]`.
+
+    Reference:
+        Gao et al., 2017, "A theory of multineuronal dimensionality, dynamics and measurement", equation 4
+        (https://doi.org/10.1101/214262).
+    """
+    unit = F.normalize(features.float(), dim=-1)
+    centred = unit - unit.mean(dim=0)
+    gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
+    total = gram.diagonal().sum()
+    varies = total > 1e-10 * len(features)  # less is rounding
+    return torch.where(varies, total.square() / gram.square().sum().clamp_min(torch.finfo(gram.dtype).tiny), 0.0)
+
+
 def _check(features: Tensor) -> None:
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"features must be [N, D] with N >= 2, got {list(features.shape)}")

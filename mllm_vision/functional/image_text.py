@@ -1,9 +1,10 @@
-"""Image-text contrastive losses over the whole batch, on one process or many.
+"""Image-text contrastive losses over the whole batch, on one process or many, tile by tile.
 
 Both losses take raw or normalised features, compute in fp32 also inside autocast (float64 inputs stay
-float64), and take *relations*: which pairs besides the diagonal are positives. On several ranks the
-features and the relations are gathered, every rank returns the loss of the whole batch, and after
-DistributedDataParallel's mean over ranks every parameter has the whole batch's gradient.
+float64), and take *relations*: which pairs besides the diagonal are positives. The matrix of all pairs is never
+held; docs/engine.md says how. On several ranks every rank computes its own rows against all columns and returns the
+loss of the whole batch, and after DistributedDataParallel's mean over ranks every parameter has the whole batch's
+gradient.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllm_vision.distributed import all_gather, all_gather_with_grad, row_counts, world_size
+from mllm_vision.distributed import Columns, row_counts, sum_over_ranks
+from mllm_vision.functional.sigmoid_tiles import sigmoid_losses
+from mllm_vision.functional.softmax_tiles import softmax_losses
+from mllm_vision.functional.tiles import Grid, Plan, Relations, choose_tile, find_targets, first_row, related
+
+__all__ = ["clip_loss", "related", "siglip_loss"]
 
 
 def clip_loss(
@@ -22,8 +28,10 @@ def clip_loss(
     logit_scale: Tensor | float,
     *,
     normalize: bool = True,
-    relations: Tensor | None = None,
+    relations: Relations = None,
     group: dist.ProcessGroup | None = None,
+    tile_size: int | None = None,
+    exchange: str = "gather",
 ) -> Tensor:
     """Symmetric softmax cross-entropy between images and texts.
 
@@ -38,15 +46,22 @@ def clip_loss(
         logit_scale: the scale itself (1 / temperature), already exponentiated; a 0-d tensor or a float.
         normalize: divide the rows by their Euclidean norm first.
         relations: `None`; integer ids `[N]` or `[N, K]` of this rank's rows, where two rows are positives of
-            one another when any of their K ids agree; or a bool or float matrix `[N, total N]` in [0, 1]
-            whose row i says which texts (of all ranks, in rank order) are positives of image i.
+            one another when any of their K ids agree; a bool or float matrix `[N, total N]` in [0, 1], dense or
+            sparse, whose row i says which texts (of all ranks, in rank order) are positives of image i; or a
+            callable `(rows, columns) -> [r, c]` that gives the same matrix tile by tile, with slices over the
+            rows of all ranks. They are targets: no gradient flows into them.
         group: process group; `None` is the default group when initialised, else this process alone.
+        tile_size: rows and columns of a tile; `None` chooses. It changes time and memory, not the result.
+        exchange: how texts reach the other ranks: `"gather"` (every rank holds all of them) or `"ring"` (they
+            travel around, and no rank holds more than a few ranks' worth). The same result.
 
     Returns:
         A scalar, the same on every rank.
 
     Raises:
-        ValueError: shapes that disagree, an empty batch, a relation matrix with a row or column of zeros.
+        ValueError: shapes that disagree, an empty batch, a relation matrix with a row or column of zeros, a tile
+            size below one, an unknown exchange.
+        RuntimeError: on differentiating twice.
 
     Reference:
         Radford et al., 2021, "Learning Transferable Visual Models From Natural Language Supervision",
@@ -59,20 +74,9 @@ def clip_loss(
         True
     """
     with torch.autocast(device_type=image.device.type, enabled=False):
-        image, text, targets = _whole_batch(image, text, normalize, relations, group)
-        logits = _full_precision(logit_scale, image) * (image @ text.T)
-        if targets is None:
-            labels = torch.arange(len(logits), device=logits.device)
-            return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-        rows, columns = targets.sum(1, keepdim=True), targets.sum(0, keepdim=True)
-        if not bool(((rows > 0).all() & (columns > 0).all()).item()):
-            raise ValueError(
-                "clip_loss: the relation matrix has a row or a column without any positive; every image and "
-                "every text needs one (the diagonal belongs to it)"
-            )
-        by_image = -(targets / rows * logits.log_softmax(dim=1)).sum(1).mean()
-        by_text = -(targets / columns * logits.log_softmax(dim=0)).sum(0).mean()
-        return (by_image + by_text) / 2
+        image, text, plan = _prepare(image, text, normalize, relations, group, tile_size, exchange)
+        by_image, by_text = softmax_losses(image, text, full_precision(logit_scale, image), plan)
+        return sum_over_ranks(by_image.sum() + by_text.sum(), group) / (2 * plan.total)
 
 
 def siglip_loss(
@@ -82,8 +86,10 @@ def siglip_loss(
     logit_bias: Tensor | float,
     *,
     normalize: bool = True,
-    relations: Tensor | None = None,
+    relations: Relations = None,
     group: dist.ProcessGroup | None = None,
+    tile_size: int | None = None,
+    exchange: str = "gather",
 ) -> Tensor:
     """Pairwise sigmoid loss: every image-text pair is a yes/no question of its own.
 
@@ -99,12 +105,15 @@ def siglip_loss(
         normalize: divide the rows by their Euclidean norm first.
         relations: as in `clip_loss`.
         group: as in `clip_loss`.
+        tile_size: as in `clip_loss`.
+        exchange: as in `clip_loss`.
 
     Returns:
         A scalar, the same on every rank.
 
     Raises:
-        ValueError: shapes that disagree, an empty batch.
+        ValueError: shapes that disagree, an empty batch, a tile size below one, an unknown exchange.
+        RuntimeError: on differentiating twice.
 
     Reference:
         Zhai et al., 2023, "Sigmoid Loss for Language Image Pre-Training", equation 1 and algorithm 1
@@ -117,72 +126,47 @@ def siglip_loss(
         True
     """
     with torch.autocast(device_type=image.device.type, enabled=False):
-        image, text, targets = _whole_batch(image, text, normalize, relations, group)
-        logits = _full_precision(logit_scale, image) * (image @ text.T) + _full_precision(logit_bias, image)
-        if targets is None:
-            targets = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
-        # -r log sigmoid(z) - (1 - r) log sigmoid(-z), in the form that neither overflows nor cancels
-        return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(image)
+        image, text, plan = _prepare(image, text, normalize, relations, group, tile_size, exchange)
+        scale, bias = full_precision(logit_scale, image), full_precision(logit_bias, image)
+        return sum_over_ranks(sigmoid_losses(image, text, scale, bias, plan), group) / plan.total
 
 
-def related(ids: Tensor, others: Tensor) -> Tensor:
-    """Which rows share an id.
-
-    Args:
-        ids: integer `[N]` or `[N, K]`.
-        others: integer `[M]` or `[M, K]`.
-
-    Returns:
-        Bool `[N, M]`: true where any of the K ids of row i and row j agree (column by column).
-    """
-    ids, others = (value.unsqueeze(1) if value.ndim == 1 else value for value in (ids, others))
-    result = ids[:, None, 0] == others[None, :, 0]
-    for column in range(1, ids.shape[1]):
-        result |= ids[:, None, column] == others[None, :, column]
-    return result
-
-
-def _full_precision(value: Tensor | float, like: Tensor) -> Tensor:
+def full_precision(value: Tensor | float, like: Tensor) -> Tensor:
+    """`value` as a 0-d tensor of the type and on the device of `like`."""
     return torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(())
 
 
-def _whole_batch(
-    image: Tensor, text: Tensor, normalize: bool, relations: Tensor | None, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Checks, normalises and gathers: features `[N, D]` of all ranks and the target matrix `[N, N]`."""
+def at_least_fp32(*features: Tensor) -> list[Tensor]:
+    """Half-precision features in fp32, the others in the widest type among them.
+
+    A half-precision softmax over thousands of columns loses the loss; float64 stays as it is.
+    """
+    precision = torch.float32
+    for feature in features:
+        precision = torch.promote_types(precision, feature.dtype)
+    return [feature.to(precision) for feature in features]
+
+
+def _prepare(
+    image: Tensor,
+    text: Tensor,
+    normalize: bool,
+    relations: Relations,
+    group: dist.ProcessGroup | None,
+    tile_size: int | None,
+    exchange: str,
+) -> tuple[Tensor, Tensor, Plan]:
+    """Checks and normalises the features and lays out tiles, exchange and targets."""
     if image.ndim != 2 or image.shape != text.shape or image.shape[0] == 0:
         raise ValueError(
             f"image and text features must both be [N, D] with N > 0, got {list(image.shape)} and {list(text.shape)}"
         )
-    # a half-precision softmax over thousands of columns loses the loss; float64 stays as it is
-    precision = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
-    image, text = image.to(precision), text.to(precision)
+    size = choose_tile(tile_size, image.device)
+    image, text = at_least_fp32(image, text)
     if normalize:
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
     sizes = row_counts(image, group)
-    local = len(image)
-    if world_size(group) > 1:
-        width = image.shape[1]
-        image, text = all_gather_with_grad(torch.cat([image, text], dim=1), group, sizes).split(width, dim=1)
-    return image, text, _targets(relations, local, sizes, precision, image.device, group)
-
-
-def _targets(
-    relations: Tensor | None,
-    local: int,
-    sizes: list[int],
-    precision: torch.dtype,
-    device: torch.device,
-    group: dist.ProcessGroup | None,
-) -> Tensor | None:
-    if relations is None:
-        return None
-    total = sum(sizes)
-    relations = relations.to(device)
-    is_ids = not (relations.is_floating_point() or relations.dtype == torch.bool)
-    expected = relations.ndim in (1, 2) if is_ids else list(relations.shape[1:]) == [total]
-    if not expected or len(relations) != local:
-        wanted = f"[{local}] or [{local}, K]" if is_ids else f"[{local}, {total}]"
-        raise ValueError(f"relations of dtype {relations.dtype} must be {wanted}, got {list(relations.shape)}")
-    relations = all_gather(relations, group, sizes)
-    return (related(relations, relations) if is_ids else relations).to(precision)
+    columns = Columns(sizes, group, exchange)
+    grid = Grid(len(image), columns.blocks, size)
+    targets = find_targets(relations, len(image), sizes, grid, image, group)
+    return image, text, Plan(columns, grid, offset=first_row(sizes, group), targets=targets)

@@ -11,16 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import image_text as oracle
 
+from mllm_vision.functional import products, tiles
 from mllm_vision.functional.image_text import clip_loss, related, siglip_loss
 
 cases = st.fixed_dictionaries(
     {
         "n": st.integers(1, 9),
         "d": st.integers(2, 7),
-        "scale": st.floats(0.01, 100.0),
+        # the last leaves the window within which sums of exponentials are held as they are
+        "scale": st.one_of(st.floats(0.01, 100.0), st.just(3000.0)),
         "bias": st.floats(-12.0, 4.0),
         "seed": st.integers(0, 2**16),
-        "relations": st.sampled_from(["none", "ids", "two ids", "bool", "soft"]),
+        "tile": st.one_of(st.none(), st.integers(1, 10)),
+        "listed": st.sampled_from([0, 32]),  # ids as a list of pairs, or compared tile by tile
+        "relations": st.sampled_from(["none", "ids", "two ids", "bool", "soft", "callable", "sparse", "sparse bool"]),
     }
 )
 
@@ -37,51 +41,66 @@ def make(case):
         ids = rng.integers(0, max(1, n // 2), size=(n, 1 if kind == "ids" else 2)) - 2**62
         given = torch.tensor(ids[:, 0] if kind == "ids" else ids)
         return image, text, given, oracle.positives_from_ids(ids.tolist())
-    if kind == "bool":
+    if kind in ("bool", "sparse bool"):
         dense = (rng.random((n, n)) < 0.3) | np.eye(n, dtype=bool)
-        return image, text, torch.tensor(dense), dense.astype(float)
+        given = torch.tensor(dense)
+        return image, text, given if kind == "bool" else given.to_sparse_coo(), dense.astype(float)
     dense = np.clip(rng.random((n, n)), 0.01, 1.0)
-    return image, text, torch.tensor(dense), dense
+    if kind == "sparse":  # compressed rows, the other of torch's two common layouts
+        dense *= (rng.random((n, n)) < 0.4) | np.eye(n, dtype=bool)
+        return image, text, torch.tensor(dense).to_sparse_csr(), dense
+    given = torch.tensor(dense)
+    return image, text, given if kind == "soft" else lambda rows, columns: given[rows, columns], dense
 
 
 def leaves(*values):
     return [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in values]
 
 
-def close(ours, reference):
-    np.testing.assert_allclose(ours.detach().numpy(), reference, rtol=1e-8, atol=1e-10)
+def close(ours, reference, size=1.0):
+    np.testing.assert_allclose(ours.detach().numpy(), reference, rtol=1e-8, atol=1e-10 * max(1.0, size))
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.fixture(scope="module", autouse=True)
+def _few_listed():
+    """`listed` of a case, set and taken back."""
+    before = tiles.LISTED_PER_ROW
+    yield
+    tiles.LISTED_PER_ROW = before
+
+
+@settings(max_examples=600, deadline=None)
 @given(cases)
 def test_clip_loss_and_gradients_are_the_oracles(case):
     image, text, relations, dense = make(case)
     i, t, s = leaves(image, text, case["scale"])
-    loss = clip_loss(i, t, s, relations=relations)
+    tiles.LISTED_PER_ROW = case["listed"]
+    loss = clip_loss(i, t, s, relations=relations, tile_size=case["tile"])
     loss.backward()
     value, by_image, by_text, by_scale = oracle.clip(image, text, case["scale"], dense)
-    close(loss, value)
-    close(i.grad, by_image)
-    close(t.grad, by_text)
+    close(loss, value, case["scale"])
+    close(i.grad, by_image, case["scale"])
+    close(t.grad, by_text, case["scale"])
     close(s.grad, by_scale)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(cases)
 def test_siglip_loss_and_gradients_are_the_oracles(case):
     image, text, relations, dense = make(case)
     i, t, s, b = leaves(image, text, case["scale"], case["bias"])
-    loss = siglip_loss(i, t, s, b, relations=relations)
+    tiles.LISTED_PER_ROW = case["listed"]
+    loss = siglip_loss(i, t, s, b, relations=relations, tile_size=case["tile"])
     loss.backward()
     value, by_image, by_text, by_scale, by_bias = oracle.siglip(image, text, case["scale"], case["bias"], dense)
-    close(loss, value)
-    close(i.grad, by_image)
-    close(t.grad, by_text)
+    close(loss, value, case["scale"])
+    close(i.grad, by_image, case["scale"])
+    close(t.grad, by_text, case["scale"])
     close(s.grad, by_scale)
     close(b.grad, by_bias)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases)
 def test_order_of_the_pairs_and_length_of_the_features_do_not_matter(case):
     image, text, _, dense = make(case)
@@ -91,7 +110,7 @@ def test_order_of_the_pairs_and_length_of_the_features_do_not_matter(case):
     moved = None if matrix is None else matrix[order][:, order]
     for loss, extra in ((clip_loss, ()), (siglip_loss, (case["bias"],))):
         a = loss(i, t, case["scale"], *extra, relations=matrix)
-        b = loss(i[order] * 3.0, t[order] / 5.0, case["scale"], *extra, relations=moved)
+        b = loss(i[order] * 3.0, t[order] / 5.0, case["scale"], *extra, relations=moved, tile_size=case["tile"])
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
@@ -165,3 +184,189 @@ def test_wrong_features_are_refused():
         clip_loss(torch.randn(0, 2), torch.randn(0, 2), 1.0)
     with pytest.raises(ValueError, match="without any positive"):
         clip_loss(torch.randn(2, 2), torch.randn(2, 2), 1.0, relations=torch.tensor([[True, False], [True, False]]))
+
+
+@pytest.mark.parametrize("relations", [None, "callable"])
+def test_no_matrix_of_all_pairs_is_ever_made(relations):
+    """Every tensor made on the way, forward and backward, is at most a tile or as long as the features."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    n, d, tile = 96, 4, 8
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for value in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(value, torch.Tensor):
+                    largest = max(largest, value.numel())
+            return out
+
+    def eye(rows, columns):
+        return (torch.arange(n)[rows, None] == torch.arange(n)[None, columns]).float()
+
+    given = eye if relations else None
+    image, text = torch.randn(2, n, d).unbind()
+    scale = torch.tensor(5.0, requires_grad=True)
+    with Watch():
+        for extra, loss in (((), clip_loss), ((torch.tensor(-2.0),), siglip_loss)):
+            loss(
+                image.requires_grad_(), text.requires_grad_(), scale, *extra, tile_size=tile, relations=given
+            ).backward()
+    assert 0 < largest <= n * d < n * n
+
+
+@pytest.mark.parametrize("scale", [14.0, 60.0, 100.0])
+@pytest.mark.parametrize("worst", [False, True])
+def test_fp32_is_fp64_to_rounding(scale, worst):
+    """Also where every pair is the worst of its row: then no common shift holds all sums, and another path runs."""
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(20, 8))
+    text = -image if worst else rng.normal(size=(20, 8))
+    for kind in ("clip", "siglip"):
+        i, t, s, b = (torch.tensor(v, dtype=torch.float32, requires_grad=True) for v in (image, text, scale, -10.0))
+        loss = clip_loss(i, t, s, tile_size=7) if kind == "clip" else siglip_loss(i, t, s, b, tile_size=7)
+        loss.backward()
+        reference = oracle.clip(image, text, scale) if kind == "clip" else oracle.siglip(image, text, scale, -10.0)
+        for ours, expected in zip((loss, i.grad, t.grad, s.grad, b.grad), reference, strict=False):
+            error = np.abs(ours.detach().numpy() - expected).max() / np.abs(expected).max()
+            assert error < 2e-5, (kind, error)
+
+
+@pytest.mark.parametrize("bias", [-300.0, -10.0, 0.0, 30.0, 79.0, 300.0])
+def test_siglip_is_exact_wherever_the_scores_lie(bias):
+    """One exponential serves where it cannot overflow; tiles of even and odd height; far beyond, the stable form."""
+    rng = np.random.default_rng(1)
+    image, text = rng.normal(size=(2, 8, 5))
+    value, by_image, *_, by_scale, by_bias = oracle.siglip(image, text, 20.0, bias)
+    for tile in (3, 4, 8):
+        i, t, s, b = (torch.tensor(v, dtype=torch.float32, requires_grad=True) for v in (image, text, 20.0, bias))
+        loss = siglip_loss(i, t, s, b, tile_size=tile)
+        loss.backward()
+        assert loss.item() == pytest.approx(value, rel=3e-6)
+        assert s.grad.item() == pytest.approx(by_scale, rel=1e-4, abs=1e-5)
+        assert b.grad.item() == pytest.approx(by_bias, rel=1e-5, abs=1e-6)
+        np.testing.assert_allclose(i.grad.numpy(), by_image, rtol=1e-3, atol=2e-5 * max(1, np.abs(by_image).max()))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30, 3e38])
+@pytest.mark.parametrize("equal", [False, True])
+def test_bf16_stays_finite_on_extreme_inputs(size, equal):
+    torch.manual_seed(0)
+    image = (torch.randn(24, 8) * min(size, 1e37)).bfloat16() if not equal else torch.full((24, 8), size).bfloat16()
+    text = -image if equal else (torch.randn(24, 8) * min(size, 1e37)).bfloat16()
+    for scale in (0.0, 1.0, 100.0):
+        for bias in (None, -10.0, 1e4):
+            i, t = image.clone().requires_grad_(), text.clone().requires_grad_()
+            s = torch.tensor(scale, dtype=torch.bfloat16, requires_grad=True)
+            b = None if bias is None else torch.tensor(bias, dtype=torch.bfloat16, requires_grad=True)
+            loss = clip_loss(i, t, s, tile_size=5) if b is None else siglip_loss(i, t, s, b, tile_size=5)
+            loss.backward()
+            assert loss.dtype == torch.float32 and i.grad.dtype == torch.bfloat16
+            for value in (loss, i.grad, t.grad, s.grad, *(() if b is None else (b.grad,))):
+                assert torch.isfinite(value).all(), (scale, bias)
+
+
+def test_what_needs_no_gradient_gets_none_and_costs_no_other():
+    torch.manual_seed(0)
+    image, text = torch.randn(2, 9, 4).unbind()
+    full = image.clone().requires_grad_(), text.clone().requires_grad_()
+    for extra, loss in (((), clip_loss), ((-3.0,), siglip_loss)):
+        for leaf in full:
+            leaf.grad = None
+        loss(*full, 7.0, *extra, tile_size=4).backward()
+        for frozen in (0, 1):
+            pair = [image.clone(), text.clone()]
+            pair[1 - frozen].requires_grad_()
+            loss(*pair, 7.0, *extra, tile_size=4).backward()
+            assert pair[frozen].grad is None
+            torch.testing.assert_close(pair[1 - frozen].grad, full[1 - frozen].grad)
+        scale = torch.tensor(7.0, requires_grad=True)
+        (by_scale,) = torch.autograd.grad(loss(image, text, scale, *extra, tile_size=4), scale)
+        step = 1e-2
+        slope = (loss(image.double(), text.double(), 7 + step, *extra) -
+                 loss(image.double(), text.double(), 7 - step, *extra)) / (2 * step)  # fmt: skip
+        assert by_scale.item() == pytest.approx(slope.item(), rel=1e-3)
+        with torch.no_grad():
+            assert not loss(*full, 7.0, *extra).requires_grad
+
+
+def test_a_factor_and_a_second_backward_through_the_same_graph():
+    torch.manual_seed(0)
+    image, text = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4)
+    for extra, loss in (((), clip_loss), ((-3.0,), siglip_loss)):
+        whole = loss(image, text, 7.0, *extra, tile_size=4)
+        (once,) = torch.autograd.grad(whole, image, retain_graph=True)
+        (again,) = torch.autograd.grad(whole, image, retain_graph=True)
+        (tripled,) = torch.autograd.grad(3 * whole, image)
+        torch.testing.assert_close(once, again, rtol=0, atol=0)
+        torch.testing.assert_close(3 * once, tripled)
+        zero = torch.autograd.grad(0 * loss(image, text, 7.0, *extra), image)[0]
+        assert torch.equal(zero, torch.zeros_like(zero))
+
+
+def test_the_backward_pass_leaves_autocast_too():
+    torch.manual_seed(0)
+    image, text = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4)
+    for extra, loss in (((), clip_loss), ((-3.0,), siglip_loss)):
+        (expected,) = torch.autograd.grad(loss(image, text, 7.0, *extra), image)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            (found,) = torch.autograd.grad(loss(image, text, 7.0, *extra), image)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_second_derivative_is_refused():
+    image, text = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
+    for loss in (clip_loss(image, text, 5.0), siglip_loss(image, text, 5.0, -1.0)):
+        with pytest.raises(RuntimeError, match="no second derivative.*create_graph"):
+            torch.autograd.grad(loss, image, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"tile_size": 0}, "tile_size=0 must be at least 1"),
+        ({"exchange": "rings"}, "exchange='rings' must be one of 'gather', 'ring'"),
+        ({"relations": [0, 1, 2, 3]}, "tensor or a callable, got list"),
+        ({"relations": torch.ones(4, 4, requires_grad=True)}, r"detach\(\)"),
+        ({"relations": lambda rows, columns: torch.ones(1, 2)}, r"gave \[1, 2\] for a tile of \[4, 4\]"),
+        ({"relations": torch.eye(4)[:3].to_sparse_coo()}, r"must be \[4, 4\], got \[3, 4\]"),
+    ],
+)
+def test_wrong_flags_are_refused(flags, words):
+    with pytest.raises(ValueError, match=words):
+        clip_loss(torch.randn(4, 2), torch.randn(4, 2), 1.0, **flags)
+
+
+def test_ids_are_listed_while_equal_ones_are_few():
+    """The list has every pair once, also where two columns of ids agree; beyond the limit it is not made."""
+    grid = tiles.Grid(6, [(0, 6)], 4)
+    ids = torch.tensor([[5, 1], [5, 1], [6, 1], [7, 2], [8, 2], [9, 3]])
+    pairs = tiles._pairs_of_equal_ids(ids, ids, 100)
+    listed = sorted(zip(*(part.tolist() for part in pairs), strict=True))
+    assert listed == [tuple(place) for place in related(ids, ids).nonzero().tolist()]
+    assert tiles._pairs_of_equal_ids(ids, ids, 5) is None
+    like = torch.ones(1)
+    tiles.LISTED_PER_ROW = 3
+    for each, kind in ((ids, tiles.SparseTargets), (torch.zeros(6).long(), tiles.DenseTargets)):
+        assert isinstance(tiles.find_targets(each, 6, [6], grid, like, None), kind)
+
+
+def test_both_routes_of_the_products_are_fp64_to_rounding(monkeypatch):
+    """Tiles large enough for oneDNN, where the processor has it, and the same through torch's own product."""
+    torch.manual_seed(0)
+    image, text = torch.randn(2, 150, 72).unbind()
+    for extra, loss in (((), clip_loss), ((-6.0,), siglip_loss)):
+        exact = [value.double().requires_grad_() for value in (image, text)]
+        reference = loss(*exact, 20.0, *extra)
+        reference.backward()
+        for smallest in (64, 10**9):
+            monkeypatch.setattr(products, "SMALLEST", smallest)
+            pair = [value.clone().requires_grad_() for value in (image, text)]
+            value = loss(*pair, 20.0, *extra, tile_size=75)
+            value.backward()
+            assert value.item() == pytest.approx(reference.item(), rel=1e-6)
+            for ours, theirs in zip(pair, exact, strict=True):
+                error = (ours.grad - theirs.grad).abs().max() / theirs.grad.abs().max()
+                assert error < 5e-6, (loss.__name__, smallest, error)

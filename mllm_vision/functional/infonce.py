@@ -1,0 +1,210 @@
+"""InfoNCE and NT-Xent over the whole batch, on one process or many, tile by tile, and the bound they give.
+
+Both run on the engine of `image_text`: fp32 inside autocast, no matrix of all pairs, the whole batch's loss on every
+rank, and after DistributedDataParallel's mean over ranks the whole batch's gradient.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from mllm_vision.distributed import Columns, mean_gradient, row_counts, sum_over_ranks
+from mllm_vision.functional.image_text import at_least_fp32, full_precision
+from mllm_vision.functional.softmax_tiles import softmax_losses
+from mllm_vision.functional.tiles import Grid, Plan, SparseTargets, choose_tile, diagonal, first_row
+
+__all__ = ["info_nce", "mutual_information_bound", "nt_xent"]
+
+
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: Tensor | float = 0.5,
+    normalize: bool = True,
+    group: dist.ProcessGroup | None = None,
+    tile_size: int | None = None,
+    exchange: str = "gather",
+) -> Tensor:
+    """Normalised temperature-scaled cross-entropy of two views of every sample.
+
+    Each of the 2N views looks for the other view of its sample among the 2N - 1 views that are not itself:
+    the mean over views of -log(exp(s_ip / t) / sum_{k != i} exp(s_ik / t)), s the cosine, t the temperature.
+
+    Args:
+        z1: `[N, D]` projections of the first view of this rank's samples.
+        z2: `[N, D]` of the second view, in the same order.
+        temperature: t > 0; a float or a 0-d tensor, which may be learnt.
+        normalize: divide the rows by their Euclidean norm first.
+        group: process group; `None` is the default group when initialised, else this process alone.
+        tile_size: rows and columns of a tile; `None` chooses. It changes time and memory, not the result.
+        exchange: `"gather"` or `"ring"`, as in `clip_loss`.
+
+    Returns:
+        A scalar, the same on every rank. Collapsed views give ln(2N - 1) with N of all ranks.
+
+    Raises:
+        ValueError: shapes that disagree, an empty batch, a temperature that is not positive, a tile size below one,
+            an unknown exchange.
+        RuntimeError: on differentiating twice.
+
+    Reference:
+        Chen et al., 2020, "A Simple Framework for Contrastive Learning of Visual Representations", equation 1 and
+        algorithm 1 (https://arxiv.org/abs/2002.05709).
+
+    Example:
+        >>> same = torch.ones(3, 4)
+        >>> bool((nt_xent(same, same) - math.log(5)).abs() < 1e-5)
+        True
+    """
+    _check_pair("z1", z1, "z2", z2)
+    size = choose_tile(tile_size, z1.device)
+    with torch.autocast(device_type=z1.device.type, enabled=False):
+        z1, z2 = at_least_fp32(z1, z2)
+        views = torch.cat([z1, z2])
+        if normalize:
+            views = F.normalize(views, dim=-1)
+        # The columns are the rows with the views exchanged, so that the positive of row i is its own column, and
+        # the pair to leave out, the row with itself, is n columns further on.
+        half = len(z1)
+        sizes = row_counts(views, group)
+        columns = Columns(sizes, group, exchange)
+        grid = Grid(len(views), columns.blocks, size)
+        offset = first_row(sizes, group)
+        index = torch.arange(len(views), device=views.device)
+        plan = Plan(
+            columns,
+            grid,
+            offset=offset,
+            targets=diagonal(len(views), offset, grid, views.device),
+            excluded=SparseTargets(index, offset + index.roll(half), None, grid),
+            mirror=half,
+        )
+        scale = _scale(temperature, views)
+        losses, _ = softmax_losses(views, views.detach().roll(half, 0), scale, plan)
+        return sum_over_ranks(losses.sum(), group) / plan.total
+
+
+def info_nce(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    temperature: Tensor | float = 0.07,
+    normalize: bool = True,
+    group: dist.ProcessGroup | None = None,
+    tile_size: int | None = None,
+    exchange: str = "gather",
+) -> Tensor:
+    """How well each query picks its positive out of negatives: -log(exp(s_p / t) / sum of exp(s / t)), averaged.
+
+    Without `negatives` the other rows' positives are a query's negatives, on all ranks (one direction of
+    `clip_loss`). With them, those are the negatives and the batch is not.
+
+    Args:
+        query: `[N, D]` of this rank.
+        positive: `[N, D]`; row i belongs to query i.
+        negatives: `[K, D]`, a bank that all queries share and every rank holds alike (MoCo's queue, gathered before
+            it is filled); or `[N, K, D]`, K of its own for each query.
+        temperature: t > 0; a float or a 0-d tensor, which may be learnt.
+        normalize: cosines; `False` takes plain inner products.
+        group: process group; `None` is the default group when initialised, else this process alone.
+        tile_size: rows and columns of a tile; `None` chooses. It changes time and memory, not the result.
+        exchange: `"gather"` or `"ring"`, as in `clip_loss`; for negatives from the batch.
+
+    Returns:
+        A scalar, the same on every rank. Collapsed features give ln N without and ln(K + 1) with `negatives`.
+
+    Raises:
+        ValueError: shapes that disagree, an empty batch, a temperature that is not positive, a tile size below one,
+            an unknown exchange.
+        RuntimeError: on differentiating twice.
+
+    Reference:
+        van den Oord et al., 2018, "Representation Learning with Contrastive Predictive Coding", equation 4
+        (https://arxiv.org/abs/1807.03748); with a bank as in He et al., 2020, "Momentum Contrast for Unsupervised
+        Visual Representation Learning", equation 1 (https://arxiv.org/abs/1911.05722).
+
+    Example:
+        >>> same = torch.ones(3, 4)
+        >>> bool((info_nce(same, same, same) - math.log(4)).abs() < 1e-5)
+        True
+    """
+    _check_pair("query", query, "positive", positive)
+    size = choose_tile(tile_size, query.device)
+    with torch.autocast(device_type=query.device.type, enabled=False):
+        given = [query, positive] if negatives is None else [query, positive, negatives]
+        given = at_least_fp32(*given)
+        if normalize:
+            given = [F.normalize(part, dim=-1) for part in given]
+        query, positive = given[:2]
+        scale = _scale(temperature, query)
+        sizes = row_counts(query, group)
+        total = sum(sizes)
+        if negatives is None:
+            columns = Columns(sizes, group, exchange)
+            grid = Grid(len(query), columns.blocks, size)
+            offset = first_row(sizes, group)
+            targets = diagonal(len(query), offset, grid, query.device)
+            plan = Plan(columns, grid, offset=offset, targets=targets, by_column=False)
+            losses, _ = softmax_losses(query, positive, scale, plan)
+            return sum_over_ranks(losses.sum(), group) / total
+        scale = mean_gradient(scale, group)  # half of what follows is this rank's alone
+        bank, own = given[2], scale * (query * positive).sum(1)
+        if bank.ndim == 2 and bank.shape[1] == query.shape[1] and len(bank) > 0:
+            columns = Columns([len(bank)], group, "shared")
+            plan = Plan(columns, Grid(len(query), columns.blocks, size), by_column=False)
+            among, _ = softmax_losses(query, bank, scale, plan)
+        elif bank.ndim == 3 and bank.shape[::2] == query.shape and bank.shape[1] > 0:
+            among = (scale * torch.einsum("nd,nkd->nk", query, bank)).logsumexp(1)
+        else:
+            raise ValueError(
+                f"negatives must be [K, D] or [N, K, D] with K > 0 for queries {list(query.shape)}, "
+                f"got {list(bank.shape)}"
+            )
+        return sum_over_ranks(F.softplus(among - own, threshold=80).sum(), group) / total
+
+
+def mutual_information_bound(loss: Tensor | float, negatives: int) -> Tensor | float:
+    """What an InfoNCE loss says about the mutual information of the two views: at least ln(K + 1) - loss nats.
+
+    The bound cannot exceed ln(K + 1), however related the views are: a small loss among few negatives proves little.
+
+    Args:
+        loss: an InfoNCE or NT-Xent loss.
+        negatives: K, the negatives of each query: N - 1 in a batch of N, 2N - 2 for NT-Xent, the size of a bank.
+
+    Returns:
+        Nats, of the type of `loss`.
+
+    Raises:
+        ValueError: fewer than one negative.
+
+    Reference:
+        van den Oord et al., 2018, section 2.3 and appendix A.1 (https://arxiv.org/abs/1807.03748).
+
+    Example:
+        >>> round(mutual_information_bound(1.0, 1), 4)
+        -0.3069
+    """
+    if negatives < 1:
+        raise ValueError(f"negatives={negatives} must be at least 1")
+    return math.log(negatives + 1) - loss
+
+
+def _check_pair(first: str, a: Tensor, second: str, b: Tensor) -> None:
+    if a.ndim != 2 or a.shape != b.shape or a.shape[0] == 0:
+        raise ValueError(
+            f"{first} and {second} must both be [N, D] with N > 0, got {list(a.shape)} and {list(b.shape)}"
+        )
+
+
+def _scale(temperature: Tensor | float, like: Tensor) -> Tensor:
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be positive")
+    return full_precision(temperature, like).reciprocal()
