@@ -45,7 +45,8 @@ def make_objective(kind: str = "clip", **config: Any) -> Any:
     from mllm_vision.objectives import load_objective
 
     method = load_objective(kind)
-    return method(make_dual(kind, bias=-10.0 if method.has_bias else None), method.Config(**config))
+    towers = "siglip" if kind == "siglip" else "clip"
+    return method(make_dual(towers, bias=-10.0 if method.has_bias else None), method.Config(**config))
 
 
 def pair_batches(count: int, size: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,20 @@ class BadImage(ValueError):
     """A picture that cannot be decoded: corrupt, truncated, empty, missing or beyond the size limit."""
 
 
-def load_image(value: Any, *, draft: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(
+    value: Any,
+    *,
+    draft: tuple[int, int] | Callable[[int, int], tuple[int, int]] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Image.Image:
     """Decode `value` to an upright 8-bit RGB picture.
 
     Args:
         value: a PIL image, a path, encoded bytes, an `[H, W]` or `[H, W, 3]` uint8 array, or
             `{"bytes": ..., "path": ...}` as `datasets.Image(decode=False)` gives.
-        draft: (height, width). A JPEG at least twice as large is decoded at a reduced scale, never below this
-            size: faster, but not what a full decode and resize would give to the last grey level.
+        draft: (height, width), or what gives it for the upright picture's width and height. A JPEG at least twice
+            as large is decoded at a half, a quarter or an eighth, never below this size: faster, but not what a
+            full decode and resize would give to the last grey level.
         max_pixels: pictures with more pixels are refused before they are decoded.
 
     Transparency is laid over white (as transformers does), 16-bit grey is scaled to 8 bits, CMYK, palette and
@@ -55,7 +62,10 @@ def load_image(value: Any, *, draft: tuple[int, int] | None = None, max_pixels: 
                 "shrink it beforehand or leave it out"
             )
         if draft is not None and image.format == "JPEG":
-            image.draft("RGB", (2 * draft[1], 2 * draft[0]))
+            turned = _orientation(image) >= 5  # the file's rows are the picture's columns
+            if callable(draft):
+                draft = draft(height, width) if turned else draft(width, height)
+            image.draft("RGB", draft if turned else draft[::-1])
         image.load()
         return _to_rgb(_upright(image))
     except BadImage:
@@ -97,9 +107,16 @@ def _open(value: Any) -> Image.Image:
     raise BadImage(f"{type(value).__name__} is no picture: expected a PIL image, a path, bytes or {{'bytes', 'path'}}")
 
 
+def _orientation(image: Image.Image) -> int:
+    """1 for upright, 2 to 4 mirrored or upside down, 5 to 8 lying on a side."""
+    if image.format == "JPEG" and not any(name in image.info for name in _ORIENTED):
+        return 1  # without parsing what is not there
+    found = image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info or image.format else 1
+    return found if isinstance(found, int) else 1
+
+
 def _upright(image: Image.Image) -> Image.Image:
-    orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info or image.format else 1
-    method = _TRANSPOSE.get(orientation)
+    method = _TRANSPOSE.get(_orientation(image))
     if method is None:
         return image
     turned = image.transpose(method)

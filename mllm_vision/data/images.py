@@ -101,10 +101,15 @@ class ImageTransform:
         how = f"train, scale={self.scale}" if self.train else "evaluation"
         return f"ImageTransform({type(self.processor).__name__}, size={self.size}, {how})"
 
-    def load(self, value: Any) -> Image.Image:
-        """Decode one picture; where exactness is not asked for, a large JPEG at reduced scale, but at least twice
-        the target size."""
-        return load_image(value, draft=self.size if self.train or not self.exact else None)
+    def load(self, value: Any, key: int | None = None) -> Image.Image:
+        """Decode one picture; where exactness is not asked for, a large JPEG at reduced scale.
+
+        With the `key` of a training crop, the crop is at least as large as the target afterwards; otherwise the
+        picture is at least twice as large.
+        """
+        if self.train and key is not None:
+            return load_image(value, draft=lambda width, height: self._needed(width, height, key))
+        return load_image(value, draft=(2 * self.size[0], 2 * self.size[1]) if self.train or not self.exact else None)
 
     def __call__(self, images: Sequence[Any], keys: Sequence[int] | None = None) -> Tensor:
         """`[B, 3, H, W]` float32 for B pictures in any form `load_image` takes.
@@ -119,13 +124,13 @@ class ImageTransform:
             raise ValueError("no pictures: images is empty")
         if keys is not None and len(keys) != len(images):
             raise ValueError(f"{len(keys)} keys for {len(images)} pictures")
-        pictures = [self.load(image) for image in images]
+        pictures = [self.load(image, None if keys is None else keys[i]) for i, image in enumerate(images)]
         if self.train:
             boxes = [self._random_box(p.size, None if keys is None else keys[i]) for i, p in enumerate(pictures)]
             if self._plan is None:
                 pictures = [picture.crop(box) for picture, box in zip(pictures, boxes, strict=True)]
                 return self._processed(pictures)
-            return self._finish(self._cropped(pictures, boxes))
+            return self._cropped(pictures, boxes)
         if self._plan is None:
             return self._processed(pictures)
         return self._finish(self._centred(pictures))
@@ -151,6 +156,13 @@ class ImageTransform:
         h = min(height, max(1, round(width / self.ratio[0])))
         left, top = (width - w) // 2, (height - h) // 2
         return left, top, left + w, top + h
+
+    def _needed(self, width: int, height: int, key: int) -> tuple[int, int]:
+        """(height, width) that a picture must be decoded to, so that its crop need not be enlarged."""
+        if min(width // self.size[1], height // self.size[0]) < 2:
+            return height, width  # no half of it is large enough, wherever the crop lies
+        left, top, right, bottom = self._random_box((width, height), key)
+        return math.ceil(height * self.size[0] / (bottom - top)), math.ceil(width * self.size[1] / (right - left))
 
     def _centred(self, pictures: list[Image.Image]) -> Tensor:
         """Resize and centre crop as the processor does; `[B, H, W, 3]` uint8."""
@@ -185,22 +197,25 @@ class ImageTransform:
         return out
 
     def _cropped(self, pictures: list[Image.Image], boxes: list[tuple[int, int, int, int]]) -> Tensor:
-        """Each picture's box resized to the full size; `[B, H, W, 3]` uint8. No processor to agree with here."""
+        """Each picture's box resized to the full size, as values; no processor to agree with here."""
         assert self._plan is not None
-        out = torch.empty(len(pictures), *self.size, 3, dtype=torch.uint8)
+        values = torch.empty(len(pictures), 3, *self.size)
         fast = self._plan.resample in _TORCH_MODES
         for row, (picture, box) in enumerate(zip(pictures, boxes, strict=True)):
-            out[row] = _resize([picture], self.size, self._plan.resample, with_torch=fast, box=box)[0]
-        return out
+            pixels = _resize([picture], self.size, self._plan.resample, with_torch=fast, box=box)
+            self._finish(pixels, values[row : row + 1])  # while they are in the cache
+        return values
 
     # -- values -----------------------------------------------------------------------------------------------
 
-    def _finish(self, pixels: Tensor) -> Tensor:
-        """`[B, H, W, 3]` uint8 to `[B, 3, H, W]` float32; a channel at a time is three times faster than at once."""
+    def _finish(self, pixels: Tensor, values: Tensor | None = None) -> Tensor:
+        """`[B, H, W, 3]` uint8 to `[B, 3, H, W]` float32, into `values` where given."""
         assert self._plan is not None
-        values = torch.empty(pixels.shape[0], 3, *pixels.shape[1:3])
+        if values is None:
+            values = torch.empty(pixels.shape[0], 3, *pixels.shape[1:3])
         for channel, (multiply, add) in enumerate(zip(self._plan.multiply, self._plan.add, strict=True)):
-            torch.mul(pixels[..., channel], multiply, out=values[:, channel]).add_(add)
+            # Copied first: a product of two types walks the bytes one by one, twice as slowly.
+            values[:, channel].copy_(pixels[..., channel]).mul_(multiply).add_(add)
         return values
 
     def _processed(self, pictures: list[Image.Image]) -> Tensor:

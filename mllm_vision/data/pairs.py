@@ -55,7 +55,10 @@ class PairDataset(EpochDataset):
         return _captions(only_columns(self.records, [self.columns["caption"]])[index][self.columns["caption"]])
 
     def _read(self, index: int, key: int) -> dict[str, Any]:
-        record = self.records[index]
+        return self.read_record(self.records[index], key, index)
+
+    def read_record(self, record: dict[str, Any], key: int, index: int) -> dict[str, Any]:
+        """A record as a row, wherever it comes from (a stream's do); ValueError when it cannot be used."""
         captions = _captions(record[self.columns["caption"]])
         if not captions:
             raise ValueError("the caption is empty")
@@ -64,12 +67,13 @@ class PairDataset(EpochDataset):
             if not value:
                 raise BadImage("the row has no image")
             value = value[0]
-        image = self.transform.load(value) if self.transform is not None else load_image(value)
+        crop_key = draw_key(key, 1)
+        image = self.transform.load(value, crop_key) if self.transform is not None else load_image(value)
         return {
             "image": image,
             "caption": captions[key % len(captions)],
             "image_id": image_id(value),
-            "key": draw_key(key, 1),
+            "key": crop_key,
             "index": index,
         }
 

@@ -9,6 +9,8 @@ _ENTRIES = {
              "Radford, Alec and Kim, Jong Wook and Hallacy, Chris and others", "2021", "2103.00020"),
     "siglip": ("zhai2023siglip", "Sigmoid Loss for Language Image Pre-Training",
                "Zhai, Xiaohua and Mustafa, Basil and Kolesnikov, Alexander and Beyer, Lucas", "2023", "2303.15343"),
+    "itc": ("li2021albef", "Align before Fuse: Vision and Language Representation Learning with Momentum Distillation",
+            "Li, Junnan and Selvaraju, Ramprasaath R. and Gotmare, Akhilesh Deepak and others", "2021", "2107.07651"),
     "llava": ("liu2023llava", "Visual Instruction Tuning",
               "Liu, Haotian and Li, Chunyuan and Wu, Qingyang and Lee, Yong Jae", "2023", "2304.08485"),
     "vit": ("dosovitskiy2020vit", "An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale",

@@ -17,6 +17,7 @@ from mllm_vision.encoder.encoder import VisionEncoder
 from mllm_vision.encoder.families import FAMILIES, family_of
 from mllm_vision.encoder.files import Source, read_json
 from mllm_vision.lineage import check_lineage, hash_weights
+from mllm_vision.modules.activations import use_fast_activations
 from mllm_vision.modules.text import (
     CLIP_TEXT,
     POOLINGS,
@@ -92,6 +93,7 @@ class DualEncoder(nn.Module):
             self.text_projection = _projection(text_width, self.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale)))
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(float(logit_bias)))
+        use_fast_activations(self)
         # Parameters that no gradient reaches would stop DistributedDataParallel: DINOv2's mask token, an unused pooler.
         idle = [value for name, value in vision.backbone.named_parameters() if name.endswith("mask_token")]
         if self.pooling != "pooler" and getattr(text, "pooler", None) is not None:
@@ -123,9 +125,13 @@ class DualEncoder(nn.Module):
             return self.text.config.projection_size
         return self.text.config.hidden_size
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Projected image vectors `[B, E]`, not normalised, of preprocessed images `[B, 3, H, W]`."""
-        return self.visual_projection(self.vision(pixel_values, pooled=True).pooled)
+    def image_features(self, pixel_values: Tensor, *, patch_dropout: float = 0.0) -> Tensor:
+        """Projected image vectors `[B, E]`, not normalised, of preprocessed images `[B, 3, H, W]`.
+
+        In training mode the share `patch_dropout` of the patches is left out (`VisionEncoder.forward`).
+        """
+        features = self.vision(pixel_values, pooled=True, tokens=False, patch_dropout=patch_dropout)
+        return self.visual_projection(features.pooled)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Projected text vectors `[B, E]`, not normalised, of tokens `[B, T]` padded on the right."""

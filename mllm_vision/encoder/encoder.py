@@ -200,15 +200,23 @@ class VisionEncoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.backbone.dtype
 
-    def forward(self, pixel_values: Tensor, *, pooled: bool = True) -> VisionFeatures:
+    def forward(
+        self, pixel_values: Tensor, *, pooled: bool = True, tokens: bool = True, patch_dropout: float = 0.0
+    ) -> VisionFeatures:
         """Features of preprocessed images.
 
         Args:
             pixel_values: `[B, 3, H, W]` as the processor makes them; another size interpolates the positions.
             pooled: False runs only the layers that `select_layer` needs, and gives `pooled=None`.
+            tokens: False leaves out what only the tokens need, and gives `tokens=None`.
+            patch_dropout: share of the patches that training leaves out, drawn for each picture anew; none in
+                evaluation mode (FLIP, `features.drop_patches`).
 
         Returns:
-            VisionFeatures: tokens `[B, N, D]`, pooled `[B, P]` or None.
+            VisionFeatures: tokens `[B, N, D]` or None, pooled `[B, P]` or None.
+
+        Raises:
+            ValueError: `patch_dropout` outside [0, 1), or of a convolutional network.
         """
         return extract_features(
             self.backbone,
@@ -216,6 +224,8 @@ class VisionEncoder(nn.Module):
             select_layer=self.select_layer,
             select_feature=self.select_feature,
             pooled=pooled,
+            tokens=tokens,
+            patch_dropout=patch_dropout if self.training else 0.0,
         )
 
     @torch.no_grad()
@@ -249,7 +259,8 @@ class VisionEncoder(nn.Module):
             for start in tqdm(range(0, len(images), batch_size), desc="encode", disable=not progress):
                 pictures = [load_image(image) for image in images[start : start + batch_size]]
                 pixel_values = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
-                features = self(pixel_values.to(self.device), pooled=feature == "pooled")
+                wanted = feature == "pooled"
+                features = self(pixel_values.to(self.device), pooled=wanted, tokens=not wanted)
                 rows.append((features.pooled if feature == "pooled" else features.tokens).cpu())
         finally:
             self.train(was_training)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from mllm_vision.encoder.families import Family, family_of, select_tokens
 from mllm_vision.encoder.sizes import check_pixels
+from mllm_vision.modules.clip_layers import is_plain, pooled_layer
 
+CLIP_VISION = "clip_vision_model"
 SELECT_FEATURES = ("patch", "cls_patch", "cls", "pooled")
 
 
@@ -20,7 +23,7 @@ class VisionFeatures(ModelOutput):
     """What an encoder gives for a batch of images.
 
     Attributes:
-        tokens: `[B, N, D]`, the selected tokens of the selected layer.
+        tokens: `[B, N, D]`, the selected tokens of the selected layer, or None if they were not asked for.
         pooled: `[B, P]`, the backbone's own image vector (its `pooler_output`), or None if it was not asked for.
     """
 
@@ -74,6 +77,51 @@ def default_selection(backbone: PreTrainedModel) -> tuple[int, str]:
     return layer, kept.get("select_feature") or "patch"
 
 
+def check_patch_dropout(patch_dropout: float, backbone: PreTrainedModel) -> None:
+    """Raises ValueError for a share of patches that cannot be dropped, or a backbone that has no patches to drop."""
+    if not 0 <= patch_dropout < 1:
+        raise ValueError(f"patch_dropout={patch_dropout} must lie in [0, 1); 0.5 drops half of the patches")
+    family = family_of(backbone)
+    if patch_dropout and family.convolutional:
+        raise ValueError(
+            f"patch_dropout={patch_dropout}: {family.model_type} is convolutional and has no patches to leave out; "
+            "use --patch_dropout 0, or a transformer"
+        )
+
+
+def drop_patches(
+    hidden: Tensor, arguments: dict[str, Any], patch_dropout: float, prefix: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """A random subset of each picture's patches, before the first layer; prefix tokens (class, registers) stay.
+
+    Every picture keeps the same number, `round((1 - patch_dropout) * N)` and at least one, drawn without
+    replacement from torch's global generator of the device, so that replaying its state draws the same ones.
+
+    Args:
+        hidden: `[B, prefix + N, D]`, positions already added.
+        arguments: the layers' arguments; rotary positions `[N, d]` are picked along.
+        patch_dropout: share of the patches to leave out, in [0, 1).
+        prefix: tokens before the patches.
+
+    Returns:
+        (hidden `[B, prefix + K, D]`, arguments)
+
+    Reference:
+        Li et al., 2023, "Scaling Language-Image Pre-training via Masking", section 3
+        (https://arxiv.org/abs/2212.00794).
+    """
+    batch, patches = hidden.shape[0], hidden.shape[1] - prefix
+    kept = max(1, round((1 - patch_dropout) * patches))
+    if kept == patches:
+        return hidden, arguments
+    order = torch.rand(batch, patches, device=hidden.device).argsort(dim=1)[:, :kept]
+    rows = torch.arange(batch, device=hidden.device)[:, None]
+    rotary = arguments.get("position_embeddings")
+    if rotary is not None:
+        arguments = {**arguments, "position_embeddings": tuple(table[order][:, None] for table in rotary)}
+    return torch.cat([hidden[:, :prefix], hidden[rows, prefix + order]], dim=1), arguments
+
+
 def extract_features(
     backbone: PreTrainedModel,
     pixel_values: Tensor,
@@ -81,6 +129,8 @@ def extract_features(
     select_layer: int | None = None,
     select_feature: str | None = None,
     pooled: bool = False,
+    tokens: bool = True,
+    patch_dropout: float = 0.0,
 ) -> VisionFeatures:
     """Features of a batch of preprocessed images.
 
@@ -91,10 +141,12 @@ def extract_features(
         select_feature: `patch` (no class and register tokens), `cls_patch` (class token first, no registers),
             `cls` (`[B, 1, D]`) or `pooled` (`[B, 1, P]`, the image vector as the only token).
         pooled: also give the image vector. False runs only the layers that `select_layer` needs.
+        tokens: also give the tokens. False lets a CLIP tower's last layer work for the class token alone.
+        patch_dropout: share of the patches to leave out at random, see `drop_patches`; tokens are those that stay.
 
     Returns:
-        VisionFeatures: tokens `[B, N, D]`; pooled `[B, P]` or None. Feature maps `[B, C, H, W]` of convolutional
-        networks become tokens row by row.
+        VisionFeatures: tokens `[B, N, D]` or None; pooled `[B, P]` or None. Feature maps `[B, C, H, W]` of
+        convolutional networks become tokens row by row.
 
     Raises:
         ValueError: unknown family, layer or feature, or a picture size that the patches do not divide.
@@ -110,17 +162,28 @@ def extract_features(
     check_pixels(pixel_values, backbone.config, family)
 
     wants_pooled = pooled or select_feature == "pooled"
+    wants_hidden = tokens and select_feature != "pooled"
     hidden, arguments = family.embed(backbone, pixel_values.to(backbone.dtype))
+    if patch_dropout:
+        check_patch_dropout(patch_dropout, backbone)
+        hidden, arguments = drop_patches(hidden, arguments, patch_dropout, family.num_prefix_tokens(backbone.config))
+    # CLIP pools token 0 of the last layer: where nobody reads the others, they need not be made.
+    class_only = wants_pooled and not (wants_hidden and stop == len(layers)) and family.model_type == CLIP_VISION
     selected = hidden
     for index, layer in enumerate(layers, start=1):
         if index > stop and not wants_pooled:
             break
-        hidden = layer(hidden, **arguments)
+        if index == len(layers) and class_only and is_plain(layer):
+            hidden = pooled_layer(layer, hidden)[:, None]
+        else:
+            hidden = layer(hidden, **arguments)
         if index == stop:
             selected = hidden
     vector = family.pool(backbone, hidden) if wants_pooled else None
+    if not tokens:
+        return VisionFeatures(pooled=vector if pooled else None)
     if select_feature == "pooled":
-        tokens = vector[:, None]
+        chosen = vector[:, None]
     else:
-        tokens = select_tokens(selected, family, backbone.config, select_feature)
-    return VisionFeatures(tokens=tokens, pooled=vector if pooled else None)
+        chosen = select_tokens(selected, family, backbone.config, select_feature)
+    return VisionFeatures(tokens=chosen, pooled=vector if pooled else None)

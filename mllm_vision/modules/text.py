@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllm_vision.errors import unknown_name
+from mllm_vision.modules.clip_layers import is_plain, packed_text
 
 CLIP_TEXT, SIGLIP_TEXT = "clip_text_model", "siglip_text_model"
 # A tower that two CPU cores train in minutes; every field can be overridden by name.
@@ -234,10 +235,13 @@ def pool_text(
     """One vector per text.
 
     CLIP towers are run without the padding mask: attention is causal, padding is on the right and pooling is
-    at the end token, so nothing that is pooled ever sees padding. SigLIP towers pool the last of their fixed
-    number of positions. Without a mask (the published checkpoints) that position attends to padding, and texts
-    are padded here to the fixed length. With a mask (towers built here) it attends to the words alone, so one
-    column with the last position stands for all the padding: the same vector at a fraction of the cost.
+    at the end token, so nothing that is pooled ever sees padding. It is left out altogether: the texts run packed
+    end to end, and the last layer works for the end tokens alone (modules/clip_layers.py).
+
+    SigLIP towers pool the last of their fixed number of positions. Without a mask (the published checkpoints) that
+    position attends to padding, and texts are padded here to the fixed length. With a mask (towers built here) it
+    attends to the words alone, so one column with the last position stands for all the padding: the same vector at
+    a fraction of the cost.
 
     Args:
         model: a text tower.
@@ -250,6 +254,8 @@ def pool_text(
     """
     kind = model.config.model_type
     if kind == CLIP_TEXT:
+        if _runs_packed(model):
+            return packed_text(model, input_ids, _ends(model, input_ids))
         return model(input_ids=input_ids).pooler_output
     if kind == SIGLIP_TEXT:
         length, positions = input_ids.shape[1], model.config.max_position_embeddings
@@ -274,3 +280,15 @@ def pool_text(
         return states[torch.arange(len(states), device=states.device), attention_mask.sum(1) - 1]
     weights = attention_mask.unsqueeze(-1).to(states.dtype)
     return (states * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+
+def _runs_packed(model: nn.Module) -> bool:
+    """Whether a CLIP tower may be run part by part (not while its shapes are being compiled)."""
+    hooked = model._forward_hooks or model._forward_pre_hooks
+    return not (hooked or torch.compiler.is_compiling()) and all(is_plain(layer) for layer in model.encoder.layers)
+
+
+def _ends(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Where a CLIP tower pools each text, `[B]`: its first end token; the highest id where the config is legacy."""
+    legacy = model.config.eos_token_id == 2
+    return (input_ids if legacy else (input_ids == model.config.eos_token_id).int()).argmax(dim=-1)

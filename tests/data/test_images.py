@@ -289,3 +289,52 @@ def test_large_jpegs_are_decoded_small_in_training_only(stock):
     assert fast.load(data).size == (320, 240)
     exact = ImageTransform(stock["clip"])([data])
     assert (fast([data]) - exact).abs().mean() < 0.05
+
+
+def crop_in_full(transform: ImageTransform, data: bytes, key: int) -> torch.Tensor:
+    """The same share of the picture, cut from a full decode with Pillow; `[3, H, W]` in grey levels."""
+    small, full = transform.load(data, key), load_image(data)
+    box = np.asarray(transform._random_box(small.size, key)) * (full.width / small.width)
+    pixels = np.array(full.resize(transform.size[::-1], Image.Resampling.BICUBIC, box=tuple(box)))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float()
+
+
+def test_the_crop_decides_how_small_a_jpeg_is_decoded(stock):
+    """Never so small that the crop would have to be enlarged, and close to a full decode."""
+    picture = image_bytes(random_image(1, (640, 480)), "JPEG")
+    for scale, expected in (((0.9, 1.0), {(160, 120)}), ((0.01, 1.0), {(640, 480), (320, 240), (160, 120)})):
+        transform = ImageTransform(stock["clip"], train=True, scale=scale)
+        seen = set()
+        for key in range(60):
+            loaded = transform.load(picture, key)
+            left, top, right, bottom = transform._random_box(loaded.size, key)
+            # at the full scale a crop may be smaller than the target; a pixel of it is lost to rounding
+            assert loaded.size == (640, 480) or (right - left >= 63 and bottom - top >= 63)
+            seen.add(loaded.size)
+        assert seen == expected
+    transform = ImageTransform(stock["clip"], train=True)
+    level = torch.tensor(transform._plan.multiply).view(3, 1, 1)
+    offset = torch.tensor(transform._plan.add).view(3, 1, 1)
+    for key in range(4):
+        ours = (transform([picture], keys=[key])[0] - offset) / level
+        assert (ours - crop_in_full(transform, picture, key)).abs().mean() < 2.0
+    png = image_bytes(random_image(1, (640, 480)), "PNG")
+    assert transform.load(png, 0).size == (640, 480)
+
+
+def test_a_jpeg_on_its_side_is_decoded_small_the_right_way_round(stock):
+    image, exif, stream = random_image(5, (640, 140)), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    image.save(stream, "JPEG", exif=exif)
+    data = stream.getvalue()
+    upright = load_image(data)
+    assert upright.size == (140, 640)
+    asked = []
+    half = load_image(data, draft=lambda width, height: asked.append((width, height)) or (320, 70))
+    assert asked == [(140, 640)] and half.size == (70, 320)
+    assert load_image(data, draft=(320, 71)).size == (140, 640)
+    transform = ImageTransform(stock["clip"], train=True)
+    level = torch.tensor(transform._plan.multiply).view(3, 1, 1)
+    offset = torch.tensor(transform._plan.add).view(3, 1, 1)
+    ours = (transform([data], keys=[1])[0] - offset) / level
+    assert (ours - crop_in_full(transform, data, 1)).abs().mean() < 2.0
