@@ -43,6 +43,9 @@ class Clip(ImageTextObjective):
         duplicate_positives: bool = field(
             default=True, metadata={"help": "captions or images that occur twice in a batch are positives"}
         )
+        patch_dropout: float = field(
+            default=0.0, metadata={"help": "share of the patches that training leaves out, at random (FLIP): 0.5"}
+        )
 
     def __init__(self, dual: DualEncoder, config: Config | None = None) -> None:
         super().__init__(dual, config)
@@ -68,6 +71,10 @@ class Clip(ImageTextObjective):
         """Keeps the scale in [1, max_logit_scale], as the paper does to prevent instability."""
         self.dual.logit_scale.clamp_(0.0, math.log(self.config.max_logit_scale))
 
-    def chance_loss(self, batch_size: int) -> float:
-        """ln N: every text equally likely."""
+    def chance_loss(self, batch_size: int, positives: float = 1.0) -> float:
+        """ln N: every text equally likely, however many of them are positives."""
         return math.log(batch_size)
+
+    @property
+    def scale_limits(self) -> tuple[float, float]:
+        return 1.0, self.config.max_logit_scale

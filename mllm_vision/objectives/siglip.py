@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from mllm_vision.distributed import world_size
 from mllm_vision.encoder.dual import DualEncoder
-from mllm_vision.functional.image_text import siglip_loss
+from mllm_vision.functional.image_text import related, siglip_loss
 from mllm_vision.objectives.base import ImageTextObjective, ObjectiveOutput
 
 
@@ -43,6 +45,9 @@ class SigLip(ImageTextObjective):
         duplicate_positives: bool = field(
             default=True, metadata={"help": "captions or images that occur twice in a batch are positives"}
         )
+        patch_dropout: float = field(
+            default=0.0, metadata={"help": "share of the patches that training leaves out, at random (FLIP): 0.5"}
+        )
 
     has_bias = True
 
@@ -67,11 +72,36 @@ class SigLip(ImageTextObjective):
         )
         return ObjectiveOutput(loss=loss, metrics=self.metrics(embeddings))
 
-    def chance_loss(self, batch_size: int) -> float:
-        """ln N + (N - 1) ln(N / (N - 1)), about ln N + 1.
+    @torch.no_grad()
+    def metrics(self, embeddings: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As for every pair, and what the bias has to settle: how many pairs are positive, and how many are called so.
 
-        The best that a model can do that answers every pair alike: it says yes with probability 1 / N.
+        `positives` texts belong to an image of the batch (more than one where there are duplicates), and
+        `predicted_positives` is the sum of its probabilities; where the bias has its optimum the two are equal.
+        Both are estimated from at most 64 images and 1024 texts of this rank.
         """
-        if batch_size < 2:
+        metrics = super().metrics(embeddings)
+        image, text = embeddings["image"][:64], embeddings["text"][:1024]
+        own = torch.zeros(len(image), len(text), dtype=torch.bool, device=image.device)
+        own.fill_diagonal_(True)
+        ids = embeddings.get("ids")
+        positive = own if ids is None else own | related(ids[:64], ids[:1024])
+        others = (~own).sum(1).clamp_min(1)
+        negatives = len(embeddings["text"]) * world_size() - 1
+        for name, values in (
+            ("positives", positive.float()),
+            ("predicted_positives", self.dual.logits(image, text).sigmoid()),
+        ):
+            beside = values.masked_fill(own, 0).sum(1) / others * negatives
+            metrics[name] = (values.diagonal() + beside).mean()
+        return metrics
+
+    def chance_loss(self, batch_size: int, positives: float = 1.0) -> float:
+        """P ln(N / P) + (N - P) ln(N / (N - P)) for P positives an image; for P = 1 about ln N + 1.
+
+        The best that a model can do that answers every pair alike: it says yes with probability P / N.
+        """
+        rest = batch_size - positives
+        if rest <= 0:
             return 0.0
-        return math.log(batch_size) + (batch_size - 1) * math.log(batch_size / (batch_size - 1))
+        return positives * math.log(batch_size / positives) + rest * math.log(batch_size / rest)
