@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mllm_vision.data.stream_flags import StreamArguments
 from mllm_vision.training.arguments import RecipeArguments
 from mllm_vision.training.recipe import parse_recipe, recipe_dict, run_recipe
 
@@ -63,7 +64,7 @@ class Arguments(RecipeArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    own, arguments = parse_recipe(AlignArguments, Arguments, argv=argv, description=__doc__)
+    own, arguments, streams = parse_recipe(AlignArguments, Arguments, StreamArguments, argv=argv, description=__doc__)
 
     from mllm_vision.data import load_image
     from mllm_vision.encoder import VisionEncoder
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     from mllm_vision.vlm.freezing import audit_table
 
     template = chat_template(own.chat_template)
-    run = Run("stage_one", arguments, recipe_dict(own, arguments))
+    run = Run("stage_one", arguments, recipe_dict(own, arguments, streams))
     run.inherit("encoder", own.encoder)
     run.inherit("language_model", own.llm)
     encoder = VisionEncoder.from_pretrained(
@@ -100,13 +101,15 @@ def main(argv: list[str] | None = None) -> None:
         eval_rows=own.max_eval_samples,
         max_length=own.max_length,
         seed=arguments.seed,
+        streams=streams,
+        max_steps=arguments.max_steps,
     )
     data.bad_samples.check(arguments.max_bad_fraction)
     run.describe_data("train", data.train_records, data.columns)
     run.describe_data("validation", data.eval_records, data.eval_columns)
 
     freeze(model, ("projector",))
-    rows = audit(model, arguments.learning_rate)
+    rows = arguments.scaled(audit(model, arguments.learning_rate))
     proof = FreezeProof(model, rows)
     heldout = HeldOutLoss("captions", data.evaluation, data.collator, arguments.per_device_eval_batch_size)
     run.record["label_preview"] = label_preview(data, processor)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mllm_vision.data.stream_flags import StreamArguments
 from mllm_vision.training.arguments import RecipeArguments
 from mllm_vision.training.recipe import parse_recipe, recipe_dict, run_recipe
 
@@ -81,7 +82,9 @@ class Arguments(RecipeArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    own, arguments = parse_recipe(InstructArguments, Arguments, argv=argv, description=__doc__)
+    own, arguments, streams = parse_recipe(
+        InstructArguments, Arguments, StreamArguments, argv=argv, description=__doc__
+    )
 
     from mllm_vision.evaluation.question_answering import QuestionAnswering
     from mllm_vision.training.recipe_trainer import RecipeTrainer
@@ -90,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     from mllm_vision.vlm.conversation import label_preview, load_stage_data, set_chat_template
     from mllm_vision.vlm.freezing import audit_table
 
-    run = Run("stage_two", arguments, recipe_dict(own, arguments))
+    run = Run("stage_two", arguments, recipe_dict(own, arguments, streams))
     run.inherit("vlm", own.model)
     model, processor = load_vlm(own.model, dtype=own.dtype)
     model.blind = model.blind or own.blind
@@ -119,6 +122,8 @@ def main(argv: list[str] | None = None) -> None:
         shuffle_turns=own.shuffle_turns,
         pack_turns=own.pack_turns,
         seed=arguments.seed,
+        streams=streams,
+        max_steps=arguments.max_steps,
     )
     data.bad_samples.check(arguments.max_bad_fraction)
     run.describe_data("train", data.train_records, data.columns)
@@ -127,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluators: list = [heldout]
     if {"question", "answer", "image"} <= set(data.eval_columns):
         paired = {"question", "answer"} <= set(data.columns) and data.columns == data.eval_columns
+        paired = paired and not streams.streaming  # the most frequent answer is not known before a pass
         asked = QuestionAnswering(
             "answers",
             data.eval_records,
@@ -150,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         "projector": own.projector_learning_rate,
         "language_model": own.language_model_learning_rate,
     }
-    rows = audit(trained, arguments.learning_rate, rates)
+    rows = arguments.scaled(audit(trained, arguments.learning_rate, rates))
     proof = FreezeProof(trained, rows)
     run.record["label_preview"] = label_preview(data, processor)
     if run.is_main:

@@ -12,6 +12,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+from mllm_vision.data.stream_flags import StreamArguments
 from mllm_vision.lineage import hash_parameters
 from mllm_vision.training.arguments import RecipeArguments
 from mllm_vision.training.recipe import parse_recipe, peek_recipe, recipe_dict, run_recipe
@@ -24,7 +25,7 @@ class PretrainArguments:
     """What the pairs are, and which towers meet in which objective."""
 
     dataset_name: str = field(metadata={"help": "Pairs: a file, folder, pattern or Hub id."})
-    objective: str = field(default="clip", metadata={"help": "clip, siglip, or package.module:Class of your own."})
+    objective: str = field(default="clip", metadata={"help": "clip, siglip, itc, or package.module:Class of your own."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
     image_column: str | None = field(default=None, metadata={"help": "Image column, where its name does not tell."})
@@ -83,14 +84,16 @@ def main(argv: list[str] | None = None) -> None:
     from mllm_vision.objectives import ImageTextObjective, load_objective
 
     method = load_objective(peek_recipe("objective", "clip", argv=argv))
-    own, arguments, config = parse_recipe(PretrainArguments, Arguments, method.Config, argv=argv, description=__doc__)
-    method.check_accumulation(arguments.gradient_accumulation_steps, arguments.per_device_train_batch_size)
+    own, arguments, config, streams = parse_recipe(
+        PretrainArguments, Arguments, method.Config, StreamArguments, argv=argv, description=__doc__
+    )
+    steps, rows = arguments.gradient_accumulation_steps, arguments.per_device_train_batch_size
+    method.check_accumulation(steps, rows, arguments.embed_batch_size)
     if not issubclass(method, ImageTextObjective):
         raise ValueError(f"objective {own.objective!r} takes no image-text pairs, and this recipe trains on pairs")
 
-    from mllm_vision.data import ImageTransform, PairCollator, PairDataset, bind_columns, load_records
+    from mllm_vision.data import ImageTransform, PairCollator, PairDataset, StreamDataset, bind_columns, load_records
     from mllm_vision.encoder.build import ALIASES
-    from mllm_vision.encoder.dual import build_dual
     from mllm_vision.encoder.families import FAMILIES
     from mllm_vision.evaluation import Geometry
     from mllm_vision.modules.text import CLIP_TEXT, SIGLIP_TEXT
@@ -100,28 +103,19 @@ def main(argv: list[str] | None = None) -> None:
 
     named = {"image": own.image_column, "caption": own.caption_column, "label": own.label_column}
     overrides = {role: column for role, column in named.items() if column}
-    records = load_records(
-        own.dataset_name, split=own.dataset_split, config_name=own.dataset_config_name, max_rows=own.max_train_samples
-    )
+    where = {"split": own.dataset_split, "config_name": own.dataset_config_name, "max_rows": own.max_train_samples}
+    if streams.streaming:
+        stream = streams.open(own.dataset_name, **where, seed=arguments.seed, max_steps=arguments.max_steps)
+    records = stream.head() if streams.streaming else load_records(own.dataset_name, **where)
     columns = bind_columns(records, ("image", "caption"), overrides)
-    run = Run("stage_zero", arguments, recipe_dict(own, arguments, config))
-    run.describe_data("train", records, columns)
+    run = Run("stage_zero", arguments, recipe_dict(own, arguments, config, streams))
+    run.describe_data("train", stream if streams.streaming else records, columns)
 
     built = {*FAMILIES, *ALIASES, CLIP_TEXT, SIGLIP_TEXT}  # model types: their weights come from no parent
     for role, source in (("encoder", own.encoder), ("text_tower", own.text_tower), ("tokenizer", own.tokenizer)):
         if source and source not in built:
             run.inherit(role, source)
-    dual = build_dual(
-        own.encoder,
-        text_tower=own.text_tower,
-        tokenizer=own.tokenizer,
-        encoder_overrides=own.encoder_overrides,
-        text_overrides=own.text_overrides,
-        image_size=own.image_size,
-        embed_dim=own.embed_dim,
-        max_text_length=own.max_text_length,
-        logit_bias=0.0 if method.has_bias else None,  # the objective sets its initial value
-    )
+    dual = build_pair(own, method)
     objective = method(dual, config)
     evaluators = build_evaluators(own, overrides, run)
     if not evaluators:
@@ -131,6 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     rates = {"vision": own.encoder_learning_rate, "text": own.text_learning_rate, "head": None}
     transform = ImageTransform(dual.vision.processor, train=True, scale=tuple(own.crop_scale))
     dataset = PairDataset(records, columns, transform=transform, seed=arguments.seed)
+    if streams.streaming:
+        dataset = StreamDataset(stream, dataset)
     trainer = ObjectiveTrainer(
         model=objective,
         args=arguments,
@@ -141,7 +137,8 @@ def main(argv: list[str] | None = None) -> None:
         bad_samples=dataset.bad_samples,
         evaluators=evaluators,
     )
-    run.record["modules"] = audit(dual, {name: rate or arguments.learning_rate for name, rate in rates.items()})
+    peaks = {name: rate or arguments.learning_rate for name, rate in rates.items()}
+    run.record["modules"] = arguments.scaled(audit(dual, peaks))
     logger.info(audit_table(run.record["modules"]))
     before = {each.name: each(objective)[each.primary_metric] for each in evaluators}
     trainer.train()
@@ -161,6 +158,23 @@ def main(argv: list[str] | None = None) -> None:
         geometry(objective)
         geometry.store(run.record)
     run.finish()
+
+
+def build_pair(own: PretrainArguments, method: Any) -> Any:
+    """The two towers, loaded or built, with what the objective needs (scripts/doctor.py examines the same ones)."""
+    from mllm_vision.encoder.dual import build_dual
+
+    return build_dual(
+        own.encoder,
+        text_tower=own.text_tower,
+        tokenizer=own.tokenizer,
+        encoder_overrides=own.encoder_overrides,
+        text_overrides=own.text_overrides,
+        image_size=own.image_size,
+        embed_dim=own.embed_dim,
+        max_text_length=own.max_text_length,
+        logit_bias=0.0 if method.has_bias else None,  # the objective sets its initial value
+    )
 
 
 def build_evaluators(own: PretrainArguments, overrides: dict[str, str], run: Any) -> list:

@@ -25,6 +25,10 @@ _HOMES = {
     "bind_conversations": "conversations",
     "preview_labels": "conversations",
     "to_messages": "messages",
+    "Stream": "streams",
+    "StreamArguments": "stream_flags",
+    "StreamDataset": "streams",
+    "StreamLoader": "stream_loader",
 }
 __all__ = sorted(_HOMES)
 

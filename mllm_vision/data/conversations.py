@@ -313,6 +313,29 @@ class ConversationDataset(EpochDataset):
             tokens, mask = self._ids[span], self._masks[span]
         # A text-only conversation has no picture to read.
         record = self._pictures[row] if (tokens == self.chat.image_token_id).any() else {}
+        return self._sample(record, tokens, mask, key, row)
+
+    def read_record(self, record: dict[str, Any], key: int, index: int) -> dict[str, Any]:
+        """A record that is met for the first time (of a stream) as a row; ValueError when it cannot be used.
+
+        One record gives one row: of a record that makes several (`max_turns`), `key` draws one; the questions come
+        in an order drawn by `key` where `shuffle_turns` says so, and with `max_turns` so many of them.
+        """
+        if self.shuffle_turns:
+            pairs = question_pairs(record, self.columns)
+            drawn = np.random.default_rng(key).permutation(len(pairs))[: self.max_turns]
+            messages = from_pairs([pairs[turn] for turn in drawn], len(record_images(record, self.columns)))
+        else:
+            parts = self._variants(record)
+            variants = parts[key % len(parts)]
+            messages = variants[key // len(parts) % len(variants)]
+        [(tokens, mask)] = self.chat([messages])
+        return self._sample(record, *self._checked(tokens, mask, image_parts(messages)), key, index)
+
+    def _sample(
+        self, record: dict[str, Any], tokens: np.ndarray, mask: np.ndarray, key: int, index: int
+    ) -> dict[str, Any]:
+        """Unexpanded ids with their mask, and the record's pictures, as a row."""
         values = record_images(record, self.columns) if record else []
         load = self.transform.load if self.transform is not None else load_image
         images = [load(value) for value in values]
@@ -323,7 +346,7 @@ class ConversationDataset(EpochDataset):
             "labels": np.where(np.repeat(mask, repeat), ids, IGNORED),
             "images": images,
             "keys": [draw_key(key, 1, number) for number in range(len(images))],
-            "index": row,
+            "index": index,
         }
 
 

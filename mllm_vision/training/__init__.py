@@ -18,6 +18,9 @@ _HOMES = {
     "RecipeTrainer": "trainer",
     "ObjectiveTrainer": "trainer",
     "parameter_groups": "optimizers",
+    "LARS": "lars",
+    "LAMB": "lamb",
+    "WeightAverage": "ema",
 }
 
 __all__ = list(_HOMES)

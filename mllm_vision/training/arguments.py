@@ -1,17 +1,18 @@
-"""TrainingArguments with the defaults of this toolkit and four names more."""
+"""TrainingArguments with the defaults of this toolkit and a few names more."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import TrainingArguments
+from .launch import check_joined, check_launch, watch_ranks
+from .optimizer_arguments import OptimizerArguments
 
 
 @dataclass
-class RecipeArguments(TrainingArguments):
-    """`transformers.TrainingArguments`, names verbatim; only defaults differ, and `overwrite`, `resume`,
-    `max_bad_fraction`, `muon_learning_rate` are added.
+class RecipeArguments(OptimizerArguments):
+    """`transformers.TrainingArguments`, names verbatim; only defaults differ, and a few names are added: here,
+    and for optimizers and schedules in `OptimizerArguments`.
 
     `resume_from_checkpoint` takes a path or "true" (the newest whole checkpoint in `output_dir`).
 
@@ -29,13 +30,16 @@ class RecipeArguments(TrainingArguments):
         default=True, metadata={"help": "Drop the last, smaller batch; filling it up would make false negatives."}
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints are kept."})
+    save_minutes: float | None = field(
+        default=None, metadata={"help": "Save a checkpoint after so many minutes too, beside those of save_steps."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps (below 1: a fraction)."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Name of the learning-rate schedule."})
     max_bad_fraction: float = field(
         default=0.01, metadata={"help": "Bad samples are counted and skipped up to this fraction, then it is an error."}
     )
-    muon_learning_rate: float | None = field(
-        default=None, metadata={"help": "Muon at this rate for the matrices of hidden layers, AdamW for the rest."}
+    embed_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Stage zero: embed the batch in chunks of so many rows; exact, less memory, a third slower."},
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace the run that output_dir already holds."})
     resume: bool = field(default=False, metadata={"help": "Go on from the newest whole checkpoint in output_dir."})
@@ -54,13 +58,14 @@ class RecipeArguments(TrainingArguments):
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.learning_rate < 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must not be negative")
-        if self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
-            raise ValueError(f"muon_learning_rate={self.muon_learning_rate} must be positive; leave it out for no Muon")
+        if self.save_minutes is not None and not self.save_minutes > 0:
+            raise ValueError(f"save_minutes={self.save_minutes} must be positive; leave it out to save by steps alone")
+        if self.embed_batch_size is not None and self.embed_batch_size < 1:
+            raise ValueError(f"embed_batch_size={self.embed_batch_size} must be at least 1; leave it out for no chunks")
+        check_launch(self)
         super().__post_init__()
-        if self.muon_learning_rate is not None and not str(self.optim.value).startswith("adamw_torch"):
-            raise ValueError(f"muon_learning_rate goes with --optim adamw_torch, not {self.optim.value}")
+        check_joined(self)
+        watch_ranks(self.ddp_timeout)
 
     @property
     def resuming(self) -> bool:

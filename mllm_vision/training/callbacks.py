@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback
+
+from mllm_vision.distributed import is_distributed
 
 logger = logging.getLogger(__name__)
 
@@ -13,13 +19,19 @@ logger = logging.getLogger(__name__)
 class AfterStep(TrainerCallback):
     """Calls `objective.after_step(progress)` once per optimizer step, never per micro-batch.
 
-    Progress runs from 0 to 1 over the whole training.
+    Progress runs from 0 to 1 over the whole training. A step that fp16's loss scaling skipped is none: its
+    embeddings may be infinite, and would stay in a queue. An objective with an attribute `epoch` is told the epochs
+    done.
     """
 
     def __init__(self, objective: Any) -> None:
         self.objective = objective
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if getattr(optimizer, "step_was_skipped", False):
+            return
+        if hasattr(self.objective, "epoch"):
+            self.objective.epoch = state.epoch
         self.objective.after_step(state.global_step / max(state.max_steps, 1))
 
 
@@ -50,3 +62,35 @@ class RunFolder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.rewind(state.global_step)
+
+
+class SaveByMinutes(TrainerCallback):
+    """Saves a checkpoint whenever so many minutes have gone by since the last one, whichever way that came about.
+
+    The clock is the first process's: all processes must save after the same step. With several processes this costs
+    one message of four bytes a step, over gloo, so that a GPU's queue is not waited for.
+
+    Raises:
+        ValueError: `minutes` is not positive.
+    """
+
+    def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
+        if not minutes > 0:
+            raise ValueError(f"save_minutes={minutes} must be positive; leave it out to save by steps alone")
+        self.seconds, self.clock, self.last = 60.0 * minutes, clock, clock()
+        self._group: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.last = self.clock()
+        if is_distributed() and dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        due = torch.tensor([self.clock() - self.last >= self.seconds], dtype=torch.int32)
+        if is_distributed():
+            dist.broadcast(due, src=0, group=self._group)
+        if due.item():
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.last = self.clock()

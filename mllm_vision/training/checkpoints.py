@@ -14,19 +14,71 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "trainer_state.json"  # the Trainer writes it last: a checkpoint without it is torn
+STATE_FILE = "trainer_state.json"
+SEAL = "complete.json"  # names and sizes of all files, written last; a checkpoint whose files differ is torn
+UNSEALED = "INCOMPLETE"  # lies in a checkpoint while it is written
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 # what torch and safetensors say when the disk is full: they do not raise OSError
 _FULL_DISK = ("no space left", "disk quota exceeded", "file write failed", "failed writing file", "unexpected pos")
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: readable trainer state, and weights."""
+    """Whether a checkpoint was written to its end, by every process: all files are there in their full length.
+
+    One without a seal (of the stock Trainer) passes with a readable trainer state and weights.
+    """
+    if (checkpoint / UNSEALED).exists():
+        return False
     try:
         json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if (checkpoint / SEAL).is_file():
+            sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["files"]
+            return all((checkpoint / name).stat().st_size == size for name, size in sealed.items())
+    except (OSError, ValueError, KeyError):
         return False
     return any(checkpoint.glob("*.safetensors")) or any(checkpoint.glob("*/*.safetensors"))
+
+
+def unsealed(checkpoint: Path) -> None:
+    """Begin a checkpoint: until `seal` it counts as torn."""
+    checkpoint.mkdir(parents=True)
+    (checkpoint / UNSEALED).touch()
+
+
+def seal(checkpoint: Path) -> None:
+    """End a checkpoint: every file is on the disk, and a list of them with their sizes beside it."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name not in (SEAL, UNSEALED))
+    for path in files:
+        _to_disk(path)
+    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+    (checkpoint / SEAL).write_text(json.dumps({"files": sizes}, indent=1), encoding="utf-8")
+    _to_disk(checkpoint / SEAL)
+    (checkpoint / UNSEALED).unlink()
+    _to_disk(checkpoint)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rotate(run_folder: Path, keep: int | None, best: str | None = None) -> None:
+    """Remove torn checkpoints, and whole ones but the last `keep` (None or 0: all stay); the best one stays.
+
+    As in the stock Trainer the best one counts among them, and the last ones are those written last.
+    """
+    found = sorted(list_checkpoints(run_folder), key=lambda path: path.stat().st_mtime)
+    whole = [path for path in found if is_whole(path)]
+    gone = [path for path in found if path not in whole]
+    if keep and whole:
+        protected = [path for path in whole if path == whole[-1] or (best and path.name == Path(best).name)]
+        others = [path for path in whole if path not in protected]
+        gone += others[: max(0, len(whole) - max(keep, len(protected)))]
+    for path in gone:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
@@ -65,7 +117,7 @@ def check_checkpoint(checkpoint: Path) -> Path:
         )
     if not is_whole(checkpoint):
         raise ValueError(
-            f"--resume_from_checkpoint {checkpoint} is torn: its {STATE_FILE} or its weights are missing or cut off; "
+            f"--resume_from_checkpoint {checkpoint} is torn: files of it are missing or cut off; "
             "use an earlier checkpoint, or --resume to take the newest whole one"
         )
     return checkpoint

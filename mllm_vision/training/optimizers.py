@@ -1,14 +1,20 @@
-"""Parameter groups: one learning rate per group of modules, weight decay only where it belongs."""
+"""Parameter groups: one learning rate per group of modules, weight decay only where it belongs; and who steps them."""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from mllm_vision.errors import unknown_name
+
+from .layers import is_patch_embedding, layer_scales
+
+logger = logging.getLogger(__name__)
 
 # Besides all 1-D parameters (biases, norms): scales, and what stands for a position or a class.
 _NO_DECAY = re.compile(
@@ -19,6 +25,11 @@ _NO_DECAY = re.compile(
 # Inside a repeated block: the matrices that Muon is for (embeddings, patch kernels, heads and projectors are not).
 _HIDDEN = re.compile(r"(^|\.)(layers?|blocks?|h)\.\d+\.")
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")  # DDP, torch.compile, peft
+# what `--optim_args` may set, by optimizer
+_SETTINGS = {
+    "lars": {"momentum": float, "trust_coefficient": float, "variant": str},
+    "lamb": {"variant": str},
+}
 
 
 def plain_name(name: str) -> str:
@@ -40,6 +51,9 @@ def parameter_groups(
     learning_rate: float,
     learning_rates: Mapping[str, float | None] | None = None,
     muon_learning_rate: float | None = None,
+    bias_learning_rate: float | None = None,
+    layer_decay: float | Mapping[str, float] | None = None,
+    patch_embedding_lr_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer over the trainable parameters of `model`.
 
@@ -50,12 +64,18 @@ def parameter_groups(
         learning_rates: parameter-name prefix -> learning rate; the longest prefix wins, None means the default.
         muon_learning_rate: if given, 2-D weights inside repeated blocks (`layers.0.`...) go to groups marked `muon`
             at this rate, times what their prefix's rate is to `learning_rate`.
+        bias_learning_rate: if given, what takes no weight decay has this rate, times the same (Barlow Twins: 0.2
+            for weights, 0.0048 for biases and norms).
+        layer_decay: rates fall towards the input of each tower; see `training.layers.layer_scales`.
+        patch_embedding_lr_scale: what the patch embedding's rate is multiplied by besides.
 
     Returns:
-        Dicts with `params`, `lr`, `weight_decay`, `group_name` and `muon`; the default group comes first.
+        Dicts with `params`, `lr`, `weight_decay`, `group_name`, `muon` and `decays` (whether weight decay and
+        layer-wise adaptation are for it); the default group comes first, and of its kind the largest rate.
 
     Raises:
-        ValueError: a prefix matches no parameter, a rate is negative, or nothing is trainable.
+        ValueError: a prefix matches no parameter, a rate is negative, nothing is trainable, or `layer_decay` finds
+            no layers.
     """
     rates = {prefix: rate for prefix, rate in (learning_rates or {}).items() if rate is not None}
     names = [plain_name(name) for name, _ in model.named_parameters()]
@@ -65,7 +85,8 @@ def parameter_groups(
         if not any(_under(name, prefix) for name in names):
             tops = {name.partition(".")[0] for name in names} | {".".join(name.split(".")[:2]) for name in names}
             raise ValueError(f"learning rate for {unknown_name('parameter prefix', prefix, tops)}")
-    groups: dict[tuple[str, bool, bool], dict[str, Any]] = {}
+    scales = {} if layer_decay is None else layer_scales(names, layer_decay)
+    groups: dict[tuple[str, bool, bool, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -73,23 +94,109 @@ def parameter_groups(
         prefix = max((prefix for prefix in rates if _under(plain, prefix)), key=len, default="")
         decayed = decays(plain, parameter)
         rate = rates.get(prefix, learning_rate)
+        relative = rate / learning_rate if learning_rate else 1.0
         muon = muon_learning_rate is not None and decayed and parameter.ndim == 2 and bool(_HIDDEN.search(plain))
         if muon and muon_learning_rate is not None:
-            rate = muon_learning_rate * (rate / learning_rate if learning_rate else 1.0)
+            rate = muon_learning_rate * relative
+        elif not decayed and bias_learning_rate is not None:
+            rate = bias_learning_rate * relative
+        rate *= scales.get(plain, 1.0) * (patch_embedding_lr_scale if is_patch_embedding(plain) else 1.0)
         group = groups.setdefault(
-            (prefix, decayed, muon),
+            (prefix, muon, not decayed, -rate),
             {
                 "params": [],
                 "lr": rate,
                 "weight_decay": weight_decay if decayed else 0.0,
                 "group_name": prefix or "default",
                 "muon": muon,
+                "decays": decayed,
             },
         )
         group["params"].append(parameter)
     if not groups:
         raise ValueError("nothing to train: every parameter is frozen (requires_grad=False)")
-    return [groups[key] for key in sorted(groups, key=lambda key: (key[0], key[2], not key[1]))]
+    return [groups[key] for key in sorted(groups)]
+
+
+def group_flags(arguments: Any, learning_rates: Mapping[str, float | None]) -> list[str]:
+    """The flags given that work through our parameter groups."""
+    neutral = {"patch_embedding_lr_scale": 1.0, "lr_scaling": "none"}
+    names = ("lr_scaling", "layer_decay", "patch_embedding_lr_scale", "bias_learning_rate", "muon_learning_rate")
+    given = [
+        name for name in (*names, "weight_decay_end") if getattr(arguments, name, None) not in (None, neutral.get(name))
+    ]
+    return given + ["learning rate per module group"] * bool(learning_rates)
+
+
+def group_settings(arguments: Any, learning_rate: float, learning_rates: Mapping[str, float | None]) -> dict[str, Any]:
+    """The keywords of `parameter_groups` that the arguments ask for, every rate times their `lr_scale`.
+
+    Args:
+        arguments: `RecipeArguments`, or plain `TrainingArguments`, which have none of our flags.
+        learning_rate: of everything that no prefix names.
+        learning_rates: parameter-name prefix -> learning rate.
+    """
+    scale = getattr(arguments, "lr_scale", 1.0)
+
+    def scaled(rate: float | None) -> float | None:
+        return None if rate is None else rate * scale
+
+    return {
+        "weight_decay": arguments.weight_decay,
+        "learning_rate": scaled(learning_rate),
+        "learning_rates": {prefix: scaled(rate) for prefix, rate in learning_rates.items()},
+        "muon_learning_rate": scaled(getattr(arguments, "muon_learning_rate", None)),
+        "bias_learning_rate": scaled(getattr(arguments, "bias_learning_rate", None)),
+        "layer_decay": getattr(arguments, "layer_decay", None),
+        "patch_embedding_lr_scale": getattr(arguments, "patch_embedding_lr_scale", 1.0),
+    }
+
+
+def tell_rates(arguments: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Log what the flags made of the learning rates, where they made anything of them."""
+    if getattr(arguments, "lr_scaling", "none") != "none":
+        rows, base, scale = arguments.effective_batch_size, arguments.learning_rate, arguments.lr_scale
+        rule = f"{arguments.lr_scaling}, {rows} rows a step against {arguments.lr_scaling_batch_size}"
+        logger.info("lr_scaling (%s): learning rates x %.4g; learning_rate %g -> %g", rule, scale, base, base * scale)
+    if getattr(arguments, "layer_decay", None) is not None:
+        rates = [group["lr"] for group in groups]
+        logger.info("layer_decay %s: learning rates from %.3g to %.3g", arguments.layer_decay, min(rates), max(rates))
+
+
+def optimizer_settings(name: str, text: str | None) -> dict[str, Any]:
+    """`momentum=0.9,variant=paper` as keyword arguments of LARS or LAMB.
+
+    Raises:
+        ValueError: an unknown setting, a value of the wrong type, or one that the optimizer refuses.
+    """
+    from .lamb import LAMB
+    from .lars import LARS
+
+    found: dict[str, Any] = {}
+    for entry in filter(None, (part.strip() for part in (text or "").split(","))):
+        key, _, value = (part.strip() for part in entry.partition("="))
+        if key not in _SETTINGS[name]:
+            raise ValueError(f"optim_args: {unknown_name(f'setting of {name}', key, _SETTINGS[name])}")
+        try:
+            found[key] = _SETTINGS[name][key](value)
+        except ValueError:
+            raise ValueError(f"optim_args: {key}={value!r} of {name} must be a number") from None
+    {"lars": LARS, "lamb": LAMB}[name]([torch.zeros(1)], **found)  # it knows the range of its settings
+    return found
+
+
+def optimizer_class(arguments: Any) -> tuple[type, dict[str, Any]] | None:
+    """LARS or LAMB with their settings, as `--optim` asks; None where transformers knows the optimizer."""
+    from .lamb import LAMB
+    from .lars import LARS
+
+    name = str(getattr(arguments.optim, "value", arguments.optim))
+    if name == "lars":
+        return LARS, optimizer_settings(name, arguments.optim_args)
+    if name == "lamb":
+        adam = {"betas": (arguments.adam_beta1, arguments.adam_beta2), "eps": arguments.adam_epsilon}
+        return LAMB, {**adam, **optimizer_settings(name, arguments.optim_args)}
+    return None
 
 
 def _under(name: str, prefix: str) -> bool:

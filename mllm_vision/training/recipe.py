@@ -21,6 +21,8 @@ import yaml
 
 from mllm_vision.errors import unknown_name
 
+from .launch import tell_failure
+
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 _GIVEN = "_recipe_values"  # on an instance: what its constructor was given, and what became of it
 # never written to recipe.yaml: a secret, and what belongs to one start of the run, not to the run
@@ -139,6 +141,7 @@ def run_recipe(main: Callable[[], Any]) -> None:
         if os.environ.get("MLLM_VISION_TRACEBACK", "0") not in ("", "0"):
             raise
         print(f"error: {error}", file=sys.stderr)
+        tell_failure(error)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted; a run with checkpoints goes on with --resume", file=sys.stderr)

@@ -6,23 +6,27 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
+from transformers.trainer_utils import has_length
 
 from mllm_vision.data.sampling import EpochCallback
 
-from .callbacks import BadSampleLimit, RunFolder
-from .checkpoints import whole_folder
+from .callbacks import BadSampleLimit, RunFolder, SaveByMinutes
+from .clipping import clip_per_parameter_
+from .ema import WeightAverage
 from .muon import MuonAdamW
-from .optimizers import parameter_groups
+from .optimizers import group_flags, group_settings, optimizer_class, parameter_groups, tell_rates
+from .resume import ExactResume
+from .schedules import WeightDecaySchedule, step_schedule, warn_of_warmup
+from .sharding import make_whole, prepare_sharding, whole_parameters
 
 logger = logging.getLogger(__name__)
 
 
-class RecipeTrainer(Trainer):
+class RecipeTrainer(ExactResume):
     """`Trainer` with what every stage here needs; every argument and callback of `Trainer` works as usual.
 
     - Parameter groups by module and without decay where it does not belong (training/optimizers.py).
@@ -40,8 +44,10 @@ class RecipeTrainer(Trainer):
 
     Raises:
         ValueError: the training set is empty, or smaller than one batch when the last one is dropped; no evaluator
-            measures `metric_for_best_model`.
+            measures `metric_for_best_model`; `embed_batch_size` with a model that is no `Objective`.
     """
+
+    takes_embed_batch_size = False
 
     def __init__(
         self,
@@ -69,8 +75,16 @@ class RecipeTrainer(Trainer):
         self.add_callback(EpochCallback())
         if bad_samples is not None:
             self.add_callback(BadSampleLimit(bad_samples, run))
+        if getattr(self.args, "save_minutes", None) is not None:
+            self.add_callback(SaveByMinutes(self.args.save_minutes))
+        self.average = self._prepare_optimizer_flags()
         self._check_size()
         self._check_best_metric()
+        if getattr(self.args, "embed_batch_size", None) is not None and not self.takes_embed_batch_size:
+            raise ValueError(
+                f"embed_batch_size={self.args.embed_batch_size} is for the objectives of stage zero; here use "
+                "--gradient_accumulation_steps with a smaller --per_device_train_batch_size, which is exact"
+            )
 
     def _check_best_metric(self) -> None:
         """The stock Trainer finds out at the first evaluation, minutes or hours into the training."""
@@ -84,7 +98,7 @@ class RecipeTrainer(Trainer):
             raise ValueError(f"metric_for_best_model={wanted!r} is measured by no evaluator; use e.g. {known}")
 
     def _check_size(self) -> None:
-        if self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
+        if self.train_dataset is None or not has_length(self.train_dataset):
             return
         rows, batch = len(self.train_dataset), self._train_batch_size * self.args.world_size
         if rows == 0:
@@ -99,27 +113,79 @@ class RecipeTrainer(Trainer):
 
     # ---- optimizer -----------------------------------------------------------------------------------------
 
+    def _prepare_optimizer_flags(self) -> WeightAverage | None:
+        """The callbacks that `weight_decay_end` and `ema_decay` ask for; what sharding makes impossible is refused."""
+        if hasattr(self.args, "check_sharding") and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            plugin = self.accelerator.state.fsdp_plugin
+            version = getattr(plugin, "fsdp_version", 1)
+            self.args.check_sharding("DeepSpeed" if self.is_deepspeed_enabled else f"FSDP version {version}")
+        end, decay = getattr(self.args, "weight_decay_end", None), getattr(self.args, "ema_decay", None)
+        if end is not None:
+            self.add_callback(WeightDecaySchedule(self.args.weight_decay, end))
+        if decay is None:
+            return None
+        average = WeightAverage(self.model, decay)
+        self.add_callback(average)
+        return average
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer named by `args.optim` over our parameter groups."""
         if self.optimizer is None:
-            target = self.model if model is None else model
-            cls, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, target)
+            target, args = self.model if model is None else model, self.args
+            named = self.optimizer_cls_and_kwargs or optimizer_class(args)
+            cls, settings = named or self.get_optimizer_cls_and_kwargs(args, target)
             if {"params", "model", "optimizer_dict"} & set(settings):  # GaLore and the like choose parameters alone
-                if self.learning_rates:
-                    raise ValueError(f"--optim {self.args.optim} takes no learning rate per module group")
+                if asked := group_flags(args, self.learning_rates):
+                    raise ValueError(f"--optim {args.optim.value} makes its own groups: it takes no {asked[0]}")
                 return super().create_optimizer(model)
-            muon = getattr(self.args, "muon_learning_rate", None)
-            groups = parameter_groups(
-                target,
-                weight_decay=self.args.weight_decay,
-                learning_rate=settings.get("lr", self.args.learning_rate),
-                learning_rates=self.learning_rates,
-                muon_learning_rate=muon,
-            )
-            if muon is not None:
+            rates = group_settings(args, settings.get("lr", args.learning_rate), self.learning_rates)
+            groups = parameter_groups(target, **rates)
+            if self.is_world_process_zero():
+                tell_rates(args, groups)
+            if rates["muon_learning_rate"] is not None:
                 cls = MuonAdamW
-            self.optimizer = cls(groups, **settings)
+            self.optimizer = cls(groups, **{**settings, "lr": rates["learning_rate"]})
+            if self.is_fsdp_enabled:
+                prepare_sharding(self.accelerator, target, self.optimizer)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As `Trainer.create_scheduler`, with the step schedule."""
+        if self.lr_scheduler is None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            if self.is_world_process_zero():
+                warn_of_warmup(warmup, num_training_steps)
+            if str(getattr(self.args.lr_scheduler_type, "value", "")) == "step":
+                self.lr_scheduler = step_schedule(
+                    self.optimizer if optimizer is None else optimizer,
+                    num_warmup_steps=warmup,
+                    num_training_steps=num_training_steps,
+                    **(self.args.lr_scheduler_kwargs or {}),
+                )
+                self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if getattr(self.args, "gradient_clipping", "global") == "global":
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return clip_per_parameter_(model.parameters(), self.args.max_grad_norm)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; a checkpoint holds the average of the weights too."""
+        super().save_model(output_dir, _internal_call)
+        if self.average is not None and _internal_call and output_dir is not None and self.args.should_save:
+            self.average.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.average is not None and checkpoint is not None:
+            self.average.resume(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.average is not None:
+            self.average.resume(self.state.best_model_checkpoint)
 
     # ---- data ----------------------------------------------------------------------------------------------
 
@@ -142,7 +208,12 @@ class RecipeTrainer(Trainer):
         if resume_from_checkpoint:
             logger.info("going on from %s", resume_from_checkpoint)
         self._clock = None
+        if self.average is not None:  # after all other callbacks: an objective's after_step may still change weights
+            self.remove_callback(self.average)
+            self.add_callback(self.average)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.is_fsdp_enabled:
+            make_whole(self.model)
         if self.args.load_best_model_at_end:
             self._evaluated_at = -1  # these are other weights than those evaluated last
         if self.args.eval_strategy != "no" and self.evaluators:
@@ -157,12 +228,18 @@ class RecipeTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As `Trainer.evaluate` where there is a data set, then the evaluators; returns the metrics of both."""
+        """As `Trainer.evaluate` where there is a data set, then the evaluators; returns the metrics of both.
+
+        With `ema_decay` they are those of the averaged weights.
+        """
         metrics: dict[str, float] = {}
+        averaged = contextlib.nullcontext if self.average is None else self.average.applied
         if eval_dataset is not None or self.eval_dataset is not None:
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            with averaged():
+                metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if eval_dataset is None and self.evaluators:
-            found = self._run_evaluators(metric_key_prefix)
+            with averaged():
+                found = self._run_evaluators(metric_key_prefix)
             self.log(dict(found))
             if not metrics:
                 self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
@@ -181,7 +258,7 @@ class RecipeTrainer(Trainer):
         model, found, began = self.model, {}, time.monotonic()
         was_training = model.training
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with whole_parameters(model), torch.random.fork_rng(devices=devices), torch.no_grad():
             model.eval()
             for evaluator in self.evaluators:
                 name = getattr(evaluator, "name", type(evaluator).__name__.lower())
@@ -219,20 +296,17 @@ class RecipeTrainer(Trainer):
             self._clock = (now, step)
             if self.learning_rates and logs.get("learning_rate") and self.optimizer is not None:
                 groups = self.optimizer.param_groups  # the Trainer logs the first one's rate before the schedule moves
+                peaks: dict[str, float] = {}  # with layer_decay a name has many groups
                 for group in groups:
-                    scale = group["initial_lr"] / groups[0]["initial_lr"]
-                    if group.get("group_name", "default") != "default":
-                        logs[f"learning_rate_{group['group_name']}"] = logs["learning_rate"] * scale
+                    name = group.get("group_name", "default")
+                    peaks[name] = max(peaks.get(name, 0.0), group["initial_lr"])
+                for name in sorted(peaks.keys() - {"default"}):
+                    logs[f"learning_rate_{name}"] = logs["learning_rate"] * peaks[name] / groups[0]["initial_lr"]
         super().log(logs, start_time)
         if self.run is not None and self.is_world_process_zero():
             self.run.log(self.state.global_step, logs)
 
-    # ---- checkpoints ---------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        with whole_folder(folder) if self.args.should_save else contextlib.nullcontext():
-            super()._save_checkpoint(model, trial)
+    # ---- checkpoints (what is saved when, and resumed: resume.py) -----------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save weights under the names they have in memory.

@@ -121,15 +121,16 @@ class Run:
     def describe_data(self, role: str, dataset: Any, columns: Mapping[str, str] | None = None) -> None:
         """Note a data set ("train", "validation"...): fingerprint, rows, columns bound, three text samples."""
         columns = dict(columns or {})
-        rows = len(dataset) if hasattr(dataset, "__len__") else None
+        rows = len(dataset) if hasattr(dataset, "__len__") else getattr(dataset, "total", None)
         wanted = [column for bound, column in columns.items() if bound in TEXT_ROLES]
         if not columns:
             wanted = [name for name in getattr(dataset, "column_names", None) or ["text"] if "image" not in name]
-        view = dataset
-        if hasattr(dataset, "select_columns"):  # so that no image is decoded for three sentences
-            view = dataset.select_columns([name for name in wanted if name in dataset.column_names])
+        view = dataset.head() if hasattr(dataset, "head") else dataset  # of a stream, its first rows
+        count = len(view) if hasattr(view, "__len__") else 0
+        if hasattr(view, "select_columns"):  # so that no image is decoded for three sentences
+            view = view.select_columns([name for name in wanted if name in view.column_names])
         samples = []
-        for index in sorted({0, rows // 2, rows - 1}) if rows else []:
+        for index in sorted({0, count // 2, count - 1}) if count else []:
             row = view[index]
             row = {name: row[name] for name in wanted if name in row} if isinstance(row, Mapping) else {"text": row}
             samples.append({name: _shorten(value) for name, value in row.items()})

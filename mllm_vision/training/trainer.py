@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-import math
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderShard
+from accelerate.utils.memory import clear_device_cache
+from transformers import TrainingArguments
+
+from mllm_vision.distributed import mean_over_ranks
 
 from .callbacks import AfterStep
+from .gradient_cache import cached_backward, count_rows
+from .health import Health
 from .recipe_trainer import RecipeTrainer
 
 logger = logging.getLogger(__name__)
@@ -17,20 +25,33 @@ logger = logging.getLogger(__name__)
 class ObjectiveTrainer(RecipeTrainer):
     """Trains an `Objective`: its loss, its metrics (averaged between logs and over ranks), its `after_step`.
 
-    Says at the start how many negatives an anchor meets and what the loss is at chance; warns once when the loss
-    still sits there after a fifth of the training.
+    Says at the start how many negatives an anchor meets and what the loss is at chance; warns when the training
+    goes wrong (`Health`: a loss at chance, a scale at its clamp, a wrong bias, a collapse).
+
+    With `args.embed_batch_size` below the batch size, the batch is embedded in chunks of so many rows and stays on
+    the CPU but for the chunk at work; loss and gradients are those of the whole batch (`gradient_cache`). Where the
+    loss couples the rows of a batch, `gradient_accumulation_steps` means the same: so many times the rows at once,
+    in chunks of `per_device_train_batch_size`.
+
+    Raises:
+        ValueError: the method cannot be chunked (it says why), or it meets torch.compile, DeepSpeed, an optimizer
+            that steps inside the backward pass, or several GPUs in one process.
     """
 
+    takes_embed_batch_size = True
     # The loss of an objective is the mean of its micro-batch: the Trainer has to divide it.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Any = None, args: TrainingArguments | None = None, *others: Any, **kwargs: Any) -> None:
+        self._accumulated = 1 if args is None else args.gradient_accumulation_steps
+        args = _chunked(model, args)
+        super().__init__(model, args, *others, **kwargs)
         self.model_accepts_loss_kwargs = False
+        self._contract_checked = False
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._warned = False
         self.add_callback(AfterStep(self.objective))
+        self.add_callback(Health(self.objective, lambda: self.negatives_batch, self.run))
 
     @property
     def objective(self) -> Any:
@@ -46,18 +67,63 @@ class ObjectiveTrainer(RecipeTrainer):
         chance = getattr(self.objective, "chance_loss", None)
         return chance(self.negatives_batch) if callable(chance) else None
 
+    @property
+    def embed_batch_size(self) -> int | None:
+        """Rows embedded at once where that is fewer than the batch of this process, else None."""
+        size = getattr(self.args, "embed_batch_size", None)
+        return size if size is not None and size < self._train_batch_size else None
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `RecipeTrainer.train`, after a line on negatives and chance."""
         if self.is_world_process_zero():
             steps, batch, chance = self.args.gradient_accumulation_steps, self.negatives_batch, self._chance()
             told = f"; loss at chance {chance:.4f}" if chance is not None else ""
             logger.info("negatives per anchor: %d; effective batch: %d%s", batch - 1, batch * steps, told)
-            if steps > 1:
+            if self.embed_batch_size is not None:
+                logger.info(
+                    "each process takes %d rows at once and embeds them in chunks of %d%s",
+                    self._train_batch_size, self.embed_batch_size,
+                    f" (gradient_accumulation_steps={self._accumulated})" if self._accumulated > steps else "",
+                )  # fmt: skip
+            if steps > 1 and getattr(self.objective, "couples_batch", True):
                 logger.warning(
                     "gradient_accumulation_steps=%d adds no negatives: each loss sees %d pairs, not %d",
                     steps, batch, batch * steps,
                 )  # fmt: skip
         return super().train(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """As `Trainer.get_train_dataloader`; a batch that is embedded in chunks stays where it was made."""
+        loader = super().get_train_dataloader()
+        if self.embed_batch_size is not None and isinstance(loader, DataLoaderShard):
+            loader.device = None
+        return loader
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """As `Trainer.training_step`, in chunks where `embed_batch_size` says so."""
+        size = self.embed_batch_size
+        if size is None or count_rows(inputs) <= size:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
+            self.optimizer.train()
+        output = cached_backward(
+            self.objective,
+            inputs,
+            size,
+            model=model,
+            backward=lambda loss: self.accelerator.backward(loss / self.current_gradient_accumulation_steps),
+            prepare=self._prepare_inputs,
+            autocast=self.accelerator.autocast,
+            no_sync=partial(self.accelerator.no_sync, model),
+            check=not self._contract_checked,
+        )
+        self._contract_checked = True
+        self._keep_metrics(output.metrics)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
+        return output.loss.detach() / self.current_gradient_accumulation_steps
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -65,30 +131,61 @@ class ObjectiveTrainer(RecipeTrainer):
         """The loss of the objective on one micro-batch; its metrics are kept for the next log."""
         output = model(**inputs)
         if model.training:
-            for name, value in (output.metrics or {}).items():
-                value = torch.as_tensor(value, dtype=torch.float32).detach().mean()
-                self._sums[name] = self._sums[name] + value if name in self._sums else value
-                self._counts[name] = self._counts.get(name, 0) + 1
+            self._keep_metrics(output.metrics)
         return (output.loss, output) if return_outputs else output.loss
+
+    def _keep_metrics(self, metrics: dict[str, Any] | None) -> None:
+        for name, value in (metrics or {}).items():
+            value = torch.as_tensor(value, dtype=torch.float32, device=self.args.device).detach().mean()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `RecipeTrainer.log`, with the objective's metrics since the last log."""
         if "loss" in logs:
-            for name in sorted(self._sums):  # every rank has the same names, in the same order
-                mean = (self._sums[name] / self._counts[name]).to(self.args.device)
-                logs.setdefault(name, float(self.accelerator.reduce(mean, reduction="mean")))
+            means = {name: total / self._counts[name] for name, total in self._sums.items()}
+            for name, value in mean_over_ranks(means).items():  # every rank has the same names
+                logs.setdefault(name, float(value))
             self._sums, self._counts = {}, {}
-            self._warn_at_chance(logs["loss"])
         super().log(logs, start_time)
 
-    def _warn_at_chance(self, loss: float) -> None:
-        chance = self._chance()
-        if self._warned or not chance or self.state.global_step < max(10, self.state.max_steps // 5):
-            return
-        if math.isfinite(loss) and loss >= 0.98 * chance:
-            self._warned = True
-            logger.warning(
-                "step %d: the loss %.4f sits at chance (%.4f for %d pairs): nothing is learnt. Look at the pairs "
-                "(do image and caption belong together?), the learning rate (%g) and the logit scale",
-                self.state.global_step, loss, chance, self.negatives_batch, self.args.learning_rate,
-            )  # fmt: skip
+
+def _chunked(objective: Any, args: TrainingArguments | None) -> TrainingArguments | None:
+    """The arguments with accumulation turned into chunks, where the loss couples the rows of a batch."""
+    if objective is None or args is None:
+        return args
+    couples = getattr(objective, "couples_batch", False)
+    steps, rows = args.gradient_accumulation_steps, args.per_device_train_batch_size
+    chunk = getattr(args, "embed_batch_size", None)
+    if couples and args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process split each batch, and the loss with it; start one process a GPU "
+            f"(torchrun --nproc-per-node {args.n_gpu} ...), or show one (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if couples and args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size makes the batch smaller, and the negatives fewer; leave it out and give "
+            f"--embed_batch_size, which saves memory at {rows} rows a batch"
+        )
+    if hasattr(objective, "check_accumulation"):
+        objective.check_accumulation(steps, rows, chunk)
+    if couples and steps > 1:
+        args = copy.copy(args)  # the run's record keeps the flags as they were given
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = rows * steps, 1
+        chunk = args.embed_batch_size = min(chunk or rows, rows)  # type: ignore[attr-defined]
+    if chunk is None or chunk >= args.per_device_train_batch_size:
+        return args
+    if not hasattr(objective, "embed"):
+        raise ValueError(f"embed_batch_size={chunk}: {type(objective).__name__} has no embed to run in chunks")
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    for clash, remedy in (
+        (args.torch_compile and "torch_compile", "compile the towers by themselves (torch.compile(model.backbone))"),
+        (args.deepspeed and "deepspeed", "use DDP, or FSDP where the weights do not fit"),
+        (optimizer in ("lomo", "adalomo") and f"optim={optimizer}", "use an optimizer that steps after the backward"),
+    ):
+        if clash:
+            raise ValueError(
+                f"{clash} does not go with embed_batch_size={chunk}, which embeds a batch in chunks of several passes; "
+                f"{remedy}, or leave embed_batch_size and gradient_accumulation_steps out"
+            )
+    return args

@@ -15,6 +15,8 @@ from mllm_vision.data import (
     ConversationDataset,
     ImageTransform,
     PackedConversations,
+    StreamArguments,
+    StreamDataset,
     bind_columns,
     bind_conversations,
     load_records,
@@ -56,7 +58,7 @@ def set_chat_template(processor: Any, name_or_path: str) -> None:
 class StageData:
     """Training and held-out conversations of one stage, with all that was found on the way."""
 
-    train: ConversationDataset | PackedConversations
+    train: ConversationDataset | PackedConversations | StreamDataset
     evaluation: ConversationDataset | PackedConversations
     collator: ConversationCollator
     columns: dict[str, str]
@@ -89,6 +91,8 @@ def load_stage_data(
     shuffle_turns: bool = True,
     pack_turns: bool = False,
     seed: int = 0,
+    streams: StreamArguments | None = None,
+    max_steps: int = -1,
 ) -> StageData:
     """Load, bind and tokenise what a stage trains on, for this model and its processor's chat template.
 
@@ -105,6 +109,8 @@ def load_stage_data(
         max_turns, shuffle_turns: see ``ConversationDataset``.
         pack_turns: questions on one picture are independent samples, packed as ``PackedConversations`` says.
         seed: decides which rows are held out, which caption is drawn and in which order questions come.
+        streams: with `streaming`, the training data is read as a stream (`train_records` is the stream then);
+            ``max_steps`` says how long where a stream has no end.
 
     Raises:
         FileNotFoundError: no such data.
@@ -119,7 +125,17 @@ def load_stage_data(
         )
     if eval_rows < 2:
         raise ValueError(f"eval_rows={eval_rows} must be at least 2")
-    records = load_records(dataset_name, split=split, config_name=config_name, max_rows=max_rows, image_root=image_root)
+    stream = None
+    where: dict[str, Any] = {"split": split, "config_name": config_name, "image_root": image_root}
+    if streams is not None and streams.streaming:
+        if not eval_dataset_name:
+            raise ValueError("--streaming holds no rows out: give --eval_dataset_name")
+        if pack_turns:
+            raise ValueError("--pack_turns needs all rows beforehand: leave it out, or leave --streaming out")
+        stream = streams.open(dataset_name, **where, max_rows=max_rows, seed=seed, max_steps=max_steps)
+        records = stream.head()
+    else:
+        records = load_records(dataset_name, **where, max_rows=max_rows)
     if eval_dataset_name:
         held = load_records(
             eval_dataset_name, split=eval_split, config_name=config_name, max_rows=eval_rows, image_root=image_root
@@ -158,6 +174,8 @@ def load_stage_data(
         shuffle_turns = False
     train: Any = ConversationDataset(records, columns, tokenizer, shuffle_turns=shuffle_turns, **options)
     evaluation: Any = ConversationDataset(held, eval_columns, tokenizer, shuffle_turns=False, **options)
+    if stream is not None:
+        train = StreamDataset(stream, train)
     if pack_turns:
         train, evaluation = (PackedConversations(each, max_length=max_length) for each in (train, evaluation))
     return StageData(
@@ -165,7 +183,7 @@ def load_stage_data(
         evaluation=evaluation,
         collator=ConversationCollator(tokenizer, transform),
         columns=columns,
-        train_records=records,
+        train_records=records if stream is None else stream,
         eval_records=held,
         eval_columns=eval_columns,
     )
@@ -173,4 +191,5 @@ def load_stage_data(
 
 def label_preview(data: StageData, processor: Any) -> str:
     """The first training sample with the words that are learnt between « and »."""
-    return preview_labels(data.collator([data.train[0]]), processor.tokenizer)
+    first = data.train.reader[0] if isinstance(data.train, StreamDataset) else data.train[0]
+    return preview_labels(data.collator([first]), processor.tokenizer)

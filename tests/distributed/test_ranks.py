@@ -65,6 +65,10 @@ def test_an_objective_under_ddp_trains_as_on_one_rank(gloo, kind):
     for seen, found in gloo.run(2, work.objective_steps, kind, 2):
         for (loss, metrics), (expected, expected_metrics) in zip(seen, alone, strict=True):
             assert loss == pytest.approx(expected, rel=1e-5)
-            assert metrics == pytest.approx(expected_metrics, rel=1e-4, abs=1e-6)
+            # diagnostics of a rank's own rows (how they spread, what the sigmoid predicts among them) have no such law
+            rows = {name for name in metrics if name.endswith(("_spread", "_rank", "positives"))}
+            assert metrics.keys() == expected_metrics.keys() > rows | {"logit_scale", "positive_similarity"}
+            for name in metrics.keys() - rows:
+                assert metrics[name] == pytest.approx(expected_metrics[name], rel=1e-4, abs=1e-6), name
         for name, value in parameters.items():
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")

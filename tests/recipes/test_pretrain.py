@@ -124,7 +124,8 @@ def test_saved_flags_reproduce_the_run_and_a_resumed_run_is_the_uninterrupted_on
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"gradient_accumulation_steps": 4}, "--per_device_train_batch_size 64"),
+        ({"gradient_accumulation_steps": 8}, "fewer than one batch of 128"),  # accumulated, all rows meet in one loss
+        ({"embed_batch_size": 0}, "embed_batch_size=0 must be at least 1"),
         ({"tokenizer": None}, "needs --tokenizer"),
         ({"objective": "simclr2"}, "unknown objective"),
         ({"caption_column": "caption"}, "did you mean 'captions'"),

@@ -102,3 +102,108 @@ def test_what_is_refused(rates: dict, message: str) -> None:
 def test_nothing_to_train_is_refused() -> None:
     with pytest.raises(ValueError, match="every parameter is frozen"):
         parameter_groups(Pair().requires_grad_(False), weight_decay=0.0, learning_rate=1.0)
+
+
+# ---- rates by depth --------------------------------------------------------------------------------------------
+
+
+def rates_of(model: nn.Module, **settings) -> dict[str, float]:
+    groups = parameter_groups(model, weight_decay=0.1, learning_rate=1.0, **settings)
+    return {name: group["lr"] for name, group in named(model, groups).items()}
+
+
+def test_layer_decay_by_hand() -> None:
+    model = Pair()
+    model.vision = tiny.tiny_clip_vision(num_hidden_layers=3)
+    found = rates_of(model, layer_decay=0.5, patch_embedding_lr_scale=0.2)
+    expected = {
+        "vision.embeddings.class_embedding": 1 / 16,
+        "vision.embeddings.position_embedding.weight": 1 / 16,
+        "vision.embeddings.patch_embedding.weight": 0.2 / 16,
+        "vision.pre_layrnorm.weight": 1 / 16,
+        "vision.encoder.layers.0.mlp.fc1.weight": 1 / 8,
+        "vision.encoder.layers.1.layer_norm1.bias": 1 / 4,
+        "vision.encoder.layers.2.self_attn.q_proj.weight": 1 / 2,
+        "vision.post_layernorm.weight": 1.0,
+        "head.weight": 1.0,
+        "logit_scale": 1.0,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert set(found.values()) == {0.2 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0}
+    first = parameter_groups(model, weight_decay=0.1, learning_rate=1.0, layer_decay=0.5)[0]
+    assert first["lr"] == 1.0 and first["decays"]  # the rate the Trainer logs is the peak
+
+
+class TwoTowers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision = tiny.tiny_clip_vision(num_hidden_layers=2)
+        self.text = tiny.tiny_clip().text_model
+        self.logit_scale = nn.Parameter(torch.tensor(1.0))
+
+
+def test_towers_may_decay_apart_and_module_rates_stay() -> None:
+    model = TwoTowers()
+    found = rates_of(model, layer_decay={"vision": 0.5})
+    assert found["vision.encoder.layers.0.mlp.fc1.weight"] == 0.25
+    assert found["vision.embeddings.class_embedding"] == 0.125
+    assert all(rate == 1.0 for name, rate in found.items() if not name.startswith("vision"))
+    both = rates_of(model, layer_decay={"vision": 0.5, "text": 0.1}, learning_rates={"text": 10.0})
+    assert both["text.encoder.layers.1.mlp.fc1.weight"] == pytest.approx(1.0)
+    assert both["text.embeddings.token_embedding.weight"] == pytest.approx(0.01)
+    assert both["text.final_layer_norm.weight"] == 10.0 and both["vision.encoder.layers.1.mlp.fc1.weight"] == 0.5
+    with pytest.raises(ValueError, match="unknown tower 'vison'; the nearest known one is 'vision'"):
+        rates_of(model, layer_decay={"vison": 0.5})
+    with pytest.raises(ValueError, match="needs repeated layers"):
+        rates_of(nn.Linear(2, 2), layer_decay=0.5)
+
+
+def test_layers_of_other_families() -> None:
+    """Outermost blocks count: a ResNet's stages, DINOv2's layers, a language model's; inputs are the deepest."""
+    from transformers import ResNetConfig, ResNetModel
+
+    resnet = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic"))
+    found = rates_of(resnet, layer_decay=0.5, patch_embedding_lr_scale=0.1)
+    assert found["embedder.embedder.convolution.weight"] == pytest.approx(0.125 * 0.1)
+    assert {rate for name, rate in found.items() if ".stages.1." in name} == {0.5}
+    assert {rate for name, rate in found.items() if ".stages.0." in name} == {0.25}
+    for model, deepest, last in (
+        (tiny.tiny_dinov2(), "embeddings.cls_token", "layernorm.weight"),
+        (tiny.tiny_siglip_vision(), "embeddings.patch_embedding.weight", "head.probe"),
+        (tiny.tiny_vit(), "embeddings.patch_embeddings.projection.weight", "layernorm.weight"),
+        (tiny.tiny_llama(64), "model.embed_tokens.weight", "lm_head.weight"),
+    ):
+        found = rates_of(model, layer_decay=0.5)
+        assert found[deepest] == 0.125 and found[last] == 1.0, type(model).__name__
+        assert sorted(set(found.values())) == [0.125, 0.25, 0.5, 1.0], type(model).__name__
+
+
+def test_a_rate_for_biases_and_norms() -> None:
+    """Barlow Twins: 0.2 for weights, 0.0048 for biases and norms; beside a module's own rate in the same ratio."""
+    found = rates_of(Pair(), bias_learning_rate=0.024, learning_rates={"head": 0.5})
+    assert found["vision.encoder.layers.0.mlp.fc1.weight"] == 1.0
+    assert found["vision.encoder.layers.0.mlp.fc1.bias"] == found["logit_scale"] == 0.024
+    assert found["head.weight"] == 0.5 and found["head.bias"] == pytest.approx(0.012)
+
+
+def test_what_decays_in_every_family() -> None:
+    """Rule 2 over whole models: of all that is more than 1-D, just these take no decay."""
+    from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel, Siglip2VisionConfig, Siglip2VisionModel
+
+    sizes = {**tiny.SIZES, "image_size": 32}
+    bert = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    siglip2 = Siglip2VisionConfig(**{name: value for name, value in sizes.items() if name != "image_size"})
+    expected = {
+        tiny.tiny_clip_vision: {"embeddings.position_embedding.weight"},
+        tiny.tiny_vit: {"embeddings.cls_token", "embeddings.position_embeddings"},
+        tiny.tiny_dinov2: {"embeddings.cls_token", "embeddings.position_embeddings", "embeddings.mask_token"},
+        tiny.tiny_llama: set(),
+        lambda: ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])): set(),
+        lambda: BertModel(bert): {"embeddings.position_embeddings.weight"},
+        lambda: Siglip2VisionModel(siglip2): {"embeddings.position_embedding.weight"},
+    }
+    for make, free in expected.items():
+        parameters = dict(make().named_parameters())
+        found = {name for name, value in parameters.items() if value.ndim > 1 and not decays(name, value)}
+        assert found == free
+        assert not any(decays(name, value) for name, value in parameters.items() if value.ndim <= 1)

@@ -460,7 +460,7 @@ def test_a_loss_at_chance_is_warned_of(
         def forward(self, x: torch.Tensor) -> ModelOutput:
             return ModelOutput(loss=super().forward(x).loss * 0 + loss, metrics={})
 
-    args = arguments(tmp_path, max_steps=12, logging_steps=1, save_strategy="no")
+    args = arguments(tmp_path, max_steps=52, logging_steps=1, save_strategy="no")
     with caplog.at_level("INFO"):
         ObjectiveTrainer(Stuck(), args, train_dataset=toy_rows()).train()
     assert f"negatives per anchor: 1; effective batch: 2; loss at chance {math.log(2):.4f}" in caplog.text

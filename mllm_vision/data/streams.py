@@ -1,0 +1,359 @@
+"""Streams: Parquet and WebDataset shards read in order, shuffled in a buffer, mixed, filtered, resumed exactly.
+
+    stream = Stream.open("shards/{000..127}.tar", seed=0, shuffle_buffer=10_000)
+    columns = bind_columns(stream.head(), ("image", "caption"))
+    dataset = StreamDataset(stream, PairDataset(stream.head(), columns, transform=transform))
+    loader = StreamLoader(dataset, batch_size=256, collate_fn=collator)       # on every rank, with its rank
+
+`StreamLoader.state_dict()` after any batch, and `load_state_dict` in a new process, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .columns import IMAGE_NAMES
+from .sampling import BadSamples, draw_key
+from .shards import find_shards
+from .stream_order import Ref, Source, StreamOrder, deal
+
+__all__ = ["RowReader", "Stream", "StreamDataset", "row_filter"]
+logger = logging.getLogger(__name__)
+
+_CONDITION = re.compile(r"\s*(?:(length|words)\((\w+)\)|(\w+))\s*(>=|<=|==|!=|>|<)\s*(.+?)\s*$")
+_SIGNS = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+
+
+class Stream:
+    """Sources, and the order in which their rows come.
+
+    Args:
+        sources: data sets with weights and filters.
+        image_root: what relative picture paths start from; otherwise the folder of the shard.
+        seed, shuffle_buffer, lanes: see `StreamOrder`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        image_root: str | Path | None = None,
+        seed: int = 0,
+        shuffle_buffer: int = 10_000,
+        lanes: int = 8,
+    ) -> None:
+        self.sources = list(sources)
+        self.image_root = Path(image_root).expanduser() if image_root is not None else None
+        self.settings = {"seed": seed, "buffer": shuffle_buffer, "lanes": lanes}
+        self.total = self.order().total
+
+    @classmethod
+    def open(
+        cls,
+        name: str | Path,
+        *,
+        split: str = "train",
+        mix: Mapping[str, float] | None = None,
+        conditions: Sequence[str] = (),
+        **settings: Any,
+    ) -> Stream:
+        """A stream over `name` and, with weights relative to its 1, over the data sets of `mix`.
+
+        Args:
+            name, split: see `find_shards`; the split is that of every data set.
+            mix: data set -> weight; the name itself may be among them, to give it another weight than 1.
+            conditions: what rows must meet, see `row_filter`.
+            settings: as for `Stream`.
+
+        Raises:
+            FileNotFoundError, ValueError: as `find_shards`, `row_filter` and `Stream` say.
+        """
+        weights = {str(name): 1.0, **{str(other): float(weight) for other, weight in (mix or {}).items()}}
+        keep, columns = row_filter(conditions)
+        sources = [
+            Source(find_shards(each, split), weight=weight, keep=keep, filter_columns=columns)
+            for each, weight in weights.items()
+        ]
+        return cls(sources, **settings)
+
+    def order(self) -> StreamOrder:
+        """A walker that stands at the beginning."""
+        return StreamOrder(self.sources, **self.settings)
+
+    def head(self, count: int = 16) -> Any:
+        """The first rows of the first shard, undecoded: what columns are bound by."""
+        return self.sources[0].shards[0].opened.head(count)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a pass has a known number of rows, so that training can be counted in epochs."""
+        return self.total is not None
+
+    @property
+    def _fingerprint(self) -> str:
+        """Of the shards' names and the settings: what the record of a run calls the data by."""
+        import hashlib
+        import json
+
+        return hashlib.sha256(json.dumps(self.order().identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    def rooted(self, row: dict[str, Any], ref: Ref) -> dict[str, Any]:
+        """The row with picture paths that start from `image_root` or from the folder of its shard."""
+        root = self.image_root or Path(self.sources[ref.source].shards[ref.shard].path).parent
+        for name, value in row.items():
+            if name.lower() in IMAGE_NAMES:
+                row[name] = [_joined(root, each) for each in value] if isinstance(value, list) else _joined(root, value)
+        return row
+
+
+def _joined(root: Path, value: Any) -> Any:
+    if isinstance(value, str) and value and "://" not in value:
+        return str(root / value)
+    if isinstance(value, dict) and value.get("bytes") is None and isinstance(value.get("path"), str):
+        return {**value, "path": str(root / value["path"])}
+    return value
+
+
+class StreamDataset:
+    """Turns the rows of a stream into samples. `StreamLoader` hands it rows that have been read, with where they lie.
+
+    Args:
+        stream: what is read.
+        reader: a `PairDataset` or `ConversationDataset` over `stream.head()`: its `read_record(record, key, index)`
+            makes a sample of a row, or raises ValueError for one that cannot be used.
+        columns: those to read; by default those the reader bound.
+
+    A row that cannot be used is counted in `bad_samples` and replaced by the next good one of its group of rows: the
+    order of all others stays as it was, on every number of ranks. The random choices of a sample depend on the seed,
+    the pass and the row alone.
+
+    Raises:
+        ValueError: the reader reads no single records; sources lack one of its columns.
+    """
+
+    def __init__(self, stream: Stream, reader: Any, columns: Sequence[str] | None = None) -> None:
+        if not hasattr(reader, "read_record"):
+            raise ValueError(f"{type(reader).__name__} needs all rows beforehand: it cannot be streamed")
+        self.stream, self.reader = stream, reader
+        self.reader.bad_samples = BadSamples(stream.total)  # without those met among the first rows, which come again
+        self.columns = list(dict.fromkeys(columns or reader.columns.values()))
+        self.seed = stream.settings["seed"]
+        for source in stream.sources:
+            first = source.shards[0]
+            head = first.opened.head(16)
+            names = list(getattr(head, "column_names", None) or head[0])
+            missing = [name for name in [*self.columns, *source.filter_columns] if name not in names]
+            if missing:
+                raise ValueError(f"{first.name} has no column {', '.join(missing)}; its columns are {', '.join(names)}")
+
+    @property
+    def bad_samples(self) -> BadSamples:
+        """The reader's counter."""
+        return self.reader.bad_samples
+
+    def __len__(self) -> int:
+        if self.stream.total is None:
+            raise TypeError("the stream has no known length (weights, a filter, or shards on the Hub)")
+        return self.stream.total
+
+    def __getitem__(self, item: tuple[Ref, dict[str, Any]]) -> dict[str, Any]:
+        ref, row = item
+        key = draw_key(self.seed, ref.turn, ref.source, ref.shard, ref.row)
+        last = self._try(row, ref, key)
+        if isinstance(last, dict):
+            return last
+        source = self.stream.sources[ref.source]
+        group = source.group_of(ref.shard, ref.row)
+        start = int(source.starts(ref.shard)[group])
+        kept = (source.kept(ref.shard, group) - start).tolist()
+        rows = source.shards[ref.shard].read(group, self.columns)
+        after = [number for number in kept if number > ref.row - start] + [n for n in kept if n < ref.row - start]
+        for number in after[:99]:
+            last = self._try(rows[number], ref._replace(row=start + number), key)
+            if isinstance(last, dict):
+                return last
+        raise ValueError(f"{len(after[:99]) + 1} rows in a row from {ref} cannot be used; the last one, {last}")
+
+    def _try(self, row: dict[str, Any], ref: Ref, key: int) -> dict[str, Any] | str:
+        """The sample, or why there is none."""
+        try:
+            sample = self.reader.read_record(self.stream.rooted(row, ref), key, ref.row)
+        except ValueError as error:
+            why = f"{self.stream.sources[ref.source].shards[ref.shard].name} row {ref.row}: {error}"
+            self.bad_samples.bad(why)
+            return why
+        self.bad_samples.good()
+        return sample
+
+
+class RowReader:
+    """Reads the rows of one rank, a group at a time, and keeps those that are still to come in the shuffle buffer.
+
+    What is held is encoded: about `shuffle_buffer` rows over all ranks, and the groups the lanes stand in. Groups of
+    the rank's own lanes are fetched ahead in a thread.
+    """
+
+    def __init__(self, dataset: StreamDataset, order: StreamOrder, rank: int, world: int) -> None:
+        self.dataset, self.order, self.rank, self.world = dataset, order, rank, world
+        self._rows: dict[_File, dict[int, dict]] = {}  # row -> what was read
+        self._ahead: dict[tuple[_File, int], Future] = {}
+        self._loaded: set[tuple[_File, int]] = set()
+        self._pool: ThreadPoolExecutor | None = None
+        self.groups_read = 0
+
+    def read(self, refs: Sequence[Ref]) -> list[tuple[Ref, dict[str, Any]]]:
+        """This rank's rows of a global batch that `order` has just given."""
+        mine = deal(refs, [walk.count for walk in self.order.walks], self.world)[self.rank]
+        wanted: dict[tuple[_File, int], set[int]] = {}
+        for place in mine:
+            file, row = _file(refs[place]), refs[place].row
+            if row not in self._rows.get(file, ()):
+                group = self.order.sources[file.source].group_of(file.shard, row)
+                wanted.setdefault((file, group), set()).add(row)
+        for (file, group), rows in wanted.items():
+            self._load(file, group, rows)
+        found = [(refs[place], self._rows[_file(refs[place])].pop(refs[place].row)) for place in mine]
+        for ref in refs:  # what the other ranks took
+            self._rows.get(_file(ref), {}).pop(ref.row, None)
+        if any(ref.turn != refs[0].turn for ref in refs):  # a pass ended: nothing of it is still to come
+            self._drop_old()
+        self._look_ahead()
+        return found
+
+    def _load(self, file: _File, group: int, needed: set[int]) -> None:
+        future = self._ahead.pop((file, group), None)
+        rows = future.result() if future is not None else self._read(file, group)
+        walk = self.order.walks[file.source]
+        alive = set(needed)
+        if file.turn == walk.turn:
+            lane = next(lane for lane in walk.lanes if file.shard in lane.shards)
+            alive |= lane.waiting(file.shard, group)
+        start = int(self.order.sources[file.source].starts(file.shard)[group])
+        self._rows.setdefault(file, {}).update({row: rows[row - start] for row in alive})
+        self._loaded.add((file, group))
+
+    def _read(self, file: _File, group: int) -> list[dict[str, Any]]:
+        self.groups_read += 1
+        return self.order.sources[file.source].shards[file.shard].read(group, self.dataset.columns)
+
+    def _look_ahead(self) -> None:
+        """Start reading the groups that the rank's own lanes stand in."""
+        for number, walk in enumerate(self.order.walks):
+            for index, lane in enumerate(walk.lanes):
+                place = lane.ahead()
+                if place is None or index * self.world // walk.count != self.rank:
+                    continue
+                file, group = _File(number, walk.turn, place[0]), place[1]
+                known = (file, group) in self._loaded or (file, group) in self._ahead
+                if not known and group < len(walk.source.shards[file.shard].groups):
+                    self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="stream")
+                    self._ahead[file, group] = self._pool.submit(self._read, file, group)
+
+    def _drop_old(self) -> None:
+        turns = [walk.turn for walk in self.order.walks]
+        self._rows = {file: rows for file, rows in self._rows.items() if file.turn == turns[file.source]}
+        self._ahead = {key: future for key, future in self._ahead.items() if key[0].turn == turns[key[0].source]}
+        self._loaded = {key for key in self._loaded if key[0].turn == turns[key[0].source]}
+
+    def forget(self) -> None:
+        """Drop all that was read: the order begins another pass or stands elsewhere now."""
+        self.settle()
+        self._rows, self._ahead, self._loaded = {}, {}, set()
+
+    def settle(self) -> None:
+        """Wait for what is being read, so that no thread holds a lock while worker processes are forked."""
+        for future in self._ahead.values():
+            future.exception()
+
+
+class _File(NamedTuple):
+    """A shard in one pass over its source."""
+
+    source: int
+    turn: int
+    shard: int
+
+
+def _file(ref: Ref) -> _File:
+    return _File(ref.source, ref.turn, ref.shard)
+
+
+def row_filter(conditions: Sequence[str]) -> tuple[Callable[[dict[str, Any]], bool] | None, list[str]]:
+    """A filter of rows, and the columns it looks at; (None, []) without conditions.
+
+    Args:
+        conditions: each `column >= 0.28`, `words(caption) < 60`, `length(caption) > 4` or `lang == en`, with >=, <=,
+            >, <, == or != (all of them must hold; a missing value fails); or one `package.module:function` that takes
+            a row and has an attribute `columns`.
+
+    Raises:
+        ValueError: a condition that cannot be read; names its form. ImportError, AttributeError: no such function.
+    """
+    if not conditions:
+        return None, []
+    if len(conditions) == 1 and re.fullmatch(r"[\w.]+:\w+", conditions[0]):
+        module, _, name = conditions[0].partition(":")
+        function = getattr(import_module(module), name)
+        columns = list(getattr(function, "columns", ()))
+        if not columns:
+            raise ValueError(f"{conditions[0]} needs an attribute `columns`: the names of the columns it looks at")
+        return function, columns
+    parsed = [_parse(condition) for condition in conditions]
+    return _Conditions(parsed), list(dict.fromkeys(column for column, *_ in parsed))
+
+
+def _parse(condition: str) -> tuple[str, str, str, Any]:
+    found = _CONDITION.match(condition)
+    if found is None:
+        raise ValueError(
+            f"--stream_filter {condition!r} is no condition; write e.g. 'similarity>=0.28', 'words(caption)<60', "
+            "'lang==en' or package.module:function"
+        )
+    measure, measured, plain, sign, text = found.groups()
+    try:
+        value: Any = float(text)
+    except ValueError:
+        value = text.strip("'\"")
+    if isinstance(value, str) and (measure or sign not in ("==", "!=")):
+        raise ValueError(f"--stream_filter {condition!r}: {text!r} is no number, and {sign} compares numbers")
+    return measured or plain, measure or "", sign, value
+
+
+class _Conditions:
+    """All conditions hold; a class, so that worker processes can be given it."""
+
+    def __init__(self, parsed: list[tuple[str, str, str, Any]]) -> None:
+        self.parsed = parsed
+
+    def __call__(self, row: dict[str, Any]) -> bool:
+        return all(self._holds(row.get(column), *rest) for column, *rest in self.parsed)
+
+    @staticmethod
+    def _holds(found: Any, measure: str, sign: str, value: Any) -> bool:
+        if measure:
+            text = found[0] if isinstance(found, list | tuple) and found else found
+            if not isinstance(text, str):
+                return False
+            found = len(text.split()) if measure == "words" else len(text)
+        if found is None:
+            return False
+        try:
+            return (
+                bool(_SIGNS[sign](float(found), value)) if isinstance(value, float) else _SIGNS[sign](str(found), value)
+            )
+        except (TypeError, ValueError):  # a text where a number should be
+            return False

@@ -1,0 +1,46 @@
+"""Clipping each gradient by itself, and the norms of many tensors that optimizers by layer need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norms `[P]` of P tensors, in fp32 at least; of a `DTensor` the norm of the whole."""
+    low = tensors[0].dtype in (torch.float16, torch.bfloat16)
+    norms = torch._foreach_norm(list(tensors), 2, torch.float32 if low else None)
+    whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    return torch.stack([norm.to(whole[0].device) for norm in whole])
+
+
+@torch.no_grad()
+def clip_per_parameter_(parameters: Iterable[Tensor], max_norm: float, *, eps: float = 1e-6) -> Tensor:
+    """Scale every gradient whose norm exceeds `max_norm` to that norm, each by itself, in place.
+
+    Args:
+        parameters: those without a gradient are passed over.
+        max_norm: of one parameter's gradient.
+        eps: added to the norm.
+
+    Returns:
+        0-d: the norm of all gradients together, before clipping.
+
+    Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (2021), as its official code
+    does it: min(1, max_norm / (norm + 1e-6)) per parameter, with max_norm 3.0.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    by_kind: dict[tuple, list[Tensor]] = {}
+    for gradient in gradients:
+        by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+    totals = []
+    for some in by_kind.values():
+        norms = tensor_norms(some)
+        for gradient, factor in zip(some, (max_norm / (norms + eps)).clamp(max=1.0), strict=True):
+            gradient.mul_(factor.to(gradient.dtype))
+        totals.append(norms.norm().to(gradients[0].device, torch.float32))
+    return torch.stack(totals).norm()

@@ -1,0 +1,272 @@
+"""Gradient caching: the exact gradient of a big batch, with the memory of a chunk of it.
+
+A contrastive loss couples all rows of a batch, but only through their embeddings, which are small. So the batch is
+embedded in chunks without a graph, the loss is taken of all embeddings, and its gradient with respect to the
+embeddings is kept; then every chunk is embedded again, with a graph, and that gradient is sent through it. The
+chain rule makes the sum over the chunks the gradient of the whole batch; what it costs is one more forward pass.
+
+Here the last chunk is embedded once only: its graph is still there when the loss is taken.
+
+Reference:
+    Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3
+    (https://arxiv.org/abs/2101.06983).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+logger = logging.getLogger(__name__)
+
+
+def cached_backward(
+    objective: Any,
+    batch: Mapping[str, Any],
+    chunk_size: int,
+    *,
+    model: nn.Module | None = None,
+    backward: Callable[[Tensor], Any] = torch.Tensor.backward,
+    prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    autocast: Callable[[], Any] = contextlib.nullcontext,
+    no_sync: Callable[[], Any] = contextlib.nullcontext,
+    check: bool = False,
+) -> Any:
+    """One forward and backward pass of an objective over a batch, embedded in chunks.
+
+    Adds to every parameter's `grad` what `objective(**batch).loss.backward()` adds, to rounding. Random numbers
+    (dropout, dropped patches, augmentation in `embed`) are the same in both passes over a chunk, and the random
+    state afterwards is that of embedding every chunk once.
+
+    Args:
+        objective: an `Objective` in training mode: `embed` works row by row and has no side effects.
+        batch: columns; tensors and lists with one entry a row are split, anything without rows goes to every chunk.
+        chunk_size: rows embedded at once.
+        model: the objective inside DDP or FSDP, whose hooks then see every pass; default the objective itself.
+        backward: called with the loss (`accelerator.backward` scales it in fp16).
+        prepare: applied to each chunk when its turn comes: moves it to the device.
+        autocast: makes the context of every forward pass. It is entered anew for each: the casts of weights that
+            autocast keeps from a pass without graph would cut the gradient of the next.
+        no_sync: makes the context in which gradients are not synchronised; the last chunk runs outside of it.
+        check: look whether `embed` keeps its side of the contract; costs a comparison a chunk.
+
+    Returns:
+        The `ObjectiveOutput` of the whole batch; its loss has been through `backward`.
+
+    Raises:
+        ValueError: columns with different numbers of rows, embeddings that are not one row per row, an `embed` that
+            changes a buffer or gives other values the second time (both with `check`).
+    """
+    passes = _Passes(objective, objective if model is None else model, prepare, autocast)
+    chunks = split_rows(batch, chunk_size)
+    states: list[RandomState] = []
+    parts: list[dict[str, Tensor]] = []
+    with no_sync() if len(chunks) > 1 else contextlib.nullcontext():
+        buffers = _versions(objective) if check else {}
+        for chunk in chunks[:-1]:
+            states.append(RandomState())
+            # no_grad inside of DDP's forward, not around it: its collectives then come in the order of a plain step,
+            # which is what a rank with no more rows than a chunk takes
+            parts.append(_checked(passes.run(torch.no_grad()(objective.embed), chunk), count_rows(chunk)))
+        if check and parts:
+            _check_buffers(objective, buffers, chunk_size)
+
+        def embed_and_loss(**columns: Any) -> Any:
+            live = _checked(objective.embed(**columns), count_rows(chunks[-1]))
+            for part in parts:
+                for name in part:  # only what has a graph in the last chunk has a gradient in the others
+                    part[name] = part[name].detach().requires_grad_(live[name].requires_grad)
+            return objective.loss({name: torch.cat([*(part[name] for part in parts), live[name]]) for name in live})
+
+        output = passes.run(embed_and_loss, chunks[-1])
+        backward(output.loss)
+    if not parts:
+        return output
+
+    after = RandomState()
+    objective.replaying = True
+    try:
+        with _kept_statistics(objective):
+            for chunk, state, part in zip(chunks[:-1], states, parts, strict=True):
+                last = part is parts[-1]
+                state.restore()
+                with contextlib.nullcontext() if last else no_sync():
+                    passes.replay(chunk, part, touch=last, check=check)
+                part.clear()
+    finally:
+        objective.replaying = False
+        after.restore()
+    return output
+
+
+class RandomState:
+    """The state of every global random generator an `embed` may draw from, at the time it was made.
+
+    Python's, numpy's where it is loaded, torch's on the CPU and on the current accelerator.
+    """
+
+    def __init__(self) -> None:
+        numpy = sys.modules.get("numpy")
+        self._python = random.getstate()
+        self._numpy = None if numpy is None else numpy.random.get_state()
+        self._torch = torch.get_rng_state()
+        device = _device_module()
+        self._device = None if device is None else device.get_rng_state()
+
+    def restore(self) -> None:
+        """Draws go on from here again."""
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)
+        if self._device is not None:
+            _device_module().set_rng_state(self._device)
+
+
+def count_rows(batch: Mapping[str, Any]) -> int:
+    """Rows of a batch: the length that its columns share; 0 where no column has rows.
+
+    Raises:
+        ValueError: columns of different lengths.
+    """
+    lengths = {name: len(value) for name, value in batch.items() if _has_rows(value)}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise ValueError(
+            f"the columns of a batch differ in their number of rows ({told}), so it cannot be embedded in chunks; "
+            "give each column one entry a row (two views as [B, 2, ...]), or leave embed_batch_size out"
+        )
+    return next(iter(lengths.values()), 0)
+
+
+def split_rows(batch: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
+    """The batch in chunks of `size` rows, the last one smaller where they do not come out even; tensors are views."""
+    rows = count_rows(batch)
+    return [
+        {name: value[start : start + size] if _has_rows(value) else value for name, value in batch.items()}
+        for start in range(0, max(rows, 1), size)
+    ]
+
+
+class _Passes:
+    """Runs functions of the objective as its forward, so that DDP's and FSDP's wrappers and hooks are around them."""
+
+    def __init__(self, objective: Any, model: nn.Module, prepare: Any, autocast: Callable[[], Any]) -> None:
+        self.objective, self.model, self.autocast = objective, model, autocast
+        self.prepare = prepare if prepare is not None else dict
+
+    def run(self, function: Callable[..., Any], chunk: Mapping[str, Any]) -> Any:
+        before = self.objective.__dict__.get("forward")  # accelerate puts one there for mixed precision
+        self.objective.forward = function
+        try:
+            with self.autocast():
+                return self.model(**self.prepare(chunk))
+        finally:
+            if before is None:
+                del self.objective.forward
+            else:
+                self.objective.forward = before
+
+    def replay(self, chunk: Mapping[str, Any], part: Mapping[str, Tensor], *, touch: bool, check: bool) -> None:
+        """Embeds a chunk with its graph and sends the kept gradients through it."""
+        kept = {name: value for name, value in part.items() if value.grad is not None}
+
+        def embed(**columns: Any) -> dict[str, Tensor]:
+            again = self.objective.embed(**columns)
+            return {name: again[name] for name in kept} | self._touched(touch)
+
+        again = self.run(embed, chunk)
+        if check:
+            _check_replay(kept, again)
+        if again:
+            gradients = [kept[name].grad if name in kept else None for name in again]
+            torch.autograd.backward(list(again.values()), gradients)
+
+    def _touched(self, touch: bool) -> dict[str, Tensor]:
+        """A zero that depends on every parameter that has a gradient by now, for the pass that DDP synchronises.
+
+        DDP averages a parameter's gradient when the backward pass reaches it, and those that only the loss uses
+        (the logit scale, a head) are out of reach of a chunk's embeddings.
+        """
+        if not touch or not isinstance(self.model, DistributedDataParallel):
+            return {}
+        reached = [value for value in self.objective.parameters() if value.requires_grad and value.grad is not None]
+        return {"": torch.stack([value.sum().float() for value in reached]).sum() * 0} if reached else {}
+
+
+def _device_module() -> Any:
+    if not torch.accelerator.is_available():
+        return None
+    return torch.get_device_module(torch.accelerator.current_accelerator())
+
+
+def _has_rows(value: Any) -> bool:
+    return value.ndim > 0 if isinstance(value, Tensor) else isinstance(value, (list, tuple))
+
+
+def _checked(embeddings: Any, rows: int) -> dict[str, Tensor]:
+    for name, value in embeddings.items():
+        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != rows:
+            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"embed gave {name!r} as {found} for {rows} rows; every embedding has one row per row of the batch "
+                "(what couples rows belongs into loss)"
+            )
+    return dict(embeddings)
+
+
+@contextlib.contextmanager
+def _kept_statistics(objective: nn.Module) -> Iterator[None]:
+    """BatchNorm inside `embed` counts a row once: its running statistics stay as the first pass left them."""
+    norms = [module for module in objective.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    for module in norms:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in norms:
+            module.track_running_stats = True
+
+
+def _versions(objective: nn.Module) -> dict[str, tuple[int, int]]:
+    return {name: (id(buffer), buffer._version) for name, buffer in objective.named_buffers()}
+
+
+def _check_buffers(objective: nn.Module, before: dict[str, tuple[int, int]], chunk_size: int) -> None:
+    changed = [name for name, version in _versions(objective).items() if before.get(name) != version]
+    norms = {name for name, module in objective.named_modules() if isinstance(module, _BatchNorm)}
+    others = [name for name in changed if name.rpartition(".")[0] not in norms]
+    if others:
+        raise ValueError(
+            f"embed of {type(objective).__name__} changed the buffer {others[0]!r}; under gradient caching it runs "
+            "twice for a row, so buffers are updated in after_step"
+        )
+    if changed:
+        names = sorted({name.rpartition(".")[0] for name in changed})
+        logger.warning(
+            "%d BatchNorm layers run inside embed (%s): each normalises with the statistics of its chunk of %d rows, "
+            "as it would with those of one rank, and not of the whole batch",
+            len(names), names[0], chunk_size,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def _check_replay(kept: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> None:
+    for name, value in kept.items():
+        apart = (again[name].float() - value.float()).norm() / value.float().norm().clamp_min(1e-12)
+        allowed = 1e-3 if value.dtype in (torch.float32, torch.float64) else 2e-2
+        if bool(apart > allowed):
+            raise ValueError(
+                f"embed gave other values of {name!r} the second time (relative difference {float(apart):.2g}), so "
+                "gradient caching would be wrong: let it draw from the global random state (not from a generator of "
+                "its own) and change nothing"
+            )

@@ -1,0 +1,198 @@
+"""Resuming exactly: streams that stand where they stood, checkpoints that are whole, another number of processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import transformers.trainer
+from transformers import Trainer
+from transformers.trainer_utils import has_length, seed_worker
+
+from mllm_vision.data.stream_loader import StreamLoader
+from mllm_vision.data.streams import StreamDataset
+from mllm_vision.distributed import is_distributed
+
+from .checkpoints import rotate, seal, unsealed, whole_folder
+
+logger = logging.getLogger(__name__)
+
+DATA_STATE = "data_state.json"
+
+
+class ExactResume(Trainer):
+    """The part of the trainer that saves and resumes.
+
+    The stock Trainer resumes map-style data exactly (its order depends on the seed and the epoch alone) and reads a
+    stream from its beginning. Here a checkpoint says how far the data was read: for map-style data the epoch and the
+    row, for a stream the state of its order (`StreamLoader.state_dict`). Both count rows, not batches of one process,
+    so that the same order goes on with another number of processes.
+
+    Raises:
+        ValueError: on resuming, the optimizer steps would take another number of rows than before, or the stream is
+            another one.
+    """
+
+    _resumed_from: str | None = None
+    _train_loader: Any = None
+    _steps_in_epoch: int = 0
+    _start: tuple[int, int, int] = (0, 0, 0)  # global step, epoch and optimizer step of the epoch this start began at
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._resumed_from = kwargs.get("resume_from_checkpoint")
+        return super()._inner_training_loop(*args, **kwargs)
+
+    # ---- data ------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        """As `Trainer.get_train_dataloader`; a stream gets a `StreamLoader` that stands where it is resumed."""
+        if not isinstance(self.train_dataset, StreamDataset):
+            self._train_loader = super().get_train_dataloader()
+            return self._train_loader
+        args = self.args
+        loader = StreamLoader(
+            self.train_dataset,
+            self._train_batch_size,
+            collate_fn=self.data_collator,
+            rank=args.process_index,
+            world=args.world_size,
+            drop_last=args.dataloader_drop_last,
+            accumulate=args.gradient_accumulation_steps,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
+        saved = _read_state(self._resumed_from)
+        if self._resumed_from and (saved is None or "stream" not in saved):
+            raise ValueError(
+                f"{self._resumed_from} was saved without --streaming: its order cannot be gone on with as a stream; "
+                "resume with the flags the run was started with"
+            )
+        if saved is not None:
+            loader.load_state_dict(saved["stream"])
+        self._train_loader = loader
+        return loader
+
+    def _rows_per_step(self) -> int:
+        return self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, checkpoint: Any, trial: Any
+    ) -> tuple[int, int]:
+        """As `Trainer._init_training_state`; where in the epoch to go on is counted in rows."""
+        found = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
+        saved = _read_state(checkpoint)
+        if saved is not None and not self.args.ignore_data_skip:
+            found = self._place(saved, *found)
+        accumulated = self.args.gradient_accumulation_steps
+        self._steps_in_epoch = num_update_steps_per_epoch
+        self._start = (self.state.global_step, found[0], found[1] // accumulated)
+        return found
+
+    def _place(self, saved: dict[str, Any], epoch: int, batches: int) -> tuple[int, int]:
+        """Epoch and batches of it that are done, from what a checkpoint says of the data."""
+        loader, args = self._train_loader, self.args
+        if not has_length(loader):
+            return epoch, batches
+        before, now = int(saved["rows_per_step"]), self._rows_per_step()
+        if before != now:
+            share = before / args.world_size
+            remedy = (
+                f"--per_device_train_batch_size {int(share)} --gradient_accumulation_steps 1 (or any two numbers with "
+                "that product)"
+                if share == int(share)
+                else f"a number of processes that divides {before}"
+            )
+            raise ValueError(
+                f"the checkpoint's optimizer steps took {before} rows, now they would take {now} "
+                f"(per_device_train_batch_size={self._train_batch_size} x gradient_accumulation_steps="
+                f"{args.gradient_accumulation_steps} x {args.world_size} processes), and epochs and schedule would no "
+                f"longer fit; go on with {remedy}"
+            )
+        if isinstance(loader, StreamLoader):
+            epoch, batches = loader.passes_done, loader.batches_done % len(loader)
+        elif "rows" in saved:
+            epoch, batches = int(saved["epoch"]), int(saved["rows"]) // (self._train_batch_size * args.world_size)
+            if batches >= len(loader):  # the last batch of the epoch was smaller than a whole step
+                epoch, batches = epoch + 1, 0
+        self.state.epoch = epoch + batches / len(loader)
+        return epoch, batches
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        with _streams_stand_still():
+            return super()._run_epoch(*args, **kwargs)
+
+    def _data_state(self) -> dict[str, Any]:
+        """How far the data was read, after this optimizer step."""
+        state: dict[str, Any] = {"rows_per_step": self._rows_per_step(), "processes": self.args.world_size}
+        if isinstance(self._train_loader, StreamLoader):
+            return {**state, "stream": self._train_loader.state_dict()}
+        if not has_length(self._train_loader):
+            return state
+        begun, epoch, done = self._start
+        passed, step = divmod(done + self.state.global_step - begun, self._steps_in_epoch)
+        return {**state, "epoch": epoch + passed, "rows": step * self._rows_per_step()}
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As `Trainer._save_checkpoint`, whole or not there, with the state of the data.
+
+        The checkpoint counts only once every process has written its part; only then do older ones go.
+        """
+        run_folder = Path(self._get_output_dir(trial=trial))
+        folder = run_folder / f"checkpoint-{self.state.global_step}"
+        saves = self.args.should_save
+        limit = self.args.save_total_limit
+        with whole_folder(folder) if saves else contextlib.nullcontext():
+            if saves:
+                unsealed(folder)
+            _wait()  # nobody writes into a folder of an earlier run that is just being put aside
+            self.args.save_total_limit = None
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            if saves:
+                text = json.dumps(self._data_state())
+                (folder / DATA_STATE).write_text(text, encoding="utf-8")
+            _wait()
+            if saves:
+                seal(folder)
+        if saves:
+            rotate(run_folder, limit, self.state.best_model_checkpoint)
+
+
+def _read_state(checkpoint: str | None) -> dict[str, Any] | None:
+    file = Path(checkpoint or "") / DATA_STATE
+    return json.loads(file.read_text(encoding="utf-8")) if checkpoint and file.is_file() else None
+
+
+def _wait() -> None:
+    if is_distributed():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def _streams_stand_still() -> Iterator[None]:
+    """A resumed stream already stands behind its first batches, which the Trainer would read once more to skip them."""
+    module: Any = transformers.trainer
+    original = module.skip_first_batches
+
+    def skip(loader: Any, count: int = 0) -> Any:
+        return loader if isinstance(loader, StreamLoader) else original(loader, count)
+
+    module.skip_first_batches = skip
+    try:
+        yield
+    finally:
+        module.skip_first_batches = original

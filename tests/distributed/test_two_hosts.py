@@ -1,0 +1,64 @@
+"""Two hosts, each a network namespace with its own address and launcher, over gloo: they train as one process does,
+and when one of them dies the other ends too, within a minute and with the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_hosts_work
+from safetensors.torch import load_file
+
+DRIVER = Path(__file__).with_name("two_hosts_driver.py")
+# a user that is not root gets the rights for namespaces from a user namespace of its own
+NAMESPACES = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child"]
+NAMESPACES += [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+
+
+def two_hosts(folder: Path, mode: str) -> dict:
+    """What the driver reports; skips where this system lets nobody make namespaces."""
+    missing = [name for name in ("unshare", "nsenter", "ip", "mount") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"two hosts need {', '.join(missing)}")
+    done = subprocess.run(
+        [*NAMESPACES, sys.executable, str(DRIVER), str(folder), mode], capture_output=True, text=True, timeout=280
+    )
+    if done.returncode == 4 or "Operation not permitted" in done.stderr or "unshare failed" in done.stderr:
+        pytest.skip(f"this system makes no network namespaces: {done.stderr.strip()[-200:]}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_two_hosts_train_as_one_process_and_end_when_a_rank_is_killed(tmp_path):
+    report = two_hosts(tmp_path, "kill")
+    logs = {host: entry["log"] for host, entry in report.items()}
+    assert "ranks [(0, 'host-a'), (1, 'host-b')]" in logs["a"], logs["a"][-2000:]
+    alone = two_hosts_work.train(tmp_path / "alone", two_hosts_work.ROWS)
+    together = load_file(tmp_path / "trained.safetensors")
+    assert set(together) == set(alone)
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+    for host, entry in report.items():
+        assert entry["code"] not in (0, None), logs[host][-2000:]
+        assert entry["seconds"] < 60, (host, entry["seconds"], logs[host][-2000:])
+    assert re.search(r"error: rank 1 of 2 \(host host-b, process \d+\) has shown no sign of life for 30 s", logs["a"])
+    assert "start again with --resume" in logs["a"]
+
+
+@pytest.mark.slow
+def test_a_cut_wire_ends_both_hosts(tmp_path):
+    report = two_hosts(tmp_path, "cut")
+    for host, entry in report.items():
+        assert entry["code"] not in (0, None), entry["log"][-2000:]
+        assert entry["seconds"] < 60, (host, entry["seconds"], entry["log"][-2000:])
+    assert "no sign of life for 30 s: it was killed, or its host is off or cut off" in report["a"]["log"]
+    assert "has not answered for 30 s" in report["b"]["log"] or "has gone" in report["b"]["log"]

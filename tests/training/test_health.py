@@ -1,0 +1,271 @@
+"""The warnings of a running training: each is provoked by a training that goes wrong; a healthy one is silent."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from pairs_for_tests import make_objective
+from torch import nn
+from transformers import TrainerState
+from transformers.utils import ModelOutput
+
+from mllm_vision.functional.geometry import participation_ratio, spread
+from mllm_vision.training.arguments import RecipeArguments
+from mllm_vision.training.health import Health, expected_chance, patience
+from mllm_vision.training.run import Run
+from mllm_vision.training.trainer import ObjectiveTrainer
+
+N = 16
+
+
+class Pairs(torch.utils.data.Dataset):
+    """64 pictures of 16 kinds with their captions; `mixed` gives every picture a caption at random, each time anew."""
+
+    def __init__(self, mixed: bool = False, same: bool = False) -> None:
+        from mllm_vision.data.sampling import text_id
+
+        self.mixed, self.generator = mixed, torch.Generator().manual_seed(0)
+        self.pixels, self.words, captions = columns()
+        if same:
+            self.pixels = self.pixels[:1].expand(len(self.pixels), -1, -1, -1)
+        self.ids = torch.tensor([text_id(caption) for caption in captions])
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        text = int(torch.randint(len(self), (), generator=self.generator)) if self.mixed else index
+        row = {"pixel_values": self.pixels[index], "input_ids": self.words["input_ids"][text]}
+        row |= {"attention_mask": self.words["attention_mask"][text], "caption_ids": self.ids[text]}
+        return row | {"image_ids": torch.tensor(index)}
+
+
+@cache
+def columns() -> tuple[torch.Tensor, dict[str, torch.Tensor], list[str]]:
+    objective = make_objective("clip")
+    drawn = [tiny.labelled_image(index) for index in range(64)]
+    captions = [f"a {colour} {shape}" for _, colour, shape in drawn]
+    pixels = objective.encoder.processor(images=[image for image, _, _ in drawn], return_tensors="pt")["pixel_values"]
+    return pixels, objective.dual.tokenize(captions), captions
+
+
+def train(
+    kind: str, folder: Path, data: dict | None = None, config: dict | None = None, frozen: bool = False, **settings: Any
+) -> tuple[ObjectiveTrainer, list[dict[str, Any]]]:
+    """60 steps of 16 pairs; the trainer and the warnings that the run's record holds."""
+    given = {
+        "output_dir": str(folder), "use_cpu": True, "max_steps": 60, "per_device_train_batch_size": N,
+        "save_strategy": "no", "logging_steps": 5, "learning_rate": 2e-3, "warmup_steps": 5, "disable_tqdm": True,
+    }  # fmt: skip
+    arguments = RecipeArguments(**{**given, **settings})
+    run, objective = Run("stage_zero", arguments, {}), make_objective(kind, **(config or {}))
+    if frozen:
+        objective.requires_grad_(False)
+        objective.logit_scale.requires_grad_(True)
+    trainer = ObjectiveTrainer(objective, arguments, train_dataset=Pairs(**(data or {})), run=run)
+    trainer.train()
+    return trainer, run.record.get("health", [])
+
+
+def names(warnings: list[dict[str, Any]]) -> list[str]:
+    return sorted(warning["name"] for warning in warnings)
+
+
+# ---- trainings -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_healthy_training_is_silent(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer, warnings = train(kind, tmp_path)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]  # it is healthy
+    assert warnings == [] and "step " not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "settings"),
+    [
+        ("clip", {}, {"learning_rate": 1e-9}),
+        ("siglip", {}, {"learning_rate": 1e-9, "config": {"initial_logit_bias": -2.7}}),
+        ("clip", {"mixed": True}, {"config": {"initial_logit_scale": 3.0}}),
+    ],
+    ids=["no learning rate", "siglip, no learning rate", "captions of other pictures"],
+)
+def test_a_loss_that_stays_at_chance(kind: str, data: dict, settings: dict, tmp_path: Path, caplog: Any) -> None:
+    _, warnings = train(kind, tmp_path, data, **settings)
+    assert "chance" in names(warnings)
+    (found,) = [warning for warning in warnings if warning["name"] == "chance"]
+    assert found["step"] == 50 and f"for {N} pairs" in found["message"] and "belong together" in found["message"]
+    assert caplog.text.count("nothing is learnt") == 1  # once, not at every log
+
+
+def test_a_scale_that_came_to_its_clamp(tmp_path: Path) -> None:
+    limit = {"max_logit_scale": 5.1}
+    trainer, warnings = train("clip", tmp_path / "a", config={**limit, "initial_logit_scale": 5.0})
+    assert names(warnings) == ["scale"] and "at its clamp 5.1 after" in warnings[0]["message"]
+    assert trainer.objective.logit_scale.exp().item() == pytest.approx(5.1)
+    # a pair that comes with its scale there is no event of this training
+    _, loaded = train("clip", tmp_path / "b", config={**limit, "initial_logit_scale": 5.1})
+    assert loaded == []
+
+
+def test_a_scale_at_its_lower_clamp(tmp_path: Path) -> None:
+    """Captions of other pictures and nothing but the scale to learn: all pairs alike is the best it can do."""
+    mixed = {"mixed": True}
+    _, warnings = train("clip", tmp_path, mixed, {"initial_logit_scale": 1.15}, frozen=True, learning_rate=1e-2)
+    assert "scale" in names(warnings)
+    assert any("lower clamp 1:" in warning["message"] for warning in warnings)
+
+
+@pytest.mark.parametrize("bias", [30.0, -30.0])
+def test_a_bias_that_is_wrong(bias: float, tmp_path: Path) -> None:
+    _, warnings = train("siglip", tmp_path, config={"initial_logit_bias": bias})
+    assert "bias" in names(warnings)
+    by_name = {warning["name"]: warning["message"] for warning in warnings}
+    assert f"of the {N} texts of the batch" in by_name["bias"] and ("Lower" if bias > 0 else "Raise") in by_name["bias"]
+    assert "is above chance" in by_name["chance"] and "see the warning of the bias" in by_name["chance"]
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "word"),
+    [
+        ({}, {"learning_rate": 0.3, "warmup_steps": 0}, "point one way"),
+        ({"same": True}, {}, "point one way"),
+        ({}, {"learning_rate": 0.03, "warmup_steps": 0}, "vary along a line"),
+    ],
+    ids=["rate far too high", "one picture for all", "rate too high"],
+)
+def test_a_collapse(data: dict, settings: dict, word: str, tmp_path: Path) -> None:
+    _, warnings = train("clip", tmp_path, data, **settings)
+    found = {warning["name"]: warning["message"] for warning in warnings}
+    assert "collapse" in found and word in found["collapse"] and "image" in found["collapse"]
+    if "chance" in found:
+        assert "have collapsed too" in found["chance"]
+
+
+def test_warnings_are_in_run_json(tmp_path: Path) -> None:
+    trainer, warnings = train("clip", tmp_path, learning_rate=1e-9)
+    trainer.run.finish()
+    assert json.loads((tmp_path / "run.json").read_text())["health"] == warnings != []
+
+
+# ---- the rules by themselves ---------------------------------------------------------------------------------
+
+
+class Known(nn.Module):
+    """What the callback asks of an objective."""
+
+    def __init__(self, scale: float = 14.0) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor(scale).log())
+        self.scale_limits = (1.0, 100.0)
+
+    def chance_loss(self, batch_size: int, positives: float = 1.0) -> float:
+        return math.log(batch_size)
+
+    def forward(self) -> ModelOutput:
+        return ModelOutput()
+
+
+def watch(
+    tmp_path: Path, logs: list[dict[str, float]], *, every: int = 10, max_steps: int = 200, scale: float = 14.0
+) -> Health:
+    arguments = RecipeArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=max_steps, warmup_steps=0)
+    health, state = Health(Known(scale), lambda: 8), TrainerState(max_steps=max_steps)
+    health.on_train_begin(arguments, state, None)
+    for entry in logs:
+        state.global_step += every
+        health.on_log(arguments, state, None, {"loss": 1.0, **entry})
+    return health
+
+
+STUCK = {"loss": math.log(8)}
+
+
+def test_every_training_starts_at_chance(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert watch(tmp_path, [STUCK] * 4).found == {}  # until step 50 of 200 nothing is judged
+    with caplog.at_level("INFO"):
+        assert list(watch(tmp_path, [STUCK] * 5 + [{}]).found) == ["chance"]
+    assert "step 60: no longer so" in caplog.text
+    assert watch(tmp_path, [STUCK] * 3 + [{}] + [STUCK, {}] * 4, every=5).found == {}  # never for ten steps
+
+
+def test_a_long_training_is_not_left_alone_for_a_fifth(tmp_path: Path) -> None:
+    long = RecipeArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=100_000, warmup_steps=2000)
+    assert patience(long, 100_000) == 3000 and patience(long, 400) == 80 and patience(long, 5) == 50
+
+
+def test_evaluations_and_other_logs_are_passed_over(tmp_path: Path) -> None:
+    health = Health(Known(), lambda: 8)
+    arguments = RecipeArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=100)
+    state = TrainerState(max_steps=100, global_step=90)
+    health.on_train_begin(arguments, TrainerState(max_steps=100), None)
+    health.on_log(arguments, state, None, {"eval_loss": 9.0, "image_spread": 0.0})
+    health.on_log(arguments, state, None, None)
+    assert health.found == {}
+
+
+def test_the_upper_clamp_is_usual_late_in_a_training(tmp_path: Path) -> None:
+    low, high = {"logit_scale": 60.0}, {"logit_scale": 100.0}
+    assert list(watch(tmp_path, [low] * 5 + [high] * 4).found) == ["scale"]
+    assert watch(tmp_path, [low] * 11 + [high] * 9).found == {}
+    assert watch(tmp_path, [high] * 20, scale=100.0).found == {}  # a trained pair comes with it
+    assert watch(tmp_path, [high, {"logit_scale": 97.0}, high, high], scale=100.0).found == {}
+    assert list(watch(tmp_path, [high, low, high, high], scale=100.0).found) == ["scale"]  # it left, and came back
+
+
+def test_numbers_that_are_none_are_not_judged(tmp_path: Path) -> None:
+    nothing = {"loss": math.nan, "image_spread": math.nan, "predicted_positives": math.nan, "positives": 1.0}
+    assert watch(tmp_path, [nothing] * 20).found == {}
+
+
+def test_chance_counts_the_duplicates() -> None:
+    """The least loss over all models that give every pair one and the same logit, by search."""
+    siglip = make_objective("siglip")
+    for pairs, positives in ((16, 1.0), (16, 1.8), (64, 3.0)):
+        logits = torch.linspace(-8, 2, 20001, dtype=torch.float64)
+        losses = -positives * nn.functional.logsigmoid(logits) - (pairs - positives) * nn.functional.logsigmoid(-logits)
+        assert expected_chance(siglip, pairs, positives) == pytest.approx(losses.min().item(), rel=1e-6)
+    assert expected_chance(make_objective("clip"), 64, 3.0) == pytest.approx(math.log(64))
+    assert expected_chance(siglip, 1) is None and expected_chance(nn.Linear(1, 1), 8) is None
+
+
+# ---- the figures it reads ------------------------------------------------------------------------------------
+
+
+def test_spread_and_rank_by_hand() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 12, generator=generator)
+    unit = nn.functional.normalize(features, dim=-1)
+    cosines = unit @ unit.T
+    mean = (cosines.sum() - 40) / (40 * 39)
+    assert spread(features).item() == pytest.approx(math.sqrt(1 - mean), rel=1e-5)
+    for part in (features, features[:8]):  # more rows than columns, and fewer
+        unit = nn.functional.normalize(part, dim=-1)
+        values = torch.linalg.svdvals(unit - unit.mean(0)).square()
+        expected = values.sum().square() / values.square().sum()
+        assert participation_ratio(part).item() == pytest.approx(expected.item(), rel=1e-4)
+    one = torch.ones(6, 5)
+    assert spread(one).item() == pytest.approx(0, abs=1e-3) and participation_ratio(one * 2).item() == 0.0
+    line = torch.stack([torch.ones(6), torch.linspace(-1, 1, 6) * 1e-2, torch.zeros(6)], dim=1)
+    assert participation_ratio(line).item() == pytest.approx(1.0, abs=1e-2)
+
+
+def test_the_positives_of_siglip_by_hand() -> None:
+    """Against the gradient of the bias, which is predicted minus given positives, and against counted ids."""
+    objective = make_objective("siglip", initial_logit_bias=-1.0)
+    data = Pairs()
+    batch = torch.utils.data.default_collate([data[index] for index in range(24)])
+    output = objective(**batch)
+    output.loss.backward()
+    metrics, gradient = output.metrics, objective.dual.logit_bias.grad.item()
+    same = (batch["caption_ids"][:, None] == batch["caption_ids"][None]).sum().item()
+    assert metrics["positives"].item() == pytest.approx(same / 24)
+    assert (metrics["predicted_positives"] - metrics["positives"]).item() == pytest.approx(gradient, rel=1e-4)
