@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,11 +10,12 @@ from torch import Tensor
 from mllm_vision.errors import unknown_name
 
 from .clipping import tensor_norms
+from .layer_adaptation import LayerAdaptiveOptimizer, adapt_, adapted
 
 VARIANTS = ("paper", "bert")
 
 
-class LAMB(torch.optim.Optimizer):
+class LAMB(LayerAdaptiveOptimizer):
     """Layer-wise adaptive moments. With Adam's moments m and v, weights w and decay b:
 
     - `paper` (default; Algorithm 2): u = m' / (sqrt(v') + eps) + b w with the bias-corrected m' and v';
@@ -68,29 +68,20 @@ class LAMB(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step; as `torch.optim.Optimizer.step`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            # parameters may get their first gradient later than others: the correction follows each one's own count
-            by_count: dict[int, list[Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-                state["step"] += 1
-                by_count.setdefault(int(state["step"]), []).append(parameter)
-            for count, parameters in by_count.items():
-                self._step_some(group, parameters, count)
-        return loss
+    def step_group(self, group: dict[str, Any], weights: list[Tensor]) -> None:
+        """One step of the weights of a group that have a gradient."""
+        # parameters may get their first gradient later than others: the correction follows each one's own count
+        by_count: dict[int, list[Tensor]] = {}
+        for weight in weights:
+            state = self.state[weight]
+            if not state:
+                state["step"] = torch.zeros(())
+                state["exp_avg"] = torch.zeros_like(weight)
+                state["exp_avg_sq"] = torch.zeros_like(weight)
+            state["step"] += 1
+            by_count.setdefault(int(state["step"]), []).append(weight)
+        for count, some in by_count.items():
+            self._step_some(group, some, count)
 
     def _step_some(self, group: dict[str, Any], weights: list[Tensor], count: int) -> None:
         beta1, beta2 = group["betas"]
@@ -109,11 +100,7 @@ class LAMB(torch.optim.Optimizer):
             torch._foreach_div_(updates, 1 - beta1**count)
         if group["weight_decay"]:
             torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
-        adapted = [weight.ndim > 1 and group["decays"] for weight in weights]
-        if any(adapted):
-            weight_norm, norm = tensor_norms(weights), tensor_norms(updates)
-            ratios = torch.where((weight_norm > 0) & (norm > 0), weight_norm / norm, 1.0)
-            for update, ratio, adapt in zip(updates, ratios, adapted, strict=True):
-                if adapt:
-                    update.mul_(ratio.to(update.dtype))
+        chosen = adapted(group, weights)
+        if any(chosen):
+            adapt_(updates, chosen, tensor_norms(weights), tensor_norms(updates))
         torch._foreach_add_(weights, updates, alpha=-group["lr"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,11 +10,12 @@ from torch import Tensor
 from mllm_vision.errors import unknown_name
 
 from .clipping import tensor_norms
+from .layer_adaptation import LayerAdaptiveOptimizer, adapt_, adapted
 
 VARIANTS = ("simclr", "paper", "barlow_twins")
 
 
-class LARS(torch.optim.Optimizer):
+class LARS(LayerAdaptiveOptimizer):
     """Layer-wise adaptive rate scaling. With w a weight, g its gradient, b the decay, c the trust coefficient:
 
     - `simclr` (default; the official SimCLR code): u = g + b w, r = c |w| / |u|; v = m v + lr r u; w = w - v.
@@ -70,37 +70,20 @@ class LARS(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step; as `torch.optim.Optimizer.step`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            learning = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not learning:
-                continue
-            for parameter in learning:
-                if "momentum_buffer" not in self.state[parameter]:
-                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            self._step_group(group, learning)
-        return loss
-
-    def _step_group(self, group: dict[str, Any], weights: list[Tensor]) -> None:
+    def step_group(self, group: dict[str, Any], weights: list[Tensor]) -> None:
+        """One step of the weights of a group that have a gradient."""
+        for weight in weights:
+            if "momentum_buffer" not in self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         rate, decay, paper = group["lr"], group["weight_decay"], group["variant"] == "paper"
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
         gradients = [weight.grad for weight in weights]
         updates = torch._foreach_add(gradients, weights, alpha=decay) if decay else torch._foreach_clone(gradients)
-        adapted = [weight.ndim > 1 and group["decays"] for weight in weights]
-        if any(adapted):
-            weight_norm = tensor_norms(weights)
-            norm = tensor_norms(gradients) + decay * weight_norm if paper else tensor_norms(updates)
-            ratios = group["trust_coefficient"] * weight_norm / norm
-            ratios = torch.where((weight_norm > 0) & (norm > 0), ratios, 1.0)
-            for update, ratio, adapt in zip(updates, ratios, adapted, strict=True):
-                if adapt:
-                    update.mul_(ratio.to(update.dtype))
+        chosen = adapted(group, weights)
+        if any(chosen):
+            weight_norms = tensor_norms(weights)
+            norms = tensor_norms(gradients) + decay * weight_norms if paper else tensor_norms(updates)
+            adapt_(updates, chosen, weight_norms, norms, group["trust_coefficient"])
         inside = group["variant"] != "barlow_twins"
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, updates, alpha=rate if inside else 1.0)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import engine_work
 import numpy as np
 import pytest
@@ -95,3 +99,40 @@ def test_a_group_of_some_ranks(gloo, batch):
         for found, gradient, first, last in results:
             assert found == pytest.approx(value, rel=1e-10)
             np.testing.assert_allclose(gradient, by_image[first:last], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_torchrun_with_uneven_ranks_is_one_process(world, tmp_path):
+    """Under DDP every parameter, scale and bias too, has the oracle's gradient of the whole batch."""
+    rng = np.random.default_rng(3)
+    image, text = rng.normal(size=(2, N, D))
+    into_image, into_text = rng.normal(size=(2, D, 4))
+    ids = rng.integers(0, 6, size=(N, 1))
+    weights = {"image": into_image, "text": into_text, "scale": np.array(SCALE), "bias": np.array(BIAS)}
+    given = {"weights": {name: torch.tensor(value) for name, value in weights.items()}}
+    given |= {"image": torch.tensor(image), "text": torch.tensor(text), "ids": torch.tensor(ids)}
+    torch.save(given | {"sizes": {2: [6, 3], 3: [2, 6, 1]}}, tmp_path / "batch.pt")
+    program = Path(__file__).with_name("engine_torchrun.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    done = subprocess.run(
+        [*launch, program, tmp_path / "batch.pt", tmp_path / "found.pt"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+    positives = oracle.positives_from_ids(ids.tolist())
+    features = image @ into_image, text @ into_text
+    clip, by_image, by_text, by_scale = oracle.clip(*features, SCALE, positives)
+    siglip, also_image, also_text, also_scale, by_bias = oracle.siglip(*features, SCALE, BIAS, positives)
+    expected = {
+        "loss": clip + siglip,
+        "image": image.T @ (by_image + also_image),
+        "text": text.T @ (by_text + also_text),
+        "scale": by_scale + also_scale,
+        "bias": by_bias,
+    }
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert found.keys() == {"gather", "ring"}
+    for exchange, values in found.items():
+        assert values.keys() == expected.keys()
+        for name, value in values.items():
+            np.testing.assert_allclose(value, expected[name], rtol=1e-8, atol=1e-11, err_msg=f"{exchange} {name}")
