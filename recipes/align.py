@@ -21,9 +21,7 @@ class AlignArguments:
     """What is connected to what, and the captions."""
 
     encoder: str = field(metadata={"help": "Vision encoder: folder or Hub id."})
-    llm: str = field(
-        metadata={"help": "Causal language model: folder or Hub id.", "aliases": ["model_name_or_path"]}
-    )
+    llm: str = field(metadata={"help": "Causal language model: folder or Hub id.", "aliases": ["model_name_or_path"]})
     dataset_name: str = field(metadata={"help": "Image-caption data: file, pattern, folder or Hub id."})
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Held-out data; else rows of the training data."}

@@ -4,8 +4,13 @@
         --task zero_shot=single_test.parquet unseen/zero_shot=single_unseen.parquet retrieval=test.parquet geometry maps
     python scripts/evaluate.py --model runs/q/instruct --output stage_two.json --task vqa=test.parquet maps=test.parquet
 
-A task is [variant/]task[=dataset]: zero_shot, retrieval, geometry, maps, vqa. Without a dataset of its own it takes
---dataset_name. The variant (such as unseen) goes into the result's name. What the model is, its config.json tells.
+    python scripts/evaluate.py --model runs/simclr/encoder --untrained --raw_pixels --pictures runs/simclr/pictures \\
+        --task knn=cifar10_test.parquet probe=cifar10_test.parquet board=cifar10_test.parquet \\
+        attention=cifar10_test.parquet --training_dataset_name cifar10_train.parquet
+
+A task is [variant/]task[=dataset]: zero_shot, retrieval, geometry, maps, vqa, knn, probe, board, attention. Without a
+dataset of its own it takes --dataset_name. The variant (such as unseen) goes into the result's name. What the model is,
+its config.json tells.
 """
 
 from __future__ import annotations
@@ -21,9 +26,11 @@ from typing import Any
 
 from mllm_vision.training.recipe import parse_recipe, run_recipe
 
-TASKS = ("zero_shot", "retrieval", "geometry", "maps", "vqa")
+TASKS = ("zero_shot", "retrieval", "geometry", "maps", "vqa", "knn", "probe", "board", "attention")
 DEFAULTS = {"encoder": ["geometry"], "dual": ["retrieval", "geometry", "maps"], "vlm": ["vqa"]}
 FIT = {"zero_shot": ("dual",), "retrieval": ("dual",), "vqa": ("vlm",)}
+OF_THE_ENCODER = ("geometry", "knn", "probe", "board", "attention")  # of a VLM, its vision tower
+LOOKS = ("maps", "attention")  # no figures to compare with an untrained model's
 
 
 @dataclass
@@ -37,7 +44,8 @@ class EvaluateArguments:
     task: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "[variant/]task[=dataset], several: zero_shot retrieval geometry maps vqa. Default: by model."
+            "help": "[variant/]task[=dataset], several: zero_shot retrieval geometry maps vqa knn probe board "
+            "attention. Default: by model."
         },
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Data of the tasks that name none."})
@@ -58,14 +66,27 @@ class EvaluateArguments:
     captions_each: int | None = field(default=None, metadata={"help": "Retrieval: captions a picture; default all."})
     distinct: bool = field(default=False, metadata={"help": "Retrieval: only pictures with captions of their own."})
     max_pictures: int | None = field(default=None, metadata={"help": "Retrieval: at most so many pictures."})
-    feature: str = field(default="pooled", metadata={"help": "Geometry: pooled, tokens or embedding."})
-    map_count: int = field(default=6, metadata={"help": "Maps: pictures."})
+    feature: str = field(
+        default="pooled", metadata={"help": "knn, probe, board, geometry: pooled, tokens or embedding (geometry)."}
+    )
+    knn_k: list[int] = field(default_factory=lambda: [20], metadata={"help": "Neighbours: 20 (DINO), 200 (MoCo)."})
+    knn_temperature: float = field(default=0.07, metadata={"help": "Of their votes: 0.07 (DINO), 0.1 (MoCo)."})
+    probe_regularisation: list[float] = field(
+        default_factory=list, metadata={"help": "Penalties the probe tries; default: 1e-6 to 1, by tens."}
+    )
+    max_training_samples: int | None = field(
+        default=None, metadata={"help": "knn, probe: training pictures, at most, drawn at random."}
+    )
+    raw_pixels: bool = field(default=False, metadata={"help": "knn, probe: the pixels themselves as baseline."})
+    pictures: str | None = field(default=None, metadata={"help": "board, attention: folder for their PNG files."})
+    map_count: int = field(default=6, metadata={"help": "Maps, attention: pictures."})
     map_texts: list[str] = field(default_factory=list, metadata={"help": "Maps: texts; default: what each row says."})
     untrained: bool = field(default=False, metadata={"help": "The same model with fresh random weights as baseline."})
     blind: bool = field(default=False, metadata={"help": "vqa: zeros in place of every picture."})
     no_image_baseline: bool = field(default=False, metadata={"help": "vqa: also the same model without pictures."})
     training_dataset_name: str | None = field(
-        default=None, metadata={"help": "vqa: where the majority answers come from; default: the evaluated set."}
+        default=None,
+        metadata={"help": "knn, probe: what they learn from. vqa: the majority answers' source; default: the test's."},
     )
     training_split: str = field(default="train", metadata={"help": "Its split."})
     max_new_tokens: int = field(default=16, metadata={"help": "Longest answer."})
@@ -123,17 +144,18 @@ class Bench:
 
     def __init__(self, own: EvaluateArguments, kind: str, processor: Any) -> None:
         self.own, self.kind, self.processor = own, kind, processor
-        self.loaded: dict[tuple[str, str], Any] = {}
+        self.loaded: dict[tuple[str, str, int | None], Any] = {}
+        self.labelled: dict[str, Any] = {}
         self.named = {
             role: getattr(own, f"{role}_column") for role in ("image", "caption", "label", "question", "answer")
         }
 
-    def records(self, path: str, split: str) -> Any:
+    def records(self, path: str, split: str, max_rows: int | None) -> Any:
         from mllm_vision.data import load_records
 
-        key = (path, split)
+        key = (path, split, max_rows)
         if key not in self.loaded:
-            self.loaded[key] = load_records(path, split=split, max_rows=self.own.max_samples)
+            self.loaded[key] = load_records(path, split=split, max_rows=max_rows)
         return self.loaded[key]
 
     def columns(self, records: Any, *roles: str) -> dict[str, str]:
@@ -143,7 +165,7 @@ class Bench:
 
     def evaluator(self, job: Job) -> Any:
         """The evaluator of a job; bad data is refused here, before anything is measured."""
-        own, records = self.own, self.records(job.dataset, self.own.dataset_split)
+        own, records = self.own, self.records(job.dataset, self.own.dataset_split, self.own.max_samples)
         return getattr(self, job.task)(job, own, records)
 
     def zero_shot(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
@@ -165,6 +187,50 @@ class Bench:
         columns = self.columns(records, "image", "caption?")
         return Geometry(job.name, records, columns, own.batch_size, feature=own.feature)
 
+    def board(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
+        from mllm_vision.evaluation import Geometry
+
+        columns = self.columns(records, "image")
+        return Geometry(job.name, records, columns, own.batch_size, feature=own.feature, views=True, seed=own.seed)
+
+    def attention(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
+        from mllm_vision.evaluation import Attention
+
+        return Attention(job.name, records, self.columns(records, "image"), count=own.map_count)
+
+    def knn(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
+        from mllm_vision.evaluation import KnnAccuracy
+
+        settings = {"k": own.knn_k, "temperature": own.knn_temperature, "raw_pixels": own.raw_pixels}
+        return KnnAccuracy(job.name, self.labelled_images(job), **settings)
+
+    def probe(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
+        from mllm_vision.evaluation import LinearProbe
+        from mllm_vision.evaluation.linear_probe import SWEEP
+
+        sweep = own.probe_regularisation or SWEEP
+        return LinearProbe(
+            job.name, self.labelled_images(job), regularisation=sweep, raw_pixels=own.raw_pixels, seed=own.seed
+        )
+
+    def labelled_images(self, job: Job) -> Any:
+        """Training and test pictures, shared by the tasks on one test set so that they are encoded once."""
+        from mllm_vision.evaluation import LabelledImages
+
+        own = self.own
+        if not own.training_dataset_name:
+            raise ValueError(f"--task {job.name} learns from labelled pictures: name them with --training_dataset_name")
+        if job.dataset not in self.labelled:
+            sets = [
+                self.records(own.training_dataset_name, own.training_split, None),
+                self.records(job.dataset, own.dataset_split, None),
+            ]
+            columns = {role: name for role, name in self.named.items() if name and role in ("image", "label")}
+            limits = {"train_limit": own.max_training_samples, "test_limit": own.max_samples, "seed": own.seed}
+            settings = {"feature": own.feature, "batch_size": own.batch_size, **limits}
+            self.labelled[job.dataset] = LabelledImages(*sets, columns, **settings)
+        return self.labelled[job.dataset]
+
     def maps(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
         from mllm_vision.evaluation import Maps
 
@@ -185,7 +251,7 @@ class Bench:
         columns = self.columns(records, "image", "question", "answer")
         training = None
         if own.training_dataset_name:
-            training = self.records(own.training_dataset_name, own.training_split)
+            training = self.records(own.training_dataset_name, own.training_split, own.max_samples)
         return QuestionAnswering(
             job.name,
             records,
@@ -223,20 +289,23 @@ def main(argv: list[str] | None = None) -> None:
     record: dict[str, Any] = {"schema": 1, "kind": "evaluation", "model": own.model, "model_kind": kind}
     record |= {"task": [job.name for job in jobs], "evaluations": {}, "samples": [], "arrays": {}}
     record["datasets"] = {job.name: {"path": job.dataset, "rows": len(e.records)} for job, e in evaluators}
-    fresh = None
+    tower = encoder_of(own.model, loaded, device)
     for job, evaluator in evaluators:
-        model = encoder_of(own.model, loaded, device) if job.task == "geometry" else loaded.model
-        evaluator(model)
-        result = evaluator.last
-        if own.untrained and job.task != "maps":
-            fresh = fresh or reinitialise(load_model(own.model, device).model, own.seed)
-            other = fresh
-            if job.task == "geometry" and kind == "vlm":
-                other = reinitialise(encoder_of(own.model, loaded, device), own.seed)
-            evaluator(other)
-            result.add_baseline("untrained", evaluator.last)
-        result.store(record, job.name)
+        evaluator(tower if job.task in OF_THE_ENCODER else loaded.model)
+    results = {job.name: evaluator.last for job, evaluator in evaluators}
+    compared = [(job, evaluator) for job, evaluator in evaluators if own.untrained and job.task not in LOOKS]
+    if compared:
+        fresh = reinitialise(load_model(own.model, device).model, own.seed)
+        tower = fresh if kind != "vlm" else reinitialise(tower, own.seed)
+    for job, evaluator in compared:
+        evaluator(tower if job.task in OF_THE_ENCODER else fresh)
+        results[job.name].add_baseline("untrained", evaluator.last)
+        evaluator.last = results[job.name]
+    for job, evaluator in evaluators:
+        results[job.name].store(record, job.name)
         record["evaluations"][job.name]["task"] = job.task
+        if own.pictures and main_process and job.task in ("board", "attention"):
+            record["pictures"] = [*record.get("pictures", []), *map(str, evaluator.draw(own.pictures))]
     record["seconds"] = round(time.monotonic() - began, 1)
     if main_process:
         record |= provenance(own.model)
@@ -246,7 +315,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def encoder_of(path: str, loaded: Any, device: str) -> Any:
-    """The model itself, or the vision tower inside a VLM."""
+    """The model itself, or the vision tower of a VLM, read apart from it."""
     if loaded.kind != "vlm":
         return loaded.model
     from mllm_vision.encoder import VisionEncoder

@@ -44,8 +44,8 @@ def dry_parse(target: str, argv: list[str]) -> Any:
 
     from mllm_vision.training import recipe
 
-    def parse_recipe(*classes: type, argv: Any = None, description: str = "") -> tuple:
-        given = recipe.read_recipe(*classes, argv=argv, description=description)
+    def parse_recipe(*classes: type, argv: Any = None, description: str = "", defaults: Any = None) -> tuple:
+        given = recipe.read_recipe(*classes, argv=argv, description=description, defaults=defaults)
         for cls, values in zip(classes, given):
             if not issubclass(cls, TrainingArguments):
                 cls(**values)

@@ -3,7 +3,8 @@
 Python blocks of a page share one namespace, in a scratch folder that holds small stand-ins for what the quickstart
 leaves (`runs/quickstart/encoder`, `dual`, `language_model`, `align`, `instruct`), a picture `picture.png` and the
 Parquet files of the scenes (`runs/quickstart/data`). What is left out says so: a block after the line
-`<!-- not run: reason -->` is only compiled.
+`<!-- not run: reason -->` is only compiled. A block that begins with `# file: name.py` is written to that file, which
+the page's other blocks and commands can import.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"(?P<before>[^\n]*\n\s*)?^(?P<indent>[ ]*)```(?P<kind>\w+)\n(?P<body>.*?)^[ ]*```", re.M | re.S)
 NOT_RUN = re.compile(r"<!--\s*not run:\s*(\S.*?)\s*-->")
+FILE = re.compile(r"# file: (\w+\.py)\n")
 
 
 def blocks(page: Path, kinds: tuple[str, ...]) -> list[tuple[int, str, bool]]:
@@ -34,6 +36,14 @@ def blocks(page: Path, kinds: tuple[str, ...]) -> list[tuple[int, str, bool]]:
         line = text.count("\n", 0, match.start("body")) + 1
         found.append((line, body, NOT_RUN.search(match["before"] or "") is None))
     return found
+
+
+def write_files(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those blocks of a page that are files, where its other blocks and commands can import them."""
+    for _, code, _ in blocks(page, ("python", "py")):
+        if match := FILE.match(code):
+            (folder / match[1]).write_text(code, encoding="utf-8")
+            monkeypatch.syspath_prepend(folder)
 
 
 def label(page: Path) -> str:
@@ -86,10 +96,12 @@ def test_python_blocks_run(page: Path, request: pytest.FixtureRequest, monkeypat
         # dont_inherit: a reader's script has not this file's `from __future__ import annotations`
         compile(code, f"{page.name}:{line}", "exec", dont_inherit=True)
     if any(run for _, _, run in found):
-        monkeypatch.chdir(request.getfixturevalue("quickstart"))
+        folder = request.getfixturevalue("quickstart")
+        monkeypatch.chdir(folder)
+        write_files(page, folder, monkeypatch)
     namespace: dict[str, Any] = {"__name__": "__docs__"}
     for line, code, run in found:
-        if run:
+        if run and not FILE.match(code):
             # padded, so that a traceback names the line of the page
             exec(compile("\n" * line + code, str(page), "exec", dont_inherit=True), namespace)
 
@@ -142,8 +154,9 @@ def check_command(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=label)
-def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    write_files(page, tmp_path, monkeypatch)
     for line, block, _ in blocks(page, ("bash", "sh", "shell", "console")):
         for words in commands(block):
             try:

@@ -92,8 +92,10 @@ def complaints(source: str, parts: list[str], is_package: bool = False) -> list[
 
 
 def _method(words: list[str]) -> str | None:
-    """The method a file of objectives/ holds, None for base and the package itself."""
-    if len(words) < 3 or words[2] in ("base", "registry", "__init__") or not words[2].islower():
+    """The method a file of objectives/ holds, None for what methods share (base, base_*) and the package itself."""
+    if len(words) < 3 or words[2] in ("registry", "images", "image_text", "__init__") or not words[2].islower():
+        return None
+    if words[2].startswith("base"):
         return None
     return words[2] if (PACKAGE / "objectives" / f"{words[2]}.py").exists() else None
 

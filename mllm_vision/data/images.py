@@ -135,6 +135,18 @@ class ImageTransform:
             return self._processed(pictures)
         return self._finish(self._centred(pictures))
 
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor | None:
+        """Evaluation pictures as they are before normalisation, `[B, H, W, 3]` uint8: a quarter of the memory.
+
+        `normalise` makes of them what `__call__` gives. None for processors with settings of their own (`native` is
+        False), whose pixel values cannot be taken apart.
+        """
+        return None if self._plan is None else self._centred(list(images))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """What `pixels` gave, `[B, H, W, 3]` uint8, as pixel values `[B, 3, H, W]` float32."""
+        return self._finish(pixels)
+
     # -- geometry ---------------------------------------------------------------------------------------------
 
     def _random_box(self, size: tuple[int, int], key: int | None) -> tuple[int, int, int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -14,7 +14,11 @@ from transformers.models.efficientnet.modeling_efficientnet import round_filters
 from mllm_vision.encoder.families import COMPOSITES, FAMILIES, family_of
 from mllm_vision.encoder.files import read_json
 from mllm_vision.encoder.sizes import check_image_size, resize_processor
+from mllm_vision.encoder.stems import check_stem, set_stem, stem_of
 from mllm_vision.errors import unknown_name
+
+if TYPE_CHECKING:
+    from mllm_vision.encoder.encoder import VisionEncoder
 
 ALIASES = {
     "clip": "clip_vision_model",
@@ -22,6 +26,32 @@ ALIASES = {
     "siglip2": "siglip_vision_model",  # SigLIP 2 of fixed size is SigLIP's own architecture
     "dinov3": "dinov3_vit",
 }
+
+
+def build_encoder(
+    source: str | Path, *, image_size: int | None = None, overrides: dict[str, Any] | None = None
+) -> VisionEncoder:
+    """An encoder by path, by Hub id, or with random weights by model type.
+
+    Args:
+        source: path or Hub id of an encoder, or a model type such as `"vit"`.
+        image_size: side of the square picture.
+        overrides: config fields of an encoder built here.
+
+    Raises:
+        ValueError: overrides for a checkpoint, or what `build_backbone` or `VisionEncoder.from_pretrained` refuse.
+        FileNotFoundError: a path or Hub id that does not exist.
+    """
+    from mllm_vision.encoder.encoder import VisionEncoder
+
+    if source in FAMILIES or source in ALIASES:
+        return VisionEncoder.from_backbone(*build_backbone(source, image_size=image_size, **(overrides or {})))
+    if overrides:
+        names = ", ".join(sorted(overrides))
+        raise ValueError(
+            f"encoder overrides ({names}) only apply to a model type, not to the checkpoint {str(source)!r}"
+        )
+    return VisionEncoder.from_pretrained(source, image_size=image_size)
 
 
 def build_backbone(
@@ -34,7 +64,7 @@ def build_backbone(
             a config as a dict with `model_type`, or the path of a `config.json` (or of the directory that holds it).
         image_size: side of the square picture.
         **overrides: fields of the config (`hidden_size`, `num_hidden_layers`, `num_attention_heads`,
-            `intermediate_size`, `patch_size`, ...).
+            `intermediate_size`, `patch_size`, ...); of a ResNet also `stem="cifar"` (`encoder.stems.set_stem`).
 
     Returns:
         (backbone, processor): feed them to `VisionEncoder.from_backbone`.
@@ -48,6 +78,9 @@ def build_backbone(
     model_type = fields.pop("model_type")
     config_class = type(AutoConfig.for_model(model_type))
     known = config_class().to_dict()
+    stem = overrides.pop("stem", None) or stem_of(fields)
+    if stem != "imagenet":
+        check_stem(stem, model_type)
     for name in overrides:
         if name not in known:
             raise ValueError(unknown_name(f"{model_type} config field", name, known))
@@ -71,6 +104,8 @@ def build_backbone(
     backbone = AutoModel.from_config(config)
     if model_type == "efficientnet":
         _initialise_efficientnet(backbone)
+    if stem != "imagenet":
+        set_stem(backbone, stem)
     return backbone, build_processor(config, size)
 
 

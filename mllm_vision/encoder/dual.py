@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllm_vision.encoder.encoder import VisionEncoder
-from mllm_vision.encoder.families import FAMILIES, family_of
+from mllm_vision.encoder.families import family_of
 from mllm_vision.encoder.files import Source, read_json
 from mllm_vision.lineage import check_lineage, hash_weights
 from mllm_vision.modules.activations import use_fast_activations
@@ -367,16 +367,9 @@ def build_dual(
     """
     from transformers import AutoTokenizer
 
-    from mllm_vision.encoder.build import ALIASES, build_backbone
+    from mllm_vision.encoder.build import build_encoder
 
-    if encoder in FAMILIES or encoder in ALIASES:
-        backbone, processor = build_backbone(encoder, image_size=image_size, **(encoder_overrides or {}))
-        vision = VisionEncoder.from_backbone(backbone, processor)
-    elif encoder_overrides:
-        names = ", ".join(sorted(encoder_overrides))
-        raise ValueError(f"encoder overrides ({names}) only apply to a model type, not to the checkpoint {encoder!r}")
-    else:
-        vision = VisionEncoder.from_pretrained(encoder, image_size=image_size)
+    vision = build_encoder(encoder, image_size=image_size, overrides=encoder_overrides)
     siglip = vision.config.model_type == "siglip_vision_model"
     text_tower = text_tower or (SIGLIP_TEXT if siglip else CLIP_TEXT)
     source = tokenizer or text_tower

@@ -36,6 +36,7 @@ class VisionEncoder(nn.Module):
         select_layer: index into `hidden_states` (negative from the end; -1 is before the final norm).
         select_feature: `patch`, `cls_patch`, `cls` or `pooled`.
         lineage: what the directory it was loaded from says about its making, or None.
+        pretrained: whether its weights were loaded, not drawn at random, as far as the backbone tells.
     """
 
     def __init__(self, backbone: PreTrainedModel, processor: Any, *, select_layer: int, select_feature: str) -> None:
@@ -49,6 +50,7 @@ class VisionEncoder(nn.Module):
         self.select_layer = select_layer
         self.select_feature = select_feature
         self.lineage: dict[str, Any] | None = None
+        self.pretrained = bool(backbone.name_or_path)  # transformers' from_pretrained leaves it there
         self._source: Path | None = None
         self._image_size = size
         self._probed: tuple[tuple[int, int], tuple[int, int]] | None = None
@@ -137,7 +139,7 @@ class VisionEncoder(nn.Module):
             select_feature=tower.select_feature if select_feature is None else select_feature,
             image_size=image_size,
         )
-        encoder.lineage, encoder._source = tower.lineage, tower.directory
+        encoder.lineage, encoder._source, encoder.pretrained = tower.lineage, tower.directory, True
         return encoder
 
     # What a LLaVA-style model asks for -------------------------------------------------------------------------
@@ -339,7 +341,9 @@ class VisionEncoder(nn.Module):
 
     def _remember_selection(self) -> None:
         # In the config at once, not only on saving: whoever saves the backbone (a dual model, a VLM) keeps it.
-        self.backbone.config.mllm_vision = {"select_layer": self.select_layer, "select_feature": self.select_feature}
+        kept = getattr(self.backbone.config, "mllm_vision", None) or {}  # the stem of a ResNet
+        chosen = {"select_layer": self.select_layer, "select_feature": self.select_feature}
+        self.backbone.config.mllm_vision = {**kept, **chosen}
 
     @torch.no_grad()
     def _probe(self) -> tuple[int, int]:

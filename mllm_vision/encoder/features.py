@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -115,11 +115,40 @@ def drop_patches(
     if kept == patches:
         return hidden, arguments
     order = torch.rand(batch, patches, device=hidden.device).argsort(dim=1)[:, :kept]
-    rows = torch.arange(batch, device=hidden.device)[:, None]
+    return pick_patches(hidden, arguments, order, prefix)
+
+
+def pick_patches(
+    hidden: Tensor, arguments: dict[str, Any], chosen: Tensor, prefix: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """The chosen patches of each picture, before the first layer, behind the prefix tokens (class, registers).
+
+    Args:
+        hidden: `[B, prefix + N, D]`, positions already added.
+        arguments: the layers' arguments; rotary positions `[N, d]` are picked along.
+        chosen: int64 `[B, K]`, in [0, N).
+        prefix: tokens before the patches.
+
+    Returns:
+        (hidden `[B, prefix + K, D]`, arguments)
+    """
+    rows = torch.arange(len(hidden), device=hidden.device)[:, None]
     rotary = arguments.get("position_embeddings")
     if rotary is not None:
-        arguments = {**arguments, "position_embeddings": tuple(table[order][:, None] for table in rotary)}
-    return torch.cat([hidden[:, :prefix], hidden[rows, prefix + order]], dim=1), arguments
+        arguments = {**arguments, "position_embeddings": tuple(table[chosen][:, None] for table in rotary)}
+    return torch.cat([hidden[:, :prefix], hidden[rows, prefix + chosen]], dim=1), arguments
+
+
+def final_norm(backbone: PreTrainedModel) -> nn.Module:
+    """The norm after the last layer of a transformer backbone, under the name that its family has for it.
+
+    Raises:
+        ValueError: a convolutional network, which has none.
+    """
+    for name in ("layernorm", "post_layernorm", "norm"):
+        if isinstance(module := getattr(backbone, name, None), nn.Module):
+            return module
+    raise ValueError(f"{backbone.config.model_type} has no norm after its last layer")
 
 
 def extract_features(

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModel, PreTrain
 from mllm_vision.encoder.build import build_processor
 from mllm_vision.encoder.families import COMPOSITES, FAMILIES, accepted_types, family_of
 from mllm_vision.encoder.files import Source, read_json
+from mllm_vision.encoder.stems import stem_of, with_stem
 
 if TYPE_CHECKING:
     from mllm_vision.encoder.encoder import VisionEncoder
@@ -85,7 +86,8 @@ def _load_backbone(
 ) -> PreTrainedModel:
     config = CONFIG_MAPPING[vision["model_type"]].from_dict(vision)
     family = family_of(config)
-    model_class = _model_class(config)
+    plain_class = _model_class(config)
+    model_class = with_stem(plain_class, stem_of(vision))
     state = _read_weights(source, prefixes)
     # BatchNorm's counter of batches is absent from older files, and the results do not depend on it.
     optional = (*family.optional_weights, ".num_batches_tracked")
@@ -112,6 +114,7 @@ def _load_backbone(
             f"{source}: {len(missing)} weights of the {config.model_type} are missing, such as {sorted(missing)[0]!r}; "
             f"found {len(state)} under {' or '.join(prefix or 'the root' for prefix in prefixes)}"
         )
+    model.__class__ = plain_class
     return model.eval()
 
 

@@ -50,10 +50,10 @@ class Evaluation:
         return entry
 
     def add_baseline(self, name: str, other: Evaluation) -> None:
-        """Put another model's result beside this one; of its arrays only the spectrum is kept."""
+        """Put another model's result beside this one; of its arrays only spectrum and deviations are kept."""
         self.baselines[name] = {key: value for key, value in other.metrics.items() if key not in COUNTS}
         for key, value in other.arrays.items():
-            if key == "spectrum" and key in self.arrays:
+            if key in ("spectrum", "deviations") and key in self.arrays:
                 self.arrays[key][name] = value["values"]
 
     def store(self, record: dict[str, Any], name: str) -> None:

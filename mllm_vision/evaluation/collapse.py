@@ -4,18 +4,26 @@ label.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from mllm_vision.data.sampling import bytes_id, draw_key
 from mllm_vision.evaluation.base import Evaluation, Evaluator, dual_model, encode_rows, image_model
 from mllm_vision.evaluation.images import as_list, check_columns
 from mllm_vision.evaluation.loading import encode_records
 from mllm_vision.functional import geometry
 
+logger = logging.getLogger(__name__)
+
+LEAST_STD = 0.1  # of geometry_of's std; the mean cosine of two pictures is then above 0.99
+LEAST_RANK_SHARE = 0.02  # of the rank that is possible
+VIEW_SCALE = (0.2, 1.0)  # share of the picture that a crop keeps, for alignment
 SPECTRUM_LENGTH = 512  # eigenvalues kept for the report; beyond it every n-th is taken
 
 
@@ -43,6 +51,37 @@ def geometry_of(features: torch.Tensor) -> dict[str, float]:
     return figures
 
 
+def warnings_of(figures: Mapping[str, float]) -> list[str]:
+    """What the figures of `geometry_of` say of collapse, in words; nothing where they are sound.
+
+    Complete collapse (all features alike), dimensional collapse (few directions used: Jing et al. 2021,
+    https://arxiv.org/abs/2110.09348), and dimensions that do not vary at all.
+    """
+    told = []
+    possible = min(figures["count"] - 1, figures["dimensions"])
+    if figures["std"] < LEAST_STD:
+        told.append(
+            f"collapse: the features of all pictures are nearly alike (std {figures['std']:.2g}; 1 is evenly spread)"
+        )
+    elif figures["effective_rank"] < max(1.5, LEAST_RANK_SHARE * possible):
+        told.append(
+            f"dimensional collapse: an effective rank of {figures['effective_rank']:.3g} where {possible:g} is possible"
+        )
+    if figures["dead_dimensions"] > 0.5:
+        told.append(f"{figures['dead_dimensions']:.0%} of the dimensions do not vary")
+    return told
+
+
+def deviations_of(features: torch.Tensor) -> list[float]:
+    """Standard deviation of each dimension of the unit vectors times sqrt(D), descending, thinned to
+    SPECTRUM_LENGTH; 1 for all of them when the vectors are spread evenly.
+    """
+    unit = F.normalize(features.float(), dim=-1)
+    values = (unit.std(dim=0, unbiased=False) * features.shape[1] ** 0.5).sort(descending=True).values
+    step = -(-len(values) // SPECTRUM_LENGTH)
+    return [float(f"{value:.4g}") for value in values[::step].tolist()]
+
+
 def spectrum_of(features: torch.Tensor) -> list[float]:
     """Covariance eigenvalues in descending order as shares of their sum, thinned to SPECTRUM_LENGTH."""
     values = geometry.spectrum(features)
@@ -52,7 +91,7 @@ def spectrum_of(features: torch.Tensor) -> list[float]:
 
 
 class Geometry(Evaluator):
-    """Rank, spectrum, alignment and uniformity of an encoder's pooled features.
+    """The collapse board: rank, spectrum, deviations, alignment and uniformity of an encoder's pooled features.
 
     Args:
         name: evaluator name.
@@ -62,9 +101,13 @@ class Geometry(Evaluator):
         limit: at most this many pictures (figures of rank depend on it: compare equal numbers only).
         feature: "pooled" (the encoder's own vector), "tokens" (mean of the selected tokens), or "embedding"
             (the projected unit vector of an image-text model).
+        views: also ``view_alignment``: mean squared distance of the unit vectors of two random crops of a picture.
+        seed: of these crops.
 
     Metrics: see :func:`geometry_of`; with captions and an image-text model also ``alignment`` (mean squared
-    distance of a picture and its first caption) and ``modality_gap`` (distance of the two means).
+    distance of a picture and its first caption) and ``modality_gap`` (distance of the two means). ``arrays`` has the
+    ``spectrum`` and the ``deviations`` by dimension, ``tables["warnings"]`` what :func:`warnings_of` says; `draw`
+    writes them as a picture.
 
     Raises:
         ValueError: missing columns, an unknown feature, fewer than two pictures.
@@ -81,11 +124,16 @@ class Geometry(Evaluator):
         *,
         limit: int | None = 1000,
         feature: str = "pooled",
+        views: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__(name)
         if feature not in ("pooled", "tokens", "embedding"):
             raise ValueError(f"feature={feature!r} is none of 'pooled', 'tokens', 'embedding'")
+        if views and feature == "embedding":
+            raise ValueError("views=True measures an encoder: use feature='pooled' or 'tokens'")
         self.records, self.batch_size, self.feature = records, batch_size, feature
+        self.views, self.seed = views, seed
         self.columns = columns or {"image": "image"}
         check_columns(records, self.columns, ("image",), f"Geometry {name!r}")
         self.rows = list(range(len(records)))[:limit]
@@ -100,10 +148,50 @@ class Geometry(Evaluator):
             "dimensions": features.shape[1],
             "count": len(features),
         }
+        result.arrays["deviations"] = {"values": deviations_of(features)}
+        result.tables["warnings"] = [{"message": message} for message in warnings_of(result.metrics)]
+        for row in result.tables["warnings"]:
+            logger.warning("%s: %s", self.name, row["message"])
+        if self.views:
+            result.metrics["view_alignment"] = self._view_alignment(image_model(model))
         caption = self.columns.get("caption")
         if caption:
             result.metrics |= self._against_text(model, features, kept, caption)
         return result
+
+    def draw(self, folder: str | Path) -> list[Path]:
+        """Write ``<name>_board.png`` (of ``board``, ``board.png``): this encoder beside its baselines."""
+        from mllm_vision.evaluation.drawing import draw_board
+
+        if self.last is None:
+            raise ValueError(f"evaluator {self.name!r} has not been called yet: there is nothing to draw")
+        curves = []
+        for name in ("spectrum", "deviations"):
+            array = {key: value for key, value in self.last.arrays[name].items() if isinstance(value, list)}
+            curves.append({"this model" if key == "values" else key: value for key, value in array.items()})
+        base = self.name.replace("/", "_")
+        path = Path(folder) / (f"{base}.png" if base.endswith("board") else f"{base}_board.png")
+        return [draw_board(*curves, self.last.metrics, path)]
+
+    def _view_alignment(self, encoder: Any) -> float:
+        """Of two crops a picture; which ones, the seed and the picture itself decide."""
+        from mllm_vision.data.images import ImageTransform
+
+        crop = ImageTransform(encoder.processor, train=True, scale=VIEW_SCALE)
+        device = next(encoder.parameters()).device
+        pooled = self.feature == "pooled"
+
+        def encode(pictures: Sequence[Any]) -> torch.Tensor:
+            own = [bytes_id(picture.tobytes()) for picture in pictures]
+            views = []
+            for view in range(2):
+                pixels = crop(pictures, keys=[draw_key(self.seed, view, key) for key in own])
+                found = encoder(pixels.to(device, encoder.dtype), pooled=pooled, tokens=not pooled)
+                views.append(found.pooled if pooled else found.tokens.mean(dim=1))
+            return torch.stack(views, dim=1)
+
+        both, _ = encode_records(encode, self.records, self.columns["image"], self.rows, self.batch_size)
+        return geometry.alignment(both[:, 0], both[:, 1]).item()
 
     def _features(self, model: Any) -> tuple[torch.Tensor, list[int]]:
         if self.feature == "embedding":

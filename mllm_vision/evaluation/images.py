@@ -77,3 +77,21 @@ def data_uri(image: Any, size: int = 96) -> str:
         image.save(buffer, "JPEG", quality=85)
         kind = "jpeg"
     return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def displayed(pixel_values: Any, processor: Any) -> Any:
+    """The preprocessed picture ``[3, H, W]`` back as a PIL picture: exactly what the model sees, crop
+    included.
+    """
+    import torch
+    from PIL import Image
+
+    mean = torch.tensor(getattr(processor, "image_mean", None) or [0.0] * 3)[:, None, None]
+    std = torch.tensor(getattr(processor, "image_std", None) or [1.0] * 3)[:, None, None]
+    pixels = (pixel_values.detach().cpu().float() * std + mean).clamp(0, 1).mul(255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def rounded(grid: Any) -> list[list[float]]:
+    """A map `[h, w]` as nested lists of three digits, for a JSON file."""
+    return [[float(f"{value:.3g}") for value in row] for row in grid.detach().cpu().tolist()]

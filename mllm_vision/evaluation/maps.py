@@ -7,17 +7,17 @@ colour (on a plain background, that removes what lies there). Source: Zeiler and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from mllm_vision.evaluation.attention import attention_map
 from mllm_vision.evaluation.base import Evaluation, Evaluator, batches, dual_model, image_model, unwrap
 from mllm_vision.evaluation.generation import AnswerGenerator
-from mllm_vision.evaluation.images import as_list, check_columns, data_uri, usable_images
+from mllm_vision.evaluation.images import as_list, check_columns, data_uri, displayed, rounded, usable_images
 
 PICTURE_SIZE = 224  # longest side of a picture embedded in the report
 
@@ -70,46 +70,6 @@ def text_maps(dual: Any, pixel_values: Tensor, texts: Sequence[str], grid: int) 
     return occlusion_map(pixel_values, score, grid), score(pixel_values[None])[0]
 
 
-def attention_map(encoder: Any, pixel_values: Tensor) -> Tensor | None:
-    """Where the pooled vector looks in the last layer, mean over heads: ``[B, h, w]``, each map summing to
-    one at most.
-
-    The class token's attention (CLIP, ViT, DINO), the pooling head's (SigLIP), or None for backbones without
-    either.
-    """
-    backbone = encoder.backbone
-    side = pixel_values.shape[-1] // encoder.patch_size
-    head = getattr(getattr(backbone, "head", None), "attention", None)
-    if isinstance(head, nn.MultiheadAttention):
-        seen: list[Tensor] = []
-        hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output[1]))
-        try:
-            encoder(pixel_values)
-        finally:
-            hook.remove()
-        weights = seen[0].mean(dim=1) if seen and seen[0] is not None else None
-        return None if weights is None else weights.view(-1, side, side)
-    prefix = encoder.num_prefix_tokens
-    if not prefix or not hasattr(backbone, "set_attn_implementation"):
-        return None
-    with _eager_attention(backbone):
-        layers = backbone(pixel_values, output_attentions=True).attentions
-    if not layers:
-        return None
-    return layers[-1].mean(dim=1)[:, 0, prefix:].reshape(-1, side, side)
-
-
-@contextmanager
-def _eager_attention(backbone: Any) -> Iterator[None]:
-    """Fused attention returns no weights; switch to the plain one for a moment."""
-    before = backbone.config._attn_implementation
-    backbone.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        backbone.set_attn_implementation(before)
-
-
 def answer_maps(generator: AnswerGenerator, pixel_values: Tensor, question: str, answer: str, grid: int) -> Tensor:
     """How much the log-probability of ``answer`` falls when a square is painted over: ``[grid, grid]``."""
     model = generator.model
@@ -125,22 +85,6 @@ def answer_maps(generator: AnswerGenerator, pixel_values: Tensor, question: str,
         return chances.gather(2, targets.expand(len(features), -1)[..., None]).sum(dim=(1, 2))[:, None]
 
     return occlusion_map(pixel_values, score, grid)[0]
-
-
-def displayed(pixel_values: Tensor, processor: Any) -> Any:
-    """The preprocessed picture ``[3, H, W]`` back as a PIL picture: exactly what the model sees, crop
-    included.
-    """
-    from PIL import Image
-
-    mean = torch.tensor(getattr(processor, "image_mean", None) or [0.0] * 3)[:, None, None]
-    std = torch.tensor(getattr(processor, "image_std", None) or [1.0] * 3)[:, None, None]
-    pixels = (pixel_values.detach().cpu().float() * std + mean).clamp(0, 1).mul(255).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
-
-def _rounded(grid: Tensor) -> list[list[float]]:
-    return [[float(f"{value:.3g}") for value in row] for row in grid.detach().cpu().tolist()]
 
 
 class Maps(Evaluator):
@@ -212,7 +156,7 @@ class Maps(Evaluator):
         items: list[dict[str, Any]] = []
         looking = attention_map(encoder, pixels)
         if looking is not None:
-            items.append({"kind": "attention", "text": "attention", "grid": _rounded(looking[0])})
+            items.append({"kind": "attention", "text": "attention", "grid": rounded(looking[0])})
         texts = self._row_texts(row)
         try:
             dual = dual_model(model)
@@ -222,7 +166,7 @@ class Maps(Evaluator):
             grid = self._grid_for(encoder.image_size, encoder.patch_size)
             grids, scores = text_maps(dual, pixels[0], texts, grid)
             for text, one, score in zip(texts, grids, scores.tolist(), strict=True):
-                items.append({"kind": "occlusion", "text": text, "score": round(score, 3), "grid": _rounded(one)})
+                items.append({"kind": "occlusion", "text": text, "score": round(score, 3), "grid": rounded(one)})
         return {"image": data_uri(displayed(pixels[0], encoder.processor), PICTURE_SIZE), "items": items}
 
     def _answers(self, model: Any, picture: Any, row: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +180,7 @@ class Maps(Evaluator):
         for question, answer in zip(questions, generator.answer([picture], [(0, q) for q in questions]), strict=True):
             if answer:
                 one = answer_maps(generator, pixels[0], question, answer, grid)
-                items.append({"kind": "answer", "text": question, "answer": answer, "grid": _rounded(one)})
+                items.append({"kind": "answer", "text": question, "answer": answer, "grid": rounded(one)})
         return {
             "image": data_uri(displayed(pixels[0], self.processor.image_processor), PICTURE_SIZE),
             "items": items,

@@ -1,6 +1,6 @@
-"""InfoNCE and NT-Xent over the whole batch, on one process or many, tile by tile, and the bound they give.
+"""InfoNCE, NT-Xent and their kin over the whole batch, on one process or many, tile by tile, and the bound they give.
 
-Both run on the engine of `image_text`: fp32 inside autocast, no matrix of all pairs, the whole batch's loss on every
+All run on the engine of `image_text`: fp32 inside autocast, no matrix of all pairs, the whole batch's loss on every
 rank, and after DistributedDataParallel's mean over ranks the whole batch's gradient.
 """
 
@@ -13,12 +13,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllm_vision.distributed import Columns, mean_gradient, row_counts, sum_over_ranks
+from mllm_vision.distributed import Columns, all_gather, mean_gradient, row_counts, sum_over_ranks
 from mllm_vision.functional.image_text import at_least_fp32, full_precision
 from mllm_vision.functional.softmax_tiles import softmax_losses
 from mllm_vision.functional.tiles import Grid, Plan, SparseTargets, choose_tile, diagonal, first_row
 
-__all__ = ["info_nce", "mutual_information_bound", "nt_xent"]
+__all__ = ["dcl", "info_nce", "mutual_information_bound", "nt_xent", "sup_con"]
 
 
 def nt_xent(
@@ -170,6 +170,143 @@ def info_nce(
         return sum_over_ranks(F.softplus(among - own, threshold=80).sum(), group) / total
 
 
+def dcl(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: Tensor | float = 0.1,
+    sigma: float | None = None,
+    normalize: bool = True,
+    group: dist.ProcessGroup | None = None,
+    tile_size: int | None = None,
+    exchange: str = "gather",
+) -> Tensor:
+    """Decoupled contrastive loss: NT-Xent whose denominator leaves the positive out.
+
+    The mean over the 2N views of -w_i s_ip / t + log sum_k exp(s_ik / t), k over the 2N - 2 views of other samples,
+    so that a pair that agrees already still pushes the negatives away with full weight: small batches suffer less.
+
+    Args:
+        z1: `[N, D]` projections of the first view of this rank's samples.
+        z2: `[N, D]` of the second view, in the same order.
+        temperature: t > 0; a float or a 0-d tensor, which may be learnt.
+        sigma: `None` is w = 1; a number is the weighted form (DCLW; the paper has 0.5):
+            w_i = 2 - exp(s_ip / sigma) / mean over samples of it, more weight for pairs that disagree. As in the
+            official code the weights are differentiated too.
+        normalize: divide the rows by their Euclidean norm first.
+        group: process group; `None` is the default group when initialised, else this process alone.
+        tile_size: rows and columns of a tile; `None` chooses. It changes time and memory, not the result.
+        exchange: `"gather"` or `"ring"`, as in `clip_loss`.
+
+    Returns:
+        A scalar, the same on every rank. Collapsed views give ln(2N - 2) with N of all ranks. The official code adds
+        the two views' losses where this takes their mean, as NT-Xent does.
+
+    Raises:
+        ValueError: shapes that disagree, fewer than two samples over all ranks, a temperature or `sigma` that is not
+            positive, a tile size below one, an unknown exchange.
+        RuntimeError: on differentiating twice.
+
+    Reference:
+        Yeh et al., 2022, "Decoupled Contrastive Learning", equations 6 and 7 (https://arxiv.org/abs/2110.06848).
+
+    Example:
+        >>> same = torch.ones(3, 4)
+        >>> bool((dcl(same, same) - math.log(4)).abs() < 1e-5)
+        True
+    """
+    _check_pair("z1", z1, "z2", z2)
+    if sigma is not None and not sigma > 0:
+        raise ValueError(f"sigma={sigma} must be positive; the paper has 0.5, and None is the unweighted loss")
+    size = choose_tile(tile_size, z1.device)
+    with torch.autocast(device_type=z1.device.type, enabled=False):
+        z1, z2 = at_least_fp32(z1, z2)
+        if normalize:
+            z1, z2 = F.normalize(z1, dim=-1), F.normalize(z2, dim=-1)
+        scale = mean_gradient(_scale(temperature, z1), group)  # the positives are this rank's alone
+        half = len(z1)
+        index = torch.arange(2 * half, device=z1.device)
+        among, total = _among_others(
+            torch.cat([z1, z2]), [index, index.roll(half)], scale, group, size, exchange, "dcl has no negatives"
+        )
+        cosine = (z1 * z2).sum(1)
+        positive = scale * cosine
+        if sigma is not None:
+            likeness = (cosine / sigma).exp()
+            positive = positive * (2 - likeness * (total // 2) / sum_over_ranks(likeness.sum(), group))
+        return sum_over_ranks(among.sum() - 2 * positive.sum(), group) / total
+
+
+def sup_con(
+    features: Tensor,
+    labels: Tensor | None,
+    *,
+    temperature: Tensor | float = 0.07,
+    normalize: bool = True,
+    group: dist.ProcessGroup | None = None,
+    tile_size: int | None = None,
+    exchange: str = "gather",
+) -> Tensor:
+    """Supervised contrastive loss: every view looks for all views of its class among all other views.
+
+    The mean over the NV views of -1/|P(i)| sum_{p in P(i)} log(exp(s_ip / t) / sum_{a != i} exp(s_ia / t)), P(i) the
+    other views with the label of i, over all ranks.
+
+    Args:
+        features: `[N, V, D]` projections of V views of this rank's samples.
+        labels: `[N]` integers; `None` gives every sample a class of its own, which with two views is `nt_xent`.
+        temperature: t > 0; a float or a 0-d tensor, which may be learnt.
+        normalize: divide the rows by their Euclidean norm first.
+        group: process group; `None` is the default group when initialised, else this process alone.
+        tile_size: rows and columns of a tile; `None` chooses. It changes time and memory, not the result.
+        exchange: `"gather"` or `"ring"`, as in `clip_loss`.
+
+    Returns:
+        A scalar, the same on every rank. Collapsed features give ln(NV - 1). A view without any positive (one view,
+        a label that occurs once) counts as 0, as in the official code. That code also multiplies by t / 0.07, which
+        only rescales the learning rate, and is left out here, as in the paper.
+
+    Raises:
+        ValueError: shapes that disagree, a single view over all ranks, labels that are no integers, a temperature
+            that is not positive, a tile size below one, an unknown exchange.
+        RuntimeError: on differentiating twice.
+
+    Reference:
+        Khosla et al., 2020, "Supervised Contrastive Learning", equation 2 (https://arxiv.org/abs/2004.11362).
+
+    Example:
+        >>> same = torch.ones(3, 2, 4)
+        >>> bool((sup_con(same, torch.tensor([0, 0, 1])) - math.log(5)).abs() < 1e-5)
+        True
+    """
+    if features.ndim != 3 or 0 in features.shape:
+        raise ValueError(f"features must be [N, V, D] with N, V > 0, got {list(features.shape)}")
+    count, views = features.shape[:2]
+    if labels is not None and (labels.shape != (count,) or labels.is_floating_point()):
+        raise ValueError(f"labels must be integers [{count}], got {labels.dtype} {list(labels.shape)}")
+    size = choose_tile(tile_size, features.device)
+    with torch.autocast(device_type=features.device.type, enabled=False):
+        (rows,) = at_least_fp32(features.flatten(0, 1))
+        if normalize:
+            rows = F.normalize(rows, dim=-1)
+        scale = mean_gradient(_scale(temperature, rows), group)
+        index = torch.arange(len(rows), device=rows.device)
+        among, total = _among_others(rows, [index], scale, group, size, exchange, "sup_con has no other view")
+        # The mean score with the positives is the score with their mean: one sum a class does for all pairs.
+        sizes = row_counts(rows, group)
+        if labels is None:
+            classes = first_row(sizes, group) + index - index % views  # the number of the sample's first view
+        else:
+            classes = labels.to(rows.device).repeat_interleave(views)
+        _, numbers = all_gather(classes, group, sizes).unique(return_inverse=True)
+        members = torch.bincount(numbers)
+        own = numbers[first_row(sizes, group) :][: len(rows)]
+        sums = sum_over_ranks(rows.new_zeros(len(members), rows.shape[1]).index_add(0, own, rows), group)
+        positives = (members[own] - 1).to(rows.dtype)
+        score = scale * (rows * (sums[own] - rows)).sum(1) / positives.clamp_min(1)
+        return sum_over_ranks(((among - score) * (positives > 0)).sum(), group) / total
+
+
 def mutual_information_bound(loss: Tensor | float, negatives: int) -> Tensor | float:
     """What an InfoNCE loss says about the mutual information of the two views: at least ln(K + 1) - loss nats.
 
@@ -202,6 +339,34 @@ def _check_pair(first: str, a: Tensor, second: str, b: Tensor) -> None:
         raise ValueError(
             f"{first} and {second} must both be [N, D] with N > 0, got {list(a.shape)} and {list(b.shape)}"
         )
+
+
+def _among_others(
+    views: Tensor,
+    excluded: list[Tensor],
+    scale: Tensor,
+    group: dist.ProcessGroup | None,
+    size: int,
+    exchange: str,
+    complaint: str,
+) -> tuple[Tensor, int]:
+    """`[n]` log-sum-exp of every view's scores with those of all ranks but some, and the number of views.
+
+    Args:
+        excluded: each `[n]`: which of this rank's views a view leaves out, itself first.
+        complaint: what is wrong when nothing is left.
+    """
+    sizes = row_counts(views, group)
+    total, offset = sum(sizes), first_row(sizes, group)
+    if total <= len(excluded):
+        raise ValueError(f"{complaint}: the batch of all ranks has {total} views; take more samples")
+    columns = Columns(sizes, group, exchange)
+    grid = Grid(len(views), columns.blocks, size)
+    rows = torch.arange(len(views), device=views.device).repeat(len(excluded))
+    # No `offset` in the plan: it promises a score with the own column, which is left out here.
+    left_out = SparseTargets(rows, offset + torch.cat(excluded), None, grid)
+    among, _ = softmax_losses(views, views.detach(), scale, Plan(columns, grid, excluded=left_out, mirror=0))
+    return among, total
 
 
 def _scale(temperature: Tensor | float, like: Tensor) -> Tensor:

@@ -3,9 +3,32 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def cosine_momentum(start: float, progress: float, end: float = 1.0) -> float:
+    """Momentum that rises from `start` to `end` along half a cosine, as the training goes on.
+
+    m = end - (end - start) (1 + cos(pi progress)) / 2, with the paper's end of 1.
+
+    Args:
+        start: m at the beginning, in [0, 1].
+        progress: share of the training that is done; outside of [0, 1] the nearer end holds.
+        end: m at the end.
+
+    Reference:
+        Grill et al., 2020, "Bootstrap Your Own Latent", section 3.2 (https://arxiv.org/abs/2006.07733); MoCo v3, DINO
+        and DINOv2 do the same from other starts.
+
+    Example:
+        >>> [round(cosine_momentum(0.99, share), 4) for share in (0.0, 0.5, 1.0)]
+        [0.99, 0.995, 1.0]
+    """
+    return end - (end - start) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
 
 
 class MomentumTeacher(nn.Module):
@@ -15,9 +38,14 @@ class MomentumTeacher(nn.Module):
     depend on the rows alone: the same in chunks as at once, on two ranks as on one. Its weights belong to the
     `state_dict` of whoever owns it, which makes a resumed run exact. Buffers (norm statistics) are copied.
 
+    With `batch_statistics` the BatchNorms of the copy train and rest with their owner: in training they normalise by
+    the batch that the teacher sees and keep running statistics of their own, as in BYOL and MoCo. Rows then depend on
+    one another, so such a teacher runs in `loss`, or where the batch is not cut in chunks.
+
     Args:
-        student: any module; it is not kept, and `update` names it again.
+        student: any module; it is not kept, and `update` names it again. Several: an `nn.ModuleDict` of them.
         momentum: m, in [0, 1].
+        batch_statistics: see above.
 
     Attributes:
         module: the copy. Call its methods under `torch.no_grad()`.
@@ -39,11 +67,11 @@ class MomentumTeacher(nn.Module):
         True
     """
 
-    def __init__(self, student: nn.Module, momentum: float) -> None:
+    def __init__(self, student: nn.Module, momentum: float, *, batch_statistics: bool = False) -> None:
         super().__init__()
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum={momentum} is not between 0 and 1; the papers use 0.99 to 0.9995")
-        self.momentum = float(momentum)
+        self.momentum, self.batch_statistics = float(momentum), batch_statistics
         self.module = copy.deepcopy(student).eval().requires_grad_(False)
         low = {value.dtype for value in self.module.parameters() if value.is_floating_point() and value.itemsize < 4}
         if low:
@@ -51,10 +79,18 @@ class MomentumTeacher(nn.Module):
                 f"a momentum teacher of {', '.join(sorted(map(str, low)))} weights would round its updates of "
                 f"{1 - momentum:.3g} away; keep the weights in float32 and compute in half precision (--bf16)"
             )
+        self.train(student.training)
 
     def train(self, mode: bool = True) -> MomentumTeacher:
-        """The teacher stays in evaluation mode whatever its owner does."""
-        return super().train(False)
+        """The teacher stays in evaluation mode whatever its owner does, but for BatchNorms with `batch_statistics`."""
+        super().train(False)
+        if self.batch_statistics:
+            for norm in self._norms().values():
+                norm.train(mode)
+        return self
+
+    def _norms(self) -> dict[str, nn.Module]:
+        return {name: module for name, module in self.module.named_modules() if isinstance(module, _BatchNorm)}
 
     @torch.no_grad()
     def update(self, student: nn.Module, momentum: float | None = None) -> None:
@@ -74,6 +110,7 @@ class MomentumTeacher(nn.Module):
             raise ValueError(f"this is not the module that was copied: only one of the two has {differing}")
         if mine:
             torch._foreach_lerp_(list(mine.values()), [theirs[name].detach() for name in mine], share)
-        sources = dict(student.named_buffers())
+        sources, norms = dict(student.named_buffers()), self._norms() if self.batch_statistics else {}
         for name, buffer in self.module.named_buffers():
-            buffer.copy_(sources[name])
+            if name.rpartition(".")[0] not in norms:  # those have statistics of their own
+                buffer.copy_(sources[name])

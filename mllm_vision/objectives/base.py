@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils import ModelOutput
 
-from mllm_vision.encoder.dual import DualEncoder
 from mllm_vision.encoder.encoder import VisionEncoder
-from mllm_vision.encoder.features import check_patch_dropout
-from mllm_vision.errors import unknown_name
 from mllm_vision.functional.geometry import participation_ratio, spread
-
-OBJECTIVES = {
-    "clip": "mllm_vision.objectives.clip:Clip",
-    "itc": "mllm_vision.objectives.itc:Itc",
-    "siglip": "mllm_vision.objectives.siglip:SigLip",
-}
 
 
 @dataclass
@@ -79,8 +71,26 @@ class Objective(nn.Module, ABC):
     def after_step(self, progress: float) -> None:
         """Teacher, queue, centre and clamping; once per optimizer step. `progress` runs from 0 to 1."""
 
+    def before_training(self, rows: int | None, batch_size: int) -> None:
+        """Sizes that come from the data; once, before the first step and before a checkpoint is read.
+
+        Args:
+            rows: of the training set; None where it has no length.
+            batch_size: rows of one loss, over all ranks.
+
+        Raises:
+            ValueError: the data are too few for the method.
+        """
+
     def before_epoch(self, features: Tensor) -> None:
         """Prototypes and the like, from a pass over the data."""
+
+    def check_chunks(self, chunk_size: int) -> None:
+        """Refuses to embed in chunks what this very model cannot (see `chunkable` for what a method cannot).
+
+        Raises:
+            ValueError: with the remedy.
+        """
 
     @classmethod
     def check_accumulation(
@@ -110,6 +120,10 @@ class Objective(nn.Module, ABC):
             "or more processes (negatives are gathered) where memory is short"
         )
 
+    def negatives(self, batch_size: int) -> int | None:
+        """Negatives of an anchor in a loss of `batch_size` rows over all ranks; None for a method that has none."""
+        return batch_size - 1
+
     def chance_loss(self, batch_size: int, positives: float = 1.0) -> float | None:
         """The loss of a model that knows nothing, for a batch of `batch_size` over all ranks.
 
@@ -123,125 +137,168 @@ class Objective(nn.Module, ABC):
         return None
 
 
-class ImageTextObjective(Objective):
-    """Shared by the image-text methods: a `DualEncoder` and exact duplicates as positives.
+class ImageObjective(Objective):
+    """Shared by the methods that learn from images alone: an encoder, and how its views and training are made.
+
+    A batch has the columns `views` `[B, V, 3, H, W]` (normalised), `local_views` `[B, L, 3, h, w]`, `index` `[B]`
+    (row of the data set), `seeds` `[B]` (a random key of every sample, from the seed, the epoch and the row) and
+    `labels` `[B]`; `embed` names those that it takes.
 
     Args:
-        dual: the pair of towers.
+        encoder: the encoder to train.
         config: the method's `Config`.
 
     Attributes:
-        has_bias: whether the pair must be made with a logit bias.
-        patch_dropout: share of the patches that training leaves out, where the method's `Config` has the field.
-
-    Raises:
-        ValueError: `patch_dropout` outside [0, 1), or with a convolutional image tower.
+        views: name of the view policy (data/views.py).
+        training_defaults: the paper's values of `TrainingArguments` and `OptimizerArguments`; flags and YAML win.
+        needs_features: whether the trainer passes over the data before each epoch and calls `before_epoch` with
+            `epoch_features` of every row.
+        features_due: whether the epoch that begins needs that pass.
+        least_views: how many views of a sample a loss needs.
+        progress: share of the training that is done, in [0, 1], told before each step.
+        epoch: epochs done, with their fraction, told before each step.
     """
 
-    has_bias: ClassVar[bool] = False
+    views: ClassVar[str] = "simclr"
+    training_defaults: ClassVar[dict[str, Any]] = {}
+    needs_features: ClassVar[bool] = False
+    features_due: bool = True
+    least_views: ClassVar[int] = 2
 
-    def __init__(self, dual: DualEncoder, config: Any = None) -> None:
+    def __init__(self, encoder: VisionEncoder, config: Any = None) -> None:
         super().__init__()
-        self.dual = dual
+        self.encoder = encoder  # type: ignore[misc]  # registers the module; the property below reads it
         self.config = config if config is not None else self.Config()
-        self.patch_dropout: float = getattr(self.config, "patch_dropout", 0.0)
-        check_patch_dropout(self.patch_dropout, dual.vision.backbone)
+        self.progress, self.epoch = 0.0, 0.0
+        for name, parameter in encoder.backbone.named_parameters():
+            if name.endswith("mask_token"):  # no pass reads it (DDP would wait for it); who masks turns it on again
+                parameter.requires_grad_(False)
 
     @property
     def encoder(self) -> VisionEncoder:
-        return self.dual.vision
+        return self._modules["encoder"]  # type: ignore[return-value]
 
-    @property
-    def logit_scale(self) -> nn.Parameter:
-        return self.dual.logit_scale
-
-    def embed(  # type: ignore[override]
-        self,
-        pixel_values: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        caption_ids: Tensor | None = None,
-        image_ids: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Features of every pair, and the ids that tell duplicates.
-
-        Args:
-            pixel_values: `[B, 3, H, W]`.
-            input_ids: `[B, T]`, padded on the right.
-            attention_mask: `[B, T]`.
-            caption_ids: `[B]` int64; equal ids are the same caption.
-            image_ids: `[B]` int64; equal ids are the same image.
-
-        Returns:
-            `image` and `text` `[B, E]`, and `ids` `[B, K]` where ids were given.
-        """
-        # Texts first: a tower that runs packed asks for their lengths, which waits for whatever the GPU has to do.
-        text = self.dual.text_features(input_ids, attention_mask)
-        embeddings = {"image": self.dual.image_features(pixel_values, patch_dropout=self.patch_dropout), "text": text}
-        ids = [column for column in (caption_ids, image_ids) if column is not None]
-        if ids and self.config.duplicate_positives:
-            embeddings["ids"] = torch.stack(ids, dim=1)
-        return embeddings
+    @classmethod
+    def columns(cls) -> list[str]:
+        """Names of the batch's columns that the method takes: the arguments of `embed`."""
+        return [name for name in inspect.signature(cls.embed).parameters if name != "self"]
 
     def forward(
         self,
-        pixel_values: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        caption_ids: Tensor | None = None,
-        image_ids: Tensor | None = None,
+        views: Tensor,
+        local_views: Tensor | None = None,
+        index: Tensor | None = None,
+        seeds: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> ObjectiveOutput:
-        """`loss(embed(batch))`; see `embed` for the arguments."""
-        return self.loss(self.embed(pixel_values, input_ids, attention_mask, caption_ids, image_ids))
+        """`loss(embed(batch))`, with those columns that `embed` names.
 
-    @torch.no_grad()
-    def metrics(self, embeddings: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Scale, bias, the mean cosine of the pairs, and how the embeddings fill their space.
-
-        What costs nothing and shows trouble early; `training.health.Health` reads it. Spread and rank are those of at
-        most 256 rows of this rank, averaged over ranks when logged.
+        Raises:
+            ValueError: `embed` needs a column that the batch lacks.
         """
-        cosine = F.cosine_similarity(embeddings["image"].float(), embeddings["text"].float(), dim=-1).mean()
-        metrics = {"logit_scale": self.dual.logit_scale.detach().exp(), "positive_similarity": cosine}
-        for side in ("image", "text"):
-            some = embeddings[side][:256]
-            metrics[f"{side}_spread"], metrics[f"{side}_rank"] = spread(some), participation_ratio(some)
-        if self.dual.logit_bias is not None:
-            metrics["logit_bias"] = self.dual.logit_bias.detach().clone()
-        return metrics
+        given = {"views": views, "local_views": local_views, "index": index, "seeds": seeds, "labels": labels}
+        return self.loss(self.embed(**self.select_columns(given)))
 
-    def _set(self, parameter: nn.Parameter, value: float | None) -> None:
-        if value is not None:
-            with torch.no_grad():
-                parameter.fill_(value)
+    @classmethod
+    def select_columns(cls, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Those columns of a batch that `embed` takes.
 
+        Raises:
+            ValueError: `embed` needs a column that the batch lacks.
+        """
+        found = {name: batch[name] for name in cls.columns() if batch.get(name) is not None}
+        for name, parameter in inspect.signature(cls.embed).parameters.items():
+            if name != "self" and name not in found and parameter.default is parameter.empty:
+                remedy = {"labels": "name the label column (--label_column)", "local_views": "ask for local crops"}
+                has = ", ".join(name for name, value in batch.items() if value is not None)
+                raise ValueError(
+                    f"{cls.__name__} needs the column {name!r}, and the batch has {has}; {remedy.get(name, 'give it')}"
+                )
+        return found
 
-def list_objectives() -> list[str]:
-    """Names that `load_objective` knows."""
-    return sorted(OBJECTIVES)
+    def features(
+        self, encoder: VisionEncoder, views: Tensor, *, least: int | None = None, apart: bool = False
+    ) -> Tensor:
+        """Pooled vectors before any head (what an evaluation uses), one pass for all views of one size.
 
+        Args:
+            encoder: the method's own, or a teacher's.
+            views: `[B, V, 3, H, W]`.
+            least: views that a sample must have; default `least_views`.
+            apart: an encoder with BatchNorm takes one view after the other, each normalised by itself.
 
-def load_objective(name: str) -> type[Objective]:
-    """A method's class.
+        Returns:
+            `[B, V, P]`.
 
-    Args:
-        name: one of `list_objectives()`, or `"package.module:Class"` for a method of your own.
+        Raises:
+            ValueError: another shape, or fewer views than the method needs.
+        """
+        self.check_views(views, least)
+        rows, count = views.shape[:2]
+        if apart and any(isinstance(module, _BatchNorm) for module in encoder.modules()):
+            return torch.stack([encoder(view, tokens=False).pooled for view in views.unbind(1)], dim=1)
+        return encoder(views.flatten(0, 1), tokens=False).pooled.unflatten(0, (rows, count))
 
-    Raises:
-        ValueError: an unknown name (the nearest known one is named), a module that cannot be imported, or a
-            class that is no `Objective`.
-    """
-    path = OBJECTIVES.get(name.lower(), name)
-    if ":" not in path:
-        told = unknown_name("objective", name, list_objectives())
-        raise ValueError(f"{told}. A method of your own is 'package.module:Class'")
-    module, _, attribute = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot load objective {name!r}: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Objective)):
-        raise ValueError(f"{name!r} is {found!r}, which is no subclass of mllm_vision.objectives.Objective")
-    if not hasattr(found, "Config"):
-        raise ValueError(f"objective {name!r} has no Config dataclass; its fields are the method's flags")
-    return found
+    def check_views(self, views: Tensor, least: int | None = None) -> None:
+        """Raises ValueError unless `views` is `[B, V, 3, H, W]` with enough views for the method."""
+        least = self.least_views if least is None else least
+        if views.ndim != 5 or views.shape[1] < least:
+            raise ValueError(
+                f"{type(self).__name__} needs views [B, V, 3, H, W] with V >= {least}, got {list(views.shape)}; "
+                f"the view policy {self.views!r} makes them (data/views.py)"
+            )
+
+    def epoch_features(self, views: Tensor) -> Tensor:
+        """What `before_epoch` gets of every row: `views` `[B, 1, 3, H, W]`, not augmented, to `[B, D]`."""
+        return self.features(self.encoder, views, least=1)[:, 0]
+
+    def negatives(self, batch_size: int) -> int | None:
+        """As `Objective.negatives`; most methods from images have none."""
+        return None
+
+    def rates(self) -> dict[str, float | str]:
+        """Learning rates that differ, by parameter-name prefix (`"predictor"`, `"head.last_layer"`).
+
+        A number is a factor on the learning rate. `"constant"` holds the rate at its peak, without warm-up and decay.
+        `"frozen:1"` leaves the parameters as they are for so many epochs: they get no gradient, so the optimizer
+        skips them.
+        """
+        return {}
+
+    def before_training(self, rows: int | None, batch_size: int) -> None:
+        """Refuses a batch of one where rows are told apart, and a queue that the data cannot fill."""
+        if self.couples_batch and batch_size < 2:
+            raise ValueError(
+                f"{type(self).__name__} compares the rows of a batch, and this one has {batch_size}; "
+                "use --per_device_train_batch_size 2 or more"
+            )
+        queue = getattr(self.config, "queue_size", None)
+        if queue and rows is not None and queue > rows:
+            raise ValueError(
+                f"queue_size={queue} is more than the {rows} images of the training set, so that an image would be "
+                f"its own negative; use --queue_size {max(1, rows // 2)} or less"
+            )
+
+    def check_chunks(self, chunk_size: int) -> None:
+        """BatchNorm in the encoder normalises with the rows that pass together, so chunks would change it."""
+        encoders = [module for module in self.modules() if isinstance(module, VisionEncoder)]
+        norms = [
+            name for encoder in encoders for name, module in encoder.named_modules() if isinstance(module, _BatchNorm)
+        ]
+        if norms:
+            raise ValueError(
+                f"embedding in chunks of {chunk_size} would change {len(norms)} BatchNorm layers of the encoder "
+                f"({norms[0]}), which normalise with the batch: leave --embed_batch_size and "
+                "--gradient_accumulation_steps out and use more processes with --sync_batch_norm, or an encoder "
+                "without BatchNorm (a ViT)"
+            )
+
+    @staticmethod
+    @torch.no_grad()
+    def collapse_metrics(**vectors: Tensor) -> dict[str, Tensor]:
+        """`<name>_spread` and `<name>_rank` of `[N, D]` vectors (at most 256 rows), which `training.health` watches."""
+        found: dict[str, Tensor] = {}
+        for name, rows in vectors.items():
+            some = rows.detach()[:256]
+            found[f"{name}_spread"], found[f"{name}_rank"] = spread(some), participation_ratio(some)
+        return found

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mllm_vision.encoder.dual import DualEncoder
 from mllm_vision.functional.image_text import clip_loss
-from mllm_vision.objectives.base import ImageTextObjective, ObjectiveOutput
+from mllm_vision.objectives.base import ObjectiveOutput
+from mllm_vision.objectives.image_text import ImageTextObjective, TiledConfig
 
 
 class Clip(ImageTextObjective):
@@ -31,30 +32,16 @@ class Clip(ImageTextObjective):
     """
 
     @dataclass
-    class Config:
+    class Config(TiledConfig):
         """Flags of the method."""
 
-        initial_logit_scale: float | None = field(
-            default=1 / 0.07, metadata={"help": "1 / temperature at the start; 'null' keeps a loaded pair's"}
-        )
         max_logit_scale: float = field(
             default=100.0, metadata={"help": "the logit scale is clamped to [1, this] after each step"}
-        )
-        duplicate_positives: bool = field(
-            default=True, metadata={"help": "captions or images that occur twice in a batch are positives"}
-        )
-        patch_dropout: float = field(
-            default=0.0, metadata={"help": "share of the patches that training leaves out, at random (FLIP): 0.5"}
         )
 
     def __init__(self, dual: DualEncoder, config: Config | None = None) -> None:
         super().__init__(dual, config)
-        scale, limit = self.config.initial_logit_scale, self.config.max_logit_scale
-        if dual.logit_bias is not None:
-            raise ValueError("the softmax loss has no bias, but the pair has one; build it with logit_bias=None")
-        if limit < 1 or (scale is not None and not 1 <= scale <= limit):
-            raise ValueError(f"initial_logit_scale={scale} must lie in [1, max_logit_scale={limit}]")
-        self._set(dual.logit_scale, None if scale is None else math.log(scale))
+        self._start_softmax(1.0, self.config.max_logit_scale)
 
     def loss(self, embeddings: dict[str, Tensor]) -> ObjectiveOutput:
         """`embeddings` as `embed` returns them."""
@@ -63,6 +50,7 @@ class Clip(ImageTextObjective):
             embeddings["text"],
             self.dual.logit_scale.exp(),
             relations=embeddings.get("ids"),
+            **self.config.engine,
         )
         return ObjectiveOutput(loss=loss, metrics=self.metrics(embeddings))
 

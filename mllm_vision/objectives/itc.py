@@ -14,7 +14,8 @@ from mllm_vision.encoder.dual import DualEncoder
 from mllm_vision.functional.momentum_contrast import momentum_contrast
 from mllm_vision.modules.momentum import MomentumTeacher
 from mllm_vision.modules.queue import FeatureQueue
-from mllm_vision.objectives.base import ImageTextObjective, ObjectiveOutput
+from mllm_vision.objectives.base import ObjectiveOutput
+from mllm_vision.objectives.image_text import ImageTextConfig, ImageTextObjective
 
 MIN_LOGIT_SCALE = 2.0  # the official code keeps the temperature below 0.5
 
@@ -48,7 +49,7 @@ class Itc(ImageTextObjective):
     """
 
     @dataclass
-    class Config:
+    class Config(ImageTextConfig):
         """Flags of the method."""
 
         alpha: float = field(default=0.4, metadata={"help": "weight of the momentum towers' soft targets"})
@@ -60,18 +61,8 @@ class Itc(ImageTextObjective):
             default=57600,
             metadata={"help": "momentum features kept from earlier batches; any number, 0 for none"},
         )  # fmt: skip
-        initial_logit_scale: float | None = field(
-            default=1 / 0.07, metadata={"help": "1 / temperature at the start; 'null' keeps a loaded pair's"}
-        )
         max_logit_scale: float = field(
             default=1000.0, metadata={"help": "the logit scale is clamped to [2, this] after each step"}
-        )
-        duplicate_positives: bool = field(
-            default=True, metadata={"help": "captions or images that occur twice, in batch or queue, are positives"}
-        )
-        patch_dropout: float = field(
-            default=0.0,
-            metadata={"help": "share of the patches that training leaves out, at random (FLIP): 0.5"},
         )
 
     alpha_share: Tensor
@@ -79,8 +70,7 @@ class Itc(ImageTextObjective):
     def __init__(self, dual: DualEncoder, config: Config | None = None) -> None:
         super().__init__(dual, config)
         self._check()
-        scale = self.config.initial_logit_scale
-        self._set(dual.logit_scale, None if scale is None else math.log(scale))
+        self._start_softmax(MIN_LOGIT_SCALE, self.config.max_logit_scale)
         self.teacher = MomentumTeacher(dual, self.config.momentum)
         size = self.config.queue_size
         self.queue = FeatureQueue(size, 2 * dual.embed_dim, id_columns=2) if size else None
@@ -92,16 +82,11 @@ class Itc(ImageTextObjective):
 
     def _check(self) -> None:
         config = self.config
-        if self.dual.logit_bias is not None:
-            raise ValueError("the softmax loss has no bias, but the pair has one; build it with logit_bias=None")
         if not 0 <= config.alpha <= 1:
             raise ValueError(f"alpha={config.alpha} is not between 0 and 1; the papers use 0.4")
         if config.alpha_ramp_epochs < 0 or config.queue_size < 0:
             told = f"alpha_ramp_epochs={config.alpha_ramp_epochs} and queue_size={config.queue_size}"
             raise ValueError(f"{told} must not be negative; 0 stands for no ramp and no queue")
-        scale, limit = config.initial_logit_scale, config.max_logit_scale
-        if limit < MIN_LOGIT_SCALE or (scale is not None and not MIN_LOGIT_SCALE <= scale <= limit):
-            raise ValueError(f"initial_logit_scale={scale} must lie in [{MIN_LOGIT_SCALE}, max_logit_scale={limit}]")
 
     @property
     def momentum_dual(self) -> DualEncoder:
@@ -175,6 +160,10 @@ class Itc(ImageTextObjective):
         if self.config.alpha_ramp_epochs:
             done = progress if self.epoch is None else self.epoch
             self.alpha_share.fill_(min(1.0, done / self.config.alpha_ramp_epochs))
+
+    def negatives(self, batch_size: int) -> int:
+        """The rest of the batch, and the queue once it is full."""
+        return batch_size - 1 + self.config.queue_size
 
     def chance_loss(self, batch_size: int, positives: float = 1.0) -> float:
         """ln of the number of columns, those of the batch and what the queue holds by now, whatever the targets."""

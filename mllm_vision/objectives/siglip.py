@@ -11,7 +11,8 @@ from torch import Tensor
 from mllm_vision.distributed import world_size
 from mllm_vision.encoder.dual import DualEncoder
 from mllm_vision.functional.image_text import related, siglip_loss
-from mllm_vision.objectives.base import ImageTextObjective, ObjectiveOutput
+from mllm_vision.objectives.base import ObjectiveOutput
+from mllm_vision.objectives.image_text import ImageTextObjective, TiledConfig
 
 
 class SigLip(ImageTextObjective):
@@ -32,7 +33,7 @@ class SigLip(ImageTextObjective):
     """
 
     @dataclass
-    class Config:
+    class Config(TiledConfig):
         """Flags of the method."""
 
         initial_logit_scale: float | None = field(
@@ -41,12 +42,6 @@ class SigLip(ImageTextObjective):
         initial_logit_bias: float | None = field(
             default=-10.0,
             metadata={"help": "b at the start: -10, or -2.71 for small batches; 'null' keeps a loaded pair's"},
-        )
-        duplicate_positives: bool = field(
-            default=True, metadata={"help": "captions or images that occur twice in a batch are positives"}
-        )
-        patch_dropout: float = field(
-            default=0.0, metadata={"help": "share of the patches that training leaves out, at random (FLIP): 0.5"}
         )
 
     has_bias = True
@@ -69,6 +64,7 @@ class SigLip(ImageTextObjective):
             self.dual.logit_scale.exp(),
             self.dual.logit_bias,
             relations=embeddings.get("ids"),
+            **self.config.engine,
         )
         return ObjectiveOutput(loss=loss, metrics=self.metrics(embeddings))
 

@@ -1,4 +1,4 @@
-"""Warnings during a contrastive training: what is going wrong, said once, while there is still time to stop."""
+"""Warnings during a training of stage zero: what is going wrong, said once, while there is still time to stop."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ CLAMP_SHARE = 0.995  # a mean scale this near to a limit was at it for most of t
 BIAS_RATIO = 4.0  # pairs called positive against pairs that are, beyond which the bias is wrong
 LEAST_SPREAD = 0.1  # of unit vectors; their mean cosine is then 0.99
 LEAST_RANK = 1.1  # directions that carry the variance; 1 is a line
+LEAST_ENTROPY = 0.1  # of the prototypes that a batch is given to; 0 is one prototype
 HOLD = 10  # steps that a state has to last before it is worth a warning
 EARLIEST = 50  # steps that a training is given in any case: the sigmoid loss passes its chance slowly
 
@@ -23,9 +24,12 @@ EARLIEST = 50  # steps that a training is given in any case: the sigmoid loss pa
 class Health(TrainerCallback):
     """Watches the logged loss and metrics of an `Objective` and warns, once each, of
 
-    - `chance`: the loss stays at that of a model that knows nothing (ln N for the softmax loss);
+    - `chance`: the loss stays at that of a model that knows nothing, named where it is a known one: ln N (softmax
+      over the batch), ln(2N-1) (NT-Xent), ln(K+1) (a queue of K), ln(out_dim) (DINO's prototypes), the margin (pairs
+      and triplets, whose distances are then all the same);
     - `scale`: the logit scale came to its clamp in the first half of the training, or fell to the lower one;
     - `bias`: the sigmoid loss calls several times too many or too few pairs positive;
+    - `prototypes`: a teacher that gives every image to one prototype, or none to any (DINO and its kin);
     - `collapse`: all embeddings point one way (`*_spread` below 0.1), or vary along one line (`*_rank` below 1.1).
 
     A state counts when it lasts for 10 steps, and, but for the scale, only after a fifth of the training (at least
@@ -37,8 +41,8 @@ class Health(TrainerCallback):
         run: a `Run`; its record then gets `health`, a list of `{"step", "name", "message"}`.
 
     It reads the metrics `logit_scale`, `positives` and `predicted_positives` (positive pairs an image, and how many
-    the sigmoid says there are), and every metric whose name ends in `_spread` or `_rank`; what is not logged is not
-    judged.
+    the sigmoid says there are), `prototype_entropy` and `teacher_entropy`, and every metric whose name ends in
+    `_spread` or `_rank`; what is not logged is not judged.
     """
 
     def __init__(self, objective: Any, pairs: Callable[[], int], run: Any = None) -> None:
@@ -92,7 +96,8 @@ class Health(TrainerCallback):
         """(name, message) of all that is wrong in these logs."""
         yield from self._scale(state, logs)
         pairs = self.pairs()
-        causes = [*_bias(logs, pairs), *_collapse(logs)]
+        alone = not hasattr(self.objective, "dual") and hasattr(self.objective, "views")  # images without texts
+        causes = [*_bias(logs, pairs), *_collapse(logs, alone), *_prototypes(logs, self.objective)]
         yield from causes
         chance = expected_chance(self.objective, pairs, logs.get("positives", 1.0))
         if not chance or not CHANCE_SHARE * chance <= logs["loss"] < math.inf:
@@ -101,11 +106,15 @@ class Health(TrainerCallback):
         why = (
             "see the warning of the bias"
             if any(name == "bias" for name, _ in causes)
-            else "look at the pairs (do image and caption belong together?), the learning rate "
-            f"({args.learning_rate:g}) and the logit scale" + "; the embeddings have collapsed too" * bool(causes)
+            else "look at "
+            + ("the views (too strong?)" if alone else "the pairs (do image and caption belong together?)")
+            + f", the learning rate ({args.learning_rate:g}) and the {'temperature' if alone else 'logit scale'}"
+            + "; the embeddings have collapsed too" * bool(causes)
         )
-        told = f"the loss {logs['loss']:.4f} {where} chance ({chance:.4f} for {pairs} pairs): nothing is learnt"
-        yield "chance", f"{told}; {why}"
+        level = level_name(self.objective, pairs, chance)
+        level = f"{level} = {chance:.4f}" if level else f"{chance:.4f}"
+        told = f"the loss {logs['loss']:.4f} {where} chance ({level} for {pairs} {'images' if alone else 'pairs'})"
+        yield "chance", f"{told}: nothing is learnt; {why}"
 
     def _limits(self) -> tuple[float, float] | None:
         limits = getattr(self.objective, "scale_limits", None)
@@ -142,10 +151,64 @@ def patience(args: Any, max_steps: int) -> int:
 def expected_chance(objective: Any, pairs: int, positives: float = 1.0) -> float | None:
     """The loss at chance that the objective states, `positives` positive texts an image included; None without one."""
     chance = getattr(objective, "chance_loss", None)
-    if not callable(chance) or pairs < 2:
+    if pairs < 2:
         return None
+    if not callable(chance):
+        return _setting(objective, "margin")
     # a method of the user's own need not know of duplicates
     return chance(pairs, positives) if positives > 1.0 else chance(pairs)
+
+
+def level_name(objective: Any, pairs: int, level: float) -> str:
+    """What a loss at chance is known as ("ln(2N-1)", "ln(K+1)"...), or nothing.
+
+    Args:
+        objective: asked for its queue (`queue`, `config.queue_size`), `out_dim`, `temperature` and `margin`.
+        pairs: N, the rows of the batch over all ranks.
+        level: the loss at chance.
+    """
+    known = {"ln N": math.log(pairs), "ln(2N-1)": math.log(2 * pairs - 1)}
+    held = getattr(objective, "queue", None)
+    for queue in (len(held) if hasattr(held, "__len__") else None, _setting(objective, "queue_size")):
+        if queue:
+            known |= {"ln(K+1)": math.log(queue + 1), "2 ln(K+1)": 2 * math.log(queue + 1)}
+            if math.isclose(level, known["ln(K+1)"], rel_tol=1e-6):
+                return "ln(K+1)"
+    width, margin = _setting(objective, "out_dim"), _setting(objective, "margin")
+    if width and width > 0:
+        known["ln(out_dim)"] = math.log(width)
+    if margin:
+        known["the margin"] = margin
+    if temperature := _setting(objective, "temperature"):
+        known["4 T ln N"] = 4 * temperature * math.log(pairs)
+    return next((name for name, value in known.items() if math.isclose(level, value, rel_tol=1e-6)), "")
+
+
+def _setting(objective: Any, name: str) -> float | None:
+    """A number that the objective or its config has under this name."""
+    for owner in (objective, getattr(objective, "config", None)):
+        value = getattr(owner, name, None)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def _prototypes(logs: Mapping[str, float], objective: Any) -> Iterator[tuple[str, str]]:
+    """The two ways in which self-distillation collapses (Caron et al. 2021, section 5.3 and figure 7)."""
+    used, sure = logs.get("prototype_entropy", math.nan), logs.get("teacher_entropy", math.nan)
+    width = _setting(objective, "out_dim")
+    if used < LEAST_ENTROPY:
+        yield (
+            "prototypes",
+            f"collapse: the teacher gives every image to one prototype (prototype_entropy {used:.2g}); the centring is "
+            "too weak for the sharpening: raise the teacher's temperature, or lengthen its warm-up",
+        )
+    elif width and width > 1 and sure >= CHANCE_SHARE * math.log(width):
+        yield (
+            "prototypes",
+            f"collapse: the teacher gives every image to all prototypes alike (teacher_entropy {sure:.4g}, ln(out_dim) "
+            f"= {math.log(width):.4g}): lower the teacher's temperature",
+        )
 
 
 def _bias(logs: Mapping[str, float], pairs: int) -> Iterator[tuple[str, str]]:
@@ -161,7 +224,7 @@ def _bias(logs: Mapping[str, float], pairs: int) -> Iterator[tuple[str, str]]:
         )
 
 
-def _collapse(logs: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+def _collapse(logs: Mapping[str, float], alone: bool = False) -> Iterator[tuple[str, str]]:
     told = []
     for side in sorted({name.removesuffix("_spread").removesuffix("_rank") for name in logs}):
         spread, rank = logs.get(f"{side}_spread", math.nan), logs.get(f"{side}_rank", math.nan)
@@ -172,8 +235,9 @@ def _collapse(logs: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     if told:
         yield (
             "collapse",
-            f"collapse: {' and '.join(told)}. Lower the learning rate or lengthen the warm-up; see that image and "
-            "caption belong together, and that pictures still differ once they are transformed",
+            f"collapse: {' and '.join(told)}. Lower the learning rate or lengthen the warm-up; see that "
+            + ("" if alone else "image and caption belong together, and that ")
+            + "pictures still differ once they are transformed",
         )
 
 

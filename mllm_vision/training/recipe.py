@@ -41,7 +41,12 @@ def _yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def parse_recipe(*classes: type, argv: Sequence[str] | None = None, description: str = "") -> tuple:
+def parse_recipe(
+    *classes: type,
+    argv: Sequence[str] | None = None,
+    description: str = "",
+    defaults: dict[str, Any] | None = None,
+) -> tuple:
     """Instances of the dataclasses `classes`, filled from `--config file.yaml` and the command line.
 
     A bool field is `--bf16`, `--bf16 true`, `--bf16 false` or `--no_bf16`; a list takes several values; a dict
@@ -51,13 +56,14 @@ def parse_recipe(*classes: type, argv: Sequence[str] | None = None, description:
         classes: dataclasses; a field's `metadata["help"]` becomes its help, `metadata["aliases"]` are other names.
         argv: the words after the program's name; the process's own by default.
         description: the first lines of the help.
+        defaults: field -> value in place of the dataclasses' own defaults (a method's); file and flags win.
 
     Raises:
         ValueError: an unknown flag or key (naming the nearest known one), a value of a wrong type (with the
             value and the type expected), a required flag missing.
         FileNotFoundError: the file of `--config` does not exist.
     """
-    values = read_recipe(*classes, argv=argv, description=description)
+    values = read_recipe(*classes, argv=argv, description=description, defaults=defaults)
     return tuple(build(cls, given) for cls, given in zip(classes, values))
 
 
@@ -71,15 +77,23 @@ def build(cls: type, given: dict[str, Any]) -> Any:
     return instance
 
 
-def read_recipe(*classes: type, argv: Sequence[str] | None = None, description: str = "") -> list[dict[str, Any]]:
+def read_recipe(
+    *classes: type,
+    argv: Sequence[str] | None = None,
+    description: str = "",
+    defaults: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
     """As `parse_recipe`, but only the checked keyword arguments of each class; nothing is constructed."""
     fields = _known_fields(classes)
     words = list(sys.argv[1:] if argv is None else argv)
     if "--help" in words or "-h" in words:
-        print(_help(classes, description))
+        print(_help(classes, description, defaults or {}))
         raise SystemExit(0)
     flags = _split_flags(words, fields)
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(defaults or {})
+    for name in values:
+        if name not in fields:
+            raise ValueError(unknown_name("default", name, fields))
     for config in flags.pop("config", []):
         values.update(_read_config(config, fields))
     for name, texts in flags.items():
@@ -411,7 +425,7 @@ def _yamlable(value: Any) -> Any:
     return str(value)
 
 
-def _help(classes: Sequence[type], description: str) -> str:
+def _help(classes: Sequence[type], description: str, defaults: dict[str, Any]) -> str:
     lines = [description.strip(), ""] if description else []
     lines += ["  --config FILE", "        YAML of saved flags; flags on the command line win"]
     for cls in classes:
@@ -420,7 +434,8 @@ def _help(classes: Sequence[type], description: str) -> str:
         for field in dataclasses.fields(cls):
             if not field.init:
                 continue
-            default = "required" if _required(field) else f"default {_yamlable(_default(field))}"
+            value = _yamlable(defaults.get(field.name, _default(field)))
+            default = "required" if _required(field) else f"default {value}"
             names = ", ".join(f"--{name}" for name in (field.name, *field.metadata.get("aliases", ())))
             lines.append(f"  {names}  ({type_name(hints[field.name])}; {default})")
             if field.metadata.get("help"):

@@ -300,8 +300,10 @@ class RecipeTrainer(ExactResume):
                 for group in groups:
                     name = group.get("group_name", "default")
                     peaks[name] = max(peaks.get(name, 0.0), group["initial_lr"])
+                held = {group.get("group_name") for group in groups if group.get("held")}
                 for name in sorted(peaks.keys() - {"default"}):
-                    logs[f"learning_rate_{name}"] = logs["learning_rate"] * peaks[name] / groups[0]["initial_lr"]
+                    share = 1.0 if name in held else logs["learning_rate"] / groups[0]["initial_lr"]
+                    logs[f"learning_rate_{name}"] = share * peaks[name]
         super().log(logs, start_time)
         if self.run is not None and self.is_world_process_zero():
             self.run.log(self.state.global_step, logs)

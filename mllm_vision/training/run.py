@@ -128,7 +128,8 @@ class Run:
         view = dataset.head() if hasattr(dataset, "head") else dataset  # of a stream, its first rows
         count = len(view) if hasattr(view, "__len__") else 0
         if hasattr(view, "select_columns"):  # so that no image is decoded for three sentences
-            view = view.select_columns([name for name in wanted if name in view.column_names])
+            wanted = [name for name in wanted if name in view.column_names]
+            view, count = view.select_columns(wanted), count if wanted else 0  # images alone have no sentences
         samples = []
         for index in sorted({0, count // 2, count - 1}) if count else []:
             row = view[index]

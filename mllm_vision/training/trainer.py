@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,12 +12,16 @@ import torch
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils.memory import clear_device_cache
 from transformers import TrainingArguments
+from transformers.trainer_utils import has_length
 
 from mllm_vision.distributed import mean_over_ranks
 
 from .callbacks import AfterStep
+from .epoch_pass import FeaturesBeforeEpoch, TellProgress
+from .finite import stop_if_not_finite
 from .gradient_cache import cached_backward, count_rows
 from .health import Health
+from .method_rates import FrozenAtFirst, MethodRates
 from .recipe_trainer import RecipeTrainer
 
 logger = logging.getLogger(__name__)
@@ -33,25 +38,63 @@ class ObjectiveTrainer(RecipeTrainer):
     loss couples the rows of a batch, `gradient_accumulation_steps` means the same: so many times the rows at once,
     in chunks of `per_device_train_batch_size`.
 
+    A loss that is NaN or infinite ends the training before its step, with the batch saved (`training.finite`). The
+    rates that a method asks for are in `training.method_rates`.
+
+    Args:
+        make_views: a callable batch -> batch that makes the views of a batch on its device (`data.views.ViewMaker`).
+            It is given the chunk at work, so that views exist for a chunk at a time.
+        make_plain_views: the same without augmentation, for methods that pass over the data before each epoch.
+
     Raises:
         ValueError: the method cannot be chunked (it says why), or it meets torch.compile, DeepSpeed, an optimizer
-            that steps inside the backward pass, or several GPUs in one process.
+            that steps inside the backward pass, or several GPUs in one process; the data are too few for the method;
+            a method that passes over the data meets a stream.
     """
 
     takes_embed_batch_size = True
     # The loss of an objective is the mean of its micro-batch: the Trainer has to divide it.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, model: Any = None, args: TrainingArguments | None = None, *others: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *others: Any,
+        make_views: Callable[[Any], Any] | None = None,
+        make_plain_views: Callable[[Any], Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._accumulated = 1 if args is None else args.gradient_accumulation_steps
+        self.make_views, self.make_plain_views = make_views, make_plain_views
         args = _chunked(model, args)
         super().__init__(model, args, *others, **kwargs)
         self.model_accepts_loss_kwargs = False
         self._contract_checked = False
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
+        self.rates = MethodRates(self.objective)
+        self.learning_rates = {**self.rates.learning_rates(self.args.learning_rate), **self.learning_rates}
+        if self.rates.frozen:
+            self.add_callback(FrozenAtFirst(self.objective, self.rates.frozen))
+        self._prepare_method()
         self.add_callback(AfterStep(self.objective))
         self.add_callback(Health(self.objective, lambda: self.negatives_batch, self.run))
+
+    def _prepare_method(self) -> None:
+        """Tells the method the sizes of the data, and what it asks to be told later."""
+        rows = len(self.train_dataset) if has_length(self.train_dataset) else None
+        if hasattr(self.objective, "before_training") and self.train_dataset is not None:
+            self.objective.before_training(rows, self.negatives_batch)
+        if hasattr(self.objective, "progress"):
+            self.add_callback(TellProgress(self.objective))
+        if getattr(self.objective, "needs_features", False):
+            if rows is None:
+                raise ValueError(
+                    f"{type(self.objective).__name__} passes over all rows before each epoch, and a stream has no "
+                    "rows to go back to; train without --streaming"
+                )
+            self.add_callback(FeaturesBeforeEpoch(self))
 
     @property
     def objective(self) -> Any:
@@ -78,7 +121,9 @@ class ObjectiveTrainer(RecipeTrainer):
         if self.is_world_process_zero():
             steps, batch, chance = self.args.gradient_accumulation_steps, self.negatives_batch, self._chance()
             told = f"; loss at chance {chance:.4f}" if chance is not None else ""
-            logger.info("negatives per anchor: %d; effective batch: %d%s", batch - 1, batch * steps, told)
+            count = getattr(self.objective, "negatives", lambda rows: rows - 1)(batch)
+            negatives = "" if count is None else f"negatives per anchor: {count}; "
+            logger.info("%seffective batch: %d%s", negatives, batch * steps, told)
             if self.embed_batch_size is not None:
                 logger.info(
                     "each process takes %d rows at once and embeds them in chunks of %d%s",
@@ -103,7 +148,9 @@ class ObjectiveTrainer(RecipeTrainer):
         """As `Trainer.training_step`, in chunks where `embed_batch_size` says so."""
         size = self.embed_batch_size
         if size is None or count_rows(inputs) <= size:
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            stop_if_not_finite(loss, inputs, self)
+            return loss
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
             self.optimizer.train()
@@ -119,11 +166,34 @@ class ObjectiveTrainer(RecipeTrainer):
             check=not self._contract_checked,
         )
         self._contract_checked = True
+        stop_if_not_finite(output.loss, inputs, self)
         self._keep_metrics(output.metrics)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         return output.loss.detach() / self.current_gradient_accumulation_steps
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """As `Trainer._prepare_inputs`; views are made on the device, and the method gets the columns it names."""
+        return self._columns(super()._prepare_inputs(inputs), self.make_views)
+
+    def prepare_plain(self, inputs: Any) -> Any:
+        """A batch with one view of every picture that is not augmented."""
+        prepared = super()._prepare_inputs(inputs)
+        return prepared if self.make_plain_views is None else self.make_plain_views(prepared)
+
+    def _columns(self, batch: Any, make: Callable[[Any], Any] | None) -> Any:
+        made = batch if make is None else make(batch)
+        select = getattr(self.objective, "select_columns", None)
+        return made if select is None else select(made)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As `RecipeTrainer.create_scheduler`; the rates that the method holds do not follow it."""
+        fresh = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if fresh:
+            self.rates.hold(scheduler)
+        return scheduler
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -175,6 +245,8 @@ def _chunked(objective: Any, args: TrainingArguments | None) -> TrainingArgument
         chunk = args.embed_batch_size = min(chunk or rows, rows)  # type: ignore[attr-defined]
     if chunk is None or chunk >= args.per_device_train_batch_size:
         return args
+    if hasattr(objective, "check_chunks"):
+        objective.check_chunks(chunk)
     if not hasattr(objective, "embed"):
         raise ValueError(f"embed_batch_size={chunk}: {type(objective).__name__} has no embed to run in chunks")
     optimizer = str(getattr(args.optim, "value", args.optim))

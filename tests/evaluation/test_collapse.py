@@ -13,9 +13,11 @@ from PIL import Image
 from mllm_vision.data import load_records
 from mllm_vision.encoder import VisionEncoder
 from mllm_vision.evaluation import Geometry, Maps
+from mllm_vision.evaluation.attention import attention_map
 from mllm_vision.evaluation.base import Evaluation, evaluation_mode
 from mllm_vision.evaluation.collapse import geometry_of, spectrum_of
-from mllm_vision.evaluation.maps import attention_map, displayed, occluded, occlusion_map
+from mllm_vision.evaluation.images import displayed
+from mllm_vision.evaluation.maps import occluded, occlusion_map
 from mllm_vision.evaluation.models import reinitialise
 
 

@@ -115,6 +115,30 @@ def test_an_encoder(folder) -> None:
     assert record["task"] == ["geometry"] and record["evaluations"]["geometry"]["baselines"]["untrained"] > 0
 
 
+def test_an_encoder_by_its_features(folder, tmp_path, capsys) -> None:
+    """kNN, probe, board and attention with their baselines and pictures, in one call."""
+    data = str(folder / "pairs.parquet")
+    flags = ["--training_dataset_name", data, "--knn_k", "1", "3", "--probe_regularisation", "0.01", "--map_count", "2"]
+    tasks = ["knn", "probe", "board", "attention", "near/knn"]
+    words = ["--untrained", "--raw_pixels", "--pictures", str(tmp_path), "--max_samples", "12"]
+    record = run(folder, "--model", str(folder / "encoder"), "--task", *tasks, *flags, *words)
+    knn, probe, board = (record["evaluations"][name] for name in ("knn", "probe", "board"))
+    assert knn["accuracy"] == 1.0 and knn["count"] == 12  # each picture is its own neighbour
+    assert set(knn["baselines"]) == {"chance", "most_frequent_class", "raw_pixels", "untrained"}
+    assert knn["accuracy_k3"] == record["evaluations"]["near/knn"]["accuracy_k3"]
+    assert probe["regularisation"] == 0.01 and "untrained" in probe["baselines"]
+    assert board["view_alignment"] > 0 and set(record["arrays"]["board/deviations"]) == {"values", "untrained"}
+    assert 0 < record["evaluations"]["attention"]["entropy"] <= 1
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == ["attention_heads.png", "attention_patches.png", "board.png"]
+    assert sorted(Path(path).name for path in record["pictures"]) == written
+    assert "raw_pixels" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="name them with --training_dataset_name"):
+        run(folder, "--model", str(folder / "encoder"), "--task", "knn")
+    blind = run(folder, "--model", str(folder / "vlm"), "--task", "knn", *flags[:5], "--max_samples", "12")
+    assert blind["evaluations"]["knn"]["accuracy"] == 1.0  # of the tower inside
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

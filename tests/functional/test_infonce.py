@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import infonce as oracle
+from oracles import numeric
 
 from mllm_vision.functional.image_text import clip_loss
-from mllm_vision.functional.infonce import info_nce, mutual_information_bound, nt_xent
+from mllm_vision.functional.infonce import dcl, info_nce, mutual_information_bound, nt_xent, sup_con
 
 cases = st.fixed_dictionaries(
     {
@@ -70,9 +71,90 @@ def test_info_nce_and_gradients_are_the_oracles(case):
     close(t.grad, by_temperature, steep**2)
 
 
+def compare(loss, reference, arrays, temperature):
+    """Value and gradients, the temperature's too, with those of an oracle by central differences."""
+    *rows, t = leaves(*arrays, temperature)
+    value = loss(*rows, t)
+    value.backward()
+    close(value, reference(*arrays, temperature), 1 / temperature)
+    numeric.check_gradients([*rows, t], reference, [*arrays, temperature], rtol=1e-4, atol=1e-5 / temperature**2)
+
+
+small = st.fixed_dictionaries(
+    {
+        "n": st.integers(2, 5),
+        "d": st.integers(2, 4),
+        # at the lower end scores leave the window within which sums of exponentials are held as they are
+        "temperature": st.one_of(st.floats(0.05, 2.0), st.floats(0.005, 0.012)),
+        "tile": st.one_of(st.none(), st.integers(1, 6)),
+        "seed": st.integers(0, 2**16),
+    }
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(small, st.sampled_from([None, 0.5]))
+def test_dcl_and_gradients_are_the_oracles(case, sigma):
+    pair = np.random.default_rng(case["seed"]).normal(size=(2, case["n"], case["d"]))
+    compare(
+        lambda a, b, t: dcl(a, b, temperature=t, sigma=sigma, tile_size=case["tile"]),
+        lambda a, b, t: oracle.dcl(a, b, t, sigma),
+        pair,
+        case["temperature"],
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(small, st.integers(1, 3), st.integers(1, 4))
+def test_sup_con_and_gradients_are_the_oracles(case, views, classes):
+    rng = np.random.default_rng(case["seed"])
+    labels = rng.integers(0, classes, size=case["n"])
+    compare(
+        lambda x, t: sup_con(x, torch.tensor(labels), temperature=t, tile_size=case["tile"]),
+        lambda x, t: oracle.sup_con(x, labels, t),
+        [rng.normal(size=(case["n"], views, case["d"]))],
+        case["temperature"],
+    )
+
+
+def test_dcl_is_nt_xent_without_the_positive_below():
+    """exp(-L) of NT-Xent and of DCL per view: 1/p - 1 = exp(DCL), which a sample of its own size shows."""
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 2, 3, dtype=torch.float64)
+    a[1], b[1] = a[0], b[0]  # two samples alike: every view has the same loss, so means are values
+    b = a.clone()
+    whole, decoupled = nt_xent(a, b, temperature=0.3), dcl(a, b, temperature=0.3)
+    torch.testing.assert_close(whole, torch.log1p(decoupled.exp()))
+
+
+def test_sup_con_without_labels_is_nt_xent():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 7, 5, dtype=torch.float64)
+    expected = nt_xent(a, b, temperature=0.2)
+    torch.testing.assert_close(sup_con(torch.stack([a, b], 1), None, temperature=0.2), expected)
+    torch.testing.assert_close(sup_con(torch.stack([b, a], 1), torch.arange(7), temperature=0.2), expected)
+    with_names = sup_con(torch.stack([a, b], 1), torch.tensor([3, 3, 3, -1, -1, 9, 0]), temperature=0.2)
+    assert with_names > expected  # more positives to agree with, among the same random views
+
+
+@pytest.mark.parametrize("loss", [nt_xent, dcl])
+def test_rows_may_be_permuted_views_swapped_and_lengths_changed(loss):
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 8, 5, dtype=torch.float64)
+    order = torch.randperm(8)
+    for other in (loss(a[order], b[order]), loss(b, a), loss(3 * a, 0.1 * b)):
+        torch.testing.assert_close(other, loss(a, b))
+
+
 def test_values_known_without_computing():
     same = torch.ones(6, 4, dtype=torch.float64)
     assert nt_xent(same, same).item() == pytest.approx(math.log(11))
+    assert dcl(same, same).item() == pytest.approx(math.log(10))
+    assert dcl(same, same, sigma=0.5).item() == pytest.approx(math.log(10))
+    for labels in ([0, 0, 1, 1, 1, 2], [5] * 6):
+        assert sup_con(same.view(3, 2, 4), torch.tensor(labels[:3])).item() == pytest.approx(math.log(5))
+        assert sup_con(same.view(6, 1, 4), torch.tensor([5] * 6)).item() == pytest.approx(math.log(5))
+    assert sup_con(same.view(6, 1, 4), torch.arange(6)).item() == 0  # nobody has a positive
     assert info_nce(same, same).item() == pytest.approx(math.log(6))
     assert info_nce(same, same, torch.ones(40, 4)).item() == pytest.approx(math.log(41))
     assert info_nce(same, same, torch.ones(6, 7, 4)).item() == pytest.approx(math.log(8))
@@ -124,6 +206,16 @@ def test_what_is_refused():
         nt_xent(a, a, tile_size=0)
     with pytest.raises(ValueError, match="exchange='star'"):
         info_nce(a, a, exchange="star")
-    for loss in (nt_xent, info_nce):
+    with pytest.raises(ValueError, match="no negatives: the batch of all ranks has 2 views"):
+        dcl(a[:1], a[:1])
+    with pytest.raises(ValueError, match="sigma=0"):
+        dcl(a, a, sigma=0)
+    with pytest.raises(ValueError, match="no other view"):
+        sup_con(torch.randn(1, 1, 3), None)
+    with pytest.raises(ValueError, match=r"features must be \[N, V, D\]"):
+        sup_con(a, torch.arange(4))
+    with pytest.raises(ValueError, match=r"labels must be integers \[2\]"):
+        sup_con(torch.randn(2, 2, 3), torch.arange(4))
+    for loss in (nt_xent, info_nce, dcl):
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(loss(a.requires_grad_(), a), a, create_graph=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mllm_vision.modules.momentum import MomentumTeacher
+from mllm_vision.modules.momentum import MomentumTeacher, cosine_momentum
 
 
 def student() -> nn.Module:
@@ -46,6 +46,33 @@ def test_buffers_are_copied_and_evaluation_mode_stays():
     rows = torch.randn(6, 3)  # row by row: no dropout, no statistics of the batch
     torch.testing.assert_close(teacher.module(rows)[:2], teacher.module(rows[:2]))
     assert teacher.module[1].num_batches_tracked == 1
+
+
+def test_with_batch_statistics_its_norms_train_with_the_owner_on_what_it_sees():
+    model = student().train()
+    owner = nn.ModuleDict({"teacher": MomentumTeacher(model, 0.9, batch_statistics=True)})
+    teacher, norm = owner["teacher"], owner["teacher"].module[1]
+    rows = torch.randn(8, 3) + 2
+    seen = teacher.module[0](rows)
+    teacher.module(rows)
+    torch.testing.assert_close(norm.running_mean, 0.1 * seen.mean(0))  # torch's own momentum of norms
+    assert not teacher.module[2].training and not teacher.training  # dropout rests always
+    kept = norm.running_mean.clone()
+    model(torch.randn(8, 3) - 5)
+    teacher.update(model)
+    assert torch.equal(norm.running_mean, kept) and norm.num_batches_tracked == 1
+    owner.eval()
+    teacher.module(rows)
+    assert not norm.training and norm.num_batches_tracked == 1
+    assert owner.train() is owner and norm.training
+    assert not MomentumTeacher(student().eval(), 0.9, batch_statistics=True).module[1].training
+
+
+def test_the_cosine_of_the_momentum():
+    rising = [cosine_momentum(0.996, step / 50) for step in range(51)]
+    assert rising[0] == pytest.approx(0.996) and rising[-1] == 1.0 and rising == sorted(rising)
+    assert rising[25] == pytest.approx(0.998)
+    assert cosine_momentum(0.5, -1.0) == 0.5 and cosine_momentum(0.5, 2.0, end=0.9) == 0.9
 
 
 def test_it_takes_no_gradient_and_shares_nothing_with_the_student():

@@ -128,7 +128,7 @@ def test_a_few_steps_learn_the_pairs(kind):
 
 
 def test_names():
-    assert list_objectives() == ["clip", "itc", "siglip"]
+    assert {"clip", "itc", "siglip"} <= set(list_objectives())
     assert load_objective("CLIP") is Clip and load_objective("mllm_vision.objectives.siglip:SigLip") is SigLip
     with pytest.raises(ValueError, match="nearest known one is 'siglip'"):
         load_objective("siglp")

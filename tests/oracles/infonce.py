@@ -67,3 +67,32 @@ def info_nce(query, positive, negatives, temperature):
         flat = through_norm(negatives.reshape(-1, width), at_bank.reshape(-1, width))
         found.append(flat.reshape(negatives.shape))
     return (*found, at_t)
+
+
+def dcl(z1, z2, temperature, sigma=None):
+    """Equations 6 and 7 of Yeh et al. 2022, mean over both views; the loss alone."""
+    n = len(z1)
+    a, b = unit(z1), unit(z2)
+    likeness = np.ones(n) if sigma is None else np.array([np.exp(a[i] @ b[i] / sigma) for i in range(n)])
+    loss = 0.0
+    for own, other in ((a, b), (b, a)):
+        for i in range(n):
+            negatives = [own[i] @ z[j] / temperature for z in (own, other) for j in range(n) if j != i]
+            weight = 1.0 if sigma is None else 2 - likeness[i] / likeness.mean()
+            loss += -weight * (own[i] @ other[i]) / temperature + np.logaddexp.reduce(negatives)
+    return loss / (2 * n)
+
+
+def sup_con(features, labels, temperature):
+    """Equation 2 of Khosla et al. 2020; a view without a positive counts as zero. The loss alone."""
+    n, v, d = features.shape
+    z = unit(features.reshape(n * v, d))
+    classes = np.repeat(labels, v)
+    loss = 0.0
+    for i in range(n * v):
+        others = [a for a in range(n * v) if a != i]
+        scores = {a: z[i] @ z[a] / temperature for a in others}
+        denominator = np.logaddexp.reduce(list(scores.values()))
+        positives = [p for p in others if classes[p] == classes[i]]
+        loss -= sum(scores[p] - denominator for p in positives) / max(1, len(positives))
+    return loss / (n * v)

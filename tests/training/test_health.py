@@ -6,6 +6,7 @@ import json
 import math
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from mllm_vision.functional.geometry import participation_ratio, spread
 from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.health import Health, expected_chance, patience
+from mllm_vision.training.health import Health, expected_chance, level_name, patience
 from mllm_vision.training.run import Run
 from mllm_vision.training.trainer import ObjectiveTrainer
 
@@ -175,10 +176,16 @@ class Known(nn.Module):
 
 
 def watch(
-    tmp_path: Path, logs: list[dict[str, float]], *, every: int = 10, max_steps: int = 200, scale: float = 14.0
+    tmp_path: Path,
+    logs: list[dict[str, float]],
+    *,
+    every: int = 10,
+    max_steps: int = 200,
+    scale: float = 14.0,
+    objective: Any = None,
 ) -> Health:
     arguments = RecipeArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=max_steps, warmup_steps=0)
-    health, state = Health(Known(scale), lambda: 8), TrainerState(max_steps=max_steps)
+    health, state = Health(objective or Known(scale), lambda: 8), TrainerState(max_steps=max_steps)
     health.on_train_begin(arguments, state, None)
     for entry in logs:
         state.global_step += every
@@ -235,6 +242,56 @@ def test_chance_counts_the_duplicates() -> None:
         assert expected_chance(siglip, pairs, positives) == pytest.approx(losses.min().item(), rel=1e-6)
     assert expected_chance(make_objective("clip"), 64, 3.0) == pytest.approx(math.log(64))
     assert expected_chance(siglip, 1) is None and expected_chance(nn.Linear(1, 1), 8) is None
+
+
+# ---- images alone --------------------------------------------------------------------------------------------
+
+
+class Alone:
+    """A method on images alone: what its loss is at chance, and the settings that tell its name."""
+
+    views = "simclr"
+
+    def __init__(self, chance: float | None, **settings: Any) -> None:
+        self.config = SimpleNamespace(**settings)
+        if chance is not None:
+            self.chance_loss = lambda batch_size, positives=1.0: chance
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "settings"),
+    [
+        ("ln(2N-1)", math.log(15), {"temperature": 0.5}),
+        ("ln N", math.log(8), {}),
+        ("ln(K+1)", math.log(65), {"queue_size": 64, "temperature": 0.5}),
+        ("2 ln(K+1)", 2 * math.log(65), {"queue_size": 64}),
+        ("ln(out_dim)", math.log(1024), {"out_dim": 1024}),
+        ("4 T ln N", 0.8 * math.log(8), {"temperature": 0.2}),
+        ("the margin", 0.3, {"margin": 0.3}),
+    ],
+)
+def test_a_loss_at_a_known_level_is_named(name: str, level: float, settings: dict, tmp_path: Path) -> None:
+    objective = Alone(None if name == "the margin" else level, **settings)
+    found = watch(tmp_path, [{"loss": 0.995 * level}] * 8, objective=objective).found
+    assert f"sits at chance ({name} = {level:.4f} for 8 images)" in found["chance"]
+    assert "the views (too strong?)" in found["chance"] and "caption" not in found["chance"]
+    assert watch(tmp_path, [{"loss": 0.9 * level}] * 8, objective=objective).found == {}
+    assert level_name(objective, 8, 1.01 * level) == ""
+
+
+def test_the_two_collapses_of_self_distillation(tmp_path: Path) -> None:
+    objective = Alone(math.log(64), out_dim=64)
+    one = watch(tmp_path, [{"prototype_entropy": 0.01, "teacher_entropy": 0.01}] * 8, objective=objective).found
+    assert list(one) == ["prototypes"] and "to one prototype" in one["prototypes"]
+    even = {"prototype_entropy": math.log(64), "teacher_entropy": 0.99 * math.log(64)}
+    assert "to all prototypes alike" in watch(tmp_path, [even] * 8, objective=objective).found["prototypes"]
+    sound = {"prototype_entropy": math.log(64), "teacher_entropy": 1.0}
+    assert watch(tmp_path, [sound] * 8, objective=objective).found == {}
+
+
+def test_a_collapse_without_captions_speaks_of_none(tmp_path: Path) -> None:
+    found = watch(tmp_path, [{"h_spread": 0.01, "h_rank": 3.0}] * 8, objective=Alone(9.0)).found
+    assert "all h embeddings point one way" in found["collapse"] and "caption" not in found["collapse"]
 
 
 # ---- the figures it reads ------------------------------------------------------------------------------------

@@ -1,0 +1,70 @@
+"""A ResNet's stem for small pictures, which transformers' ResNet does not have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from mllm_vision.errors import unknown_name
+
+STEMS = ("imagenet", "cifar")
+
+
+def check_stem(stem: str, model_type: str) -> None:
+    """Raises ValueError for an unknown stem, or one of a family that has no choice of stems."""
+    if stem not in STEMS:
+        raise ValueError(unknown_name("stem", str(stem), STEMS))
+    if model_type != "resnet":
+        raise ValueError(f"stem={stem!r} is for ResNets, not for {model_type}; leave it out")
+
+
+def stem_of(config: Any) -> str:
+    """The stem that a config (an object or its dict) remembers, `"imagenet"` where it says nothing."""
+    fields = config if isinstance(config, dict) else vars(config)
+    return (fields.get("mllm_vision") or {}).get("stem", "imagenet")
+
+
+def set_stem(backbone: PreTrainedModel, stem: str) -> None:
+    """Gives a ResNet the stem for 32-pixel pictures: a 3x3 convolution of stride 1, and no max-pooling.
+
+    The ImageNet stem (7x7 of stride 2, then pooling) shrinks a 32-pixel picture to 8x8 before the first block. The
+    config remembers the choice under `mllm_vision.stem`; `VisionEncoder.from_pretrained` restores it. Plain
+    transformers has no such stem: it refuses the checkpoint, whose first kernel has another shape.
+
+    Args:
+        backbone: a `ResNetModel`, changed in place; the new convolution has random weights.
+        stem: `"cifar"`, or `"imagenet"`, which changes nothing.
+
+    Raises:
+        ValueError: an unknown stem, or a model that is no ResNet.
+
+    Reference:
+        Chen et al., 2020, "A Simple Framework for Contrastive Learning of Visual Representations", appendix B.9
+        (https://arxiv.org/abs/2002.05709).
+    """
+    check_stem(stem, backbone.config.model_type)
+    if stem == "imagenet":
+        return
+    embedder: Any = backbone.embedder
+    old = embedder.embedder.convolution
+    new = nn.Conv2d(old.in_channels, old.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")  # as transformers does
+    embedder.embedder.convolution = new
+    embedder.pooler = nn.Identity()
+    backbone.config.mllm_vision = {**(getattr(backbone.config, "mllm_vision", None) or {}), "stem": stem}
+
+
+def with_stem(model_class: type[PreTrainedModel], stem: str) -> type[PreTrainedModel]:
+    """The class whose instances are made with this stem, for loading weights into."""
+    if stem == "imagenet":
+        return model_class
+
+    class Stemmed(model_class):  # type: ignore[valid-type,misc]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            set_stem(self, stem)
+
+    Stemmed.__name__ = model_class.__name__
+    return Stemmed

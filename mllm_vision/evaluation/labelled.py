@@ -1,0 +1,277 @@
+"""Two sets of labelled pictures, one to learn from and one to be judged on, as features of whatever encoder comes.
+
+What kNN and the linear probe share: pictures are decoded once and kept as bytes, the features of one encoder are
+computed once for all evaluators that ask, and every rank holds only the rows that it encoded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mllm_vision.data.columns import bind_columns
+from mllm_vision.distributed import all_reduce
+from mllm_vision.evaluation.base import agree_on_error, batches, evaluation_mode, image_model, my_share
+from mllm_vision.evaluation.images import check_columns, usable_images
+
+logger = logging.getLogger(__name__)
+
+FEATURES = ("pooled", "tokens", "pixels")
+
+
+class Labelled(NamedTuple):
+    """This rank's rows: ``features [n, D]`` float32, ``labels [n]`` int64 and ``rows``, their places in the data."""
+
+    features: Tensor
+    labels: Tensor
+    rows: list[int]
+
+
+class _Kept(NamedTuple):
+    feature: str
+    fingerprint: Tensor
+    train: Labelled
+    test: Labelled
+
+
+class LabelledImages:
+    """A training set and a test set of labelled pictures, encoded by every model that is evaluated.
+
+    Args:
+        train: rows with an image and a label: the bank of kNN, what the probe is fitted to.
+        test: rows that accuracy is measured on.
+        columns: roles ``image`` and ``label`` to column names, where their names do not tell; for both sets.
+        feature: "pooled" (the encoder's own vector, before any head of the training), "tokens" (mean of the
+            selected tokens) or "pixels" (the pixel values as the encoder gets them: what no encoder at all reaches).
+        batch_size: pictures encoded at once, on each rank.
+        train_limit: use only so many training rows, drawn at random by ``seed``.
+        test_limit: likewise of the test rows.
+        seed: of the draws.
+        cache: keep the decoded pictures (one byte a value) so that the next evaluation need not read them again.
+
+    Attributes: ``class_names``; ``train_labels`` and ``test_labels``, one index a row of the data.
+
+    Raises:
+        ValueError: no label column (kNN and the probe need labels), rows without a label, labels of the test set
+            that the training set lacks, an unknown feature, fewer than two classes.
+    """
+
+    def __init__(
+        self,
+        train: Any,
+        test: Any,
+        columns: dict[str, str] | None = None,
+        *,
+        feature: str = "pooled",
+        batch_size: int = 256,
+        train_limit: int | None = None,
+        test_limit: int | None = None,
+        seed: int = 0,
+        cache: bool = True,
+    ) -> None:
+        if feature not in FEATURES:
+            raise ValueError(f"feature={feature!r} is none of {', '.join(map(repr, FEATURES))}")
+        for name, limit in (("train_limit", train_limit), ("test_limit", test_limit), ("batch_size", batch_size)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name}={limit} leaves no pictures; use 1 or more")
+        self.feature, self.batch_size, self.cache = feature, batch_size, cache
+        self._train = _Part("training", train, columns, train_limit, seed)
+        self._test = _Part("test", test, columns, test_limit, seed)
+        self.train, self.test = train, test
+        self.class_names, self.train_labels, self.test_labels = _same_classes(self._train, self._test)
+        self._kept: _Kept | None = None
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
+
+    def image_column(self) -> str:
+        """Name of the test set's image column."""
+        return self._test.columns["image"]
+
+    @property
+    def test_columns(self) -> dict[str, str]:
+        """Role -> column of the test set."""
+        return dict(self._test.columns)
+
+    def count(self) -> tuple[int, int]:
+        """(training rows, test rows) that are used, over all ranks."""
+        return len(self._train.wanted), len(self._test.wanted)
+
+    def train_rows(self) -> list[int]:
+        """The training rows that are used, over all ranks."""
+        return self._train.wanted
+
+    def features(self, model: Any, feature: str | None = None) -> tuple[Labelled, Labelled]:
+        """(training rows, test rows) of this rank, encoded by ``model``; the same call on every rank.
+
+        The last features are kept until a weight of the encoder changes.
+
+        Raises:
+            ValueError: ``model`` holds no VisionEncoder, or not one picture could be read.
+        """
+        feature = feature or self.feature
+        encoder = image_model(model)
+        fingerprint = _fingerprint(encoder)
+        if self._kept is not None and self._kept.feature == feature:
+            changed = torch.tensor([int(not torch.equal(self._kept.fingerprint, fingerprint))], device=_device(encoder))
+            if not all_reduce(changed, op="max"):  # every rank the same answer: encoding is a common work
+                return self._kept.train, self._kept.test
+        with evaluation_mode(encoder), torch.no_grad():
+            parts = [self._encode(encoder, part, feature) for part in (self._train, self._test)]
+        self._kept = _Kept(feature, fingerprint, *parts)
+        return parts[0], parts[1]
+
+    def test_features(self, model: Any) -> Labelled:
+        """The test rows of this rank alone, encoded anew; the same call on every rank."""
+        encoder = image_model(model)
+        with evaluation_mode(encoder), torch.no_grad():
+            return self._encode(encoder, self._test, self.feature)
+
+    def forget(self) -> None:
+        """Drop the features kept (not the pictures): a long training need not hold them between evaluations."""
+        self._kept = None
+
+    def _encode(self, encoder: Any, part: _Part, feature: str) -> Labelled:
+        device = _device(encoder)
+        features: list[Tensor] = []
+        rows: list[int] = []
+        error: Exception | None = None
+        try:
+            for chunk, pixels in part.pixel_values(encoder.processor, self.batch_size, self.cache):
+                rows.extend(chunk)
+                features.append(_features_of(encoder, pixels.to(device), feature).float())
+        except Exception as problem:
+            error = problem
+        agree_on_error(error)
+        width = torch.tensor([features[0].shape[1] if features else 0], device=device)
+        width = int(all_reduce(width, op="max"))
+        if width == 0:
+            raise ValueError(f"none of the {len(part.wanted)} pictures of the {part.name} set could be read")
+        whole = torch.cat(features) if features else torch.empty(0, width, device=device)
+        return Labelled(whole, torch.tensor([part.labels[row] for row in rows], device=device, dtype=torch.int64), rows)
+
+
+class _Part:
+    """One of the two sets: its columns, labels and the rows that are used; this rank's pictures, once decoded."""
+
+    def __init__(self, name: str, records: Any, columns: dict[str, str] | None, limit: int | None, seed: int) -> None:
+        self.name, self.records = name, records
+        try:
+            self.columns = bind_columns(records, ("image", "label"), columns)
+        except ValueError as error:
+            raise ValueError(f"kNN and the linear probe need labelled pictures; the {name} set: {error}") from error
+        check_columns(records, self.columns, ("image", "label"), f"the {name} set")
+        column = self.columns["label"]
+        feature = (getattr(records, "features", None) or {}).get(column)
+        self.class_names: list[str] | None = getattr(feature, "names", None)
+        self.raw = list(records[column] if hasattr(records, "column_names") else [row[column] for row in records])
+        missing = [row for row, label in enumerate(self.raw) if label is None or label == -1]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of the {len(self.raw)} rows of the {name} set have no label (the first is row "
+                f"{missing[0]}); kNN and the linear probe need labels: leave these rows out, or leave the probe out"
+            )
+        self.told = [str(value) if self.class_names is None else self.class_names[value] for value in self.raw]
+        self.labels: list[int] = []  # places in the class names of the training set
+        self.wanted = list(range(len(self.raw)))
+        if limit is not None and limit < len(self.wanted):  # at random: rows often come sorted by class
+            order = torch.randperm(len(self.wanted), generator=torch.Generator().manual_seed(seed))
+            self.wanted = sorted(order[:limit].tolist())
+        self._kept: tuple[str, list[tuple[list[int], Tensor]]] | None = None
+
+    def names(self) -> list[str]:
+        """Class names, of a ClassLabel column in its own order, else of the values found."""
+        if self.class_names is not None:
+            return self.class_names
+        return [str(value) for value in sorted(set(self.raw))]
+
+    def pixel_values(self, processor: Any, batch_size: int, cache: bool) -> Iterator[tuple[list[int], Tensor]]:
+        """This rank's rows in batches, with their pixel values ``[B, 3, H, W]``."""
+        from mllm_vision.data.images import ImageTransform
+
+        transform = ImageTransform(processor, train=False)
+        key = repr(processor)
+        if self._kept is not None and self._kept[0] == key:
+            for rows, pixels in self._kept[1]:
+                yield rows, transform.normalise(pixels)
+            return
+        share = [self.wanted[place] for place in my_share(len(self.wanted))]
+        keeping: list[tuple[list[int], Tensor]] = []
+        for chunk in batches(share, batch_size):
+            pictures, rows = usable_images(self.records, self.columns["image"], chunk)
+            if not pictures:
+                continue
+            pixels = transform.pixels(pictures)
+            if pixels is None:
+                yield rows, transform(pictures)
+                continue
+            if cache:
+                keeping.append((rows, pixels))
+            yield rows, transform.normalise(pixels)
+        if keeping:
+            self._kept = (key, keeping)
+
+
+def _same_classes(train: _Part, test: _Part) -> tuple[list[str], list[int], list[int]]:
+    """Class names and the labels of both sets as places in them."""
+    names = train.names()
+    if len(names) < 2:
+        raise ValueError(f"the training set has {len(names)} class ({names}); a classifier needs two or more")
+    place = {name: index for index, name in enumerate(names)}
+    for part in (train, test):
+        unknown = sorted({name for name in part.told if name not in place})
+        if unknown:
+            raise ValueError(
+                f"the {part.name} set has labels that the training set lacks: {unknown[:5]}; it has {names[:8]}"
+            )
+        part.labels = [place[name] for name in part.told]
+    return names, train.labels, test.labels
+
+
+def _features_of(encoder: Any, pixels: Tensor, feature: str) -> Tensor:
+    """``[B, D]`` of pixel values ``[B, 3, H, W]``."""
+    if feature == "pixels":
+        return pixels.flatten(1)
+    wanted = feature == "pooled"
+    found = encoder(pixels.to(encoder.dtype), pooled=wanted, tokens=not wanted)
+    return found.pooled if wanted else found.tokens.mean(dim=1)
+
+
+@torch.no_grad()
+def _fingerprint(model: nn.Module) -> Tensor:
+    """A sum over every weight and buffer: a training step does not leave them as they were."""
+    sums = [value.double().sum() + value.double().square().sum() for value in model.state_dict().values()]
+    return torch.stack(sums).cpu()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def sum_counts(*counts: Tensor) -> list[Tensor]:
+    """Tensors of counts summed over ranks, in one collective."""
+    sizes = [count.numel() for count in counts]
+    whole = all_reduce(torch.cat([count.flatten().double() for count in counts]))
+    return [part.view_as(count) for part, count in zip(whole.split(sizes), counts, strict=True)]
+
+
+def predictions_summary(
+    predicted: Tensor, truth: Tensor, class_names: Sequence[str]
+) -> tuple[float, float, list[dict[str, Any]]]:
+    """(accuracy, mean accuracy of the classes, rows by class) of this rank's predictions ``[n]``, over all ranks."""
+    classes = len(class_names)
+    counts = torch.bincount(truth, minlength=classes)
+    hits = torch.bincount(truth[predicted == truth], minlength=classes)
+    counts, hits = sum_counts(counts, hits)
+    seen = counts > 0
+    rows = [
+        {"name": name, "count": int(counts[i]), "accuracy": float(hits[i] / counts[i])}
+        for i, name in enumerate(class_names)
+        if counts[i]
+    ]
+    return float(hits.sum() / counts.sum()), float((hits[seen] / counts[seen]).mean()), rows

@@ -1,0 +1,311 @@
+"""Losses in which a student follows a teacher without negatives: cosine, DINO, iBOT, and KoLeo beside them.
+
+All of them compute in fp32 under autocast and give the loss of the batch of all ranks on every rank; after
+DistributedDataParallel's mean over ranks the gradients are those of the whole batch. What a teacher says carries
+no gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from mllm_vision.distributed import all_gather, all_gather_with_grad, row_counts, sum_over_ranks
+from mllm_vision.functional.image_text import at_least_fp32
+from mllm_vision.functional.tiles import choose_tile, first_row
+
+__all__ = ["centred_softmax", "dino_loss", "ibot_loss", "koleo", "negative_cosine", "sinkhorn_knopp"]
+
+
+def negative_cosine(
+    p: Tensor, z: Tensor, *, stop_gradient: bool = True, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Minus the cosine of each prediction and its target, averaged over the rows.
+
+    With both directions, d1 = negative_cosine(p1, z2) and d2 = negative_cosine(p2, z1): SimSiam's loss is
+    (d1 + d2) / 2, BYOL's is 4 + 2 (d1 + d2), the squared distances 2 - 2 cos of unit vectors, summed.
+
+    Args:
+        p: `[N, D]` predictions.
+        z: `[N, D]` targets, in the same order.
+        stop_gradient: z is a constant, as both papers have it. Without it the loss has a collapsed solution.
+        group: process group; `None` is the default group when initialised, else this process alone.
+
+    Returns:
+        A scalar between -1 and 1, the same on every rank.
+
+    Raises:
+        ValueError: shapes that disagree, or no rows.
+
+    Reference:
+        Grill et al., 2020, "Bootstrap Your Own Latent", equation 2 (https://arxiv.org/abs/2006.07733); Chen and He,
+        2021, "Exploring Simple Siamese Representation Learning", equations 1-4 (https://arxiv.org/abs/2011.10566).
+
+    Example:
+        >>> p = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> negative_cosine(p, torch.tensor([[3.0, 0.0], [0.0, -1.0]])).item()
+        0.0
+    """
+    if p.ndim != 2 or p.shape != z.shape or len(p) == 0:
+        raise ValueError(f"p and z must both be [N, D] with N > 0, got {list(p.shape)} and {list(z.shape)}")
+    with torch.autocast(device_type=p.device.type, enabled=False):
+        p, z = at_least_fp32(p, z.detach() if stop_gradient else z)
+        return _mean(-(F.normalize(p, dim=-1) * F.normalize(z, dim=-1)).sum(-1), group)
+
+
+def centred_softmax(logits: Tensor, centre: Tensor, *, temperature: float) -> Tensor:
+    """What DINO's teacher says: softmax((logits - centre) / temperature), without gradient.
+
+    The centre, a moving average of the teacher's logits, keeps any one output from winning always; a temperature
+    below the student's keeps the outputs from becoming all alike. Either alone collapses.
+
+    Args:
+        logits: `[..., K]` of the teacher's head.
+        centre: `[K]`.
+        temperature: the teacher's, > 0; 0.04 to 0.07 in the paper.
+
+    Returns:
+        `[..., K]` probabilities, in fp32 or better.
+
+    Raises:
+        ValueError: a temperature that is not positive, or a centre of another width.
+
+    Reference:
+        Caron et al., 2021, "Emerging Properties in Self-Supervised Vision Transformers", equations 1 and 4
+        (https://arxiv.org/abs/2104.14294).
+
+    Example:
+        >>> centred_softmax(torch.tensor([[5.0, 1.0]]), torch.tensor([5.0, 1.0]), temperature=0.04).tolist()
+        [[0.5, 0.5]]
+    """
+    _check_temperature(temperature)
+    if centre.shape != logits.shape[-1:]:
+        raise ValueError(f"centre must be [{logits.shape[-1]}] for logits {list(logits.shape)}, got {[*centre.shape]}")
+    with torch.autocast(device_type=logits.device.type, enabled=False):
+        values, middle = at_least_fp32(logits.detach(), centre.detach())
+        return ((values - middle) / temperature).softmax(-1)
+
+
+def sinkhorn_knopp(
+    logits: Tensor, *, temperature: float, iterations: int = 3, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Probabilities that use every output equally over the batch of all ranks, without gradient.
+
+    From exp(logits / temperature), columns (outputs) and rows (samples) are divided by their sums in turn, ending
+    with the rows. In logarithms, so that no temperature overflows and no output is lost.
+
+    Args:
+        logits: `[N, K]` of the teacher's head on this rank; ranks may hold different N, also none.
+        temperature: > 0.
+        iterations: of both divisions; at least one.
+        group: process group; `None` is the default group when initialised, else this process alone.
+
+    Returns:
+        `[N, K]` probabilities, in fp32 or better: rows sum to one, columns nearly to N / K.
+
+    Raises:
+        ValueError: not `[N, K]`, a temperature that is not positive, or no iteration.
+
+    Reference:
+        Caron et al., 2020, "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", equation 3
+        and appendix A (https://arxiv.org/abs/2006.09882); DINO's teacher in Oquab et al., 2023, "DINOv2", section 4
+        (https://arxiv.org/abs/2304.07193).
+
+    Example:
+        >>> same = torch.tensor([[9.0, 0.0], [9.0, 0.0]])  # one output has taken everything
+        >>> sinkhorn_knopp(same, temperature=0.1).tolist()
+        [[0.5, 0.5], [0.5, 0.5]]
+    """
+    _check_temperature(temperature)
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must be [N, K] with K > 0, got {list(logits.shape)}")
+    if iterations < 1:
+        raise ValueError(f"iterations={iterations} must be at least 1; the papers use 3")
+    with torch.autocast(device_type=logits.device.type, enabled=False):
+        (scores,) = at_least_fp32(logits.detach())
+        scores = scores / temperature
+        for _ in range(iterations):
+            over_samples = all_gather(scores.logsumexp(0, keepdim=True), group).logsumexp(0)
+            scores = scores - over_samples
+            scores = scores - scores.logsumexp(1, keepdim=True)
+        return scores.exp()
+
+
+def dino_loss(
+    student: Tensor, teacher: Tensor, *, temperature: float = 0.1, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Cross-entropy of what the student says of one view to what the teacher says of another.
+
+    Averaged over samples and over all ordered pairs (teacher's view, student's view) except those of one and the
+    same view: G (V - 1) pairs.
+
+    Args:
+        student: `[N, V, K]` logits; the first G views are those that the teacher saw, in the same order.
+        teacher: `[N, G, K]` probabilities (`centred_softmax`, `sinkhorn_knopp`), G <= V.
+        temperature: the student's, > 0.
+        group: process group; `None` is the default group when initialised, else this process alone.
+
+    Returns:
+        A scalar, the same on every rank: ln K where student and teacher are uniform.
+
+    Raises:
+        ValueError: shapes that disagree, no rows, one view only, or a temperature that is not positive.
+
+    Reference:
+        Caron et al., 2021, "Emerging Properties in Self-Supervised Vision Transformers", equations 2 and 3 and
+        algorithm 1 (https://arxiv.org/abs/2104.14294).
+
+    Example:
+        >>> uniform = torch.full((3, 2, 8), 1 / 8)
+        >>> round(dino_loss(torch.zeros(3, 4, 8), uniform).exp().item(), 4)
+        8.0
+    """
+    _check_temperature(temperature)
+    fits = student.ndim == teacher.ndim == 3 and student.shape[::2] == teacher.shape[::2] and len(student) > 0
+    if not fits or not 1 <= teacher.shape[1] <= student.shape[1]:
+        raise ValueError(
+            f"student must be [N, V, K] and teacher [N, G, K] with N > 0 and G <= V, got {list(student.shape)} and "
+            f"{list(teacher.shape)}"
+        )
+    views, seen = student.shape[1], teacher.shape[1]
+    if views < 2:
+        raise ValueError(f"student has {views} view of each sample, and a view is not compared with itself; give two")
+    with torch.autocast(device_type=student.device.type, enabled=False):
+        student, teacher = at_least_fp32(student, teacher.detach())
+        log_p = (student / temperature).log_softmax(-1)
+        # The sum over all pairs is one product of two sums: G V passes over [N, K] become G + V.
+        every = (teacher.sum(1) * log_p.sum(1)).sum(-1)
+        same = (teacher * log_p[:, :seen]).sum((1, 2))
+        return _mean((same - every) / (seen * (views - 1)), group)
+
+
+def ibot_loss(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float = 0.1,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Cross-entropy at the masked patches of a view: the student saw the mask token there, the teacher the patch.
+
+    Averaged over the masked patches of each view, then over all N views; a view without masked patches counts as
+    zero, as in DINOv2's code.
+
+    Args:
+        student: logits, `[N, P, K]` of all patches, or `[M, K]` of the masked ones alone, in the order of
+            `mask.nonzero()` (the head is wide: this saves most of it).
+        teacher: probabilities of the same patches, shaped as `student`.
+        mask: bool `[N, P]`, True where the student's patch was masked.
+        temperature: the student's, > 0.
+        group: process group; `None` is the default group when initialised, else this process alone.
+
+    Returns:
+        A scalar, the same on every rank.
+
+    Raises:
+        ValueError: shapes that disagree, a mask that is not bool, or a temperature that is not positive.
+
+    Reference:
+        Zhou et al., 2022, "iBOT: Image BERT Pre-Training with Online Tokenizer", equation 2
+        (https://arxiv.org/abs/2111.07832).
+
+    Example:
+        >>> mask = torch.tensor([[True, False, True], [False, True, False]])
+        >>> uniform = torch.full((3, 8), 1 / 8)
+        >>> round(ibot_loss(torch.zeros(3, 8), uniform, mask).exp().item(), 4)
+        8.0
+    """
+    _check_temperature(temperature)
+    if mask.ndim != 2 or mask.dtype != torch.bool or len(mask) == 0:
+        raise ValueError(f"mask must be bool [N, P] with N > 0, got {mask.dtype} {list(mask.shape)}")
+    masked = int(mask.sum())
+    if student.shape != teacher.shape or student.shape[:-1] not in (mask.shape, (masked,)):
+        raise ValueError(
+            f"student and teacher must both be [{mask.shape[0]}, {mask.shape[1]}, K], or [{masked}, K] of the masked "
+            f"patches, got {list(student.shape)} and {list(teacher.shape)}"
+        )
+    with torch.autocast(device_type=student.device.type, enabled=False):
+        student, teacher = at_least_fp32(student, teacher.detach())
+        if student.ndim == 3:
+            student, teacher = student[mask], teacher[mask]
+        each = -(teacher * (student / temperature).log_softmax(-1)).sum(-1)
+        views = mask.nonzero()[:, 0]
+        share = mask.sum(1)[views]
+        rows = each.new_zeros(len(mask)).index_add(0, views, each / share)
+        return _mean(rows, group)
+
+
+def koleo(
+    features: Tensor,
+    *,
+    eps: float = 1e-8,
+    group: dist.ProcessGroup | None = None,
+    tile_size: int | None = None,
+) -> Tensor:
+    """Kozachenko-Leonenko estimate of the entropy: pushes each feature away from its nearest neighbour.
+
+    Mean of -ln(eps + |x_i - x_j + eps|) over the rows, x of unit length, x_j the row of the batch of all ranks that
+    is nearest to x_i. (DINOv2's code looks among the rows of one device, so that its loss depends on their number.)
+
+    Args:
+        features: `[N, D]` of this rank; ranks may hold different N.
+        eps: keeps the logarithm finite where two rows coincide.
+        group: process group; `None` is the default group when initialised, else this process alone.
+        tile_size: rows and columns of a tile of the search; `None` chooses. It changes memory, not the result.
+
+    Returns:
+        A scalar, the same on every rank: -ln 2 for an antipodal pair, -ln(2 eps) for a one-dimensional row alone.
+
+    Raises:
+        ValueError: not `[N, D]`, no rows, or a tile size below one.
+
+    Reference:
+        Sablayrolles et al., 2019, "Spreading vectors for similarity search", equation 2
+        (https://arxiv.org/abs/1806.03198); Oquab et al., 2023, "DINOv2", section 4.
+
+    Example:
+        >>> round(koleo(torch.tensor([[3.0, 0.0], [-1.0, 0.0]])).item(), 4)
+        -0.6931
+    """
+    if features.ndim != 2 or len(features) == 0:
+        raise ValueError(f"features must be [N, D] with N > 0, got {list(features.shape)}")
+    size = choose_tile(tile_size, features.device)
+    with torch.autocast(device_type=features.device.type, enabled=False):
+        (features,) = at_least_fp32(features)
+        unit = F.normalize(features, dim=-1, eps=eps)
+        sizes = row_counts(unit, group)
+        everyone = all_gather_with_grad(unit, group, sizes)
+        neighbours = _nearest(unit.detach(), everyone.detach(), first_row(sizes, group), size)
+        apart = F.pairwise_distance(unit, everyone[neighbours], eps=eps)
+        return sum_over_ranks(-(apart + eps).log().sum(), group) / sum(sizes)
+
+
+def _nearest(rows: Tensor, columns: Tensor, offset: int, size: int) -> Tensor:
+    """Index of the column with the largest inner product, itself (row + offset) excluded, tile by tile: `[n]`."""
+    found = []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        own = torch.arange(start, start + len(part), device=rows.device) + offset
+        best, at = part.new_full((len(part),), -torch.inf), own
+        for left in range(0, len(columns), size):
+            products = part @ columns[left : left + size].T
+            products.masked_fill_(own[:, None] == torch.arange(left, left + products.shape[1], device=own.device), -2.0)
+            value, index = products.max(1)
+            at = torch.where(value > best, index + left, at)
+            best = torch.maximum(value, best)
+        found.append(at)
+    return torch.cat(found)
+
+
+def _mean(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Mean of `[n]` values over the rows of all ranks, which may hold different n."""
+    total = sum_over_ranks(torch.stack([values.sum(), values.new_tensor(float(len(values)))]), group)
+    return total[0] / total[1].detach()
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be positive")

@@ -1,0 +1,309 @@
+"""Losses that forbid redundancy between the dimensions of an embedding: Barlow Twins and VICReg.
+
+Neither needs negatives: what keeps embeddings from collapsing is that every dimension must vary, and with no other.
+All statistics are those of the batch of all ranks, with the exact gradient: after DistributedDataParallel's mean over
+ranks every parameter has the whole batch's gradient, and ranks may hold different numbers of rows.
+
+Both need the sum of the squares of a D x D matrix A^T B of N rows, off its diagonal. Over all its entries that is also
+the sum over pairs of rows of <a_i, a_j><b_i, b_j>, and where N is at most half of D (the papers' projectors are 8192
+wide) this is what is computed: the same number and gradient, without any D x D matrix.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mllm_vision.distributed import all_gather_with_grad, row_counts, sum_over_ranks
+from mllm_vision.functional.image_text import at_least_fp32
+
+__all__ = [
+    "VicRegTerms",
+    "barlow_twins",
+    "covariance_term",
+    "cross_correlation",
+    "invariance_term",
+    "variance_term",
+    "vicreg",
+    "vicreg_terms",
+]
+
+
+def barlow_twins(
+    z1: Tensor, z2: Tensor, *, lambd: float = 0.0051, eps: float = 1e-5, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Cross-correlation of the two views' embeddings, driven to the identity.
+
+    sum_i (1 - C_ii)^2 + lambd * sum_{i != j} C_ij^2, C the correlation over the batch of dimension i of the first
+    view with dimension j of the second: both standardised over the batch of all ranks with the biased variance (plus
+    `eps`, as the official code's BatchNorm has it), so that shifting or scaling a dimension changes nothing.
+
+    Args:
+        z1: `[N, D]` projections of the first view of this rank's samples.
+        z2: `[N, D]` of the second view, in the same order.
+        lambd: weight of the off-diagonal terms.
+        eps: added to the variances; a dimension that does not vary at all then has correlation 0, not nan.
+        group: process group; `None` is the default group when initialised, else this process alone.
+
+    Returns:
+        A scalar, the same on every rank. Collapsed embeddings give D.
+
+    Raises:
+        ValueError: shapes that disagree, fewer than two rows over all ranks, a negative `lambd` or `eps`.
+
+    Reference:
+        Zbontar et al., 2021, "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", equations 1 and 2
+        (https://arxiv.org/abs/2103.03230).
+
+    Example:
+        >>> z = torch.randn(64, 4)
+        >>> bool((barlow_twins(z, z) - barlow_twins(z, 2 * z + 4)).abs() < 1e-4)
+        True
+    """
+    if lambd < 0:
+        raise ValueError(f"lambd={lambd} must not be negative; the paper has 0.0051")
+    with torch.autocast(device_type=z1.device.type, enabled=False):
+        a, b, total = _standardised(z1, z2, eps, group)
+        diagonal = sum_over_ranks((a * b).sum(0), group) / total
+        redundant = _squares_off_diagonal(a, b, diagonal * total, total, group) / total**2
+        return (1 - diagonal).square().sum() + lambd * redundant
+
+
+def cross_correlation(z1: Tensor, z2: Tensor, *, eps: float = 1e-5, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The matrix C of `barlow_twins`, to look at.
+
+    Args:
+        z1: `[N, D]`.
+        z2: `[N, D]`.
+        eps: as in `barlow_twins`.
+        group: as in `barlow_twins`.
+
+    Returns:
+        `[D, D]`, the same on every rank, entries in [-1, 1].
+
+    Raises:
+        ValueError: as `barlow_twins`.
+
+    Reference:
+        Zbontar et al., 2021, equation 2 (https://arxiv.org/abs/2103.03230).
+
+    Example:
+        >>> z = torch.randn(64, 4)
+        >>> bool((cross_correlation(z, z).diagonal() - 1).abs().max() < 1e-3)
+        True
+    """
+    with torch.autocast(device_type=z1.device.type, enabled=False):
+        a, b, total = _standardised(z1, z2, eps, group)
+        return sum_over_ranks(a.T @ b, group) / total
+
+
+class VicRegTerms(NamedTuple):
+    """The three terms of `vicreg`, without their weights; scalars."""
+
+    invariance: Tensor
+    variance: Tensor
+    covariance: Tensor
+
+
+def vicreg(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    invariance: float = 25.0,
+    variance: float = 25.0,
+    covariance: float = 1.0,
+    eps: float = 1e-4,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Views agree (invariance), every dimension varies (variance), none says what another says (covariance).
+
+    `invariance` * s(z1, z2) + `variance` * (v(z1) + v(z2)) / 2 + `covariance` * (c(z1) + c(z2)), with the terms of
+    `invariance_term`, `variance_term` and `covariance_term`. As in the official code the variance is halved over the
+    two branches and the covariance is not.
+
+    Args:
+        z1: `[N, D]` embeddings of the first view of this rank's samples; not normalised.
+        z2: `[N, D]` of the second view, in the same order. The branches may be different networks.
+        invariance: weight of the first term.
+        variance: weight of the second.
+        covariance: weight of the third.
+        eps: added to the variances under the root.
+        group: process group; `None` is the default group when initialised, else this process alone.
+
+    Returns:
+        A scalar, the same on every rank. Collapsed embeddings give `variance` * (1 - sqrt(eps)).
+
+    Raises:
+        ValueError: shapes that disagree, fewer than two rows over all ranks, `eps` not positive.
+
+    Reference:
+        Bardes et al., 2022, "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning",
+        equation 6 and algorithm 1 (https://arxiv.org/abs/2105.04906).
+
+    Example:
+        >>> same = torch.ones(8, 4)
+        >>> round(vicreg(same, same).item(), 4)
+        24.75
+    """
+    terms = vicreg_terms(z1, z2, eps=eps, group=group)
+    return invariance * terms.invariance + variance * terms.variance + covariance * terms.covariance
+
+
+def vicreg_terms(z1: Tensor, z2: Tensor, *, eps: float = 1e-4, group: dist.ProcessGroup | None = None) -> VicRegTerms:
+    """The terms of `vicreg` apart: the variance halved over the branches, the covariance summed.
+
+    Args:
+        z1: `[N, D]`.
+        z2: `[N, D]`.
+        eps: as in `vicreg`.
+        group: as in `vicreg`.
+
+    Raises:
+        ValueError: as `vicreg`.
+
+    Reference:
+        Bardes et al., 2022, equations 1 to 5 (https://arxiv.org/abs/2105.04906).
+
+    Example:
+        >>> same = torch.ones(8, 4)
+        >>> [round(term.item(), 2) for term in vicreg_terms(same, same + 2)]
+        [4.0, 0.99, 0.0]
+    """
+    return VicRegTerms(
+        invariance_term(z1, z2, group=group),
+        (variance_term(z1, eps=eps, group=group) + variance_term(z2, eps=eps, group=group)) / 2,
+        covariance_term(z1, group=group) + covariance_term(z2, group=group),
+    )
+
+
+def invariance_term(z1: Tensor, z2: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Mean over rows and dimensions of (z1 - z2)^2.
+
+    Args:
+        z1: `[N, D]`.
+        z2: `[N, D]`.
+        group: as in `vicreg`.
+
+    Returns:
+        A scalar. The paper divides by N alone, its official code by N D, which is followed.
+
+    Raises:
+        ValueError: shapes that disagree, an empty batch.
+
+    Reference:
+        Bardes et al., 2022, equation 5 (https://arxiv.org/abs/2105.04906).
+
+    Example:
+        >>> invariance_term(torch.zeros(2, 3), torch.ones(2, 3)).item()
+        1.0
+    """
+    _check(z1, z2)
+    with torch.autocast(device_type=z1.device.type, enabled=False):
+        z1, z2 = at_least_fp32(z1, z2)
+        elements = sum(row_counts(z1, group)) * z1.shape[1]
+        return sum_over_ranks((z1 - z2).square().sum(), group) / elements
+
+
+def variance_term(
+    z: Tensor, *, gamma: float = 1.0, eps: float = 1e-4, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Mean over dimensions of max(0, gamma - sqrt(Var + eps)), Var the unbiased variance over the batch.
+
+    Args:
+        z: `[N, D]` of this rank.
+        gamma: standard deviation that every dimension should reach.
+        eps: keeps the gradient of the root finite where a dimension does not vary.
+        group: as in `vicreg`.
+
+    Raises:
+        ValueError: not `[N, D]`, fewer than two rows over all ranks, `eps` not positive.
+
+    Reference:
+        Bardes et al., 2022, equations 1 and 2 (https://arxiv.org/abs/2105.04906).
+
+    Example:
+        >>> round(variance_term(torch.tensor([[0.0, 0.0], [0.0, 9.0]]), eps=1e-4).item(), 3)  # the second is wide
+        0.495
+    """
+    _check(z)
+    if not eps > 0:
+        raise ValueError(f"eps={eps} must be positive: the root's gradient at a variance of zero is infinite")
+    with torch.autocast(device_type=z.device.type, enabled=False):
+        centred, total = _centred(z, group)
+        deviation = (sum_over_ranks(centred.square().sum(0), group) / (total - 1) + eps).sqrt()
+        return (gamma - deviation).clamp_min(0).mean()
+
+
+def covariance_term(z: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum of the squared off-diagonal entries of the covariance matrix, divided by D.
+
+    Args:
+        z: `[N, D]` of this rank.
+        group: as in `vicreg`.
+
+    Raises:
+        ValueError: not `[N, D]`, fewer than two rows over all ranks.
+
+    Reference:
+        Bardes et al., 2022, equations 3 and 4 (https://arxiv.org/abs/2105.04906).
+
+    Example:
+        >>> covariance_term(torch.tensor([[1.0, 1.0], [-1.0, -1.0]])).item()  # two times 2^2, over D = 2
+        4.0
+    """
+    _check(z)
+    with torch.autocast(device_type=z.device.type, enabled=False):
+        centred, total = _centred(z, group)
+        variance = sum_over_ranks(centred.square().sum(0), group)
+        return _squares_off_diagonal(centred, centred, variance, total, group) / ((total - 1) ** 2 * z.shape[1])
+
+
+def _check(*views: Tensor) -> None:
+    shapes = [list(view.shape) for view in views]
+    if len(shapes[0]) != 2 or 0 in shapes[0] or any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"embeddings must be [N, D] with N > 0, alike for both views, got {shapes}")
+
+
+def _centred(z: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
+    """Rows less the mean over all ranks, in fp32 at least, and the number of rows of all ranks."""
+    (z,) = at_least_fp32(z)
+    total = sum(row_counts(z, group))
+    if total < 2:
+        raise ValueError(
+            f"statistics over a batch of {total} row: a dimension of one row does not vary; take at least two rows "
+            "(per_device_train_batch_size times processes)"
+        )
+    return z - sum_over_ranks(z.sum(0), group) / total, total
+
+
+def _standardised(z1: Tensor, z2: Tensor, eps: float, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, int]:
+    _check(z1, z2)
+    if eps < 0:
+        raise ValueError(f"eps={eps} must not be negative; the official code's BatchNorm has 1e-5")
+    z1, z2 = at_least_fp32(z1, z2)
+    both, total = _centred(torch.cat([z1, z2], dim=1), group)
+    both = both * (sum_over_ranks(both.square().sum(0), group) / total + eps).rsqrt()
+    a, b = both.chunk(2, dim=1)
+    return a, b, total
+
+
+def _squares_off_diagonal(
+    a: Tensor, b: Tensor, diagonal: Tensor, total: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """Sum of the squares of A^T B but for its diagonal, A and B the rows of all ranks: by dimensions, or by rows.
+
+    By rows each rank takes its own against those of all ranks. Beyond half of D rows the difference to the squares
+    of the diagonal (`[D]`, given) would begin to cancel, and nothing would be saved.
+    """
+    width = a.shape[1]
+    if 2 * total > width:
+        matrix = sum_over_ranks(a.T @ b, group)
+        # without its last entry and cut into rows of width + 1, the matrix has its diagonal in the first column
+        return matrix.flatten()[:-1].view(width - 1, width + 1)[:, 1:].square().sum()
+    everyone = all_gather_with_grad(a, group)
+    by_first = a @ everyone.T
+    by_second = by_first if b is a else b @ all_gather_with_grad(b, group).T
+    return sum_over_ranks((by_first * by_second).sum(), group) - diagonal.square().sum()

@@ -1,0 +1,91 @@
+"""SimCLR: two views of an image find one another among all other views of the batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from mllm_vision.distributed import world_size
+from mllm_vision.encoder.encoder import VisionEncoder
+from mllm_vision.functional.infonce import mutual_information_bound, nt_xent
+from mllm_vision.modules.heads import MLPHead
+from mllm_vision.objectives.base import ImageObjective, ObjectiveOutput
+
+
+class SimClr(ImageObjective):
+    """NT-Xent over the 2N views of the whole batch, over all ranks, behind a projection head.
+
+    The head is the official code's: a BatchNorm (of all ranks) after every layer, the last one without bias; the
+    evaluation uses h, before the head.
+
+    Args:
+        encoder: to train; any backbone.
+        config: see `Config`.
+
+    Raises:
+        ValueError: a temperature that is not positive, or a size below one.
+
+    Reference:
+        Chen et al., 2020, "A Simple Framework for Contrastive Learning of Visual Representations", sections 2 and 4,
+        equation 1 (https://arxiv.org/abs/2002.05709).
+    """
+
+    views: ClassVar[str] = "simclr"
+    training_defaults: ClassVar[dict[str, Any]] = {
+        "optim": "lars",
+        "optim_args": "variant=simclr",
+        "learning_rate": 0.3,
+        "lr_scaling": "linear",
+        "weight_decay": 1e-6,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,  # the paper's 10 epochs, of 100
+        "max_grad_norm": 0.0,
+    }
+
+    @dataclass
+    class Config:
+        """Flags of the method."""
+
+        temperature: float = field(default=0.5, metadata={"help": "Of the softmax; 0.1 suits long trainings too."})
+        head_hidden: int | None = field(default=None, metadata={"help": "Width in the head; default: the encoder's."})
+        head_out: int = field(default=128, metadata={"help": "Width that the head projects to."})
+        head_layers: int = field(default=2, metadata={"help": "Layers of the head; SimCLR v2 has 3."})
+
+    def __init__(self, encoder: VisionEncoder, config: Config | None = None) -> None:
+        super().__init__(encoder, config)
+        if not self.config.temperature > 0:
+            raise ValueError(f"temperature={self.config.temperature} must be positive; the paper's is 0.5")
+        width = encoder.pooled_size
+        self.head = MLPHead(
+            width,
+            self.config.head_hidden or width,
+            self.config.head_out,
+            self.config.head_layers,
+            last_norm="batch_no_bias",
+        )
+
+    def embed(self, views: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """`views` `[B, 2, 3, H, W]` to `h` `[B, 2, P]`."""
+        return {"h": self.features(self.encoder, views)}
+
+    def loss(self, embeddings: dict[str, Tensor]) -> ObjectiveOutput:
+        """`embeddings` as `embed` returns them."""
+        h = embeddings["h"]
+        z1, z2 = self.head(h).unbind(1)
+        loss = nt_xent(z1, z2, temperature=self.config.temperature)
+        metrics = self.collapse_metrics(h=h[:, 0], z=z1)
+        negatives = 2 * len(z1) * world_size() - 2
+        if negatives > 0:
+            metrics["information_bound"] = mutual_information_bound(loss.detach(), negatives)
+        return ObjectiveOutput(loss=loss, metrics=metrics)
+
+    def negatives(self, batch_size: int) -> int:
+        """Both views of every other image."""
+        return 2 * batch_size - 2
+
+    def chance_loss(self, batch_size: int, positives: float = 1.0) -> float:
+        """ln(2N - 1): every other view equally likely."""
+        return math.log(2 * batch_size - 1)

@@ -1,0 +1,147 @@
+"""Fine-tuning: an encoder of stage zero and a linear layer learn the labels of a set of images.
+
+    python recipes/finetune.py --encoder runs/simclr/encoder --dataset_name cifar10_train.parquet \
+        --eval_dataset_name cifar10_test.parquet --output_dir runs/simclr_finetuned
+
+Leaves <output_dir>/encoder (the fine-tuned encoder, a native checkpoint) and <output_dir>/classifier (encoder and
+linear layer: of a ViT or ResNet a native model that pipeline("image-classification") runs).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from mllm_vision.training.arguments import RecipeArguments
+from mllm_vision.training.recipe import parse_recipe, recipe_dict, run_recipe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class FinetuneArguments:
+    """What the labelled images are, and which encoder learns."""
+
+    dataset_name: str = field(metadata={"help": "Labelled images: a file, folder, pattern or Hub id."})
+    encoder: str = field(
+        metadata={"help": "Path, Hub id, or a model type to build (from scratch).", "aliases": ["model_name_or_path"]}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    image_column: str | None = field(default=None, metadata={"help": "Image column, where its name does not tell."})
+    label_column: str | None = field(default=None, metadata={"help": "Label column, likewise."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
+    encoder_overrides: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Config fields of a built encoder: hidden_size=192,patch_size=4."}
+    )
+    image_size: int | None = field(default=None, metadata={"help": "Side of the square picture in pixels."})
+    encoder_learning_rate: float | None = field(default=None, metadata={"help": "Of the encoder alone."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Labelled images that accuracy is of."})
+    eval_split: str = field(default="test", metadata={"help": "Its split (a single file has only one)."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Test images, at most, drawn at random."})
+
+
+@dataclass
+class Arguments(RecipeArguments):
+    """Defaults of fine-tuning a ViT (MAE, appendix A.1); any TrainingArguments name works."""
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    layer_decay: float | None = 0.75
+    warmup_steps: float = 0.05
+    lr_scheduler_type: str = "cosine"
+    num_train_epochs: float = 50
+    per_device_train_batch_size: int = 256
+    eval_strategy: str = "epoch"
+    ddp_find_unused_parameters: bool = False
+
+
+def main(argv: list[str] | None = None) -> None:
+    from mllm_vision.data.views import ViewArguments
+    from mllm_vision.objectives.classification import Classification
+
+    own, arguments, config, view_flags = parse_recipe(
+        FinetuneArguments, Arguments, Classification.Config, ViewArguments, argv=argv, description=__doc__
+    )
+
+    from mllm_vision.data import PictureCollator, PictureDataset, load_records
+    from mllm_vision.data.view_draws import View
+    from mllm_vision.data.views import ViewMaker, ViewPolicy
+    from mllm_vision.encoder.build import ALIASES, build_encoder
+    from mllm_vision.encoder.families import FAMILIES
+    from mllm_vision.evaluation import ClassifierAccuracy, LabelledImages
+    from mllm_vision.evaluation.classifier import save_classifier
+    from mllm_vision.training.run import Run
+    from mllm_vision.training.trainer import ObjectiveTrainer
+
+    where = {"split": own.dataset_split, "config_name": own.dataset_config_name, "max_rows": own.max_train_samples}
+    records = load_records(own.dataset_name, **where)
+    run = Run("stage_zero", arguments, recipe_dict(own, arguments, config, view_flags))
+    built = own.encoder in {*FAMILIES, *ALIASES}
+    if not built:
+        run.inherit("encoder", own.encoder)
+    encoder = build_encoder(own.encoder, image_size=own.image_size, overrides=own.encoder_overrides)
+    if own.encoder == "vit":
+        encoder.backbone.pooler = None  # the normalised class token, as recipes/pretrain_images.py has it
+    columns = {role: name for role, name in (("image", own.image_column), ("label", own.label_column)) if name}
+    dataset = PictureDataset(records, columns, seed=arguments.seed, decode_size=2 * encoder.image_size)
+    run.describe_data("train", records, dataset.columns)
+    names = class_names(dataset)
+    config.classes = config.classes or len(names)
+    if config.classes < len(names):
+        raise ValueError(f"--classes {config.classes}: the training labels have {len(names)} classes ({names[:4]}...)")
+    objective = Classification(encoder, config)
+    processor = encoder.processor
+    policy = ViewPolicy((View(scale=(0.35, 1.0)),), "fine-tuning", resample="bicubic")
+    given = (encoder.image_size, processor.image_mean, processor.image_std)
+    evaluators = []
+    if own.eval_dataset_name:
+        test = load_records(own.eval_dataset_name, split=own.eval_split)
+        evaluators = [
+            ClassifierAccuracy("test", LabelledImages(records, test, columns, test_limit=own.max_eval_samples))
+        ]
+        run.describe_data("test", test, evaluators[0].data.test_columns)
+    else:
+        arguments.eval_strategy = "no"
+    trainer = ObjectiveTrainer(
+        model=objective,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=PictureCollator(),
+        run=run,
+        learning_rates={"encoder": own.encoder_learning_rate},
+        bad_samples=dataset.bad_samples,
+        evaluators=evaluators,
+        make_views=ViewMaker(policy, *given, view_flags, patch_size=encoder.patch_size),
+    )
+    trainer.train()
+    trainer.final_evaluation()
+    run.save_artifact(encoder.save_pretrained, "encoder", "encoder")
+    padded = [*names, *(f"class {index}" for index in range(len(names), config.classes))]
+    run.save_artifact(lambda path: save_classifier(encoder, objective.head, padded, path), "classifier", "classifier")
+    for each in evaluators:
+        each.store(run.record)
+    run.finish()
+
+
+def class_names(dataset: Any) -> list[str]:
+    """Names of the classes by label.
+
+    Raises:
+        ValueError: no labels, or numbers that are not 0, 1, 2...
+    """
+    if dataset.labels is None:
+        raise ValueError("fine-tuning needs labels, and the data have none; name the column with --label_column")
+    if dataset.class_names is not None:
+        return list(dataset.class_names)
+    found = sorted(set(dataset.labels.tolist()) - {-1})
+    if found != list(range(len(found))):
+        raise ValueError(
+            f"labels without names must be 0, 1, 2..., and these are {found[:6]}...; give words, or a ClassLabel column"
+        )
+    return [str(label) for label in found]
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,230 @@
+"""Stage zero without texts: a vision encoder learns from a set of images alone, by the method that --objective names.
+
+    python recipes/pretrain_images.py --objective simclr --dataset_name cifar10_train.parquet \
+        --encoder vit --encoder_overrides hidden_size=192,num_hidden_layers=6,num_attention_heads=3,patch_size=4 \
+        --image_size 32 --output_dir runs/simclr
+
+Leaves <output_dir>/encoder, a native checkpoint. Optimizer, rate and schedule are the paper's unless flags or the
+--config file say otherwise. With a labelled test set (--eval_dataset_name) kNN and a linear probe measure the encoder
+while it trains; labels are never trained on, but by supcon.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from mllm_vision.training.arguments import RecipeArguments
+from mllm_vision.training.recipe import parse_recipe, peek_recipe, recipe_dict, run_recipe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ImageArguments:
+    """What the images are, and which encoder learns by which method."""
+
+    dataset_name: str = field(metadata={"help": "Images: a file, folder, pattern or Hub id."})
+    objective: str = field(
+        default="simclr",
+        metadata={"help": "simclr, moco_v3, byol, dino... (docs/pretrain_images.md), or package.module:Class."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    image_column: str | None = field(default=None, metadata={"help": "Image column, where its name does not tell."})
+    label_column: str | None = field(default=None, metadata={"help": "Label column, for supcon and the evaluations."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
+    decode_size: int | None = field(
+        default=None, metadata={"help": "Shrink larger images to this shorter side; default: twice the views'."}
+    )
+    encoder: str = field(
+        default="vit", metadata={"help": "Path, Hub id, or a model type to build.", "aliases": ["model_name_or_path"]}
+    )
+    encoder_overrides: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Config fields of a built encoder: hidden_size=192,patch_size=4; of a ResNet stem=cifar."},
+    )
+    image_size: int | None = field(default=None, metadata={"help": "Side of the square views in pixels."})
+    sync_batch_norm: bool = field(
+        default=False, metadata={"help": "The encoder's BatchNorm normalises with the batch of all processes."}
+    )
+    encoder_learning_rate: float | None = field(default=None, metadata={"help": "Of the encoder alone."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Labelled images that accuracy is of."})
+    eval_split: str = field(default="test", metadata={"help": "Its split (a single file has only one)."})
+    eval_train_dataset_name: str | None = field(
+        default=None, metadata={"help": "Labelled images kNN and probe learn from; default: the training set."}
+    )
+    evaluators: list[str] = field(default_factory=lambda: ["knn"], metadata={"help": "While training: knn, probe."})
+    final_evaluators: list[str] = field(
+        default_factory=lambda: ["knn", "probe"], metadata={"help": "Before the training and after it: knn, probe."}
+    )
+    knn_k: int = field(default=20, metadata={"help": "Neighbours: 20 (DINO), 200 (MoCo)."})
+    knn_temperature: float = field(default=0.07, metadata={"help": "Of their votes: 0.07 (DINO), 0.1 (MoCo)."})
+    raw_pixels: bool = field(default=False, metadata={"help": "Also kNN and probe on the pixels themselves (slow)."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Test images, at most, drawn at random."})
+    max_eval_train_samples: int | None = field(default=None, metadata={"help": "Labelled training images, at most."})
+
+
+@dataclass
+class Arguments(RecipeArguments):
+    """Any TrainingArguments name works; the method chooses optimizer, rate and schedule."""
+
+    num_train_epochs: float = 100
+    per_device_train_batch_size: int = 256
+    eval_strategy: str = "steps"
+    eval_steps: float = 0.2
+    ddp_find_unused_parameters: bool = False
+
+
+def main(argv: list[str] | None = None) -> None:
+    from mllm_vision.data.views import ViewArguments
+    from mllm_vision.objectives import ImageObjective, load_objective
+
+    name = peek_recipe("objective", "simclr", argv=argv)
+    method = load_objective(name)
+    if not issubclass(method, ImageObjective):
+        raise ValueError(f"objective {name!r} learns from image-text pairs: recipes/pretrain.py trains it")
+    own, arguments, config, view_flags = parse_recipe(
+        ImageArguments,
+        Arguments,
+        method.Config,
+        ViewArguments,
+        argv=argv,
+        description=__doc__,
+        defaults=method.training_defaults,
+    )
+    steps, rows = arguments.gradient_accumulation_steps, arguments.per_device_train_batch_size
+    method.check_accumulation(steps, rows, arguments.embed_batch_size)
+
+    from mllm_vision.data import PictureCollator, PictureDataset, load_records
+    from mllm_vision.encoder.build import ALIASES
+    from mllm_vision.encoder.families import FAMILIES
+    from mllm_vision.evaluation import Geometry
+    from mllm_vision.lineage import hash_parameters
+    from mllm_vision.training.run import Run
+    from mllm_vision.training.trainer import ObjectiveTrainer
+    from mllm_vision.vlm.freezing import audit_table
+
+    where = {"split": own.dataset_split, "config_name": own.dataset_config_name, "max_rows": own.max_train_samples}
+    records = load_records(own.dataset_name, **where)
+    run = Run("stage_zero", arguments, recipe_dict(own, arguments, config, view_flags))
+    built = own.encoder in {*FAMILIES, *ALIASES}
+    if not built:
+        run.inherit("encoder", own.encoder)
+    encoder = build(own)
+    objective = method(encoder, config)
+    make_views, make_plain = view_makers(objective, view_flags)
+    named = {"image": own.image_column, "label": own.label_column}
+    columns = {role: column for role, column in named.items() if column}
+    decode_size = own.decode_size or 2 * encoder.image_size
+    dataset = PictureDataset(records, columns, seed=arguments.seed, decode_size=decode_size)
+    run.describe_data("train", records, dataset.columns)
+    before, after = build_evaluators(own, records, columns, run)
+    if not before and arguments.load_best_model_at_end:
+        raise ValueError("--load_best_model_at_end needs --eval_dataset_name")
+    if not before:
+        arguments.eval_strategy = "no"
+    trainer = ObjectiveTrainer(
+        model=objective,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=PictureCollator(),
+        run=run,
+        learning_rates={"encoder": own.encoder_learning_rate},
+        bad_samples=dataset.bad_samples,
+        evaluators=before,
+        make_views=make_views,
+        make_plain_views=make_plain,
+    )
+    logger.info("%s: %s", name, make_views)
+    run.record["modules"] = arguments.scaled(audit(objective, own, arguments))
+    logger.info(audit_table(run.record["modules"]))
+    untrained = {each.name: each(objective)[each.primary_metric] for each in after}
+    trainer.train()
+    trainer.evaluators = after
+    trainer.final_evaluation()
+    for row in run.record["modules"]:
+        row["sha256_after"] = hash_parameters(dict(getattr(objective, row["group"]).named_parameters()))
+        row["moved"] = row["sha256_before"] != row["sha256_after"]
+
+    run.save_artifact(encoder.save_pretrained, "encoder", "encoder")
+    for each in after:
+        each.store(run.record)
+        baselines = run.record["evaluations"][each.name]["baselines"]
+        baselines["untrained" if built else "before_training"] = untrained[each.name]
+    if own.eval_dataset_name:  # not for a verdict: it shows a collapse, and draws the spectrum
+        geometry = Geometry("geometry", after[0].records, {"image": after[0].data.image_column()}, limit=2000)
+        geometry(objective)
+        geometry.store(run.record)
+    run.finish()
+
+
+def build(own: ImageArguments) -> Any:
+    """The encoder, loaded or built; a ViT built here gives its normalised class token, without BERT's tanh layer."""
+    from mllm_vision.encoder.build import build_encoder
+    from mllm_vision.modules.batch_norm import make_batch_norm_global
+
+    encoder = build_encoder(own.encoder, image_size=own.image_size, overrides=own.encoder_overrides)
+    if own.encoder == "vit":
+        encoder.backbone.pooler = None
+    if own.sync_batch_norm and not make_batch_norm_global(encoder):
+        raise ValueError(f"--sync_batch_norm: {own.encoder} has no BatchNorm; leave it out")
+    return encoder
+
+
+def view_makers(objective: Any, flags: Any) -> tuple[Any, Any]:
+    """What makes the method's views, and what makes one that is only resized."""
+    from mllm_vision.data.view_draws import View
+    from mllm_vision.data.views import ViewMaker, ViewPolicy
+
+    encoder, processor = objective.encoder, objective.encoder.processor
+    given = (encoder.image_size, processor.image_mean, processor.image_std)
+    plain = ViewPolicy((View(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0),), "the whole image")
+    maker = ViewMaker(objective.views, *given, flags, patch_size=encoder.patch_size)
+    return maker, ViewMaker(plain, *given)
+
+
+def build_evaluators(own: ImageArguments, records: Any, columns: dict[str, str], run: Any) -> tuple[list, list]:
+    """(those that run while training, those before and after it), where a labelled set is named."""
+    from mllm_vision.data import bind_columns, load_records
+    from mllm_vision.errors import unknown_name
+    from mllm_vision.evaluation import KnnAccuracy, LabelledImages, LinearProbe
+
+    for name in [*own.evaluators, *own.final_evaluators]:
+        if name not in ("knn", "probe"):
+            raise ValueError(unknown_name("evaluator", name, ("knn", "probe")))
+    if not own.eval_dataset_name:
+        return [], []
+    bank = load_records(own.eval_train_dataset_name) if own.eval_train_dataset_name else records
+    test = load_records(own.eval_dataset_name, split=own.eval_split)
+    limits = {"train_limit": own.max_eval_train_samples, "test_limit": own.max_eval_samples}
+    data = LabelledImages(bank, test, columns, **limits)
+    run.describe_data("test", test, bind_columns(test, ("image", "label"), columns))
+    made = {
+        "knn": KnnAccuracy("knn", data, k=own.knn_k, temperature=own.knn_temperature, raw_pixels=own.raw_pixels),
+        "probe": LinearProbe("probe", data, raw_pixels=own.raw_pixels),
+    }
+    after = dict.fromkeys([*own.evaluators, *own.final_evaluators])
+    return [made[name] for name in dict.fromkeys(own.evaluators)], [made[name] for name in after]
+
+
+def audit(objective: Any, own: ImageArguments, arguments: Any) -> list[dict[str, Any]]:
+    """What trains, at which rate: a row for each part of the objective that has parameters."""
+    from mllm_vision.lineage import hash_parameters
+
+    rows = []
+    for group, module in objective.named_children():
+        parameters = dict(module.named_parameters())
+        if not parameters:
+            continue
+        trainable = sum(value.numel() for value in parameters.values() if value.requires_grad)
+        rate = own.encoder_learning_rate if group == "encoder" else None
+        rows.append({"group": group, "parameters": sum(value.numel() for value in parameters.values())})
+        rows[-1] |= {"trainable": trainable, "learning_rate": rate or arguments.learning_rate}
+        rows[-1]["sha256_before"] = hash_parameters(parameters)
+    return rows
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,105 @@
+"""Pictures decoded once: rows, labels, bad rows, sizes, and the 8-bit batch."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import random_image
+
+from mllm_vision.data import PictureCollator, PictureDataset, load_records
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+def rows(count: int = 6, **columns) -> list[dict]:
+    """Records of small PNGs, with further columns given as functions of the index."""
+    made = []
+    for index in range(count):
+        made.append({"image": encoded(random_image(index, 16))})
+        made[-1].update({name: value(index) for name, value in columns.items()})
+    return made
+
+
+def test_rows_and_draws() -> None:
+    dataset = PictureDataset(rows(label=lambda i: i % 3), seed=5)
+    row = dataset[2]
+    assert (row["index"], row["label"], row["image"].size) == (2, 2, (16, 16))
+    again = PictureDataset(rows(label=lambda i: i % 3), seed=5)
+    assert again[2]["key"] == row["key"] and dataset[3]["key"] != row["key"]
+    dataset.set_epoch(1)
+    assert dataset[2]["key"] != row["key"]
+    assert PictureDataset(rows(), seed=6)[2]["key"] != row["key"] and "label" not in PictureDataset(rows())[0]
+
+
+def test_labels() -> None:
+    words = PictureDataset(rows(label=lambda i: ["dog", "cat", "bird"][i % 3]))
+    assert words.class_names == ["bird", "cat", "dog"] and words.labels.tolist() == [2, 1, 0, 2, 1, 0]
+    numbers = PictureDataset(rows(fine=lambda i: 7 - i), {"label": "fine"})
+    assert numbers.labels.tolist() == [7, 6, 5, 4, 3, 2] and numbers.class_names is None
+    assert PictureDataset(rows()).labels is None
+
+
+def test_labels_of_a_table(data_dir) -> None:
+    dataset = PictureDataset(load_records(data_dir / "cifar10_test.parquet", max_rows=20))
+    assert dataset.class_names[0] == "airplane" and dataset[7]["label"] == int(dataset.labels[7])
+
+
+def test_bad_rows_are_passed_over() -> None:
+    records = rows(label=lambda i: None if i == 4 else i)
+    records[1]["image"] = b"not a picture"
+    dataset = PictureDataset(records)
+    assert [dataset[i]["index"] for i in range(6)] == [0, 2, 2, 3, 5, 5]
+    assert dataset.bad_samples.count == 2 and dataset[1]["key"] != dataset[2]["key"]
+    assert any("cannot be decoded" in example for example in dataset.bad_samples.examples)
+    assert any("'label' is empty" in example for example in dataset.bad_samples.examples)
+
+
+@pytest.mark.parametrize(
+    ("size", "decode_size", "expected"),
+    [((90, 60), None, (90, 60)), ((90, 60), 30, (45, 30)), ((90, 60), 60, (90, 60)), ((400, 20), None, (80, 20))],
+)
+def test_sizes(size: tuple[int, int], decode_size: int | None, expected: tuple[int, int]) -> None:
+    records = [{"image": Image.new("RGB", size)}]
+    assert PictureDataset(records, decode_size=decode_size)[0]["image"].size == expected
+
+
+def test_a_jpeg_is_decoded_small() -> None:
+    """The draft of a large JPEG shows what a full decode and resize shows."""
+    smooth = random_image(0, 8).resize((640, 480), Image.Resampling.BICUBIC)
+    made = PictureDataset([{"image": encoded(smooth, "JPEG")}], decode_size=60)[0]["image"]
+    whole = smooth.resize((80, 60), Image.Resampling.BOX)
+    assert made.size == (80, 60)
+    assert np.abs(np.asarray(made, dtype=float) - np.asarray(whole, dtype=float)).mean() < 3.0
+
+
+def test_the_batch() -> None:
+    pictures = [random_image(0, 16), random_image(1, 16).resize((20, 12))]
+    given = [{"image": picture, "key": 5 + i, "index": 9 - i, "label": i} for i, picture in enumerate(pictures)]
+    batch = PictureCollator()(given)
+    assert batch["pixels"].shape == (2, 3, 16, 20) and batch["pixels"].dtype == torch.uint8
+    assert batch["sizes"].tolist() == [[16, 16], [12, 20]]
+    assert (batch["seeds"].tolist(), batch["index"].tolist(), batch["labels"].tolist()) == ([5, 6], [9, 8], [0, 1])
+    for place, picture in enumerate(pictures):
+        height, width = batch["sizes"][place].tolist()
+        assert np.array_equal(batch["pixels"][place, :, :height, :width].permute(1, 2, 0), np.asarray(picture))
+    assert not batch["pixels"][0, :, :, 16:].any() and not batch["pixels"][1, :, 12:].any()
+    assert "labels" not in PictureCollator()([{"image": pictures[0]}])
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="decode_size=0"):
+        PictureDataset(rows(), decode_size=0)
+    with pytest.raises(ValueError, match="did you mean 'label'"):
+        PictureDataset(rows(label=lambda i: i), {"label": "lable"})
+    with pytest.raises(ValueError, match="empty"):
+        PictureDataset([])
+    with pytest.raises(ValueError, match="batch is empty"):
+        PictureCollator()([])

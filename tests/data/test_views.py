@@ -1,0 +1,345 @@
+"""Views: parameters as the papers say, pixels as Pillow's, and a function of each picture's seed alone."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import random_image
+
+from mllm_vision.data import PictureCollator, ViewArguments, ViewMaker
+from mllm_vision.data import view_pixels as vp
+from mllm_vision.data.view_draws import MAX_VIEWS, View, ViewParameters, draw_view
+from mllm_vision.data.views import POLICIES, ViewPolicy
+
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # pixel values stay 0..255
+FOLDER = str(Path(__file__).resolve().parents[2] / "scripts" / "benchmark")
+MANY = 6000
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The benchmark's files; the usual per-image transforms are the reference here."""
+    sys.path.insert(0, FOLDER)
+    names = ("timing", "pil_views", "views")
+    try:
+        yield {name: importlib.import_module(name) for name in names}
+    finally:
+        sys.path.remove(FOLDER)
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+def photograph(seed: int, size: tuple[int, int]) -> Image.Image:
+    """A picture of `size` (width, height) with large shapes, fine texture and saturated colours."""
+    coarse = random_image(seed, 6).resize(size, Image.Resampling.BICUBIC)
+    noise = np.random.default_rng(seed).normal(0, 12, (size[1], size[0], 3))
+    return Image.fromarray(np.clip(np.asarray(coarse, dtype=float) + noise, 0, 255).astype(np.uint8))
+
+
+def batch_of(pictures: list[Image.Image], first: int = 0) -> dict[str, torch.Tensor]:
+    return PictureCollator()([{"image": picture, "key": 17 * i + first} for i, picture in enumerate(pictures)])
+
+
+def drawn(view: View, size: tuple[int, int] = (300, 300), number: int = 0) -> ViewParameters:
+    return draw_view(view, number, torch.arange(MANY), torch.tensor(size).expand(MANY, 2))
+
+
+# -- what the papers say --------------------------------------------------------------------------------------------
+
+# scale, flip, jitter with its probability, grey, blur and solarise of each view; official code of each paper
+COLOURS = (0.4, 0.4, 0.4, 0.1)
+BYOL = (0.4, 0.4, 0.2, 0.1)
+PAPERS = {
+    "simclr": [((0.08, 1.0), 0.5, COLOURS, 0.8, 0.2, 0.5, 0.0)] * 2,
+    "moco_v1": [((0.2, 1.0), 0.5, (0.4, 0.4, 0.4, 0.4), 1.0, 0.2, 0.0, 0.0)] * 2,
+    "moco_v2": [((0.2, 1.0), 0.5, COLOURS, 0.8, 0.2, 0.5, 0.0)] * 2,
+    "byol": [((0.08, 1.0), 0.5, BYOL, 0.8, 0.2, 1.0, 0.0), ((0.08, 1.0), 0.5, BYOL, 0.8, 0.2, 0.1, 0.2)],
+    "dino": [((0.4, 1.0), 0.5, BYOL, 0.8, 0.2, 1.0, 0.0), ((0.4, 1.0), 0.5, BYOL, 0.8, 0.2, 0.1, 0.2)],
+    "mae": [((0.2, 1.0), 0.5, (0.0,) * 4, 0.8, 0.0, 0.0, 0.0)],
+    "clip": [((0.9, 1.0), 0.0, (0.0,) * 4, 0.8, 0.0, 0.0, 0.0)],
+}
+
+
+def near(share: torch.Tensor, probability: float) -> bool:
+    """Whether the share of True is within five deviations of a coin of that probability."""
+    deviation = (probability * (1 - probability) / share.numel()) ** 0.5
+    return abs(float(share.double().mean()) - probability) <= 5 * deviation
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_parameters_are_distributed_as_the_papers_say(name: str) -> None:
+    policy = ViewMaker(name, 32, **PLAIN).policy
+    assert len(policy.views) == len(PAPERS[name])
+    for number, (view, expected) in enumerate(zip(policy.views, PAPERS[name], strict=True)):
+        scale, flip, jitter, jitter_probability, gray, blur, solarize = expected
+        p = drawn(view, number=number)
+        area = (p.height * p.width).double() / 300**2
+        assert scale[0] - 0.02 < float(area.min()) and float(area.max()) <= scale[1] and near(p.flip, flip)
+        aspect = (p.width / p.height).log()
+        assert float(aspect.abs().max()) < np.log(4 / 3) + 0.05 and abs(float(aspect.mean())) < 0.03
+        assert near(p.gray, gray) and near(p.sigma > 0, blur) and near(p.solarize, solarize)
+        if blur:
+            sigma = p.sigma[p.sigma > 0]
+            assert float(sigma.min()) >= 0.1 and float(sigma.max()) <= 2.0 and abs(float(sigma.mean()) - 1.05) < 0.12
+        changed = p.factors[(p.factors != torch.tensor([1.0, 1.0, 1.0, 0.0])).any(dim=1)]
+        assert near((p.factors[:, 0] != 1.0), jitter_probability if jitter[0] else 0.0)
+        for column, (strength, centre) in enumerate(zip(jitter, (1.0, 1.0, 1.0, 0.0), strict=True)):
+            if strength:
+                off = changed[:, column] - centre
+                assert float(off.abs().max()) <= strength + 1e-6 and abs(float(off.mean())) < 0.05 * strength
+                assert abs(float(off.std()) - strength / 3**0.5) < 0.03 * strength  # uniform
+    orders = {tuple(order) for order in p.order.tolist()}
+    assert len(orders) == 24 and all(near(p.order[:, 0] == kind, 0.25) for kind in range(4))
+
+
+def test_local_crops() -> None:
+    """DINO: 8 crops of 5 to 40 % of the area, 96 of 224 pixels, in whole patches; DINOv2: to 32 %, 98 of 224."""
+    dino, dinov2 = ViewMaker("dino", 224, **PLAIN, patch_size=16), ViewMaker("dinov2", 224, **PLAIN, patch_size=14)
+    assert (dino.local_size, dinov2.local_size, dino.policy.local_views) == (96, 98, 8)
+    assert ViewMaker("dino", 32, **PLAIN, patch_size=4).local_size == 12
+    p = drawn(dino.policy.local)
+    area = (p.height * p.width).double() / 300**2
+    assert float(area.min()) > 0.04 and float(area.max()) < 0.41 and near(p.sigma > 0, 0.5)
+    assert dinov2.policy.local.scale == (0.05, 0.32) and dinov2.policy.views[0].scale == (0.32, 1.0)
+    made = ViewMaker("dino", 32, **PLAIN, patch_size=4)(batch_of([photograph(0, (40, 30))]))
+    assert made["views"].shape == (1, 2, 3, 32, 32) and made["local_views"].shape == (1, 8, 3, 12, 12)
+    flat = made["local_views"][0].flatten(1)
+    assert len({tuple(view.tolist()) for view in flat}) == 8  # each its own
+
+
+def test_views_of_a_picture_are_independent() -> None:
+    a, b = (drawn(POLICIES["simclr"].views[0], number=number) for number in (0, 1))
+    pairs = torch.stack([a.top.float(), b.top.float(), a.factors[:, 0], b.factors[:, 0], a.factors[:, 1]])
+    assert float((torch.corrcoef(pairs) - torch.eye(5)).abs().max()) < 5 / MANY**0.5
+
+
+def test_crops_stay_inside() -> None:
+    """Of any picture, a single pixel and a panorama that no crop fits included."""
+    for size in ((1, 1), (2, 300), (300, 2), (32, 32), (7, 5)):
+        for view in (POLICIES["simclr"].views[0], POLICIES["clip"].views[0]):
+            p = drawn(view, size)
+            assert int(p.top.min()) >= 0 and int(p.left.min()) >= 0 and int(p.height.min()) >= 1
+            assert int((p.top + p.height).max()) <= size[0] and int((p.left + p.width).max()) <= size[1]
+    centred = drawn(View(scale=(0.9, 1.0)), (10, 1000))
+    assert set(centred.left.tolist()) == {493} and set(centred.width.tolist()) == {13}
+
+
+# -- pixels against Pillow ------------------------------------------------------------------------------------------
+
+
+def parameters(**given) -> ViewParameters:
+    """One view that changes nothing but what is given."""
+    plain = {
+        **{"top": 0, "left": 0, "height": 40, "width": 50, "flip": False, "order": [0, 1, 2, 3]},
+        **{"factors": [1.0, 1.0, 1.0, 0.0], "gray": False, "gray_first": False, "sigma": 0.0, "solarize": False},
+    }
+    return ViewParameters(**{name: torch.tensor([value]) for name, value in {**plain, **given}.items()})
+
+
+# parameters, then the largest mean and highest difference allowed, in grey levels
+CASES = {
+    "upscaled": ({"top": 3, "left": 5, "height": 20, "width": 15}, 0.1, 2),
+    "downscaled and flipped": ({"height": 40, "width": 46, "left": 4, "flip": True}, 0.1, 2),
+    "brightness": ({"factors": [1.37, 1.0, 1.0, 0.0]}, 0.6, 3),
+    "contrast": ({"factors": [1.0, 0.62, 1.0, 0.0]}, 0.8, 2),
+    "saturation": ({"factors": [1.0, 1.0, 1.4, 0.0]}, 0.8, 3),
+    "hue": ({"factors": [1.0, 1.0, 1.0, 0.2]}, 1.5, 13),  # Pillow's HSV has 8 bits
+    "hue backwards": ({"factors": [1.0, 1.0, 1.0, -0.45]}, 1.5, 13),
+    "jitter, one order": ({"factors": [1.3, 0.7, 1.2, 0.0], "order": [2, 0, 3, 1]}, 1.5, 5),
+    "jitter, the other": ({"factors": [1.3, 0.7, 1.2, 0.0], "order": [1, 3, 0, 2]}, 1.5, 5),
+    "grey": ({"gray": True}, 0.6, 1.5),
+    "grey first": ({"gray": True, "gray_first": True, "factors": [0.7, 1.2, 1.3, 0.1]}, 1.2, 3),
+    "solarize": ({"solarize": True}, 0.1, 2),
+    "blur": ({"sigma": 1.5}, 1.0, 5),  # Pillow's is three box blurs
+    "slight blur": ({"sigma": 0.5}, 1.5, 9),
+}
+
+
+def compare(scripts, case: dict, size: tuple[int, int], resample: str) -> np.ndarray:
+    """Differences from the per-image transforms in grey levels, `[h, w, 3]`."""
+    picture, p = photograph(3, (50, 40)), parameters(**case)
+    values = vp.make_views(
+        batch_of([picture])["pixels"], p, size, multiply=torch.ones(3), add=torch.zeros(3), resample=resample
+    )
+    left, top = int(p.left), int(p.top)
+    fixed = {name: value for name, value in case.items() if name not in ("top", "left", "height", "width")}
+    box = (left, top, left + int(p.width), top + int(p.height))
+    expected = np.asarray(scripts["pil_views"].PilView(box, **fixed).picture(picture, size, resample), dtype=float)
+    found = values[0, 0].permute(1, 2, 0).numpy()
+    if case.get("solarize"):  # a value at the threshold may fall on either side
+        unsure = np.abs(found - 127.5) < 1.6
+        return np.where(unsure, 0.0, found - expected)
+    return found - expected
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 56)], ids=["by products", "by row"])
+@pytest.mark.parametrize("name", CASES)
+def test_pixels_agree_with_pillow(scripts, name: str, size: tuple[int, int]) -> None:
+    case, mean, highest = CASES[name]
+    for resample in ("bilinear", "bicubic") if "scaled" in name else ("bilinear",):
+        difference = np.abs(compare(scripts, case, size, resample))
+        assert difference.mean() <= mean and difference.max() <= highest, f"{difference.mean()} {difference.max()}"
+
+
+def test_the_comparison_can_fail(scripts) -> None:
+    wrong = {**CASES["jitter, one order"][0], "factors": [1.3, 0.8, 1.2, 0.0]}
+    right = compare(scripts, CASES["jitter, one order"][0], (32, 32), "bilinear")
+    picture, p = photograph(3, (50, 40)), parameters(**wrong)
+    values = vp.make_views(batch_of([picture])["pixels"], p, (32, 32), multiply=torch.ones(3), add=torch.zeros(3))
+    reference = scripts["pil_views"].PilView((0, 0, 50, 40), **CASES["jitter, one order"][0])
+    expected = np.asarray(reference.picture(picture, (32, 32), "bilinear"), dtype=float)
+    assert np.abs(values[0, 0].permute(1, 2, 0).numpy() - expected).mean() > 2 * np.abs(right).mean()
+
+
+def test_hue_keeps_saturation_and_value() -> None:
+    """Against `colorsys`, which goes through HSV; full turns of every colour of the circle, and grey."""
+    import colorsys
+
+    colours = torch.cat([torch.rand(40, 3), torch.eye(3), 1 - torch.eye(3), torch.full((1, 3), 0.4)]) * 255
+    turns = torch.linspace(-0.5, 0.5, len(colours))
+    found = vp.shift_hue(colours[:, :, None, None].clone(), turns)[:, :, 0, 0] / 255
+    for colour, turn, given in zip((colours / 255).tolist(), turns.tolist(), found.tolist(), strict=True):
+        hue, saturation, value = colorsys.rgb_to_hsv(*colour)
+        assert given == pytest.approx(colorsys.hsv_to_rgb((hue + turn) % 1.0, saturation, value), abs=1e-5)
+
+
+def test_blur_is_gaussian() -> None:
+    """A point becomes a Gaussian of that deviation; a row without blur is untouched."""
+    values = torch.zeros(2, 3, 33, 33)
+    values[:, :, 16, 16] = 1.0
+    made = vp.blur(values.clone(), torch.tensor([1.3, 0.0]))
+    offsets = torch.arange(33) - 16.0
+    assert torch.equal(made[1], values[1])
+    assert float(made[0, 0].sum()) == pytest.approx(1.0, abs=1e-5)
+    variance = float((made[0, 0].sum(0) * offsets**2).sum())
+    assert variance == pytest.approx(1.3**2, rel=0.02)
+    flat = vp.blur(torch.full((1, 3, 5, 7), 9.0), torch.tensor([2.0]))  # smaller than the kernel; edges go on
+    assert torch.allclose(flat, torch.full_like(flat, 9.0), atol=1e-4)
+
+
+@pytest.mark.parametrize("resample", vp.RESAMPLES)
+def test_both_ways_to_crop_agree(resample: str) -> None:
+    pixels = torch.from_numpy(np.stack([np.asarray(photograph(i, (60, 50))) for i in range(4)])).permute(0, 3, 1, 2)
+    seeds, sizes = torch.arange(4), torch.tensor([[50, 60], [50, 60], [30, 41], [17, 60]])
+    p = ViewParameters.interleave([draw_view(View(scale=(0.1, 1.0)), n, seeds, sizes) for n in range(5)])
+    by_row = vp._crop_by_row(pixels, p, (24, 40), resample)
+    by_products = vp._crop_by_products(pixels, p, (24, 40), resample)
+    off = (by_row - by_products).abs()
+    assert float(off.max()) <= 2.0 and float((off > 1).float().mean()) < 1e-3 and float((off > 0).float().mean()) < 0.05
+
+
+# -- the maker ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "size"), [("simclr", 32), ("byol", 32), ("dino", 64)])
+def test_a_view_depends_on_its_seed_alone(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the batch, its order, its padding, the chunk or the rank, nor on any generator."""
+    pictures = [photograph(i, (48, 40)) for i in range(9)]
+    maker, batch = ViewMaker(name, size, **PLAIN, patch_size=8), batch_of(pictures)
+    state = torch.get_rng_state()
+    whole = maker(batch)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    order = torch.randperm(9)
+    shuffled = maker({column: values[order] for column, values in batch.items()})
+    # As ranks and chunks see it: rows 0, 3, 6, ... in one batch, the others in two more.
+    parts = [maker({column: values[rank::3] for column, values in batch.items()}) for rank in range(3)]
+    monkeypatch.setattr(vp, "_CPU_ELEMENTS", 1)  # picture by picture
+    single = maker({**batch, "pixels": torch.nn.functional.pad(batch["pixels"], (0, 0, 0, 6))})
+    for column in maker.columns:
+        assert torch.equal(shuffled[column], whole[column][order])
+        for rank in range(3):
+            assert torch.allclose(parts[rank][column], whole[column][rank::3], atol=1e-3)
+        off = (single[column] - whole[column]).abs()
+        assert float((off > 1e-3).float().mean()) < 1e-3  # other shapes of the products: a level here and there
+    other = maker({**batch, "seeds": batch["seeds"] + 1})["views"]
+    assert float((other - whole["views"]).abs().flatten(1).mean(1).min()) > 1.0
+
+
+@pytest.mark.parametrize("name", ["byol", "moco_v1"])
+def test_the_way_without_a_cpu_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, every change is computed for all rows, and nothing asks the device which rows it is for."""
+    maker, batch = ViewMaker(name, 32, **PLAIN), batch_of([photograph(i, (40, 36)) for i in range(12)])
+    expected = maker(batch)["views"]
+    monkeypatch.setattr(vp, "_on_cpu", lambda values: False)
+    assert torch.allclose(maker(batch)["views"], expected, atol=1e-3)
+
+
+def test_columns_and_normalisation() -> None:
+    picture = Image.new("RGB", (20, 20), (51, 102, 204))
+    batch = {**batch_of([picture]), "labels": torch.tensor([3])}
+    made = ViewMaker("mae", 8, (0.5, 0.4, 0.3), (0.1, 0.2, 0.4))(batch)
+    assert set(made) == {"views", "seeds", "index", "labels"} and made["views"].shape == (1, 1, 3, 8, 8)
+    expected = torch.tensor([(0.2 - 0.5) / 0.1, (0.4 - 0.4) / 0.2, (0.8 - 0.3) / 0.4])
+    assert torch.allclose(made["views"][0, 0].mean(dim=(1, 2)), expected, atol=1e-4)
+    assert ViewMaker("mae", 8, **PLAIN)({"x": 1}) == {"x": 1}
+    assert ViewMaker("simclr", (16, 24), **PLAIN)(batch)["views"].shape == (1, 2, 3, 16, 24)
+
+
+def test_flags() -> None:
+    flags = ViewArguments(crop_scale=[0.5, 0.6], flip=0.0, jitter_strength=1.0, blur=0.0, gray=1.0, solarize=1.0)
+    maker = ViewMaker("simclr", 32, **PLAIN, arguments=flags)
+    for view in maker.policy.views:
+        assert view.jitter == (0.8, 0.8, 0.8, 0.2) and view.scale == (0.5, 0.6)
+        assert (view.flip, view.blur, view.gray, view.solarize) == (0.0, 0.0, 1.0, 1.0)
+    made = maker(batch_of([photograph(0, (32, 32))]))["views"]
+    assert torch.allclose(made[:, :, 0], made[:, :, 2], atol=1e-3)  # grey
+    flags = ViewArguments(views="dino", local_views=3, local_size=16, local_scale=[0.1, 0.2], blur_sigma=[0.2, 0.4])
+    maker = ViewMaker("simclr", 32, **PLAIN, arguments=flags, patch_size=4)
+    assert (maker.name, maker.policy.local.scale, maker.policy.local.sigma) == ("dino", (0.1, 0.2), (0.2, 0.4))
+    assert maker(batch_of([photograph(0, (32, 32))]))["local_views"].shape == (1, 3, 3, 16, 16)
+    assert ViewMaker("dino", 32, **PLAIN, arguments=ViewArguments(local_views=0)).columns == ("views",)
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ({"views": "simlcr"}, "nearest known one is 'simclr'"),
+        ({"crop_scale": [0.0, 1.0]}, "crop_scale"),
+        ({"crop_scale": [0.5]}, "crop_scale"),
+        ({"jitter_strength": -1.0}, "jitter_strength=-1.0"),
+        ({"jitter_strength": 3.0}, "hue strength of 0.6"),
+        ({"blur": 1.5}, "blur=1.5 is no probability"),
+        ({"blur_sigma": [2.0, 1.0]}, "blur_sigma"),
+        ({"local_size": 16}, "has no local crops"),
+        ({"views": "dino", "local_size": 13}, "local_size=13 is no multiple of patch_size=4; use 12"),
+        ({"views": "dino", "local_views": -1}, "local_views=-1"),
+    ],
+)
+def test_refused_flags(flags: dict, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        ViewMaker("simclr", 32, **PLAIN, arguments=ViewArguments(**flags), patch_size=4)
+
+
+def test_refused_batches_and_policies() -> None:
+    maker, batch = ViewMaker("byol", 16, **PLAIN), batch_of([photograph(0, (20, 20))])
+    with pytest.raises(ValueError, match="no sizes and seeds"):
+        maker({"pixels": batch["pixels"]})
+    with pytest.raises(ValueError, match="uint8"):
+        maker({**batch, "pixels": batch["pixels"].float()})
+    with pytest.raises(ValueError, match="image_size=0"):
+        ViewMaker("byol", 0, **PLAIN)
+    with pytest.raises(ValueError, match="std above 0"):
+        ViewMaker("byol", 16, (0.5,) * 3, (0.0,) * 3)
+    with pytest.raises(ValueError, match="resample of bilinear, bicubic"):
+        ViewMaker(replace(POLICIES["byol"], resample="nearest"), 16, **PLAIN)
+    with pytest.raises(ValueError, match=f"beyond the {MAX_VIEWS} views"):
+        draw_view(View(), MAX_VIEWS, batch["seeds"], batch["sizes"])
+    own = ViewPolicy((View(), View(flip=0.0), View(gray=1.0)), "three views")
+    assert ViewMaker(own, 16, **PLAIN)(batch)["views"].shape == (1, 3, 3, 16, 16)
+
+
+def test_the_benchmark(scripts, data_dir, tmp_path, capsys) -> None:
+    where = tmp_path / "views.json"
+    scripts["views"].main(["--data", str(data_dir), "--count", "4", "--rounds", "2", "--json", str(where)])
+    figures = json.loads(where.read_text())["views"]
+    assert [each["size"] for each in figures] == sorted(each["size"] for each in figures)
+    assert all(each["views_per_second"] > 0 for each in figures) and "against PIL" in capsys.readouterr().out

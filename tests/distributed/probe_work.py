@@ -1,0 +1,24 @@
+"""What the ranks of test_probe_ranks.py run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tiny
+
+
+def knn_and_probe(path: str) -> dict[str, Any]:
+    """Metrics and tables of both evaluators on the rows of one file."""
+    from mllm_vision.data import load_records
+    from mllm_vision.encoder import VisionEncoder
+    from mllm_vision.evaluation import KnnAccuracy, LabelledImages, LinearProbe
+
+    rows = load_records(path)
+    encoder = VisionEncoder.from_backbone(tiny.tiny_vit(), tiny.tiny_image_processor("vit"))
+    data = LabelledImages(rows.select(range(43)), rows.select(range(43, 60)), batch_size=4)
+    knn = KnnAccuracy("knn", data, k=[2, 30], temperature=0.5, query_chunk=3)
+    probe = LinearProbe("probe", data, regularisation=(1e-2, 1.0), validation=0.2, tolerance=1e-5)
+    found = {"knn": knn(encoder, 0), "probe": probe(encoder, 0)}
+    pixels = LabelledImages(data.train, data.test, feature="pixels")  # more dimensions than rows
+    found["pixels"] = LinearProbe("pixels", pixels, regularisation=0.1)(encoder, 0)
+    return found | {"classes": knn.last.tables["class"], "sweep": probe.last.tables["sweep"]}

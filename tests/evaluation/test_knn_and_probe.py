@@ -1,0 +1,243 @@
+"""kNN and the linear probe: against the definition, an optimality condition, and what labels may look like."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from datasets import ClassLabel, Dataset
+
+from mllm_vision.data import load_records
+from mllm_vision.encoder import VisionEncoder
+from mllm_vision.encoder.build import build_backbone
+from mllm_vision.evaluation import KnnAccuracy, LabelledImages, LinearProbe
+from mllm_vision.evaluation.knn import knn_predict, nearest
+from mllm_vision.evaluation.linear_probe import fit_linear, principal_axes
+
+
+def clusters(rows: int, classes: int = 3, width: int = 8, seed: int = 0, noise: float = 1.0):
+    """Features around one centre a class, strongly correlated and of very different scales, and their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99)) * 2
+    labels = torch.arange(rows) % classes
+    features = centres[labels] + noise * torch.randn(rows, width, generator=generator)
+    mixing = torch.randn(width, width, generator=torch.Generator().manual_seed(7)) + torch.ones(width, width)
+    return features @ mixing * torch.logspace(-2, 2, width), labels
+
+
+# ---- kNN -----------------------------------------------------------------------------------------------------
+
+
+def test_votes_follow_the_definition():
+    queries, bank = torch.randn(7, 5), torch.randn(23, 5)
+    labels = torch.randint(0, 4, (23,))
+    expected = []
+    for query in queries:  # written out: the k largest cosines, each voting with exp(cosine / T)
+        cosines = torch.stack([query @ row / (query.norm() * row.norm()) for row in bank])
+        votes = [0.0] * 4
+        for place in cosines.argsort(descending=True)[:6].tolist():
+            votes[int(labels[place])] += float(torch.exp(cosines[place] / 0.1))
+        expected.append(votes.index(max(votes)))
+    for chunk in (2, 512):
+        found = knn_predict(queries, bank, labels, 4, k=6, temperature=0.1, query_chunk=chunk)
+        assert found.tolist() == expected
+    assert len(set(expected)) > 1
+
+
+def test_nearest_in_chunks_of_the_bank_is_nearest_at_once():
+    queries, bank = torch.randn(5, 6), torch.randn(40, 6)
+    values, rows = nearest(queries, bank, 9)
+    for chunk in (4, 7, 39):
+        again = nearest(queries, bank, 9, chunk=chunk)
+        torch.testing.assert_close(again[0], values)
+        assert torch.equal(again[1], rows)
+    assert nearest(queries, bank[:3], 9)[0].shape == (5, 3)
+
+
+def test_a_low_temperature_is_the_nearest_neighbour_and_stays_finite():
+    queries, bank = torch.randn(20, 4), torch.randn(50, 4)
+    labels = torch.randint(0, 5, (50,))
+    nearest_one = knn_predict(queries, bank, labels, 5, k=1)
+    assert torch.equal(knn_predict(queries, bank, labels, 5, k=50, temperature=1e-4), nearest_one)
+
+
+# ---- the linear probe -----------------------------------------------------------------------------------------
+
+
+def loss_by_autograd(features, labels, fit, penalty):
+    """The objective as written down, at a fit, with its gradients by autograd: zero at the minimum, which is unique."""
+    weight, bias = (value.double().requires_grad_(True) for value in (fit.weight, fit.bias))
+    loss = F.cross_entropy(features @ weight.T + bias, labels) + penalty / 2 * weight.square().sum()
+    loss.backward()
+    return loss, weight.grad, bias.grad
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1e-2, 1e-4])
+def test_the_fit_is_the_minimum_of_the_penalised_loss(penalty):
+    features, labels = clusters(300, noise=4.0)  # not separable: the minimum is no matter of the penalty alone
+    axes = principal_axes(features)
+    rotated = axes.apply(features)
+    fit = fit_linear(rotated, labels, 3, penalty, axes.variances)
+    assert fit.converged and fit.gradient <= 1e-4 and fit.iterations < 100
+    standard = (features - features.mean(0)) / features.std(0, unbiased=False)
+    in_features = fit._replace(weight=fit.weight @ axes.vectors.T)  # the same classifier on standardised features
+    loss, of_weight, of_bias = loss_by_autograd(standard.double(), labels, in_features, penalty)
+    assert loss.item() == pytest.approx(fit.loss, rel=1e-4)
+    assert of_weight.abs().max() < 5e-4 and of_bias.abs().max() < 5e-4
+    again = fit_linear(rotated, labels, 3, penalty, axes.variances, start=fit)
+    assert again.iterations <= 5 and again.loss == pytest.approx(fit.loss, rel=1e-4)
+
+
+def test_scale_shift_and_rotation_of_the_features():
+    """Standardised features: scaling and shifting single ones changes nothing, nor does one that never varies."""
+    features, labels = clusters(200, noise=3.0)
+    other = torch.cat([features * torch.logspace(2, -2, 8) - 5, torch.full((200, 2), 3.0)], dim=1)
+    fits = []
+    for rows in (features, other):
+        axes = principal_axes(rows)
+        fits.append(fit_linear(axes.apply(rows), labels, 3, 1e-2, axes.variances))
+        assert len(axes.variances) <= 8
+    assert fits[0].loss == pytest.approx(fits[1].loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("rows", [12, 40])
+def test_axes_are_orthonormal_and_carry_the_variance(rows):
+    """With fewer rows than dimensions too, where another matrix is decomposed."""
+    features = clusters(rows, width=24)[0]
+    axes = principal_axes(features)
+    kept = len(axes.variances)
+    assert kept == min(rows - 1, 24)
+    torch.testing.assert_close(axes.vectors.T @ axes.vectors, torch.eye(kept), atol=1e-3, rtol=0)
+    rotated = axes.apply(features)
+    torch.testing.assert_close(rotated.T @ rotated / rows, axes.variances.diag(), atol=1e-3, rtol=1e-3)
+    assert axes.variances.sum().item() == pytest.approx(24, rel=1e-3)  # of standardised features
+
+
+def test_constant_features_leave_the_frequencies():
+    labels = torch.tensor([0] * 30 + [1] * 10)
+    axes = principal_axes(torch.full((40, 4), 2.0))
+    fit = fit_linear(axes.apply(torch.full((40, 4), 2.0)), labels, 2, 1e-3, axes.variances)
+    assert fit.weight.shape == (2, 0)
+    assert fit.bias.softmax(0)[0].item() == pytest.approx(0.75, abs=1e-3)
+
+
+# ---- the evaluators -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return VisionEncoder.from_backbone(tiny.tiny_vit(), tiny.tiny_image_processor("vit"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return load_records(str(tiny.write_pairs_parquet(tmp_path_factory.mktemp("d") / "pairs.parquet", n=96)))
+
+
+def test_both_on_pictures_that_can_be_told_apart(encoder, rows):
+    train, test = rows.select(range(64)), rows.select(range(64, 96))
+    data = LabelledImages(train, test, batch_size=20)
+    knn = KnnAccuracy("knn", data, k=[3, 5], raw_pixels=True)
+    probe = LinearProbe("probe", data, regularisation=(1e-3, 1e-1), validation=0.25, raw_pixels=True)
+    metrics = knn(encoder, 0)
+    assert metrics["accuracy"] > 0.25 and metrics["count"] == 32 and "accuracy_k5" in metrics
+    assert knn.last.baselines["chance"]["accuracy"] == pytest.approx(1 / 16)
+    assert knn.last.baselines["raw_pixels"]["accuracy"] > 0.8
+    found = probe(encoder, 0)
+    assert found["accuracy"] > 0.25 and found["converged"] == 1.0 and found["regularisation"] in (1e-3, 1e-1)
+    assert [row["name"] for row in probe.last.tables["sweep"]] == ["0.1", "0.001"]
+    assert probe.last.baselines["raw_pixels"]["accuracy"] > 0.8
+    # the features are the encoder's own vectors, of all rows in their order
+    own = encoder.encode([row["image"] for row in test], feature="pooled")
+    torch.testing.assert_close(data.features(encoder)[1].features, own, atol=2e-2, rtol=1e-2)
+
+
+def test_features_are_computed_once_a_weight_and_modes_come_back(rows, monkeypatch):
+    encoder = VisionEncoder.from_backbone(tiny.tiny_vit(seed=3), tiny.tiny_image_processor("vit"))
+    encoder.train()
+    data = LabelledImages(rows, rows)
+    calls = []
+    monkeypatch.setattr(encoder, "forward", lambda *a, _f=encoder.forward, **k: calls.append(1) or _f(*a, **k))
+    KnnAccuracy("a", data, k=1)(encoder, 0)
+    once = len(calls)
+    state = torch.random.get_rng_state()
+    LinearProbe("b", data, regularisation=0.1)(encoder, 0)
+    assert len(calls) == once and encoder.training
+    assert torch.equal(state, torch.random.get_rng_state())
+    with torch.no_grad():
+        next(encoder.parameters()).add_(0.1)
+    KnnAccuracy("a", data, k=1)(encoder, 1)
+    assert len(calls) == 2 * once
+
+
+def test_a_network_in_training_is_left_as_it_is(rows):
+    """BatchNorm's running statistics included, which a pass in training mode would move."""
+    sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8, "layer_type": "basic"}
+    encoder = VisionEncoder.from_backbone(*build_backbone("resnet", image_size=32, **sizes)).train()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    data = LabelledImages(rows, rows)
+    LinearProbe("p", data, regularisation=0.1)(encoder, 0)
+    first = KnnAccuracy("k", data, k=3)(encoder, 0)
+    assert first == KnnAccuracy("k", LabelledImages(rows, rows, batch_size=7), k=3)(encoder, 0)
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert all(module.training for module in encoder.modules())
+    assert all(value.grad is None for value in encoder.parameters())
+
+
+def test_limits_draw_at_random_and_bad_pictures_are_left_out(encoder, rows, caplog):
+    broken = [dict(row) for row in rows.select(range(40))]
+    broken[3]["image"] = b"no picture"
+    by_class = sorted(broken, key=lambda row: row["label"])
+    data = LabelledImages(by_class, broken, train_limit=20)
+    assert len({by_class[place]["label"] for place in data.train_rows()}) > 5  # the first 20 rows hold fewer
+    with caplog.at_level(logging.WARNING):
+        metrics = KnnAccuracy("knn", data, k=1)(encoder, 0)
+    assert metrics["skipped"] == 1 and metrics["count"] == 39
+
+
+def test_labels_as_words_numbers_and_classes(rows):
+    names = rows.features["label"].names
+    words = rows.remove_columns("label").rename_column("label_name", "label")
+    data = LabelledImages(rows, words)
+    assert data.class_names == names and data.test_labels == list(rows["label"])
+    numbers = [{"image": row["image"], "label": row["label"] + 5} for row in rows]
+    data = LabelledImages(numbers, numbers)
+    assert data.class_names == [str(label + 5) for label in range(16)] and data.train_labels == list(rows["label"])
+
+
+def test_labels_that_will_not_do(rows, encoder):
+    images = [{"image": row["image"]} for row in rows]
+    with pytest.raises(ValueError, match="need labelled pictures; the test set: no column found for label"):
+        LabelledImages(rows, images)
+    hidden = rows.remove_columns("label").add_column("label", [-1] * 4 + list(rows["label"])[4:])
+    with pytest.raises(ValueError, match="4 of the 96 rows of the training set have no label"):
+        LabelledImages(hidden, rows)
+    other = rows.cast_column("label", ClassLabel(names=[f"new {i}" for i in range(16)]))
+    with pytest.raises(ValueError, match="labels that the training set lacks: .'new 0'"):
+        LabelledImages(rows, other)
+    one = Dataset.from_dict({"image": [row["image"] for row in rows.select(range(4))], "label": ["a"] * 4})
+    with pytest.raises(ValueError, match="1 class"):
+        LabelledImages(one, one)
+    data = LabelledImages(rows, rows, train_limit=12)
+    for wrong, message in (
+        (lambda: KnnAccuracy("k", data, k=20), "k=20 neighbours among 12 training pictures; use 1 to 12"),
+        (lambda: KnnAccuracy("k", data, k=1, temperature=0.0), "temperature=0.0 must be positive"),
+        (lambda: LinearProbe("p", data, regularisation=[0.0]), "must be one positive number or more"),
+        (lambda: LinearProbe("p", data, validation=1.5), "validation=1.5 must lie in"),
+        (lambda: LinearProbe("p", data, validation=0.01), "holds out 0"),
+        (lambda: LabelledImages(rows, rows, feature="cls"), "feature='cls' is none of"),
+        (lambda: LabelledImages(rows, rows, train_limit=0), "train_limit=0 leaves no pictures"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+
+
+def test_convergence_is_told(rows, encoder, caplog):
+    data = LabelledImages(rows, rows)
+    probe = LinearProbe("p", data, regularisation=(1e-5, 1e-6, 1e-7), max_iterations=5, tolerance=1e-9)
+    with caplog.at_level(logging.WARNING):
+        assert probe(encoder, 0)["converged"] == 0.0
+    assert "stopped after 5 iterations" in caplog.text and "at an end of the sweep" in caplog.text

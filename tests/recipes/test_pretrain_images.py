@@ -1,0 +1,116 @@
+"""recipes/pretrain_images.py from its flags: what it leaves, whose defaults hold, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from dry import _load, dry_parse
+from transformers import AutoModel
+
+from mllm_vision.encoder.encoder import VisionEncoder
+
+SMALL = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64,patch_size=8"
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return _load("recipes/pretrain_images.py")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    tiny.write_pairs_parquet(folder / "train.parquet", 48)
+    tiny.write_pairs_parquet(folder / "test.parquet", 32)
+    return folder
+
+
+def flags(data, output, **changed):
+    given = {
+        "dataset_name": data / "train.parquet",
+        "output_dir": output,
+        "objective": "simclr",
+        "encoder": "vit",
+        "encoder_overrides": SMALL,
+        "image_size": 32,
+        "per_device_train_batch_size": 16,
+        "max_steps": 4,
+        "logging_steps": 2,
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+    } | changed
+    words = []
+    for name, value in given.items():
+        words += [] if value is None else [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def test_what_it_leaves(recipe, data, tmp_path):
+    recipe.main(flags(data, tmp_path / "run", eval_dataset_name=data / "test.parquet", knn_k=5))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["kind"] == "stage_zero" and record["artifacts"][0]["name"] == "encoder"
+    for name in ("knn", "probe"):
+        entry = record["evaluations"][name]
+        assert {"untrained", "most_frequent_class", "chance"} <= set(entry["baselines"]) and 0 <= entry["accuracy"] <= 1
+    assert "effective_rank" in record["evaluations"]["geometry"]
+    assert {row["group"]: row["moved"] for row in record["modules"]} == {"encoder": True, "head": True}
+    assert any("eval_knn_accuracy" in entry for entry in record["history"])
+    encoder = VisionEncoder.from_pretrained(tmp_path / "run" / "encoder")
+    assert encoder.backbone.pooler is None and encoder.lineage["stage"] == "stage_zero"
+    assert AutoModel.from_pretrained(tmp_path / "run" / "encoder").config.hidden_size == 32
+    saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert saved["optim"] == "lars" and saved["learning_rate"] == 0.3 and saved["head_out"] == 128
+
+
+def test_images_without_labels(recipe, data, tmp_path):
+    """A folder of pictures is enough; supcon alone asks for labels."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for row in range(20):
+        tiny.random_image(row, 40).save(folder / f"{row}.png")
+    given = {"dataset_name": folder, "per_device_train_batch_size": 8, "max_steps": 1}
+    recipe.main(flags(data, tmp_path / "run", **given))
+    assert (tmp_path / "run" / "encoder" / "model.safetensors").is_file()
+    with pytest.raises(ValueError, match=r"SupCon needs the column 'labels'.*--label_column"):
+        recipe.main(flags(data, tmp_path / "supcon", **given, objective="supcon"))
+
+
+def test_the_methods_defaults_give_way_to_flags_and_files(tmp_path):
+    words = ["--dataset_name", "x", "--output_dir", "y", "--objective", "simclr"]
+    target = "recipes/pretrain_images.py"
+    assert dry_parse(target, words)["optim"] == "lars"
+    config = tmp_path / "mine.yaml"
+    config.write_text("optim: adamw_torch\nlearning_rate: 1e-3\n")
+    parsed = dry_parse(target, [*words, "--config", str(config), "--learning_rate", "2e-3"])
+    assert (parsed["optim"], parsed["learning_rate"], parsed["lr_scaling"]) == ("adamw_torch", 2e-3, "linear")
+    assert dry_parse(target, [*words[:-1], "mae"])["learning_rate"] == 1.5e-4
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"objective": "clip"}, "learns from image-text pairs: recipes/pretrain.py"),
+        ({"objective": "simcrl"}, "the nearest known one is 'simclr'"),
+        ({"sync_batch_norm": "true"}, "vit has no BatchNorm; leave it out"),
+        ({"evaluators": "linear"}, "unknown evaluator 'linear'"),
+        ({"objective": "moco_v2"}, "queue_size=65536 is more than the 48 images"),
+        ({"per_device_train_batch_size": 64}, "48 rows, fewer than one batch of 64"),
+        ({"load_best_model_at_end": "true", "save_strategy": "no", "eval_strategy": "no"}, "needs --eval_dataset_name"),
+    ],
+)
+def test_what_it_refuses(recipe, data, tmp_path, changed, told):
+    with pytest.raises(ValueError, match=told):
+        recipe.main(flags(data, tmp_path / "run", **changed))
+
+
+def test_labels_are_needed_for_a_probe(recipe, data, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for row in range(4):
+        tiny.random_image(row, 40).save(folder / f"{row}.png")
+    with pytest.raises(ValueError, match="labelled"):
+        recipe.main(flags(data, tmp_path / "run", eval_dataset_name=folder, eval_split="train"))
