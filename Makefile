@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help setup quickstart quickstart-ablations test test-slow lint clean
 
 help:
-	@echo "make quickstart            the whole chain on two CPU cores: about fifteen minutes"
+	@echo "make quickstart            the whole chain on two CPU cores: about ten minutes"
 	@echo "make quickstart-ablations  the same with the blind and the untrained-encoder runs"
 	@echo "make test                  lint, types and tests"
 	@echo "make test-slow             the tests that take minutes"

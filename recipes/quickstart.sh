@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole chain on two CPU cores in about a quarter of an hour: from image-text pairs to a model that answers
+# The whole chain on two CPU cores in about ten minutes: from image-text pairs to a model that answers
 # questions about pictures, and a report. `make quickstart` runs it; `make quickstart-ablations` adds the blind run and
 # the run with an untrained encoder. A stage whose result is there is not run again.
 set -euo pipefail

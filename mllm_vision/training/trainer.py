@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 
 from mllm_vision.distributed import mean_over_ranks
+from mllm_vision.objectives import ImageObjective
 
 from .callbacks import AfterStep
 from .epoch_pass import FeaturesBeforeEpoch, TellProgress
@@ -86,7 +87,7 @@ class ObjectiveTrainer(RecipeTrainer):
         rows = len(self.train_dataset) if has_length(self.train_dataset) else None
         if hasattr(self.objective, "before_training") and self.train_dataset is not None:
             self.objective.before_training(rows, self.negatives_batch)
-        if hasattr(self.objective, "progress"):
+        if isinstance(self.objective, ImageObjective):
             self.add_callback(TellProgress(self.objective))
         if getattr(self.objective, "needs_features", False):
             if rows is None:

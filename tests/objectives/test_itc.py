@@ -241,7 +241,7 @@ def test_what_it_refuses():
         ({"momentum": -0.1}, "momentum=-0.1 is not between"),
         ({"queue_size": -1}, "queue_size=-1 must not be negative"),
         ({"alpha_ramp_epochs": -1.0}, "alpha_ramp_epochs=-1.0"),
-        ({"initial_logit_scale": 1.0}, r"must lie in \[2.0, max_logit_scale=1000.0\]"),
+        ({"initial_logit_scale": 1.0}, r"must lie in \[2, max_logit_scale=1000.0\]"),
     ):
         with pytest.raises(ValueError, match=message):
             make_objective("itc", **config)

@@ -58,6 +58,7 @@ def test_flags_are_read_as_their_types() -> None:
         "wandb",
     )
     assert one("--sizes", '{"a": 1.5}').sizes == {"a": 1.5}
+    assert one("--sizes", "depths=[2,2],stem=cifar").sizes == {"depths": [2, 2], "stem": "cifar"}
     assert one("--goal", "wandb", "tensorboard").goal == ["wandb", "tensorboard"]
     assert parse_recipe(Own, argv=["--names", "a", "b", "--steps", "4"])[0].names == ["a", "b"]
 
