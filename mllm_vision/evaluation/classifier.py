@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from mllm_vision.evaluation.base import Evaluation, Evaluator, unwrap
-from mllm_vision.evaluation.knn import guessing
-from mllm_vision.evaluation.labelled import LabelledImages, predictions_summary
+from mllm_vision.evaluation.labelled import LabelledImages, guessing, predictions_summary
 
 
 class ClassifierAccuracy(Evaluator):

@@ -7,15 +7,14 @@ Source: Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instan
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_vision.distributed import all_gather, all_reduce, row_counts, world_size
-from mllm_vision.evaluation.base import Evaluation, Evaluator
-from mllm_vision.evaluation.labelled import Labelled, LabelledImages, predictions_summary
+from mllm_vision.evaluation.base import Evaluation
+from mllm_vision.evaluation.labelled import Labelled, LabelledEvaluator, LabelledImages, guessing, predictions_summary
 
 
 def nearest(queries: Tensor, bank: Tensor, k: int, *, chunk: int = 65536) -> tuple[Tensor, Tensor]:
@@ -90,7 +89,7 @@ def knn_predict(
     return torch.cat(guesses)
 
 
-class KnnAccuracy(Evaluator):
+class KnnAccuracy(LabelledEvaluator):
     """Accuracy of a weighted k-nearest-neighbour vote among the training pictures.
 
     Every rank keeps the part of the bank that it encoded: queries travel, the bank does not.
@@ -110,8 +109,6 @@ class KnnAccuracy(Evaluator):
         ValueError: k beyond the training pictures, a temperature that is not positive.
     """
 
-    primary_metric = "accuracy"
-
     def __init__(
         self,
         name: str,
@@ -122,25 +119,15 @@ class KnnAccuracy(Evaluator):
         raw_pixels: bool = False,
         query_chunk: int = 512,
     ) -> None:
-        super().__init__(name)
-        self.data, self.records = data, data.test
+        super().__init__(name, data, raw_pixels=raw_pixels)
         self.ks = [k] if isinstance(k, int) else list(k)
         if not self.ks:
             raise ValueError("k=[] names no number of neighbours; use e.g. 20 (DINO) or 200 (MoCo)")
         for each in self.ks:
             _check(each, temperature, data.count()[0])
         self.temperature, self.query_chunk = temperature, query_chunk
-        self._pixels: dict[str, float] | None = {} if raw_pixels else None
 
-    def evaluate(self, model: Any) -> Evaluation:
-        if self._pixels == {}:  # first, so that the features stay for the next evaluator
-            self._pixels = comparable(self._measure(*self.data.features(model, "pixels")))
-        result = self._measure(*self.data.features(model))
-        if self._pixels:
-            result.baselines["raw_pixels"] = self._pixels
-        return result
-
-    def _measure(self, train: Labelled, test: Labelled) -> Evaluation:
+    def measure(self, train: Labelled, test: Labelled) -> Evaluation:
         names = self.data.class_names
         guesses: list[list[Tensor]] = [[] for _ in self.ks]
         for similarities, labels in self._neighbours(train, test):
@@ -191,20 +178,6 @@ class KnnAccuracy(Evaluator):
         labels = torch.cat(list(all_gather(labels).chunk(ranks)), dim=1)
         best, places = similarities.topk(k, dim=1)
         return best, labels.gather(1, places)
-
-
-def guessing(table: Sequence[dict[str, Any]], classes: int) -> dict[str, dict[str, float]]:
-    """What guessing reaches: any class at random, and the most frequent one always."""
-    counts = [row["count"] for row in table]
-    return {
-        "chance": {"accuracy": 1 / classes, "mean_class_accuracy": 1 / classes},
-        "most_frequent_class": {"accuracy": max(counts) / sum(counts)},
-    }
-
-
-def comparable(result: Evaluation) -> dict[str, float]:
-    """The metrics that mean the same for any features: accuracies."""
-    return {name: value for name, value in result.metrics.items() if "accuracy" in name}
 
 
 def _check(k: int, temperature: float, rows: int) -> None:

@@ -7,6 +7,7 @@ computed once for all evaluators that ask, and every rank holds only the rows th
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,15 @@ from torch import Tensor, nn
 
 from mllm_vision.data.columns import bind_columns
 from mllm_vision.distributed import all_reduce
-from mllm_vision.evaluation.base import agree_on_error, batches, evaluation_mode, image_model, my_share
+from mllm_vision.evaluation.base import (
+    Evaluation,
+    Evaluator,
+    agree_on_error,
+    batches,
+    evaluation_mode,
+    image_model,
+    my_share,
+)
 from mllm_vision.evaluation.images import check_columns, usable_images
 
 logger = logging.getLogger(__name__)
@@ -258,6 +267,49 @@ def sum_counts(*counts: Tensor) -> list[Tensor]:
     sizes = [count.numel() for count in counts]
     whole = all_reduce(torch.cat([count.flatten().double() for count in counts]))
     return [part.view_as(count) for part, count in zip(whole.split(sizes), counts, strict=True)]
+
+
+class LabelledEvaluator(Evaluator):
+    """Accuracy among labelled pictures; `measure` says how it is reached from two sets of features.
+
+    Args:
+        name: evaluator name.
+        data: the labelled pictures; share one object and each model encodes them once for all evaluators.
+        raw_pixels: also the accuracy of the pixels themselves, as baseline ``raw_pixels`` (computed once).
+    """
+
+    primary_metric = "accuracy"
+
+    def __init__(self, name: str, data: LabelledImages, *, raw_pixels: bool) -> None:
+        super().__init__(name)
+        self.data, self.records = data, data.test
+        self._pixels: dict[str, float] | None = {} if raw_pixels else None
+
+    @abstractmethod
+    def measure(self, train: Labelled, test: Labelled) -> Evaluation:
+        """The result on `test`, learnt from `train`."""
+
+    def evaluate(self, model: Any) -> Evaluation:
+        if self._pixels == {}:  # first, so that the features stay for the next evaluator
+            self._pixels = _accuracies(self.measure(*self.data.features(model, "pixels")))
+        result = self.measure(*self.data.features(model))
+        if self._pixels:
+            result.baselines["raw_pixels"] = self._pixels
+        return result
+
+
+def _accuracies(result: Evaluation) -> dict[str, float]:
+    """The metrics that mean the same for any features: accuracies."""
+    return {name: value for name, value in result.metrics.items() if "accuracy" in name}
+
+
+def guessing(table: Sequence[dict[str, Any]], classes: int) -> dict[str, dict[str, float]]:
+    """What guessing reaches: any class at random, and the most frequent one always."""
+    counts = [row["count"] for row in table]
+    return {
+        "chance": {"accuracy": 1 / classes, "mean_class_accuracy": 1 / classes},
+        "most_frequent_class": {"accuracy": max(counts) / sum(counts)},
+    }
 
 
 def predictions_summary(

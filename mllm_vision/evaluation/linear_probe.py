@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_vision.distributed import all_gather, all_reduce, rank, world_size
-from mllm_vision.evaluation.base import Evaluation, Evaluator
-from mllm_vision.evaluation.knn import comparable, guessing
-from mllm_vision.evaluation.labelled import Labelled, LabelledImages, predictions_summary
+from mllm_vision.evaluation.base import Evaluation
+from mllm_vision.evaluation.labelled import Labelled, LabelledEvaluator, LabelledImages, guessing, predictions_summary
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +146,7 @@ def fit_linear(
     return LinearFit(weight[:, :-1], weight[:, -1], last["loss"], last["gradient"], iterations, converged)
 
 
-class LinearProbe(Evaluator):
+class LinearProbe(LabelledEvaluator):
     """Test accuracy of logistic regression on frozen, standardised features; the penalty is chosen by a sweep.
 
     Each penalty is fitted to the training rows but for a share held out, from the strongest to the weakest; the one
@@ -173,8 +172,6 @@ class LinearProbe(Evaluator):
         ValueError: penalties that are not positive, a share outside (0, 1), too few rows to hold any out.
     """
 
-    primary_metric = "accuracy"
-
     def __init__(
         self,
         name: str,
@@ -187,8 +184,7 @@ class LinearProbe(Evaluator):
         raw_pixels: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(name)
-        self.data, self.records = data, data.test
+        super().__init__(name, data, raw_pixels=raw_pixels)
         given = [regularisation] if isinstance(regularisation, (int, float)) else list(regularisation)
         if not given or not all(each > 0 for each in given):
             raise ValueError(f"regularisation={given} must be one positive number or more; e.g. 1e-6 to 1")
@@ -203,17 +199,8 @@ class LinearProbe(Evaluator):
                 "alone, or more rows"
             )
         self.max_iterations, self.tolerance, self.seed = max_iterations, tolerance, seed
-        self._pixels: dict[str, float] | None = {} if raw_pixels else None
 
-    def evaluate(self, model: Any) -> Evaluation:
-        if self._pixels == {}:  # first, so that the features stay for the next evaluator
-            self._pixels = comparable(self._measure(*self.data.features(model, "pixels")))
-        result = self._measure(*self.data.features(model))
-        if self._pixels:
-            result.baselines["raw_pixels"] = self._pixels
-        return result
-
-    def _measure(self, train: Labelled, test: Labelled) -> Evaluation:
+    def measure(self, train: Labelled, test: Labelled) -> Evaluation:
         names = self.data.class_names
         axes = principal_axes(train.features)
         rotated = axes.apply(train.features)
