@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     from mllm_vision.encoder.families import FAMILIES
     from mllm_vision.evaluation import ClassifierAccuracy, LabelledImages
     from mllm_vision.evaluation.classifier import save_classifier
+    from mllm_vision.training.module_audit import ModuleAudit
     from mllm_vision.training.run import Run
     from mllm_vision.training.trainer import ObjectiveTrainer
 
@@ -115,8 +116,12 @@ def main(argv: list[str] | None = None) -> None:
         evaluators=evaluators,
         make_views=ViewMaker(policy, *given, view_flags, patch_size=encoder.patch_size),
     )
+    rates = {"encoder": (own.encoder_learning_rate or arguments.learning_rate) * arguments.lr_scale}
+    audit = ModuleAudit.of_children(objective, rates, arguments.learning_rate * arguments.lr_scale)
+    run.record["modules"] = audit.rows
     trainer.train()
     trainer.final_evaluation()
+    audit.close()
     run.save_artifact(encoder.save_pretrained, "encoder", "encoder")
     padded = [*names, *(f"class {index}" for index in range(len(names), config.classes))]
     run.save_artifact(lambda path: save_classifier(encoder, objective.head, padded, path), "classifier", "classifier")

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mllm_vision.data.stream_flags import StreamArguments
-from mllm_vision.lineage import hash_parameters
 from mllm_vision.training.arguments import RecipeArguments
 from mllm_vision.training.recipe import parse_recipe, peek_recipe, recipe_dict, run_recipe
 
@@ -97,9 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     from mllm_vision.encoder.families import FAMILIES
     from mllm_vision.evaluation import Geometry
     from mllm_vision.modules.text import CLIP_TEXT, SIGLIP_TEXT
+    from mllm_vision.training.module_audit import ModuleAudit
     from mllm_vision.training.run import Run
     from mllm_vision.training.trainer import ObjectiveTrainer
-    from mllm_vision.vlm.freezing import audit_table
 
     named = {"image": own.image_column, "caption": own.caption_column, "label": own.label_column}
     overrides = {role: column for role, column in named.items() if column}
@@ -137,15 +136,14 @@ def main(argv: list[str] | None = None) -> None:
         bad_samples=dataset.bad_samples,
         evaluators=evaluators,
     )
-    peaks = {name: rate or arguments.learning_rate for name, rate in rates.items()}
-    run.record["modules"] = arguments.scaled(audit(dual, peaks))
-    logger.info(audit_table(run.record["modules"]))
+    peaks = {name: (rate or arguments.learning_rate) * arguments.lr_scale for name, rate in rates.items()}
+    audit = ModuleAudit(groups(dual), peaks)
+    run.record["modules"] = audit.rows
+    logger.info("%s", audit)
     before = {each.name: each(objective)[each.primary_metric] for each in evaluators}
     trainer.train()
     trainer.final_evaluation()
-    for row in run.record["modules"]:
-        row["sha256_after"] = hash_parameters(groups(dual)[row["group"]])
-        row["moved"] = row["sha256_before"] != row["sha256_after"]
+    audit.close()
 
     run.save_artifact(dual.vision.save_pretrained, "encoder", "encoder")
     run.save_artifact(dual.save_pretrained, "dual", "dual")
@@ -194,17 +192,6 @@ def build_evaluators(own: PretrainArguments, overrides: dict[str, str], run: Any
         run.describe_data("zero_shot", records, columns)
         evaluators.append(ZeroShot("zero_shot", records, templates=own.templates, columns=columns))
     return evaluators
-
-
-def audit(dual: Any, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """What trains, at which rate: a row for each tower and one for the projections, the scale and the bias."""
-    rows = []
-    for group, parameters in groups(dual).items():
-        trainable = sum(value.numel() for value in parameters.values() if value.requires_grad)
-        total = sum(value.numel() for value in parameters.values())
-        rows.append({"group": group, "parameters": total, "trainable": trainable, "learning_rate": rates[group]})
-        rows[-1]["sha256_before"] = hash_parameters(parameters)
-    return rows
 
 
 def groups(dual: Any) -> dict[str, dict[str, Any]]:

@@ -101,10 +101,9 @@ def main(argv: list[str] | None = None) -> None:
     from mllm_vision.encoder.build import ALIASES
     from mllm_vision.encoder.families import FAMILIES
     from mllm_vision.evaluation import Geometry
-    from mllm_vision.lineage import hash_parameters
+    from mllm_vision.training.module_audit import ModuleAudit
     from mllm_vision.training.run import Run
     from mllm_vision.training.trainer import ObjectiveTrainer
-    from mllm_vision.vlm.freezing import audit_table
 
     where = {"split": own.dataset_split, "config_name": own.dataset_config_name, "max_rows": own.max_train_samples}
     records = load_records(own.dataset_name, **where)
@@ -138,15 +137,15 @@ def main(argv: list[str] | None = None) -> None:
         make_plain_views=make_plain,
     )
     logger.info("%s: %s", name, make_views)
-    run.record["modules"] = arguments.scaled(audit(objective, own, arguments))
-    logger.info(audit_table(run.record["modules"]))
+    rates = {"encoder": (own.encoder_learning_rate or arguments.learning_rate) * arguments.lr_scale}
+    audit = ModuleAudit.of_children(objective, rates, arguments.learning_rate * arguments.lr_scale)
+    run.record["modules"] = audit.rows
+    logger.info("%s", audit)
     untrained = {each.name: each(objective)[each.primary_metric] for each in after}
     trainer.train()
     trainer.evaluators = after
     trainer.final_evaluation()
-    for row in run.record["modules"]:
-        row["sha256_after"] = hash_parameters(dict(getattr(objective, row["group"]).named_parameters()))
-        row["moved"] = row["sha256_before"] != row["sha256_after"]
+    audit.close()
 
     run.save_artifact(encoder.save_pretrained, "encoder", "encoder")
     for each in after:
@@ -207,23 +206,6 @@ def build_evaluators(own: ImageArguments, records: Any, columns: dict[str, str],
     }
     after = dict.fromkeys([*own.evaluators, *own.final_evaluators])
     return [made[name] for name in dict.fromkeys(own.evaluators)], [made[name] for name in after]
-
-
-def audit(objective: Any, own: ImageArguments, arguments: Any) -> list[dict[str, Any]]:
-    """What trains, at which rate: a row for each part of the objective that has parameters."""
-    from mllm_vision.lineage import hash_parameters
-
-    rows = []
-    for group, module in objective.named_children():
-        parameters = dict(module.named_parameters())
-        if not parameters:
-            continue
-        trainable = sum(value.numel() for value in parameters.values() if value.requires_grad)
-        rate = own.encoder_learning_rate if group == "encoder" else None
-        rows.append({"group": group, "parameters": sum(value.numel() for value in parameters.values())})
-        rows[-1] |= {"trainable": trainable, "learning_rate": rate or arguments.learning_rate}
-        rows[-1]["sha256_before"] = hash_parameters(parameters)
-    return rows
 
 
 if __name__ == "__main__":

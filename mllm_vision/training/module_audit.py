@@ -1,0 +1,61 @@
+"""Stage zero's audit: which parts train, at which rate, and by hash which have moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from mllm_vision.lineage import hash_parameters
+from mllm_vision.vlm.freezing import audit_table
+
+
+class ModuleAudit:
+    """One row a part of the model: parameters, how many train and at which rate, hashes before and after.
+
+    Stages one and two have their own (`vlm.freezing`), which also proves what must not move.
+
+    Args:
+        parts: name -> the part's parameters by name; parts without any are left out.
+        rates: name -> learning rate.
+
+    Attributes:
+        rows: for `Run.record["modules"]`.
+
+    Example:
+        >>> part = nn.Linear(2, 1)
+        >>> audit = ModuleAudit({"head": dict(part.named_parameters())}, {"head": 0.1})
+        >>> _ = part.weight.data.zero_()
+        >>> audit.close()
+        >>> [(row["group"], row["trainable"], row["moved"]) for row in audit.rows]
+        [('head', 3, True)]
+    """
+
+    def __init__(self, parts: Mapping[str, Mapping[str, Tensor]], rates: Mapping[str, float]) -> None:
+        self._parts = {name: dict(parameters) for name, parameters in parts.items() if parameters}
+        self.rows: list[dict[str, Any]] = [
+            {
+                "group": name,
+                "parameters": sum(value.numel() for value in parameters.values()),
+                "trainable": sum(value.numel() for value in parameters.values() if value.requires_grad),
+                "learning_rate": rates[name],
+                "sha256_before": hash_parameters(parameters),
+            }
+            for name, parameters in self._parts.items()
+        ]
+
+    @classmethod
+    def of_children(cls, module: nn.Module, rates: Mapping[str, float | None], default: float) -> ModuleAudit:
+        """An audit of a module's children, those that `rates` does not name at the `default` rate."""
+        parts = {name: dict(child.named_parameters()) for name, child in module.named_children()}
+        return cls(parts, {name: rates.get(name) or default for name in parts})
+
+    def close(self) -> None:
+        """Adds the hashes of now, and whether each part has moved."""
+        for row in self.rows:
+            row["sha256_after"] = hash_parameters(self._parts[row["group"]])
+            row["moved"] = row["sha256_before"] != row["sha256_after"]
+
+    def __str__(self) -> str:
+        return audit_table(self.rows)
