@@ -226,8 +226,9 @@ class ImageTransform:
         if values is None:
             values = torch.empty(pixels.shape[0], 3, *pixels.shape[1:3])
         for channel, (multiply, add) in enumerate(zip(self._plan.multiply, self._plan.add, strict=True)):
-            # Copied first: a product of two types walks the bytes one by one, twice as slowly.
-            values[:, channel].copy_(pixels[..., channel]).mul_(multiply).add_(add)
+            # Copied first: a product of two types walks the bytes one by one, twice as slowly. Then one pass for both.
+            plane = values[:, channel].copy_(pixels[..., channel])
+            torch.add(torch.tensor(add), plane, alpha=multiply, out=plane)
         return values
 
     def _processed(self, pictures: list[Image.Image]) -> Tensor:
