@@ -1,8 +1,9 @@
-"""A picture of the views that each method's policy makes: docs/images/views.jpg.
+"""A picture of the views that each method's policy makes: docs/images/views.png.
 
-    python scripts/draw_views.py --data ../shared/data --output docs/images/views.jpg
+    python scripts/draw_views.py --output docs/images/views.png
 
-One row a policy, with a picture and its first draws; local crops at their own size.
+One row a policy, with a picture and its first draws; local crops at their own size. The pictures are scenes, unless
+--pictures names others.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 from mllm_vision.data import PictureCollator, ViewMaker, load_image
+from mllm_vision.data.scenes import draw_scene, sample_scene
 
 POLICIES = ("simclr", "moco_v1", "moco_v2", "byol", "dino", "mae", "clip")
 GAP, LABEL = 4, 70
@@ -50,18 +53,17 @@ def to_picture(view: torch.Tensor) -> Image.Image:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with flickr8k_test.parquet")
-    parser.add_argument("--output", type=Path, default=Path("docs/images/views.jpg"))
-    parser.add_argument("--rows", type=int, nargs="+", default=[0, 3], help="which pictures of the file")
+    parser.add_argument("--output", type=Path, default=Path("docs/images/views.png"))
+    parser.add_argument("--pictures", type=Path, nargs="+", default=[], help="image files in place of drawn scenes")
     parser.add_argument("--image_size", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    import pyarrow.parquet as pq
-
-    column = pq.read_table(args.data / "flickr8k_test.parquet", columns=["image"]).column("image")
-    canvas = draw([load_image(column[row].as_py()) for row in args.rows], args.image_size, args.seed)
+    pictures = [load_image(path) for path in args.pictures]
+    if not pictures:
+        rngs = [np.random.default_rng([args.seed, number]) for number in range(2)]
+        pictures = [draw_scene(sample_scene(rng, count=4), rng, image_size=2 * args.image_size) for rng in rngs]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(args.output, quality=88)
+    draw(pictures, args.image_size, args.seed).quantize(255).save(args.output, optimize=True)
 
 
 if __name__ == "__main__":
