@@ -69,12 +69,18 @@ def reinitialise(model: nn.Module, seed: int = 0) -> nn.Module:
     """
     from transformers import PreTrainedModel
 
+    from mllm_vision.encoder.stems import set_stem, stem_of
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         done: set[int] = set()
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and id(module) not in done:
-                module.load_state_dict(type(module)(module.config).state_dict())
+                fresh = type(module)(module.config)
+                if (stem := stem_of(module.config)) != "imagenet":
+                    set_stem(fresh, stem)
+                given = fresh.state_dict()  # may hold more than the module: a ViT's pooler that was taken out
+                module.load_state_dict({name: given[name] for name in module.state_dict()})
                 done.update(id(part) for part in module.modules())
             elif isinstance(module, nn.Linear) and id(module) not in done:
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mllm_vision.data import load_records
 from mllm_vision.encoder import VisionEncoder
+from mllm_vision.encoder.build import build_encoder
 from mllm_vision.evaluation import Geometry, Maps
 from mllm_vision.evaluation.attention import attention_map
 from mllm_vision.evaluation.base import Evaluation, evaluation_mode
@@ -113,6 +114,25 @@ def test_modes_come_back_module_by_module() -> None:
     with evaluation_mode(model):
         assert not model.training and not model[0].training
     assert model.training and model[0].training and not model[1].training
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_reinitialise_keeps_what_was_changed_after_building(kind) -> None:
+    """A ViT without its pooler, a ResNet with the stem for small pictures."""
+    sizes = {
+        "vit": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+                "patch_size": 8},
+        "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic",
+                   "stem": "cifar"},
+    }  # fmt: skip
+    encoder = build_encoder(kind, image_size=32, overrides=sizes[kind])
+    if kind == "vit":
+        encoder.backbone.pooler = None
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    reinitialise(encoder, seed=1)
+    assert encoder.state_dict().keys() == before.keys()
+    assert any(not torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert encoder(torch.zeros(1, 3, 32, 32)).pooled.shape == (1, encoder.pooled_size)
 
 
 def test_reinitialise_forgets_and_keeps_the_random_state() -> None:
