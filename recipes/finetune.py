@@ -68,8 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     from mllm_vision.data import PictureCollator, PictureDataset, load_records
     from mllm_vision.data.view_draws import View
     from mllm_vision.data.views import ViewMaker, ViewPolicy
-    from mllm_vision.encoder.build import ALIASES, build_encoder
-    from mllm_vision.encoder.families import FAMILIES
+    from mllm_vision.encoder.build import build_encoder, is_model_type
     from mllm_vision.evaluation import ClassifierAccuracy, LabelledImages
     from mllm_vision.evaluation.classifier import save_classifier
     from mllm_vision.training.module_audit import ModuleAudit
@@ -79,12 +78,9 @@ def main(argv: list[str] | None = None) -> None:
     where = {"split": own.dataset_split, "config_name": own.dataset_config_name, "max_rows": own.max_train_samples}
     records = load_records(own.dataset_name, **where)
     run = Run("stage_zero", arguments, recipe_dict(own, arguments, config, view_flags))
-    built = own.encoder in {*FAMILIES, *ALIASES}
-    if not built:
+    if not is_model_type(own.encoder):
         run.inherit("encoder", own.encoder)
-    encoder = build_encoder(own.encoder, image_size=own.image_size, overrides=own.encoder_overrides)
-    if own.encoder == "vit":
-        encoder.backbone.pooler = None  # the normalised class token, as recipes/pretrain_images.py has it
+    encoder = build_encoder(own.encoder, image_size=own.image_size, overrides=own.encoder_overrides, pooler=False)
     columns = {role: name for role, name in (("image", own.image_column), ("label", own.label_column)) if name}
     dataset = PictureDataset(records, columns, seed=arguments.seed, decode_size=2 * encoder.image_size)
     run.describe_data("train", records, dataset.columns)

@@ -92,8 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"objective {own.objective!r} takes no image-text pairs, and this recipe trains on pairs")
 
     from mllm_vision.data import ImageTransform, PairCollator, PairDataset, StreamDataset, bind_columns, load_records
-    from mllm_vision.encoder.build import ALIASES
-    from mllm_vision.encoder.families import FAMILIES
+    from mllm_vision.encoder.build import is_model_type
     from mllm_vision.evaluation import Geometry
     from mllm_vision.modules.text import CLIP_TEXT, SIGLIP_TEXT
     from mllm_vision.training.module_audit import ModuleAudit
@@ -110,9 +109,9 @@ def main(argv: list[str] | None = None) -> None:
     run = Run("stage_zero", arguments, recipe_dict(own, arguments, config, streams))
     run.describe_data("train", stream if streams.streaming else records, columns)
 
-    built = {*FAMILIES, *ALIASES, CLIP_TEXT, SIGLIP_TEXT}  # model types: their weights come from no parent
+    model_types = (CLIP_TEXT, SIGLIP_TEXT)  # of texts; the weights of a model type come from no parent
     for role, source in (("encoder", own.encoder), ("text_tower", own.text_tower), ("tokenizer", own.tokenizer)):
-        if source and source not in built:
+        if source and source not in model_types and not is_model_type(source):
             run.inherit(role, source)
     dual = build_pair(own, method)
     objective = method(dual, config)
@@ -147,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
 
     run.save_artifact(dual.vision.save_pretrained, "encoder", "encoder")
     run.save_artifact(dual.save_pretrained, "dual", "dual")
-    untrained = "untrained" if own.encoder in built else "before_training"
+    untrained = "untrained" if is_model_type(own.encoder) else "before_training"
     for each in evaluators:
         each.store(run.record)
         run.record["evaluations"][each.name]["baselines"][untrained] = before[each.name]

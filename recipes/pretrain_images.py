@@ -98,8 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     method.check_accumulation(steps, rows, arguments.embed_batch_size)
 
     from mllm_vision.data import PictureCollator, PictureDataset, load_records
-    from mllm_vision.encoder.build import ALIASES
-    from mllm_vision.encoder.families import FAMILIES
+    from mllm_vision.encoder.build import is_model_type
     from mllm_vision.evaluation import Geometry
     from mllm_vision.training.module_audit import ModuleAudit
     from mllm_vision.training.run import Run
@@ -108,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     where = {"split": own.dataset_split, "config_name": own.dataset_config_name, "max_rows": own.max_train_samples}
     records = load_records(own.dataset_name, **where)
     run = Run("stage_zero", arguments, recipe_dict(own, arguments, config, view_flags))
-    built = own.encoder in {*FAMILIES, *ALIASES}
+    built = is_model_type(own.encoder)
     if not built:
         run.inherit("encoder", own.encoder)
     encoder = build(own)
@@ -160,13 +159,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def build(own: ImageArguments) -> Any:
-    """The encoder, loaded or built; a ViT built here gives its normalised class token, without BERT's tanh layer."""
+    """The encoder, loaded or built."""
     from mllm_vision.encoder.build import build_encoder
     from mllm_vision.modules.batch_norm import make_batch_norm_global
 
-    encoder = build_encoder(own.encoder, image_size=own.image_size, overrides=own.encoder_overrides)
-    if own.encoder == "vit":
-        encoder.backbone.pooler = None
+    encoder = build_encoder(own.encoder, image_size=own.image_size, overrides=own.encoder_overrides, pooler=False)
     if own.sync_batch_norm and not make_batch_norm_global(encoder):
         raise ValueError(f"--sync_batch_norm: {own.encoder} has no BatchNorm; leave it out")
     return encoder

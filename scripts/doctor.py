@@ -175,10 +175,9 @@ def load(own: Any, arguments: Any, streams: Any, count: int) -> tuple[Any, int |
 
 def trained(encoder: str) -> bool:
     """Whether the image tower comes with weights, and is not a model type to be built."""
-    from mllm_vision.encoder.build import ALIASES
-    from mllm_vision.encoder.families import FAMILIES
+    from mllm_vision.encoder.build import is_model_type
 
-    return encoder not in {*FAMILIES, *ALIASES}
+    return not is_model_type(encoder)
 
 
 def trained_size(encoder: str) -> int | None:

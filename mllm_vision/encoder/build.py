@@ -28,8 +28,17 @@ ALIASES = {
 }
 
 
+def is_model_type(source: str | Path) -> bool:
+    """Whether `--encoder` names a model type, to be built with random weights, and not a checkpoint."""
+    return source in FAMILIES or source in ALIASES
+
+
 def build_encoder(
-    source: str | Path, *, image_size: int | None = None, overrides: dict[str, Any] | None = None
+    source: str | Path,
+    *,
+    image_size: int | None = None,
+    overrides: dict[str, Any] | None = None,
+    pooler: bool = True,
 ) -> VisionEncoder:
     """An encoder by path, by Hub id, or with random weights by model type.
 
@@ -37,6 +46,8 @@ def build_encoder(
         source: path or Hub id of an encoder, or a model type such as `"vit"`.
         image_size: side of the square picture.
         overrides: config fields of an encoder built here.
+        pooler: False leaves a ViT that is built here without BERT's tanh layer: its pooled vector is then the
+            normalised class token.
 
     Raises:
         ValueError: overrides for a checkpoint, or what `build_backbone` or `VisionEncoder.from_pretrained` refuse.
@@ -44,8 +55,11 @@ def build_encoder(
     """
     from mllm_vision.encoder.encoder import VisionEncoder
 
-    if source in FAMILIES or source in ALIASES:
-        return VisionEncoder.from_backbone(*build_backbone(source, image_size=image_size, **(overrides or {})))
+    if is_model_type(source):
+        backbone, processor = build_backbone(source, image_size=image_size, **(overrides or {}))
+        if not pooler and backbone.config.model_type == "vit":
+            backbone.pooler = None
+        return VisionEncoder.from_backbone(backbone, processor)
     if overrides:
         names = ", ".join(sorted(overrides))
         raise ValueError(
