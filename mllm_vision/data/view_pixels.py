@@ -7,7 +7,7 @@ Every operation treats its rows one by one, so a view does not depend on the bat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,12 @@ from torch import Tensor
 from .view_draws import ViewParameters
 
 RESAMPLES = ("bilinear", "bicubic")
-_CPU_ELEMENTS = 2**20  # of the views made at a time on a CPU: they stay in the cache from one operation to the next
+_SMALL_ELEMENTS = 2**20  # of the views made at a time on a CPU: small ones stay in the cache all the way
+_LARGE_ELEMENTS = 2**24  # large ones, in place, need company for the groups that take the same steps
+_CACHED_ELEMENTS = 2**19  # of such a group at a time
 _DEVICE_ELEMENTS = 2**27  # elsewhere: half a gigabyte a tensor
 _DENSE_SIDE = 48  # pixels; up to here a product of small matrices is faster on a CPU than a call for every row
 _LUMA = (0.299, 0.587, 0.114)
-_HUES = torch.tensor([0.0, 2.0, -2.0]).view(1, 3, 1, 1)  # of red, green and blue, in sixths of a turn
 
 
 def make_views(
@@ -46,52 +47,90 @@ def make_views(
         blur_radius: where the blur's kernel ends; by default at three deviations of the widest.
     """
     each = len(parameters) // len(pixels)
-    elements = 3 * each * max(size[0] * size[1], pixels.shape[2] * pixels.shape[3] if size[0] <= _DENSE_SIDE else 1)
-    step = max(1, (_CPU_ELEMENTS if _on_cpu(pixels) else _DEVICE_ELEMENTS) // elements)
+    area = size[0] * size[1]
+    if _by_row(pixels, size):
+        elements = _LARGE_ELEMENTS
+    else:
+        elements = _SMALL_ELEMENTS if _on_cpu(pixels) else _DEVICE_ELEMENTS
+        area = max(area, pixels.shape[2] * pixels.shape[3])
+    step = max(1, elements // (3 * each * area))
     views = torch.empty(len(parameters), 3, *size, device=pixels.device)
-    scale, shift = multiply.view(1, 3, 1, 1), add.view(1, 3, 1, 1)
     for start in range(0, len(pixels), step):
         rows = slice(start * each, (start + step) * each)
         some = parameters[rows]
-        values = crop(pixels[start : start + step], some, size, resample)
-        values = colour(values, some)
+        values = crop_and_colour(pixels[start : start + step], some, views[rows], resample)
         values = blur(values, some.sigma, max_sigma, blur_radius)
         values = _where(values, some.solarize, lambda x: torch.where(x >= 127.5, 255.0 - x, x))
-        torch.mul(values, scale, out=views[rows]).add_(shift)
+        torch.mul(values, multiply.view(1, 3, 1, 1), out=views[rows]).add_(add.view(1, 3, 1, 1))
     return views.unflatten(0, (len(pixels), each))
+
+
+def crop_and_colour(pixels: Tensor, parameters: ViewParameters, out: Tensor, resample: str) -> Tensor:
+    """`[B x V, 3, h, w]` in 0..255 of `pixels` `[B, 3, H, W]`; `out` of that shape may be where it is written."""
+    size = (out.shape[2], out.shape[3])
+    if not _by_row(pixels, size):
+        return colour(crop_by_products(pixels, parameters, size, resample), parameters)
+    each, most = len(parameters) // len(pixels), max(1, _CACHED_ELEMENTS // out[0].numel())
+    for steps, rows in _alike(parameters, most) if max(size) > _DENSE_SIDE else _in_turn(len(parameters), most):
+        some = parameters[rows]
+        values = colour(crop_by_row(pixels, rows // each, some, size, resample), some, steps)
+        _write(out, rows, values)
+    return out
+
+
+def _alike(parameters: ViewParameters, most: int) -> Iterator[tuple[list[int], Tensor]]:
+    """(the colour steps they take, at most so many rows that take them in this order)."""
+    digits = parameters.order @ torch.tensor([64, 16, 4, 1])
+    neutral = (parameters.factors == torch.tensor([1.0, 1.0, 1.0, 0.0])).all(dim=1)
+    numbers, ranked = torch.where(neutral, -1, digits).sort(stable=True)
+    found, counts = numbers.unique_consecutive(return_counts=True)
+    for number, rows in zip(found.tolist(), ranked.split(counts.tolist()), strict=True):
+        steps = [] if number < 0 else [number >> shift & 3 for shift in (6, 4, 2, 0)]
+        yield from ((steps, some) for some in rows.split(most))
+
+
+def _in_turn(count: int, most: int) -> Iterator[tuple[None, Tensor]]:
+    """(None, at most so many rows), as they come."""
+    yield from ((None, some) for some in torch.arange(count).split(most))
+
+
+def _by_row(pixels: Tensor, size: tuple[int, int]) -> bool:
+    """Whether the views are large enough on a CPU for a call for every row to be the faster way."""
+    return _on_cpu(pixels) and max(*pixels.shape[2:], *size) > _DENSE_SIDE
 
 
 # -- geometry -----------------------------------------------------------------------------------------------------
 
 
-def crop(pixels: Tensor, parameters: ViewParameters, size: tuple[int, int], resample: str) -> Tensor:
-    """`[B x V, 3, h, w]` float32 in 0..255, whole levels: each box resized to `size`, mirrored where it says so.
+def crop_by_row(
+    pixels: Tensor, pictures: Tensor, parameters: ViewParameters, size: tuple[int, int], resample: str
+) -> Tensor:
+    """`[R, 3, h, w]` float32 in 0..255, whole levels: each box resized to `size`, mirrored where it says so.
 
-    `pixels` `[B, 3, H, W]` uint8 and B x V parameters as in `make_views`.
+    A call of torch's 8-bit resize for every row: it reads the box only, and is fast on a CPU.
+
+    Args:
+        pixels: `[B, 3, H, W]` uint8.
+        pictures: `[R]` int64, whose pixels each row is of.
+        parameters: R of them.
+        size: (h, w).
+        resample: "bilinear" or "bicubic", antialiased as Pillow's.
     """
-    if resample not in RESAMPLES:
-        raise ValueError(f"resample={resample!r} is none of {', '.join(RESAMPLES)}")
-    # Which of the two: they differ by a level in a few pixels of a hundred.
-    if _on_cpu(pixels) and max(*pixels.shape[2:], *size) > _DENSE_SIDE:
-        return _crop_by_row(pixels, parameters, size, resample)
-    return _crop_by_products(pixels, parameters, size, resample)
-
-
-def _crop_by_row(pixels: Tensor, parameters: ViewParameters, size: tuple[int, int], resample: str) -> Tensor:
-    """A call of torch's 8-bit resize for every row: it reads the box only, and is fast on a CPU."""
-    out, each = torch.empty(len(parameters), 3, *size), len(parameters) // len(pixels)
-    p = parameters
-    boxes = torch.stack([p.top, p.left, p.height, p.width, p.flip.long()], dim=1).tolist()
-    for row, (top, left, height, width, flip) in enumerate(boxes):
-        box = pixels[row // each][None, :, top : top + height, left : left + width]
+    out, p = torch.empty(len(parameters), 3, *size), parameters
+    boxes = torch.stack([pictures, p.top, p.left, p.height, p.width, p.flip.long()], dim=1).tolist()
+    for row, (picture, top, left, height, width, flip) in enumerate(boxes):
+        box = pixels[picture][None, :, top : top + height, left : left + width]
         if (height, width) != size:
             box = F.interpolate(box, size, mode=resample, antialias=True, align_corners=False)
         out[row] = box[0].flip(-1) if flip else box[0]
     return out
 
 
-def _crop_by_products(pixels: Tensor, parameters: ViewParameters, size: tuple[int, int], resample: str) -> Tensor:
-    """Two products with every row's resampling weights: no loop, nothing that waits for the device."""
+def crop_by_products(pixels: Tensor, parameters: ViewParameters, size: tuple[int, int], resample: str) -> Tensor:
+    """The same for B x V rows, all views of the first of the B pictures first, to a level in a few pixels of a hundred.
+
+    Two products with every row's resampling weights: no loop, nothing that waits for the device.
+    """
     p, (pictures, _, height, width) = parameters, pixels.shape
     down = resample_weights(p.top, p.height, height, size[0], resample)
     across = resample_weights(p.left, p.width, width, size[1], resample)
@@ -126,20 +165,27 @@ def resample_weights(start: Tensor, length: Tensor, inputs: int, outputs: int, r
 # -- colours ------------------------------------------------------------------------------------------------------
 
 
-def colour(values: Tensor, parameters: ViewParameters) -> Tensor:
-    """Colour jitter in every row's own order, and grey before or after it."""
-    gray, first = parameters.gray, parameters.gray_first
+def colour(values: Tensor, parameters: ViewParameters, steps: list[int] | None = None) -> Tensor:
+    """Colour jitter, and grey before or after it. The values may be overwritten.
+
+    `steps`: the order where it is the same for all rows, without the steps that none of them takes.
+    """
+    gray, first, factors = parameters.gray, parameters.gray_first, parameters.factors
     values = _where(values, gray & first, grayscale)
-    values = jitter(values, parameters.order, parameters.factors)
+    if steps is None:
+        values = jitter(values, parameters.order, factors)
+    else:
+        for kind in steps:
+            values = _STEPS[kind](values, factors[:, kind])
     return _where(values, gray & ~first, grayscale)
 
 
 def jitter(values: Tensor, order: Tensor, factors: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue of `[R, 3, h, w]` in 0..255, in the `order` `[R, 4]`.
+    """Brightness, contrast, saturation and hue of `[R, 3, h, w]` in 0..255, in every row's own `order` `[R, 4]`.
 
     The first three are mixtures `f x + (1 - f) base`, cut to 0..255: the base is black, the mean grey of the
-    picture, or the grey of the pixel. So all rows take one of them at a time in one pass, whichever it is. The values
-    may be overwritten.
+    picture, or the grey of the pixel. So all rows take one of them at a time in one pass, whichever it is: few calls,
+    and nothing that waits for a device. The values may be overwritten.
     """
     for slot in range(4):
         kind = order[:, slot]
@@ -153,6 +199,25 @@ def jitter(values: Tensor, order: Tensor, factors: Tensor) -> Tensor:
         base = gray.add_(mean[:, :, None, None])
         values = torch.addcmul(base, values, mix.view(-1, 1, 1, 1), out=values).clamp_(0.0, 255.0)
     return values
+
+
+def brightness(values: Tensor, factor: Tensor) -> Tensor:
+    """Values times `factor` `[R]`, in place."""
+    return values.mul_(factor.view(-1, 1, 1, 1)).clamp_(0.0, 255.0)
+
+
+def contrast(values: Tensor, factor: Tensor) -> Tensor:
+    """Away from the mean grey of the picture, or towards it, in place."""
+    mean = values.mean(dim=(2, 3)) @ torch.tensor(_LUMA)
+    factor, base = (each.view(-1, 1, 1, 1) for each in (factor, (1.0 - factor) * mean))
+    return values.mul_(factor).add_(base).clamp_(0.0, 255.0)
+
+
+def saturation(values: Tensor, factor: Tensor) -> Tensor:
+    """Away from each pixel's own grey, or towards it, in place."""
+    factor = factor.view(-1, 1, 1, 1)
+    base = luma(values).mul_(1.0 - factor)
+    return torch.addcmul(base, values, factor, out=values).clamp_(0.0, 255.0)
 
 
 def luma(values: Tensor) -> Tensor:
@@ -169,63 +234,96 @@ def grayscale(values: Tensor) -> Tensor:
 def shift_hue(values: Tensor, turn: Tensor) -> Tensor:
     """The colours turned by `turn` `[R]` (from -0.5 to 0.5 of a full turn), saturation and value kept.
 
-    Without going through HSV and back: a channel is `low + chroma * clamp(2 - d, 0, 1)`, where d is the distance, in
-    sixths of the colour circle, of the new hue from the channel's own.
+    Without going through HSV and back, and without a division: everything is in sixths of the colour circle times
+    the chroma c, the largest channel less the smallest. A channel is the smallest plus `2 c - d`, cut to 0..c, where d
+    is the distance of the new hue from the channel's own.
     """
     red, green, blue = values.unbind(1)
-    top = torch.maximum(torch.maximum(red, green), blue)
-    low = torch.minimum(torch.minimum(red, green), blue)
+    top, low = torch.maximum(red, green), torch.minimum(red, green)
+    torch.maximum(top, blue, out=top)
+    torch.minimum(low, blue, out=low)
     chroma = top - low
-    share = chroma.clamp_min(1e-6).reciprocal_()
-    # The hue without a case for each channel: its distance from red is u + t (3 - 2 u), where t is how far red is below
-    # the largest and u how far green and blue are apart; green and blue decide the side.
-    side = (green - blue).mul_(share)
-    apart = side.abs()
-    hue = apart.addcmul((top - red).mul_(share), 3.0 - 2.0 * apart).copysign_(side)
-    hue += 6.0 * turn.view(-1, 1, 1)
-    hue.sub_((hue / 6.0).round_(), alpha=6.0)
-    out = (hue[:, None] - _HUES.to(values.device)).abs_().sub_(3.0).abs_().clamp_(1.0, 2.0)
-    return torch.addcmul((low - chroma)[:, None], out, chroma[:, None], out=out)
+    base = low - chroma
+    # The hue without a case for each channel: its distance from red is 2 p + | |g - b| - p |, where p is how far red is
+    # below the largest; green and blue decide the side.
+    side, below = green - blue, top - red
+    hue = side.abs().sub_(below).abs_().add_(below, alpha=2.0).copysign_(side)
+    # From -3 c to 3 c. Green's own is at 2 and blue's at 4, or, a turn earlier, at -4 and -2: whichever keeps the
+    # difference within 7 c, up to where 2 c - d is |difference folded at 3 c| - c.
+    sixths = 6.0 * turn
+    earlier = 6.0 * (turn < 0)
+    out = torch.empty_like(values)
+    for channel, offset in enumerate((sixths, sixths - 2.0 + earlier, sixths - 4.0 + earlier)):
+        off = torch.addcmul(hue, chroma, offset.view(-1, 1, 1)).abs_().sub_(chroma, alpha=3.0).abs_().add_(base)
+        torch.clamp(off, low, top, out=out[:, channel])
+    return out
+
+
+_STEPS = (brightness, contrast, saturation, shift_hue)
 
 
 # -- blur ---------------------------------------------------------------------------------------------------------
 
 
 def blur(values: Tensor, sigma: Tensor, max_sigma: float = 2.0, radius: int | None = None) -> Tensor:
-    """Gaussian blur of `[R, 3, h, w]` with `sigma` `[R]` pixels, none where it is 0; edge pixels go on beyond it."""
-    widest = math.ceil(3.0 * max_sigma) if radius is None else radius
-    # On a CPU the slight ones take a kernel of half the length, and reach three deviations with it all the same.
-    narrow = widest // 2 if _on_cpu(values) else 0
-    slight = (sigma > 0) & (3.0 * sigma <= narrow)
-    if narrow:
-        values = _where(values, slight, lambda x, s: _blur(x, s, narrow), sigma)
-    return _where(values, (sigma > 0) & ~slight, lambda x, s: _blur(x, s, widest), sigma)
+    """Gaussian blur of `[R, 3, h, w]` with `sigma` `[R]` pixels, none where it is 0; edge pixels go on beyond it.
+
+    A row's kernel ends at three deviations, rounded up to whole pixels, or at `radius`.
+    """
+    widest = math.ceil(3.0 * max_sigma)
+    widest = widest if radius is None else min(radius, widest)
+    reaches = (3.0 * sigma).ceil().clamp_max(widest).long()
+    if not _on_cpu(values):
+        return _where(values, reaches > 0, lambda x, s, r: _blur(x, s, r, widest), sigma, reaches)
+    for reach in filter(None, reaches.unique().tolist()):
+        values = _where(values, reaches == reach, lambda x, s, r: _blur(x, s, r, int(r[0])), sigma, reaches)
+    return values
 
 
-def _blur(values: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    rows, channels, height, width = values.shape
-    offsets = torch.arange(-radius, radius + 1, device=values.device, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (offsets / sigma.clamp_min(1e-3)[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)[:, None, None]
-    flat = values.reshape(1, rows * channels, height, width)
-    flat = F.pad(flat, (radius, radius, radius, radius), mode="replicate")
-    flat = F.conv2d(flat, kernel, groups=rows * channels)
-    flat = F.conv2d(flat, kernel.transpose(2, 3), groups=rows * channels)
-    return flat.view(rows, channels, height, width)
+def _blur(values: Tensor, sigma: Tensor, reaches: Tensor, radius: int) -> Tensor:
+    """Along the lines, then across them: sums of shifted copies, which beats a convolution with a kernel a row."""
+    offsets = torch.arange(radius + 1, device=values.device)
+    weights = torch.exp(-0.5 * (offsets / sigma.clamp_min(1e-3)[:, None]) ** 2) * (offsets <= reaches[:, None])
+    weights = weights / (2.0 * weights.sum(dim=1, keepdim=True) - weights[:, :1])
+    padded = F.pad(values, (radius, radius, radius, radius), mode="replicate")
+    line = padded.stride(2)
+    # In one dimension, where every shift is contiguous; what crosses from line to line lands in the margin.
+    flat = _smooth(_smooth(padded.flatten(1), weights, 1), weights, line)
+    return flat.as_strided(values.shape, (flat.stride(0), padded.stride(1), line, 1))
+
+
+def _smooth(flat: Tensor, weights: Tensor, step: int) -> Tensor:
+    """`[R, L - 2 r step]`: `flat` `[R, L]` under a symmetric kernel, `weights` `[R, r + 1]`, `step` apart."""
+    radius = weights.shape[1] - 1
+    length = flat.shape[1] - 2 * radius * step
+    out = flat.narrow(1, radius * step, length) * weights[:, :1]
+    for reach in range(1, radius + 1):
+        pair = flat.narrow(1, (radius - reach) * step, length) + flat.narrow(1, (radius + reach) * step, length)
+        out.addcmul_(pair, weights[:, reach, None])
+    return out
 
 
 def _where(values: Tensor, mask: Tensor, change: Callable[..., Tensor], *per_row: Tensor) -> Tensor:
     """`change(values, *per_row)` in the rows of `mask`, and `values` elsewhere; on a CPU in place.
 
-    On a CPU it is computed for those rows only; elsewhere for all, since asking which they are would wait for the
-    device.
+    On a CPU it is computed for those rows only; elsewhere for all, since asking which they are would
+    wait for the device.
     """
     if not _on_cpu(values):
         return torch.where(mask.view(-1, 1, 1, 1), change(values, *per_row), values)
-    rows = mask.nonzero().squeeze(1)
-    if rows.numel():
-        values[rows] = change(values[rows], *(each[rows] for each in per_row))
+    for rows in mask.nonzero().squeeze(1).split(max(1, _CACHED_ELEMENTS // values[0].numel())):
+        if len(rows):
+            _write(values, rows, change(values.index_select(0, rows), *(each[rows] for each in per_row)))
     return values
+
+
+def _write(values: Tensor, rows: Tensor, new: Tensor) -> None:
+    """`values[rows] = new`; a large row is copied faster alone than by index."""
+    if values[0].numel() < 3 * _DENSE_SIDE**2:
+        values[rows] = new
+        return
+    for row, value in zip(rows.tolist(), new, strict=True):
+        values[row] = value
 
 
 def _on_cpu(values: Tensor) -> bool:

@@ -230,8 +230,8 @@ def test_both_ways_to_crop_agree(resample: str) -> None:
     pixels = torch.from_numpy(np.stack([np.asarray(photograph(i, (60, 50))) for i in range(4)])).permute(0, 3, 1, 2)
     seeds, sizes = torch.arange(4), torch.tensor([[50, 60], [50, 60], [30, 41], [17, 60]])
     p = ViewParameters.interleave([draw_view(View(scale=(0.1, 1.0)), n, seeds, sizes) for n in range(5)])
-    by_row = vp._crop_by_row(pixels, p, (24, 40), resample)
-    by_products = vp._crop_by_products(pixels, p, (24, 40), resample)
+    by_row = vp.crop_by_row(pixels, torch.arange(20) // 5, p, (24, 40), resample)
+    by_products = vp.crop_by_products(pixels, p, (24, 40), resample)
     off = (by_row - by_products).abs()
     assert float(off.max()) <= 2.0 and float((off > 1).float().mean()) < 1e-3 and float((off > 0).float().mean()) < 0.05
 
@@ -252,7 +252,8 @@ def test_a_view_depends_on_its_seed_alone(name: str, size: int, monkeypatch: pyt
     shuffled = maker({column: values[order] for column, values in batch.items()})
     # As ranks and chunks see it: rows 0, 3, 6, ... in one batch, the others in two more.
     parts = [maker({column: values[rank::3] for column, values in batch.items()}) for rank in range(3)]
-    monkeypatch.setattr(vp, "_CPU_ELEMENTS", 1)  # picture by picture
+    for name in ("_SMALL_ELEMENTS", "_LARGE_ELEMENTS", "_CACHED_ELEMENTS"):
+        monkeypatch.setattr(vp, name, 1)  # picture by picture
     single = maker({**batch, "pixels": torch.nn.functional.pad(batch["pixels"], (0, 0, 0, 6))})
     for column in maker.columns:
         assert torch.equal(shuffled[column], whole[column][order])
@@ -264,10 +265,14 @@ def test_a_view_depends_on_its_seed_alone(name: str, size: int, monkeypatch: pyt
     assert float((other - whole["views"]).abs().flatten(1).mean(1).min()) > 1.0
 
 
+@pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("name", ["byol", "moco_v1"])
-def test_the_way_without_a_cpu_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_way_without_a_cpu_gives_the_same(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """There, every change is computed for all rows, and nothing asks the device which rows it is for."""
-    maker, batch = ViewMaker(name, 32, **PLAIN), batch_of([photograph(i, (40, 36)) for i in range(12)])
+    # no picture is resized: large ones are resized in 8 bits on a CPU, to a level in a few pixels of a hundred
+    whole = ViewArguments(crop_scale=[1.0, 1.0]) if size > 48 else None
+    maker = ViewMaker(name, size, **PLAIN, arguments=whole)
+    batch = batch_of([photograph(i, (size, size) if whole else (40, 36)) for i in range(12)])
     expected = maker(batch)["views"]
     monkeypatch.setattr(vp, "_on_cpu", lambda values: False)
     assert torch.allclose(maker(batch)["views"], expected, atol=1e-3)
