@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         run.inherit("encoder", own.encoder)
     encoder = build_encoder(own.encoder, image_size=own.image_size, overrides=own.encoder_overrides, pooler=False)
     columns = {role: name for role, name in (("image", own.image_column), ("label", own.label_column)) if name}
-    dataset = PictureDataset(records, columns, seed=arguments.seed, decode_size=2 * encoder.image_size)
+    dataset = PictureDataset(records, columns, seed=arguments.seed, decode_size=2 * encoder.image_size, labelled=True)
     run.describe_data("train", records, dataset.columns)
     names = class_names(dataset)
     config.classes = config.classes or len(names)

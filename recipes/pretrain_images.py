@@ -117,7 +117,9 @@ def main(argv: list[str] | None = None) -> None:
     columns = {role: column for role, column in named.items() if column}
     decode_size = own.decode_size or 2 * encoder.image_size
     dataset = PictureDataset(records, columns, seed=arguments.seed, decode_size=decode_size)
-    run.describe_data("train", records, dataset.columns)
+    if "labels" in objective.columns() and dataset.unlabelled == len(dataset):
+        raise ValueError(f"--objective {name} learns from labels, and no row has one; name the column: --label_column")
+    run.describe_data("train", records, dataset.columns, unlabelled=dataset.unlabelled)
     before, after = build_evaluators(own, records, columns, run)
     if not before and arguments.load_best_model_at_end:
         raise ValueError("--load_best_model_at_end needs --eval_dataset_name")

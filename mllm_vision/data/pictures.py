@@ -27,13 +27,16 @@ class PictureDataset(EpochDataset):
         seed: with the epoch and the index it decides a sample's views.
         decode_size: pictures whose shorter side is longer are shrunk to it (a JPEG while it is decoded); the views
             have no use for more than about twice their own size. None leaves all as they are.
+        labelled: every row must have its label.
         bad_samples: a counter to share; otherwise one is made (`bad_samples`).
 
-    A row is {"image": PIL, "key": int, "index": int} and "label": int where there is a label column. A row whose
-    picture cannot be decoded, or whose label is missing, is counted and replaced by the next good one; `index` is
-    then the other row's. Labels in words are numbered in alphabetical order.
+    A row is {"image": PIL, "key": int, "index": int} and "label": int where there is a label column, -1 where the
+    row has none. A row whose picture cannot be decoded (or which has no label, where all must be labelled) is counted
+    and replaced by the next good one; `index` is then the other row's. Labels in words are numbered in alphabetical
+    order.
 
-    Attributes: `labels` `[rows]` int64 (-1 where missing) or None, `class_names` or None.
+    Attributes: `labels` `[rows]` int64 (-1 where missing) or None, `class_names` or None, `unlabelled`: how many rows
+    have no label.
 
     Raises:
         ValueError: an empty data set, a column that does not exist or has the wrong type, or `decode_size` below 1.
@@ -46,11 +49,12 @@ class PictureDataset(EpochDataset):
         *,
         seed: int = 0,
         decode_size: int | None = None,
+        labelled: bool = False,
         bad_samples: BadSamples | None = None,
     ) -> None:
         if decode_size is not None and decode_size < 1:
             raise ValueError(f"decode_size={decode_size} must be at least 1 pixel, or None")
-        self._rows, self.decode_size = rows_of(records), decode_size
+        self._rows, self.decode_size, self.labelled = rows_of(records), decode_size, labelled
         self.columns = bind_columns(records, ("image", "label?"), columns)
         self.records = only_columns(records, [self.columns["image"]])
         self.labels, self.class_names = None, None
@@ -61,11 +65,15 @@ class PictureDataset(EpochDataset):
     def __len__(self) -> int:
         return self._rows
 
+    @property
+    def unlabelled(self) -> int:
+        return len(self) if self.labels is None else int((self.labels < 0).sum())
+
     def _read(self, index: int, key: int) -> dict[str, Any]:
         row: dict[str, Any] = {"key": key, "index": index}
         if self.labels is not None:
             row["label"] = int(self.labels[index])
-            if row["label"] < 0:
+            if row["label"] < 0 and self.labelled:
                 raise ValueError(f"column {self.columns['label']!r} is empty")
         value = self.records[index][self.columns["image"]]
         if isinstance(value, list | tuple):

@@ -118,8 +118,8 @@ class Run:
         self.record["parents"].append(parent)
         self._say("inherits %s from %s (%s)", role, path_or_id, told)
 
-    def describe_data(self, role: str, dataset: Any, columns: Mapping[str, str] | None = None) -> None:
-        """Note a data set ("train", "validation"...): fingerprint, rows, columns bound, three text samples."""
+    def describe_data(self, role: str, dataset: Any, columns: Mapping[str, str] | None = None, **more: Any) -> None:
+        """Note a data set ("train", "validation"...): fingerprint, rows, columns bound, three texts; `more` facts."""
         columns = dict(columns or {})
         rows = len(dataset) if hasattr(dataset, "__len__") else getattr(dataset, "total", None)
         wanted = [column for bound, column in columns.items() if bound in TEXT_ROLES]
@@ -143,6 +143,7 @@ class Run:
             "rows": rows,
             "columns": columns,
             "samples": samples,
+            **more,
         }
         self._say("%s data: %s rows, columns %s", role, rows, columns or "as they are")
 

@@ -27,7 +27,7 @@ import collapse_cases as training
 import collapse_theory as theory
 from timing import header, table
 
-CLAIMS = (*dict.fromkeys(case.claim for case in training.cases()), "Head", "Temperature", "Bound")
+CLAIMS = (*dict.fromkeys(case.claim for case in training.cases()), "Temperature", "Bound")
 # what of a step's metrics shows the collapse, best first: outputs of the head, or of DINO's prototypes
 WATCHED = {
     "information": "information of the teacher's answers",
@@ -52,9 +52,10 @@ def run_cases(claims: list[str], data: training.Data, options: argparse.Namespac
             record = {"claim": case.claim, "variant": case.variant, "intact": case.intact, "seed": seed}
             record |= {"history": history, "seconds": seconds, "knn": training.knn_of(bank, queries, data)}
             record["probe"] = training.probe(bank, queries, data)
-            if case.claim == "Views" and case.intact:
-                with torch.no_grad():
+            with torch.no_grad():
+                if case.claim == "Head":
                     record["z_probe"] = training.probe(objective.head(bank), objective.head(queries), data)
+                if case.claim == "Views" and case.intact:
                     record["shares"] = theory.hard_shares(objective.head(queries)[:512])
             found.append(record)
             told = f"kNN {record['knn']:.3f}, probe {record['probe']:.3f}, {seconds:.0f} s"
@@ -144,7 +145,7 @@ def draw(report: dict[str, Any], folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     results = report["results"]
-    claims = [claim for claim in dict.fromkeys(record["claim"] for record in results) if claim != "Views"]
+    claims = [claim for claim in dict.fromkeys(record["claim"] for record in results) if claim not in ("Views", "Head")]
     if claims:
         figure, axes = plt.subplots(1, len(claims), figsize=(3.4 * len(claims), 3.2), squeeze=False)
         for axis, claim in zip(axes[0], claims, strict=True):
@@ -195,7 +196,7 @@ def _save(figure: Any, path: Path) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {"header": header(), "results": []}
-    wanted = {"Views"} & {"Views" if claim in ("Head", "Temperature") else claim for claim in options.claims}
+    wanted = {"Views" for claim in options.claims if claim == "Temperature"}
     wanted |= set(options.claims) & {case.claim for case in training.cases()}
     if wanted:
         train, test = (getattr(options, name) or options.data / f"cifar10_{name}.parquet" for name in ("train", "test"))

@@ -25,6 +25,7 @@ from mllm_vision.objectives.base import ImageObjective
 from mllm_vision.objectives.registry import load_objective
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 128, "patch_size": 8}
+WIDE = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 384}
 HEAD = {"head_hidden": 256, "head_out": 64}
 
 
@@ -34,7 +35,7 @@ class Case:
 
     Attributes:
         claim: what it belongs to. variant: what was done, in words. intact: whether that is nothing.
-        config: fields of the method's `Config`. views: fields of `ViewArguments`.
+        config: fields of the method's `Config`. views: fields of `ViewArguments`. sizes: of the encoder.
         change: takes parts out of the objective.
         momentum: of the teacher in every step, in place of its schedule.
         learning_rate: of AdamW. encoder_share: of it, what the encoder gets. warm_up: share of the steps in which
@@ -47,6 +48,7 @@ class Case:
     intact: bool = False
     config: dict[str, Any] = field(default_factory=dict)
     views: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)
     change: Callable[[Any], None] | None = None
     momentum: float | None = None
     learning_rate: float = 1e-3
@@ -115,6 +117,7 @@ def cases() -> list[Case]:
         ("colour alone", {"crop_scale": [1.0, 1.0]}),
     ):
         found.append(Case("Views", variant, "simclr", not views, {"head_out": 64}, views))
+    found.append(Case("Head", "three times as wide as z", "simclr", True, {"head_out": 64}, sizes=WIDE))
     return found
 
 
@@ -122,7 +125,7 @@ def build(case: Case, image_size: int, seed: int = 0, **sizes: Any) -> ImageObje
     """The objective of a case, with the encoder's weights from `seed`."""
     torch.manual_seed(seed)
     method = load_objective(case.method)
-    encoder = build_encoder("vit", image_size=image_size, overrides=SIZES | sizes)
+    encoder = build_encoder("vit", image_size=image_size, overrides=SIZES | case.sizes | sizes)
     objective: ImageObjective = method(encoder, method.Config(**case.config))  # type: ignore[assignment, call-arg]
     if case.change is not None:
         case.change(objective)

@@ -55,11 +55,14 @@ def test_labels_of_a_table(data_dir) -> None:
 def test_bad_rows_are_passed_over() -> None:
     records = rows(label=lambda i: None if i == 4 else i)
     records[1]["image"] = b"not a picture"
-    dataset = PictureDataset(records)
+    dataset = PictureDataset(records, labelled=True)
     assert [dataset[i]["index"] for i in range(6)] == [0, 2, 2, 3, 5, 5]
     assert dataset.bad_samples.count == 2 and dataset[1]["key"] != dataset[2]["key"]
     assert any("cannot be decoded" in example for example in dataset.bad_samples.examples)
     assert any("'label' is empty" in example for example in dataset.bad_samples.examples)
+    kept = PictureDataset(records)  # labels are for those who have them
+    assert [kept[i]["index"] for i in range(6)] == [0, 2, 2, 3, 4, 5] and kept[4]["label"] == -1
+    assert (kept.unlabelled, PictureDataset(rows()).unlabelled) == (1, 6)
 
 
 @pytest.mark.parametrize(

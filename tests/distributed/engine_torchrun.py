@@ -5,6 +5,7 @@ torchrun --nproc-per-node 3 engine_torchrun.py batch.pt found.pt
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -43,7 +44,10 @@ def main(batch_file: str, found_file: str) -> None:
         }
     if dist.get_rank() == 0:
         torch.save(found, found_file)
-    dist.destroy_process_group()
+    dist.barrier()  # rank 0 has written
+    # DDP keeps gloo's threads alive behind destroy_process_group, and one of them that lets go of a tensor while the
+    # interpreter goes down aborts the process (PyTorch #179291): this one ends without going down
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -126,9 +126,10 @@ def test_the_script_measures_draws_and_reads_what_it_left(scripts, tmp_path, cap
         Dataset.from_list(rows).to_parquet(tmp_path / f"{name}.parquet")
     monkeypatch.setattr(scripts["collapse_cases"], "SIZES", SIZES | {"patch_size": 8})
     given = ["--train", str(tmp_path / "train.parquet"), "--test", str(tmp_path / "test.parquet")]
-    short = ["--steps", "2", "--batch_size", "8", "--claims", "VICReg", "Head", "Bound", "--output_dir", str(tmp_path)]
+    short = ["--steps", "2", "--batch_size", "8", "--claims", "VICReg", "Head", "Temperature", "Bound"]
+    short += ["--output_dir", str(tmp_path)]
     report = scripts["collapse"].main([*given, *short])
-    assert [record["claim"] for record in report["results"]] == ["VICReg"] * 2 + ["Views"] * 3
+    assert [record["claim"] for record in report["results"]] == ["VICReg"] * 2 + ["Views"] * 3 + ["Head"]
     assert all(0 <= record["knn"] <= 1 and len(record["history"]) == 2 for record in report["results"])
     printed = capsys.readouterr().out
     assert "without variance" in printed and "Linear probe of SimCLR's h" in printed and "| 16 nats" in printed

@@ -66,6 +66,23 @@ def test_what_it_leaves(recipe, data, tmp_path):
     assert saved["optim"] == "lars" and saved["learning_rate"] == 0.3 and saved["head_out"] == 128
 
 
+def test_supcon_learns_from_a_partly_labelled_set(recipe, data, tmp_path):
+    """A row without a label is no bad row: its own other view is its positive."""
+    from datasets import Dataset
+
+    rows = Dataset.from_parquet(str(data / "train.parquet"), cache_dir=str(tmp_path))
+    half = [label if place % 2 else None for place, label in enumerate(rows["label"])]
+    rows.remove_columns("label").add_column("label", half).to_parquet(tmp_path / "half.parquet")
+    recipe.main(flags(data, tmp_path / "run", objective="supcon", dataset_name=tmp_path / "half.parquet"))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["data"]["train"]["unlabelled"] == 24 and not record.get("bad_samples", {}).get("count")
+    shares = [
+        json.loads(line).get("labelled") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    shares = [share for share in shares if share is not None]
+    assert shares and 0.2 < sum(shares) / len(shares) < 0.8
+
+
 def test_images_without_labels(recipe, data, tmp_path):
     """A folder of pictures is enough; supcon alone asks for labels."""
     folder = tmp_path / "pictures"
@@ -75,7 +92,7 @@ def test_images_without_labels(recipe, data, tmp_path):
     given = {"dataset_name": folder, "per_device_train_batch_size": 8, "max_steps": 1}
     recipe.main(flags(data, tmp_path / "run", **given))
     assert (tmp_path / "run" / "encoder" / "model.safetensors").is_file()
-    with pytest.raises(ValueError, match=r"SupCon needs the column 'labels'.*--label_column"):
+    with pytest.raises(ValueError, match=r"--objective supcon learns from labels.*--label_column"):
         recipe.main(flags(data, tmp_path / "supcon", **given, objective="supcon"))
 
 
