@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 if str(Path(__file__).parent) not in sys.path:
@@ -34,6 +35,7 @@ WATCHED = {
     "z_spread": "spread of z",
     "query_spread": "spread of q",
 }
+COLORS = ("black", "tab:blue", "tab:red")  # of a claim's variants: the published one first
 DIRECTIONS = ("z_rank", "query_rank", "h_rank")
 
 
@@ -149,14 +151,12 @@ def draw(report: dict[str, Any], folder: Path) -> None:
     if claims:
         figure, axes = plt.subplots(1, len(claims), figsize=(3.4 * len(claims), 3.2), squeeze=False)
         for axis, claim in zip(axes[0], claims, strict=True):
-            for variant, runs in variants(results, claim).items():
+            for color, (variant, runs) in zip(COLORS, variants(results, claim).items(), strict=False):
                 name = watched(runs[0])
-                for run in runs:
-                    style = {"color": "black" if run["intact"] else None, "lw": 1.5}
-                    label = variant if run is runs[0] else None
-                    axis.plot(
-                        [s["step"] for s in run["history"]], [s[name] for s in run["history"]], label=label, **style
-                    )
+                curves = np.array([smooth([each[name] for each in run["history"]]) for run in runs])
+                steps = [each["step"] for each in runs[0]["history"]]
+                axis.plot(steps, np.median(curves, axis=0), color=color, lw=1.5, label=variant)
+                axis.fill_between(steps, curves.min(axis=0), curves.max(axis=0), color=color, alpha=0.2, lw=0)
             axis.set(title=claim, xlabel="step", ylabel=WATCHED[name], ylim=(0, None))
             axis.legend(fontsize=8)
         _save(figure, folder / "collapse_training.png")
@@ -184,6 +184,12 @@ def draw(report: dict[str, Any], folder: Path) -> None:
         axis.set(xlabel="mutual information (nats)", ylabel="ln N - loss (nats)", ylim=(0, 9))
         axis.legend(fontsize=8)
         _save(figure, folder / "collapse_bound.png")
+
+
+def smooth(values: list[float], width: int = 9) -> np.ndarray:
+    """Means over `width` steps, fewer at both ends."""
+    ones = np.ones(min(width, len(values)))
+    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
 
 def _save(figure: Any, path: Path) -> None:
