@@ -15,6 +15,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+from mllm_vision.data.stream_flags import StreamArguments
 from mllm_vision.training.arguments import RecipeArguments
 from mllm_vision.training.recipe import parse_recipe, peek_recipe, recipe_dict, run_recipe
 
@@ -85,11 +86,12 @@ def main(argv: list[str] | None = None) -> None:
     method = load_objective(name)
     if not issubclass(method, ImageObjective):
         raise ValueError(f"objective {name!r} learns from image-text pairs: recipes/pretrain.py trains it")
-    own, arguments, config, view_flags = parse_recipe(
+    own, arguments, config, view_flags, streams = parse_recipe(
         ImageArguments,
         Arguments,
         method.Config,
         ViewArguments,
+        StreamArguments,
         argv=argv,
         description=__doc__,
         defaults=method.training_defaults,
@@ -97,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     steps, rows = arguments.gradient_accumulation_steps, arguments.per_device_train_batch_size
     method.check_accumulation(steps, rows, arguments.embed_batch_size)
 
-    from mllm_vision.data import PictureCollator, PictureDataset, load_records
+    from mllm_vision.data import PictureCollator, PictureDataset, StreamDataset, load_records
     from mllm_vision.encoder.build import is_model_type
     from mllm_vision.evaluation import Geometry
     from mllm_vision.training.module_audit import ModuleAudit
@@ -105,8 +107,11 @@ def main(argv: list[str] | None = None) -> None:
     from mllm_vision.training.trainer import ObjectiveTrainer
 
     where = {"split": own.dataset_split, "config_name": own.dataset_config_name, "max_rows": own.max_train_samples}
-    records = load_records(own.dataset_name, **where)
-    run = Run("stage_zero", arguments, recipe_dict(own, arguments, config, view_flags))
+    if streams.streaming:
+        check_stream(own, method)
+        stream = streams.open(own.dataset_name, **where, seed=arguments.seed, max_steps=arguments.max_steps)
+    records = stream.head() if streams.streaming else load_records(own.dataset_name, **where)
+    run = Run("stage_zero", arguments, recipe_dict(own, arguments, config, view_flags, streams))
     built = is_model_type(own.encoder)
     if not built:
         run.inherit("encoder", own.encoder)
@@ -117,9 +122,14 @@ def main(argv: list[str] | None = None) -> None:
     columns = {role: column for role, column in named.items() if column}
     decode_size = own.decode_size or 2 * encoder.image_size
     dataset = PictureDataset(records, columns, seed=arguments.seed, decode_size=decode_size)
-    if "labels" in objective.columns() and dataset.unlabelled == len(dataset):
+    without = dataset.labels is None if streams.streaming else dataset.unlabelled == len(dataset)
+    if "labels" in objective.columns() and without:
         raise ValueError(f"--objective {name} learns from labels, and no row has one; name the column: --label_column")
-    run.describe_data("train", records, dataset.columns, unlabelled=dataset.unlabelled)
+    if streams.streaming:
+        run.describe_data("train", stream, dataset.columns)
+        dataset = StreamDataset(stream, dataset)
+    else:
+        run.describe_data("train", records, dataset.columns, unlabelled=dataset.unlabelled)
     before, after = build_evaluators(own, records, columns, run)
     if not before and arguments.load_best_model_at_end:
         raise ValueError("--load_best_model_at_end needs --eval_dataset_name")
@@ -158,6 +168,14 @@ def main(argv: list[str] | None = None) -> None:
         geometry(objective)
         geometry.store(run.record)
     run.finish()
+
+
+def check_stream(own: ImageArguments, method: Any) -> None:
+    """Refuses what needs all rows beforehand."""
+    if method.needs_features:
+        raise ValueError(f"--objective {own.objective} passes over all rows before an epoch: leave --streaming out")
+    if own.eval_dataset_name and not own.eval_train_dataset_name:
+        raise ValueError("a stream is no bank for kNN and probe: name labelled images, --eval_train_dataset_name")
 
 
 def build(own: ImageArguments) -> Any:

@@ -39,13 +39,17 @@ def small_config(method: type[ImageObjective], **changed: Any) -> Any:
 
 
 def encoder(kind: str = "vit", seed: int = 0) -> VisionEncoder:
-    """A tiny ViT without BERT's pooler, or a tiny ResNet."""
-    if kind == "resnet":
+    """A tiny ViT without BERT's pooler, or a tiny ResNet, also ("resnet_global") with the BatchNorm of all ranks."""
+    if kind != "vit":
         from mllm_vision.encoder.build import build_encoder
+        from mllm_vision.modules.batch_norm import make_batch_norm_global
 
         torch.manual_seed(seed)
         small = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-        return build_encoder("resnet", image_size=32, overrides={**small, "stem": "cifar"})
+        resnet = build_encoder("resnet", image_size=32, overrides={**small, "stem": "cifar"})
+        if kind == "resnet_global":
+            make_batch_norm_global(resnet)
+        return resnet
     backbone = tiny.tiny_vit(seed)
     backbone.pooler = None
     return VisionEncoder.from_backbone(backbone, tiny.tiny_image_processor("vit"))
@@ -92,12 +96,14 @@ def tell_features(made: Any) -> None:
     made.train()
 
 
-def trained(name: str, world: int = 1, chunk: int | None = None, steps: int = 3) -> tuple[list[float], dict]:
+def trained(
+    name: str, world: int = 1, chunk: int | None = None, steps: int = 3, kind: str = "vit"
+) -> tuple[list[float], dict]:
     """Losses and state of a method after a few steps of SGD, alone or inside DDP, in chunks or not.
 
     In float64, so that steps that magnify rounding do not hide what differs.
     """
-    made = objective(name).double()
+    made = objective(name, kind).double()
     tell_features(made)
     model = DistributedDataParallel(made) if world > 1 else made
     optimizer = torch.optim.SGD([value for value in made.parameters() if value.requires_grad], lr=0.05)

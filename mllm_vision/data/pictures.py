@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .columns import bind_columns
 from .decoding import load_image
-from .sampling import BadSamples, EpochDataset, only_columns, rows_of
+from .sampling import BadSamples, EpochDataset, only_columns, rows_of, text_id
 
 _LONGEST = 4  # times the shorter side; of a longer panorama the middle is kept, so that it does not pad a whole batch
 
@@ -36,7 +36,7 @@ class PictureDataset(EpochDataset):
     order.
 
     Attributes: `labels` `[rows]` int64 (-1 where missing) or None, `class_names` or None, `unlabelled`: how many rows
-    have no label.
+    have no label. Of a stream they are those of its first rows.
 
     Raises:
         ValueError: an empty data set, a column that does not exist or has the wrong type, or `decode_size` below 1.
@@ -70,12 +70,25 @@ class PictureDataset(EpochDataset):
         return len(self) if self.labels is None else int((self.labels < 0).sum())
 
     def _read(self, index: int, key: int) -> dict[str, Any]:
+        return self._row(self.records[index], None if self.labels is None else int(self.labels[index]), key, index)
+
+    def read_record(self, record: dict[str, Any], key: int, index: int) -> dict[str, Any]:
+        """A record of a stream as a row, a word's label being a number of its own; ValueError where it is of no use."""
+        label = None
+        if "label" in self.columns:
+            label = record[self.columns["label"]]
+            if isinstance(label, str):
+                label = text_id(label)  # a stream's classes are not known beforehand, but equal words are one class
+            label = -1 if label is None else int(label)
+        return self._row(record, label, key, index)
+
+    def _row(self, record: dict[str, Any], label: int | None, key: int, index: int) -> dict[str, Any]:
         row: dict[str, Any] = {"key": key, "index": index}
-        if self.labels is not None:
-            row["label"] = int(self.labels[index])
-            if row["label"] < 0 and self.labelled:
+        if label is not None:
+            if label < 0 and self.labelled:
                 raise ValueError(f"column {self.columns['label']!r} is empty")
-        value = self.records[index][self.columns["image"]]
+            row["label"] = label
+        value = record[self.columns["image"]]
         if isinstance(value, list | tuple):
             if not value:
                 raise ValueError("the row has no image")

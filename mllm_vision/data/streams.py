@@ -133,8 +133,8 @@ class StreamDataset:
 
     Args:
         stream: what is read.
-        reader: a `PairDataset` or `ConversationDataset` over `stream.head()`: its `read_record(record, key, index)`
-            makes a sample of a row, or raises ValueError for one that cannot be used.
+        reader: a `PairDataset`, `PictureDataset` or `ConversationDataset` over `stream.head()`: its
+            `read_record(record, key, index)` makes a sample of a row, or raises ValueError for one that cannot be used.
         columns: those to read; by default those the reader bound.
 
     A row that cannot be used is counted in `bad_samples` and replaced by the next good one of its group of rows: the

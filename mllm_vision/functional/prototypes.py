@@ -156,7 +156,8 @@ def concentration(
 
     phi = (sum of the distances of the cluster's n rows to its centroid) / (n ln(n + smoothing)). A cluster of one
     row or none gets the largest; then all are clipped to their 10th and 90th percentile and scaled to the mean
-    `temperature`.
+    `temperature`. None is left below a tenth of it: a cluster of copies of one picture has no width at all, and where
+    clusters are few, the percentiles let it pass.
 
     Args:
         features: `[N, D]` rows of this rank, of any length: distances are between unit vectors.
@@ -200,7 +201,8 @@ def concentration(
         phi = torch.where(several, phi, phi.max())
         phi = phi.clamp(phi.quantile(0.1), phi.quantile(0.9))
         mean = phi.mean()
-        return torch.where(mean > 0, temperature * phi / mean, temperature).to(rows.dtype)
+        phi = torch.where(mean > 0, temperature * phi / mean, temperature)
+        return phi.clamp_min(temperature / 10).to(rows.dtype)
 
 
 def proto_nce(

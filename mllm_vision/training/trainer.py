@@ -14,6 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 
+from mllm_vision.data.streams import StreamDataset
 from mllm_vision.distributed import mean_over_ranks
 from mllm_vision.objectives import ImageObjective
 
@@ -90,7 +91,7 @@ class ObjectiveTrainer(RecipeTrainer):
         if isinstance(self.objective, ImageObjective):
             self.add_callback(TellProgress(self.objective))
         if getattr(self.objective, "needs_features", False):
-            if rows is None:
+            if rows is None or isinstance(self.train_dataset, StreamDataset):
                 raise ValueError(
                     f"{type(self.objective).__name__} passes over all rows before each epoch, and a stream has no "
                     "rows to go back to; train without --streaming"

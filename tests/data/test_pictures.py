@@ -65,6 +65,20 @@ def test_bad_rows_are_passed_over() -> None:
     assert (kept.unlabelled, PictureDataset(rows()).unlabelled) == (1, 6)
 
 
+def test_records_of_a_stream() -> None:
+    """A row of a stream is that of the table; words are numbered without knowing the others."""
+    records = rows(8, label=lambda i: None if i == 4 else i)
+    dataset = PictureDataset(records, seed=5)
+    for index in (2, 4):
+        wanted, found = dataset[index], dataset.read_record(records[index], 77, index)
+        assert (found["label"], found["key"]) == (wanted["label"], 77) and wanted["image"] == found["image"]
+    words = rows(label=lambda i: ["dog", "cat"][i % 2])
+    labels = [PictureDataset(words[:2]).read_record(word, 0, 0)["label"] for word in words]
+    assert labels[0] == labels[2] != labels[1] == labels[3]
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        dataset.read_record({"image": b"none", "label": 1}, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("size", "decode_size", "expected"),
     [((90, 60), None, (90, 60)), ((90, 60), 30, (45, 30)), ((90, 60), 60, (90, 60)), ((400, 20), None, (80, 20))],

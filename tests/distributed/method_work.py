@@ -10,6 +10,13 @@ def trained(name, world, chunk=None):
     return train(name, world, chunk)
 
 
+def resnet_trained(name):
+    """The same on two ranks with a ResNet whose BatchNorm is over all ranks."""
+    from methods_for_tests import trained as train
+
+    return train(name, 2, kind="resnet_global")
+
+
 def batch_norm(rows, sizes, kind, momentum, affine=True):
     """Output, gradients and buffers of a global BatchNorm on this rank's rows, after DDP's mean over ranks."""
     import torch

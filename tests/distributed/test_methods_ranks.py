@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from method_work import batch_norm, trained
+from method_work import batch_norm, resnet_trained, trained
 from methods_for_tests import IMAGE_METHODS, assert_same
 from methods_for_tests import trained as alone
 from torch import nn
@@ -16,6 +16,18 @@ def test_two_ranks_are_one(gloo, name):
     first, second = gloo.run(2, trained, name, 2)
     assert_same(first, wanted)
     assert_same(second, first)
+
+
+@pytest.mark.parametrize("name", [name for name in IMAGE_METHODS if name not in ("mae", "dinov2")])
+def test_two_ranks_are_one_with_a_resnet(gloo, name):
+    """--sync_batch_norm: the encoder's BatchNorm too, and the teacher's, whose rows MoCo shuffles among the ranks."""
+    wanted = alone(name, kind="resnet_global")
+    assert any(
+        key.endswith("running_var") and not torch.equal(value, torch.ones_like(value))
+        for key, value in wanted[1].items()
+    )
+    for found in gloo.run(2, resnet_trained, name):
+        assert_same(found, wanted)
 
 
 def test_two_ranks_in_chunks(gloo):

@@ -102,6 +102,19 @@ def test_concentrations_of_rows_that_all_coincide_are_the_temperature():
     torch.testing.assert_close(alone, torch.full((3,), 0.5))
 
 
+def test_clusters_of_copies_have_a_temperature_to_divide_by():
+    """Two pictures four times each, and two loose pairs: clipped or not, the official phi of the copies is zero."""
+    corners = torch.eye(4)
+    loose = [F.normalize(corners[place] + 0.3 * corners[place - 1], dim=0) for place in (2, 3)]
+    rows = torch.stack([*corners[:2].repeat_interleave(4, 0), corners[2], loose[0], corners[3], loose[1]])
+    assigned = torch.tensor([0] * 4 + [1] * 4 + [2] * 2 + [3] * 2)
+    found = concentration(rows, corners, assigned, temperature=0.2)
+    torch.testing.assert_close(found[:2], torch.tensor([0.02, 0.02]))
+    official = oracle.concentration(rows.double().numpy(), corners.double().numpy(), assigned.numpy(), 0.2)
+    assert official[:2].max() < 1e-3 and found[2:].min() > 0.2
+    np.testing.assert_allclose(found[2:], official[2:], rtol=1e-5)
+
+
 def clusterings(rng, n, d, sizes):
     found = []
     for k in sizes:

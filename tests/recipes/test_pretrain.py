@@ -6,9 +6,7 @@ import importlib.util
 import inspect
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import yaml
 from datasets import Image
 from pairs_for_tests import tokenizer
 from safetensors.torch import load_file, save_file
+from two_ranks import assert_same_run, torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64"
@@ -272,23 +271,7 @@ def test_two_ranks_train_as_one(pretrain, data, tmp_path, objective):
     changed = {"objective": objective, "encoder": f"{objective}_vision_model", "logging_steps": 1}
     pretrain.main(flags(data, tmp_path / "one", **changed))
     words = flags(data, tmp_path / "two", **changed, per_device_train_batch_size=8, eval_dataset_name=data)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "recipes" / "pretrain.py"), *words],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    losses = []
-    for name in ("one", "two"):
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        losses.append([entry["loss"] for entry in map(json.loads, lines) if "loss" in entry])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 8
-    one = load_file(tmp_path / "one" / "dual" / "model.safetensors")
-    two = load_file(tmp_path / "two" / "dual" / "model.safetensors")
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
-    assert "negatives per anchor: 15" in done.stderr + done.stdout
-    assert f"{math.log(16):.4f}" in done.stderr + done.stdout or objective == "siglip"
+    told = torchrun("recipes/pretrain.py", words)
+    assert_same_run(tmp_path / "one", tmp_path / "two", "dual", 8)
+    assert "negatives per anchor: 15" in told
+    assert f"{math.log(16):.4f}" in told or objective == "siglip"

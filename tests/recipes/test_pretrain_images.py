@@ -10,6 +10,7 @@ import tiny
 import yaml
 from dry import _load, dry_parse
 from transformers import AutoModel
+from two_ranks import assert_same_run, torchrun
 
 from mllm_vision.encoder.encoder import VisionEncoder
 
@@ -81,6 +82,41 @@ def test_supcon_learns_from_a_partly_labelled_set(recipe, data, tmp_path):
     ]
     shares = [share for share in shares if share is not None]
     assert shares and 0.2 < sum(shares) / len(shares) < 0.8
+
+
+def test_a_stream_of_shards(recipe, data, tmp_path):
+    """Shuffled shards in place of a table; labels as SupCon asks for them; measured with images of their own."""
+    measured = {"eval_dataset_name": data / "test.parquet", "eval_train_dataset_name": data / "train.parquet"}
+    given = {
+        "streaming": "true",
+        "shuffle_buffer": 16,
+        "stream_lanes": 2,
+        "objective": "supcon",
+        "knn_k": 5,
+        **measured,
+    }
+    recipe.main(flags(data, tmp_path / "run", **given, max_steps=None, num_train_epochs=2))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["data"]["train"]["rows"] == 48 and record["history"][-1]["step"] == 6  # two epochs of three steps
+    assert "untrained" in record["evaluations"]["knn"]["baselines"]
+    saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert saved["streaming"] is True and saved["shuffle_buffer"] == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["simclr", "dino", "moco_v2", "pcl"])
+def test_two_ranks_train_as_one(recipe, data, tmp_path, name):
+    """torchrun from the command line: two ranks of 8 give the losses and the weights of one rank of 16."""
+    changed = {"objective": name, "logging_steps": 1, "lr_scaling": "none", "learning_rate": 1e-3, "max_steps": 6}
+    if name in ("moco_v2", "pcl"):  # 45 rows are a pass of 22 and one of 23
+        changed |= {"queue_size": 32, "max_train_samples": 45}
+    if name == "pcl":
+        changed |= {"num_clusters": [4, 7], "prototype_warmup_epochs": 1}
+    if name == "dino":
+        changed |= {"out_dim": 64, "local_size": 16}
+    recipe.main(flags(data, tmp_path / "one", **changed))
+    torchrun("recipes/pretrain_images.py", flags(data, tmp_path / "two", **changed, per_device_train_batch_size=8))
+    assert_same_run(tmp_path / "one", tmp_path / "two", "encoder", 6)
 
 
 def test_images_without_labels(recipe, data, tmp_path):

@@ -29,6 +29,7 @@ for module in (  # what the recipes load later, loaded before the fork; none of 
     *("datasets", "PIL.Image", "sentencepiece", "transformers.models.clip.modeling_clip"),
     *("transformers.models.llava.modeling_llava", "transformers.models.llama.modeling_llama"),
     *("transformers.models.llama.tokenization_llama", "mllm_vision.objectives.clip", "mllm_vision.training.trainer"),
+    *("mllm_vision.objectives.pcl", "mllm_vision.objectives.dinov2", "mllm_vision.data.views"),
     *("mllm_vision.vlm.conversation", "mllm_vision.evaluation.question_answering", "mllm_vision.data.stream_loader"),
 ):
     with contextlib.suppress(ImportError):
@@ -43,7 +44,7 @@ def _recipe(name: str) -> Any:
     return module
 
 
-RECIPES = {name: _recipe(name) for name in ("pretrain", "align", "instruct")}
+RECIPES = {name: _recipe(name) for name in ("pretrain", "pretrain_images", "align", "instruct")}
 
 
 def _environment(rank: int, world: int, port: int) -> None:

@@ -79,6 +79,13 @@ STAGES: dict[str, Callable[[Path], dict[str, Any]]] = {
         "max_text_length": 16,
         "crop_scale": "0.5 1.0",
     },
+    "pretrain_images": lambda folder: {
+        "objective": "moco_v2",
+        "queue_size": 16,
+        "encoder_overrides": f"{SMALL},patch_size=8,attention_probs_dropout_prob=0.1",
+        "image_size": 32,
+        "lr_scaling": "none",
+    },
     "align": lambda folder: {
         "encoder": folder / "encoder",
         "llm": folder / "llm",
@@ -93,7 +100,13 @@ STAGES: dict[str, Callable[[Path], dict[str, Any]]] = {
         "max_new_tokens": 1,
     },
 }
-CHUNKS = {"pretrain": {"embed_batch_size": 2}}  # with two processes that is the whole batch of each
+CHUNKS = {stage: {"embed_batch_size": 2} for stage in STAGES if stage.startswith("pretrain")}  # one's batch, of two
+TABLE = {  # a pass over rows that two processes cannot share evenly, before either epoch
+    "pretrain_images": {
+        **{"objective": "pcl", "num_clusters": "3 5", "prototype_warmup_epochs": 0, "kmeans_restarts": 1},
+        **{"max_train_samples": 39, "max_steps": 12},
+    }
+}
 STREAM = {"streaming": "true", "shuffle_buffer": 16, "stream_lanes": 3, "dataloader_num_workers": 1}
 
 
@@ -163,7 +176,8 @@ def losses(output: Path) -> dict[int, float]:
 def check_kill(fork: Any, folder: Path, tmp_path: Path, stage: str, streamed: bool, world: int) -> None:
     chance = random.Random(f"{stage} {streamed} {world} {time.time_ns()}")  # a random step, another one every time
     step, moment = chance.randint(SAVE + 1, STEPS - 2), chance.random() * 0.03
-    more = {"per_device_train_batch_size": 4 // world, **(STREAM | CHUNKS.get(stage, {}) if streamed else {})}
+    kind = STREAM | CHUNKS.get(stage, {}) if streamed else TABLE.get(stage, {})
+    more = {"per_device_train_batch_size": 4 // world, **kind}
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     log = tmp_path / "log"
     told = f"killed {moment * 1000:.0f} ms after step {step}"
@@ -175,19 +189,20 @@ def check_kill(fork: Any, folder: Path, tmp_path: Path, stage: str, streamed: bo
     Job(fork, stage, again, world, log).finish()
     assert losses(torn) == losses(whole), told
     record = json.loads((torn / "run.json").read_text())["data"]["train"]
-    assert record["rows"] == 40 and len(record["samples"]) == 3
-    artifact = "dual" if stage == "pretrain" else "model"
+    assert record["rows"] == more.get("max_train_samples", 40)
+    assert len(record["samples"]) == 3
+    artifact = {"pretrain": "dual", "pretrain_images": "encoder"}.get(stage, "model")
     expected, found = (load_file(each / artifact / "model.safetensors") for each in (whole, torn))
     different = [name for name in expected if not torch.equal(expected[name], found[name])]
     assert not different and expected.keys() == found.keys(), (told, different)
-    untrained = {"pretrain": None, "align": folder / "aligned", "instruct": folder / "aligned"}[stage]
+    untrained = {"align": folder / "aligned", "instruct": folder / "aligned"}.get(stage)
     if untrained is not None:  # so that the comparison says something
         before = load_file(untrained / "model.safetensors")
         assert any(not torch.equal(before[name], found[name]) for name in found)
 
 
 CASES = [(stage, streamed, world) for stage in STAGES for streamed in (False, True) for world in (1, 2)]
-FAST = [("pretrain", True, 2), ("align", False, 1), ("instruct", True, 1)]
+FAST = [("pretrain", True, 2), ("pretrain_images", False, 2), ("align", False, 1), ("instruct", True, 1)]
 NAMES = {False: "map", True: "stream"}
 
 
@@ -213,6 +228,12 @@ def test_killed_and_resumed_is_uninterrupted(
         ("pretrain", {"stream_filter": "label>=2", "max_steps": -1}, r"no known length .* with --max_steps"),
         ("pretrain", {"stream_filter": "lable>=2"}, "has no column lable; its columns are image, captions"),
         ("align", {"streaming": "false", "stream_filter": "label>=2"}, "--stream_filter is for streams"),
+        (
+            "pretrain_images",
+            {"objective": "pcl", "queue_size": None},
+            "pcl passes over all rows.*leave --streaming out",
+        ),
+        ("pretrain_images", {"eval_dataset_name": "test.parquet"}, "no bank for kNN.*--eval_train_dataset_name"),
     ],
 )
 def test_what_a_stream_cannot_do_is_refused_before_training(
