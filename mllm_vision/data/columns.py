@@ -60,7 +60,7 @@ def bind_columns(dataset: Any, roles: Sequence[str], overrides: dict[str, str] |
             near = get_close_matches(name, features, n=1)
             raise ValueError(
                 f"column {name!r} (for {role}) does not exist"
-                + (f"; did you mean {near[0]!r}?" if near else "")
+                + (f"; did you mean {near[0]!r}?" if near else ".")
                 + f" The columns are: {found}"
             )
         if not _fits(role, features[name]):

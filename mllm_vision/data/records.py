@@ -187,7 +187,8 @@ class _explained:
             raise ValueError(f"{self.what} is empty: it has no rows") from error
         cause = error.__cause__ or error
         detail = f"{cause}" if cause is error else f"{error} {cause}"
-        raise ValueError(f"{self.what} cannot be read as a data set: {detail}") from error
+        remedy = " Name it with the flag that ends in _split." if "unknown split" in detail.lower() else ""
+        raise ValueError(f"{self.what} cannot be read as a data set: {detail}{remedy}") from error
 
 
 # -- pictures stay as they are ------------------------------------------------------------------------------------

@@ -106,9 +106,12 @@ def build_backbone(
         raise ValueError(f"hidden_size={width} is not divisible by num_attention_heads={heads}")
     try:
         config = config_class(**fields)
-        if model_type == "efficientnet" and "hidden_dim" not in fields:
+        if model_type == "efficientnet":
             # transformers has B7's width here whatever the coefficient says, and cannot run then
-            config.hidden_dim = round_filters(config, 1280)
+            fits = round_filters(config, 1280)
+            if fields.setdefault("hidden_dim", fits) != fits:
+                raise ValueError(f"hidden_dim={fields['hidden_dim']} must be {fits} with this width_coefficient")
+            config.hidden_dim = fits
     except Exception as error:  # transformers' strict configs raise several kinds; all mean a wrong value
         raise ValueError(f"{model_type}: {error}") from error
 

@@ -107,7 +107,8 @@ class Attention(Evaluator):
     Metrics: ``entropy`` (mean over heads and pictures of the entropy of a map over its patches, over its greatest
     value: 1 looks everywhere alike, 0 at a single patch), ``head_similarity`` (mean cosine of two heads' maps, both
     less their mean: 1 when all heads look at the same), ``on_patches`` (share of the attention that goes to patches and
-    not to class token and registers); ``count``. Encoders without such attention (ResNet) have components alone.
+    not to class token and registers); ``count``. Encoders without such attention (ResNet) have components alone, and
+    say so.
 
     ``arrays["maps"]`` holds the maps for the report; `draw` writes them as pictures.
 
@@ -144,6 +145,11 @@ class Attention(Evaluator):
         pixels = pixels.to(next(encoder.parameters()).device)
         heads = attention_heads(encoder, pixels, self.layer)
         self.heads = None if heads is None else heads.float().cpu()
+        if self.heads is None:
+            kind = encoder.backbone.config.model_type
+            logger.warning(
+                "%s has no class token or pooling head whose attention could be shown: components only", kind
+            )
         self.components = patch_components(encoder, pixels).cpu()
         metrics = {"count": float(len(kept))} | ({} if self.heads is None else head_figures(self.heads))
         maps = []

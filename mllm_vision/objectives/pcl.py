@@ -74,7 +74,7 @@ class Pcl(QueueObjective):
         super().__init__(encoder, config)
         config = self.config
         if not config.num_clusters or min(config.num_clusters) < 2:
-            raise ValueError(f"num_clusters={config.num_clusters} must name numbers of 2 or more, e.g. 250,500,1000")
+            raise ValueError(f"num_clusters={config.num_clusters} must name numbers of 2 or more, e.g. 250 500 1000")
         for name, least in (("prototype_warmup_epochs", 0), ("prototype_weight", 0), ("kmeans_iterations", 1)):
             if not getattr(config, name) >= least:
                 raise ValueError(f"{name}={getattr(config, name)} must be at least {least}")
@@ -93,7 +93,7 @@ class Pcl(QueueObjective):
         if rows is None or most > rows:
             raise ValueError(
                 f"num_clusters={self.config.num_clusters}: {most} clusters of {rows} images; use numbers below the "
-                f"images, e.g. --num_clusters {max(2, (rows or 0) // 100)},{max(2, (rows or 0) // 50)}"
+                f"images, e.g. --num_clusters {max(2, (rows or 0) // 100)} {max(4, (rows or 0) // 50)}"
             )
         self._make_room(rows)
 

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
@@ -37,6 +40,32 @@ def is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError, KeyError):
         return False
     return any(checkpoint.glob("*.safetensors")) or any(checkpoint.glob("*/*.safetensors"))
+
+
+def check_shapes(checkpoint: Path, model: torch.nn.Module) -> None:
+    """Refuses weights of other sizes than the model's, before any is loaded.
+
+    Args:
+        checkpoint: a folder; where it holds no `model.safetensors` (adapters, shards) nothing is checked.
+        model: what is to go on from it.
+
+    Raises:
+        ValueError: tensors of the same name and another shape, with the first of them.
+    """
+    file = checkpoint / "model.safetensors"
+    if not file.is_file():
+        return
+    here = {name: list(value.shape) for name, value in model.state_dict().items()}
+    with safe_open(file, "pt") as opened:
+        names = [name for name in list(opened.keys()) if name in here]
+        there = {name: list(opened.get_slice(name).get_shape()) for name in names}
+    other = [name for name in names if there[name] != here[name]]
+    if other:
+        raise ValueError(
+            f"{checkpoint} does not fit this model: {len(other)} of its weights have another size "
+            f"({other[0]}: {there[other[0]]} there, {here[other[0]]} here). Resume with the recipe the run was started "
+            f"with ({checkpoint.parent / 'recipe.yaml'}), or start anew with --overwrite"
+        )
 
 
 def unsealed(checkpoint: Path) -> None:

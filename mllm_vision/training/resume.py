@@ -19,7 +19,7 @@ from mllm_vision.data.stream_loader import StreamLoader
 from mllm_vision.data.streams import StreamDataset
 from mllm_vision.distributed import is_distributed
 
-from .checkpoints import rotate, seal, unsealed, whole_folder
+from .checkpoints import check_shapes, rotate, seal, unsealed, whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ class ExactResume(Trainer):
     so that the same order goes on with another number of processes.
 
     Raises:
-        ValueError: on resuming, the optimizer steps would take another number of rows than before, or the stream is
-            another one.
+        ValueError: on resuming, the optimizer steps would take another number of rows than before, the stream is
+            another one, or the weights are another model's.
     """
 
     _resumed_from: str | None = None
@@ -143,6 +143,12 @@ class ExactResume(Trainer):
         return {**state, "epoch": epoch + passed, "rows": step * self._rows_per_step()}
 
     # ---- checkpoints -----------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As `Trainer._load_from_checkpoint`, with an error of its own for weights of another size."""
+        if not self.is_fsdp_enabled:
+            check_shapes(Path(resume_from_checkpoint), self.accelerator.unwrap_model(model or self.model))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As `Trainer._save_checkpoint`, whole or not there, with the state of the data.

@@ -79,7 +79,8 @@ class Run:
         }
         if self.is_main:
             self._claim()
-            self._write_recipe(self.folder)
+            if not (arguments.resuming and (self.folder / "recipe.yaml").is_file()):  # see `log`
+                self._write_recipe(self.folder)
         set_seed(arguments.seed)
         # The artifact is what belongs on the Hub, not every checkpoint of the Trainer: see finish().
         self._push = (arguments.hub_model_id, arguments.hub_token) if arguments.push_to_hub else None
@@ -161,6 +162,8 @@ class Run:
         if not self.is_main:
             return
         try:
+            if self.arguments.resuming:  # not before it really goes on: a refused --resume leaves the recipe as it was
+                self._write_recipe(self.folder)
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
         except OSError as error:

@@ -98,6 +98,8 @@ def test_image_folders(tmp_path):
     records = load_records(tmp_path / "classes")
     assert records.features["label"].names == ["cat", "dog"] and len(records) == 4
     assert records[0]["image"]["bytes"] is None and load_image(records[0]["image"]).size == (32, 32)
+    with pytest.raises(ValueError, match=r"Unknown split .*Name it with the flag that ends in _split"):
+        load_records(tmp_path / "classes", split="test")
     picture(tmp_path / "captioned" / "0.png")
     line = {"file_name": "0.png", "text": "a smooth picture"}
     (tmp_path / "captioned" / "metadata.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")

@@ -347,6 +347,8 @@ def test_what_build_refuses(tmp_path):
         build_backbone("clip", hiden_size=32)
     with pytest.raises(ValueError, match=r"image_size=225 is not divisible by patch_size=16; use 224 or 240"):
         build_backbone("vit", image_size=225, patch_size=16)
+    with pytest.raises(ValueError, match=r"hidden_dim=64 must be 320 with this width_coefficient"):
+        build_backbone("efficientnet", hidden_dim=64, width_coefficient=0.25)
     with pytest.raises(ValueError, match=r"hidden_size=33 is not divisible by num_attention_heads=2"):
         build_backbone("clip", hidden_size=33, num_attention_heads=2, num_hidden_layers=1, image_size=32, patch_size=8)
     with pytest.raises(FileNotFoundError, match=r"nearest known one is 'dinov2'"):

@@ -70,7 +70,7 @@ def test_the_heads_of_a_vit_are_its_softmax():
 
 
 @torch.no_grad()
-def test_layers_and_what_has_no_attention():
+def test_layers_and_what_has_no_attention(caplog):
     encoder = build("dinov2")
     pixels = torch.randn(1, 3, 32, 32)
     assert not torch.allclose(attention_heads(encoder, pixels, 0), attention_heads(encoder, pixels))
@@ -81,6 +81,8 @@ def test_layers_and_what_has_no_attention():
     resnet = VisionEncoder.from_backbone(backbone, processor).eval()
     assert attention_heads(resnet, pixels) is None
     assert patch_components(resnet, torch.randn(3, 3, 32, 32)).shape[0] == 3
+    Attention("looks", [{"image": tiny.random_image(place)} for place in range(3)])(resnet)
+    assert "resnet has no class token or pooling head whose attention" in caplog.text
 
 
 @torch.no_grad()

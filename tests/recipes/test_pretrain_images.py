@@ -103,6 +103,23 @@ def test_a_stream_of_shards(recipe, data, tmp_path):
     assert saved["streaming"] is True and saved["shuffle_buffer"] == 16
 
 
+def test_a_run_goes_on_only_as_what_it_was(recipe, data, tmp_path):
+    """Weights of another method or another head are refused, not loaded as far as names agree."""
+    run = tmp_path / "run"
+    recipe.main(flags(data, run, save_steps=2))
+    began = (run / "recipe.yaml").read_text()
+    for changed, told in (
+        ({"objective": "byol", "head_hidden": 16}, r"have another size \(head.+recipe.yaml"),
+        ({"head_out": 16}, r"5 of its weights have another size \(head.3.weight: \[128, 32\] there, \[16, 32\] here"),
+        ({"objective": "supcon"}, r"3 weights are missing \(head.0.bias, head.2.+11 are unknown"),
+    ):
+        with pytest.raises(ValueError, match=f"(?s)checkpoint.* does not fit this model: .*{told}"):
+            recipe.main([*flags(data, run, max_steps=6, **changed), "--resume"])
+        assert (run / "recipe.yaml").read_text() == began
+    recipe.main([*flags(data, run, max_steps=6), "--resume"])
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["max_steps"] == 6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["simclr", "dino", "moco_v2", "pcl"])
 def test_two_ranks_train_as_one(recipe, data, tmp_path, name):
