@@ -23,6 +23,10 @@ def spectrum(features: Tensor, *, center: bool = True) -> Tensor:
 
     Raises:
         ValueError: not `[N, D]`, or fewer than two rows.
+
+    Example:
+        >>> [round(value, 3) for value in spectrum(torch.tensor([[3.0, 1.0], [-3.0, 1.0]])).tolist()]
+        [9.0, 0.0]
     """
     return _singular_values(features, center).square() / len(features)
 
@@ -41,6 +45,11 @@ def effective_rank(features: Tensor, *, center: bool = True) -> Tensor:
 
     Reference:
         Roy and Vetterli, 2007, "The effective rank: a measure of effective dimensionality", equations 3-5.
+
+    Example:
+        >>> square = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+        >>> round(effective_rank(square).item(), 3)
+        2.0
     """
     values = _singular_values(features, center)
     if values[0] <= torch.finfo(values.dtype).eps * max(1.0, features.detach().abs().max().item()):
@@ -62,6 +71,10 @@ def rankme(features: Tensor, *, epsilon: float = 1e-7) -> Tensor:
     Reference:
         Garrido et al., 2023, "RankMe: Assessing the downstream performance of pretrained self-supervised
         representations by their rank", equations 1-2 (https://arxiv.org/abs/2210.02885).
+
+    Example:
+        >>> round(rankme(torch.eye(3).repeat(4, 1)).item(), 3)
+        3.0
     """
     values = _singular_values(features, center=False)
     shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny) + epsilon
@@ -85,6 +98,11 @@ def alpha_req(features: Tensor, *, first: int = 1, last: int | None = None) -> T
     Reference:
         Agrawal et al., 2022, "alpha-ReQ: Assessing representation quality in self-supervised learning by
         measuring eigenspectrum decay" (https://openreview.net/forum?id=ii9X4vtZGTZ), section 3.
+
+    Example:
+        >>> axes = torch.diag(torch.tensor([1.0, 2**-0.5, 3**-0.5]))  # variances 1, 1/2 and 1/3
+        >>> round(alpha_req(torch.cat([axes, -axes])).item(), 3)
+        1.0
     """
     values = spectrum(features)
     floor = values[0] * torch.finfo(values.dtype).eps * max(features.shape)
@@ -115,6 +133,10 @@ def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0, normalize: bool = Tru
     Reference:
         Wang and Isola, 2020, "Understanding Contrastive Representation Learning through Alignment and
         Uniformity on the Hypersphere", section 4.1.1 (https://arxiv.org/abs/2005.10242).
+
+    Example:
+        >>> round(alignment(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0]])).item(), 3)
+        2.0
     """
     if x.ndim != 2 or x.shape != y.shape:
         raise ValueError(f"alignment: x and y must both be [N, D], got {list(x.shape)} and {list(y.shape)}")
@@ -137,6 +159,10 @@ def uniformity(x: Tensor, *, t: float = 2.0, normalize: bool = True) -> Tensor:
 
     Reference:
         Wang and Isola, 2020, section 4.1.2 (https://arxiv.org/abs/2005.10242).
+
+    Example:
+        >>> round(uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])).item(), 3)
+        -8.0
     """
     _check(x)
     x = x.double()
@@ -153,6 +179,10 @@ def spread(features: Tensor) -> Tensor:
 
     Args:
         features: `[N, D]`; one row alone gives nan.
+
+    Example:
+        >>> round(spread(torch.tensor([[1.0, 0.0], [0.0, 1.0]])).item(), 3)  # a cosine of zero
+        1.0
     """
     unit = F.normalize(features.float(), dim=-1)
     return (unit - unit.mean(dim=0)).square().sum().div(len(unit) - 1).sqrt()
@@ -170,6 +200,10 @@ def participation_ratio(features: Tensor) -> Tensor:
     Reference:
         Gao et al., 2017, "A theory of multineuronal dimensionality, dynamics and measurement", equation 4
         (https://doi.org/10.1101/214262).
+
+    Example:
+        >>> round(participation_ratio(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])).item(), 3)
+        2.0
     """
     unit = F.normalize(features.float(), dim=-1)
     centred = unit - unit.mean(dim=0)

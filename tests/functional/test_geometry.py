@@ -8,8 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import geometry as oracle
 
-from mllm_vision.functional.geometry import alignment, alpha_req, effective_rank, rankme, spectrum, uniformity
+from mllm_vision.functional.geometry import (
+    alignment,
+    alpha_req,
+    effective_rank,
+    participation_ratio,
+    rankme,
+    spectrum,
+    spread,
+    uniformity,
+)
 
 
 def cloud(eigenvalues, rows=64, seed=0):
@@ -32,6 +42,42 @@ def test_spectrum_and_effective_rank_of_known_eigenvalues(values, seed):
     expected = math.exp(-sum(p * math.log(p) for p in shares))
     assert effective_rank(x).item() == pytest.approx(expected, rel=1e-6)
     assert effective_rank(x + 1000.0).item() == pytest.approx(expected, rel=1e-5)  # an offset is no direction
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(3, 12), st.integers(2, 6), st.integers(0, 2**16))
+def test_every_measure_is_the_oracles(n, d, seed):
+    x, y = torch.randn(2, n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rows, last = x.numpy(), min(n - 1, d)
+    found = {
+        "effective_rank": (effective_rank(x), oracle.effective_rank(rows)),
+        "uncentred": (effective_rank(x, center=False), oracle.effective_rank(rows, center=False)),
+        "rankme": (rankme(x), oracle.rankme(rows, 1e-7)),
+        "alpha_req": (alpha_req(x, last=last), oracle.alpha_req(rows, last)),
+        "alignment": (alignment(x, y, alpha=1.5), oracle.alignment(rows, y.numpy(), 1.5)),
+        "uniformity": (uniformity(x, t=3.0), oracle.uniformity(rows, 3.0)),
+        "spread": (spread(x), oracle.spread(rows)),
+        "participation_ratio": (participation_ratio(x), oracle.participation_ratio(rows)),
+    }
+    for name, (value, expected) in found.items():
+        assert value.item() == pytest.approx(
+            expected, rel=1e-4 if name in ("spread", "participation_ratio") else 1e-7
+        ), name
+    torch.testing.assert_close(spectrum(x), torch.tensor(oracle.spectrum(rows).copy()), rtol=1e-7, atol=1e-10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(3, 12), st.integers(2, 6), st.floats(0.01, 100), st.integers(0, 2**16))
+def test_order_rotation_and_size_are_no_matter(n, d, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    other = size * x[torch.randperm(n, generator=generator)] @ rotation
+    for measure in (effective_rank, rankme, uniformity, spread, participation_ratio):
+        torch.testing.assert_close(measure(other), measure(x), rtol=1e-4, atol=1e-5)
+    assert 1 <= participation_ratio(x) <= min(n - 1, d) + 1e-4 and 1 <= effective_rank(x) <= min(n - 1, d) + 1e-9
+    last = min(n - 1, d)
+    torch.testing.assert_close(alpha_req(other, last=last), alpha_req(x, last=last), rtol=1e-6, atol=1e-6)
 
 
 def test_rank_is_the_number_of_equal_directions():
