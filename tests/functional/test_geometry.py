@@ -59,10 +59,9 @@ def test_every_measure_is_the_oracles(n, d, seed):
         "spread": (spread(x), oracle.spread(rows)),
         "participation_ratio": (participation_ratio(x), oracle.participation_ratio(rows)),
     }
-    for name, (value, expected) in found.items():
-        assert value.item() == pytest.approx(
-            expected, rel=1e-4 if name in ("spread", "participation_ratio") else 1e-7
-        ), name
+    for name, (value, expected) in found.items():  # two in fp32; the oracle's eigenvalues of zero are 1e-17
+        tolerance = 1e-4 if name in ("spread", "participation_ratio") else 2e-6
+        assert value.item() == pytest.approx(expected, rel=tolerance), name
     torch.testing.assert_close(spectrum(x), torch.tensor(oracle.spectrum(rows).copy()), rtol=1e-7, atol=1e-10)
 
 
