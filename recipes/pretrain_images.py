@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mllm_vision.data.stream_flags import StreamArguments
+from mllm_vision.evaluation.labelled_flags import LabelledArguments
 from mllm_vision.training.arguments import RecipeArguments
 from mllm_vision.training.recipe import parse_recipe, peek_recipe, recipe_dict, run_recipe
 
@@ -51,20 +52,6 @@ class ImageArguments:
         default=False, metadata={"help": "The encoder's BatchNorm normalises with the batch of all processes."}
     )
     encoder_learning_rate: float | None = field(default=None, metadata={"help": "Of the encoder alone."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Labelled images that accuracy is of."})
-    eval_split: str = field(default="test", metadata={"help": "Its split (a single file has only one)."})
-    eval_train_dataset_name: str | None = field(
-        default=None, metadata={"help": "Labelled images kNN and probe learn from; default: the training set."}
-    )
-    evaluators: list[str] = field(default_factory=lambda: ["knn"], metadata={"help": "While training: knn, probe."})
-    final_evaluators: list[str] = field(
-        default_factory=lambda: ["knn", "probe"], metadata={"help": "Before the training and after it: knn, probe."}
-    )
-    knn_k: int = field(default=20, metadata={"help": "Neighbours: 20 (DINO), 200 (MoCo)."})
-    knn_temperature: float = field(default=0.07, metadata={"help": "Of their votes: 0.07 (DINO), 0.1 (MoCo)."})
-    raw_pixels: bool = field(default=False, metadata={"help": "Also kNN and probe on the pixels themselves (slow)."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Test images, at most, drawn at random."})
-    max_eval_train_samples: int | None = field(default=None, metadata={"help": "Labelled training images, at most."})
 
 
 @dataclass
@@ -86,11 +73,12 @@ def main(argv: list[str] | None = None) -> None:
     method = load_objective(name)
     if not issubclass(method, ImageObjective):
         raise ValueError(f"objective {name!r} learns from image-text pairs: recipes/pretrain.py trains it")
-    own, arguments, config, view_flags, streams = parse_recipe(
+    own, arguments, config, view_flags, labelled, streams = parse_recipe(
         ImageArguments,
         Arguments,
         method.Config,
         ViewArguments,
+        LabelledArguments,
         StreamArguments,
         argv=argv,
         description=__doc__,
@@ -108,10 +96,10 @@ def main(argv: list[str] | None = None) -> None:
 
     where = {"split": own.dataset_split, "config_name": own.dataset_config_name, "max_rows": own.max_train_samples}
     if streams.streaming:
-        check_stream(own, method)
+        check_stream(method, labelled)
         stream = streams.open(own.dataset_name, **where, seed=arguments.seed, max_steps=arguments.max_steps)
     records = stream.head() if streams.streaming else load_records(own.dataset_name, **where)
-    run = Run("stage_zero", arguments, recipe_dict(own, arguments, config, view_flags, streams))
+    run = Run("stage_zero", arguments, recipe_dict(own, arguments, config, view_flags, labelled, streams))
     built = is_model_type(own.encoder)
     if not built:
         run.inherit("encoder", own.encoder)
@@ -130,7 +118,9 @@ def main(argv: list[str] | None = None) -> None:
         dataset = StreamDataset(stream, dataset)
     else:
         run.describe_data("train", records, dataset.columns, unlabelled=dataset.unlabelled)
-    before, after = build_evaluators(own, records, columns, run)
+    before, after = labelled.build(records, columns)
+    if after:
+        run.describe_data("test", after[0].records, after[0].data.test_columns)
     if not before and arguments.load_best_model_at_end:
         raise ValueError("--load_best_model_at_end needs --eval_dataset_name")
     if not before:
@@ -163,18 +153,18 @@ def main(argv: list[str] | None = None) -> None:
         each.store(run.record)
         baselines = run.record["evaluations"][each.name]["baselines"]
         baselines["untrained" if built else "before_training"] = untrained[each.name]
-    if own.eval_dataset_name:  # not for a verdict: it shows a collapse, and draws the spectrum
+    if after:  # not for a verdict: it shows a collapse, and draws the spectrum
         geometry = Geometry("geometry", after[0].records, {"image": after[0].data.image_column()}, limit=2000)
         geometry(objective)
         geometry.store(run.record)
     run.finish()
 
 
-def check_stream(own: ImageArguments, method: Any) -> None:
+def check_stream(method: Any, labelled: LabelledArguments) -> None:
     """Refuses what needs all rows beforehand."""
     if method.needs_features:
-        raise ValueError(f"--objective {own.objective} passes over all rows before an epoch: leave --streaming out")
-    if own.eval_dataset_name and not own.eval_train_dataset_name:
+        raise ValueError(f"{method.__name__} passes over all rows before an epoch: leave --streaming out")
+    if labelled.eval_dataset_name and not labelled.eval_train_dataset_name:
         raise ValueError("a stream is no bank for kNN and probe: name labelled images, --eval_train_dataset_name")
 
 
@@ -199,30 +189,6 @@ def view_makers(objective: Any, flags: Any) -> tuple[Any, Any]:
     plain = ViewPolicy((View(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0),), "the whole image")
     maker = ViewMaker(objective.views, *given, flags, patch_size=encoder.patch_size)
     return maker, ViewMaker(plain, *given)
-
-
-def build_evaluators(own: ImageArguments, records: Any, columns: dict[str, str], run: Any) -> tuple[list, list]:
-    """(those that run while training, those before and after it), where a labelled set is named."""
-    from mllm_vision.data import bind_columns, load_records
-    from mllm_vision.errors import unknown_name
-    from mllm_vision.evaluation import KnnAccuracy, LabelledImages, LinearProbe
-
-    for name in [*own.evaluators, *own.final_evaluators]:
-        if name not in ("knn", "probe"):
-            raise ValueError(unknown_name("evaluator", name, ("knn", "probe")))
-    if not own.eval_dataset_name:
-        return [], []
-    bank = load_records(own.eval_train_dataset_name) if own.eval_train_dataset_name else records
-    test = load_records(own.eval_dataset_name, split=own.eval_split)
-    limits = {"train_limit": own.max_eval_train_samples, "test_limit": own.max_eval_samples}
-    data = LabelledImages(bank, test, columns, **limits)
-    run.describe_data("test", test, bind_columns(test, ("image", "label"), columns))
-    made = {
-        "knn": KnnAccuracy("knn", data, k=own.knn_k, temperature=own.knn_temperature, raw_pixels=own.raw_pixels),
-        "probe": LinearProbe("probe", data, raw_pixels=own.raw_pixels),
-    }
-    after = dict.fromkeys([*own.evaluators, *own.final_evaluators])
-    return [made[name] for name in dict.fromkeys(own.evaluators)], [made[name] for name in after]
 
 
 if __name__ == "__main__":

@@ -64,9 +64,11 @@ class LabelledImages:
 
     Attributes: ``class_names``; ``train_labels`` and ``test_labels``, one index a row of the data.
 
+    Training rows without a label (empty or -1) are left out, and their number is told.
+
     Raises:
-        ValueError: no label column (kNN and the probe need labels), rows without a label, labels of the test set
-            that the training set lacks, an unknown feature, fewer than two classes.
+        ValueError: no label column (kNN and the probe need labels), test rows without a label or no labelled training
+            row at all, labels of the test set that the training set lacks, an unknown feature, fewer than two classes.
     """
 
     def __init__(
@@ -180,24 +182,29 @@ class _Part:
         self.class_names: list[str] | None = getattr(feature, "names", None)
         self.raw = list(records[column] if hasattr(records, "column_names") else [row[column] for row in records])
         missing = [row for row, label in enumerate(self.raw) if label is None or label == -1]
-        if missing:
+        if missing and (name == "test" or len(missing) == len(self.raw)):
             raise ValueError(
                 f"{len(missing)} of the {len(self.raw)} rows of the {name} set have no label (the first is row "
                 f"{missing[0]}); kNN and the linear probe need labels: leave these rows out, or leave the probe out"
             )
-        self.told = [str(value) if self.class_names is None else self.class_names[value] for value in self.raw]
-        self.labels: list[int] = []  # places in the class names of the training set
-        self.wanted = list(range(len(self.raw)))
+        self.labelled = [row for row, label in enumerate(self.raw) if label is not None and label != -1]
+        if missing:
+            told = "%d of the %d rows of the %s set have a label: kNN and the linear probe learn from these"
+            logger.info(told, len(self.labelled), len(self.raw), name)
+        names = self.class_names
+        self.told = ["" if v is None or v == -1 else str(v) if names is None else names[v] for v in self.raw]
+        self.labels: list[int] = []  # places in the class names of the training set, -1 for none
+        self.wanted = self.labelled
         if limit is not None and limit < len(self.wanted):  # at random: rows often come sorted by class
             order = torch.randperm(len(self.wanted), generator=torch.Generator().manual_seed(seed))
-            self.wanted = sorted(order[:limit].tolist())
+            self.wanted = sorted(self.labelled[place] for place in order[:limit].tolist())
         self._kept: tuple[str, list[tuple[list[int], Tensor]]] | None = None
 
     def names(self) -> list[str]:
         """Class names, of a ClassLabel column in its own order, else of the values found."""
         if self.class_names is not None:
             return self.class_names
-        return [str(value) for value in sorted(set(self.raw))]
+        return [str(value) for value in sorted({self.raw[row] for row in self.labelled})]
 
     def pixel_values(self, processor: Any, batch_size: int, cache: bool) -> Iterator[tuple[list[int], Tensor]]:
         """This rank's rows in batches, with their pixel values ``[B, 3, H, W]``."""
@@ -233,12 +240,12 @@ def _same_classes(train: _Part, test: _Part) -> tuple[list[str], list[int], list
         raise ValueError(f"the training set has {len(names)} class ({names}); a classifier needs two or more")
     place = {name: index for index, name in enumerate(names)}
     for part in (train, test):
-        unknown = sorted({name for name in part.told if name not in place})
+        unknown = sorted({part.told[row] for row in part.labelled} - {*place})
         if unknown:
             raise ValueError(
                 f"the {part.name} set has labels that the training set lacks: {unknown[:5]}; it has {names[:8]}"
             )
-        part.labels = [place[name] for name in part.told]
+        part.labels = [place.get(name, -1) for name in part.told]
     return names, train.labels, test.labels
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import pytest
 import tiny
@@ -208,13 +209,33 @@ def test_labels_as_words_numbers_and_classes(rows):
     assert data.class_names == [str(label + 5) for label in range(16)] and data.train_labels == list(rows["label"])
 
 
+@torch.no_grad()
+def test_training_rows_without_a_label_are_left_out(rows, encoder, caplog):
+    """As if they were not there, and their number is told; also under a limit."""
+    labels = [label if row % 5 else None for row, label in enumerate(rows["label"])]
+    partly = [{"image": row["image"], "label": label} for row, label in zip(rows, labels, strict=True)]
+    whole = [row for row in partly if row["label"] is not None]
+    test = [{"image": row["image"], "label": row["label"]} for row in rows.select(range(24))]
+    with caplog.at_level("INFO"):
+        data = LabelledImages(partly, test)
+    assert f"{len(whole)} of the {len(partly)} rows of the training set have a label" in caplog.text
+    for evaluator in (KnnAccuracy, partial(LinearProbe, regularisation=1e-3)):
+        found, wanted = (evaluator("it", each)(encoder) for each in (data, LabelledImages(whole, test)))
+        assert found["accuracy"] == wanted["accuracy"] and found["count"] == wanted["count"] == 24
+    limited = LabelledImages(partly, test, train_limit=20)
+    assert limited.count() == (20, 24) and all(labels[row] is not None for row in limited.train_rows())
+
+
 def test_labels_that_will_not_do(rows, encoder):
     images = [{"image": row["image"]} for row in rows]
     with pytest.raises(ValueError, match="need labelled pictures; the test set: no column found for label"):
         LabelledImages(rows, images)
     hidden = rows.remove_columns("label").add_column("label", [-1] * 4 + list(rows["label"])[4:])
-    with pytest.raises(ValueError, match="4 of the 96 rows of the training set have no label"):
-        LabelledImages(hidden, rows)
+    with pytest.raises(ValueError, match="4 of the 96 rows of the test set have no label"):
+        LabelledImages(rows, hidden)
+    nothing = rows.remove_columns("label").add_column("label", [-1] * len(rows))
+    with pytest.raises(ValueError, match="96 of the 96 rows of the training set have no label"):
+        LabelledImages(nothing, rows)
     other = rows.cast_column("label", ClassLabel(names=[f"new {i}" for i in range(16)]))
     with pytest.raises(ValueError, match="labels that the training set lacks: .'new 0'"):
         LabelledImages(rows, other)

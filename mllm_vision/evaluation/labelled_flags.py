@@ -1,0 +1,69 @@
+"""The flags of kNN and linear probe, online and at the end. Nothing here imports torch before they are built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mllm_vision.errors import unknown_name
+
+EVALUATORS = ("knn", "probe")
+
+
+@dataclass
+class LabelledArguments:
+    """Which labelled images an encoder is measured with, when and how.
+
+    Raises:
+        ValueError: an unknown evaluator.
+    """
+
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Labelled images that accuracy is of."})
+    eval_split: str = field(default="test", metadata={"help": "Its split (a single file has only one)."})
+    eval_train_dataset_name: str | None = field(
+        default=None, metadata={"help": "Labelled images kNN and probe learn from; default: the training set."}
+    )
+    evaluators: list[str] = field(default_factory=lambda: ["knn"], metadata={"help": "While training: knn, probe."})
+    final_evaluators: list[str] = field(
+        default_factory=lambda: ["knn", "probe"], metadata={"help": "Before the training and after it: knn, probe."}
+    )
+    knn_k: int = field(default=20, metadata={"help": "Neighbours: 20 (DINO), 200 (MoCo)."})
+    knn_temperature: float = field(default=0.07, metadata={"help": "Of their votes: 0.07 (DINO), 0.1 (MoCo)."})
+    raw_pixels: bool = field(default=False, metadata={"help": "Also kNN and probe on the pixels themselves (slow)."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Test images, at most, drawn at random."})
+    max_eval_train_samples: int | None = field(default=None, metadata={"help": "Labelled training images, at most."})
+
+    def __post_init__(self) -> None:
+        for name in [*self.evaluators, *self.final_evaluators]:
+            if name not in EVALUATORS:
+                raise ValueError(unknown_name("evaluator", name, EVALUATORS))
+
+    def build(self, training: Any, columns: Mapping[str, str]) -> tuple[list[Any], list[Any]]:
+        """(evaluators while training, those before and after it); none without a labelled set.
+
+        Args:
+            training: records of the training set, the bank where no other is named.
+            columns: role -> column for "image" and "label", where their names do not tell.
+
+        Raises:
+            ValueError: a set without labels, or what kNN cannot be with so many pictures.
+        """
+        if not self.eval_dataset_name:
+            return [], []
+        from mllm_vision.data import load_records
+
+        from .knn import KnnAccuracy
+        from .labelled import LabelledImages
+        from .linear_probe import LinearProbe
+
+        bank = load_records(self.eval_train_dataset_name) if self.eval_train_dataset_name else training
+        test = load_records(self.eval_dataset_name, split=self.eval_split)
+        limits = {"train_limit": self.max_eval_train_samples, "test_limit": self.max_eval_samples}
+        data = LabelledImages(bank, test, dict(columns), **limits)
+        made = {
+            "knn": KnnAccuracy("knn", data, k=self.knn_k, temperature=self.knn_temperature, raw_pixels=self.raw_pixels),
+            "probe": LinearProbe("probe", data, raw_pixels=self.raw_pixels),
+        }
+        after = dict.fromkeys([*self.evaluators, *self.final_evaluators])
+        return [made[name] for name in dict.fromkeys(self.evaluators)], [made[name] for name in after]
