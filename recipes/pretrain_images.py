@@ -90,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     from mllm_vision.data import PictureCollator, PictureDataset, StreamDataset, load_records
     from mllm_vision.encoder.build import is_model_type
     from mllm_vision.evaluation import Geometry
+    from mllm_vision.evaluation.view_pictures import view_samples
     from mllm_vision.training.module_audit import ModuleAudit
     from mllm_vision.training.run import Run
     from mllm_vision.training.trainer import ObjectiveTrainer
@@ -109,15 +110,16 @@ def main(argv: list[str] | None = None) -> None:
     named = {"image": own.image_column, "label": own.label_column}
     columns = {role: column for role, column in named.items() if column}
     decode_size = own.decode_size or 2 * encoder.image_size
-    dataset = PictureDataset(records, columns, seed=arguments.seed, decode_size=decode_size)
-    without = dataset.labels is None if streams.streaming else dataset.unlabelled == len(dataset)
+    pictures = PictureDataset(records, columns, seed=arguments.seed, decode_size=decode_size)
+    without = pictures.labels is None if streams.streaming else pictures.unlabelled == len(pictures)
     if "labels" in objective.columns() and without:
         raise ValueError(f"--objective {name} learns from labels, and no row has one; name the column: --label_column")
     if streams.streaming:
-        run.describe_data("train", stream, dataset.columns)
-        dataset = StreamDataset(stream, dataset)
+        run.describe_data("train", stream, pictures.columns)
     else:
-        run.describe_data("train", records, dataset.columns, unlabelled=dataset.unlabelled)
+        run.describe_data("train", records, pictures.columns, unlabelled=pictures.unlabelled)
+    column = pictures.columns["image"]
+    run.record["arrays"]["views"] = view_samples(records, column, make_views, encoder.processor, seed=arguments.seed)
     before, after = labelled.build(records, columns)
     if after:
         run.describe_data("test", after[0].records, after[0].data.test_columns)
@@ -125,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--load_best_model_at_end needs --eval_dataset_name")
     if not before:
         arguments.eval_strategy = "no"
+    dataset = StreamDataset(stream, pictures) if streams.streaming else pictures
     trainer = ObjectiveTrainer(
         model=objective,
         args=arguments,

@@ -10,7 +10,7 @@ from mllm_vision.report.results import numbers
 
 BOX_WIDTH, LINE = 236, 18
 WHAT = {
-    "stage_zero": "vision encoder, by contrast",
+    "stage_zero": "vision encoder",
     "language_model": "from text alone",
     "stage_one": "projector, aligned on captions",
     "stage_two": "instructed to answer",

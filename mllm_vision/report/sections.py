@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from mllm_vision.report import charts, gallery
+from mllm_vision.report import charts, gallery, images_alone
 from mllm_vision.report.chain import Stage, as_dict, as_list
 from mllm_vision.report.charts import Line
 from mllm_vision.report.markup import (
@@ -41,6 +41,9 @@ TASKS = {
     "retrieval": "Retrieval",
     "vqa": "Questions about pictures",
     "geometry": "Geometry of the embeddings",
+    "board": "Geometry of the embeddings",
+    "knn": "Nearest neighbours",
+    "probe": "Linear probe",
 }
 
 
@@ -82,7 +85,7 @@ def intro(stage: Stage) -> str:
     bad = numbers(run.get("bad_samples")).get("count")
     if bad:
         facts.append(f"{number(bad)} bad samples skipped")
-    about = ABOUT.get(stage.name, "")
+    about = images_alone.ABOUT if images_alone.from_images_alone(run) else ABOUT.get(stage.name, "")
     line = f"<p class=facts>{' <i>·</i> '.join(facts)}</p>" if facts else ""
     return f"<p class=about>{esc(about)}</p>{line}{verdict(run)}"
 
@@ -123,19 +126,23 @@ def curves(stage: Stage) -> str:
         lines.append(Line(name, charts.smooth(history(other, "loss")), tint, dashed=True))
     known = chance_loss(run)
     rules = [(known, "knows nothing (ln N)")] if known else []
-    parts.append(charts.line_chart("Loss", lines, rules=rules, zero=True))
-    parts.append(charts.line_chart("Measured on the way", _metric_lines(run), as_percent=True))
+    series = {key: history(run, key) for key in history_keys(run)}
+    main = [
+        charts.line_chart("Loss", lines, rules=rules, zero=True),
+        charts.line_chart("Measured on the way", _metric_lines(run), as_percent=True),
+        *(images_alone.collapse(series) if images_alone.from_images_alone(run) else []),
+    ]
+    parts += images_alone.parts(series)
     parts.append(_small("Scale and bias of the loss", run, ("logit_scale", "logit_bias")))
     parts.append(_small("Perplexity on held-out text", run, ("eval_perplexity", "perplexity"), log_y=True))
     rates = [key for key in history_keys(run) if key.startswith("learning_rate")]
     parts.append(_small("Learning rate", run, rates, zero=True))
     parts.append(_small("Gradient norm", run, ("grad_norm",), zero=True))
-    shown_charts = [part for part in parts if part]
-    main, rest = shown_charts[:2], shown_charts[2:]
-    folded = (
-        details("Learning rate, scale and other curves", f"<div class=charts>{''.join(rest)}</div>") if rest else ""
-    )
-    return f"<div class=charts>{''.join(main)}</div>{folded}" if main else ""
+    if not any(main):  # nothing to begin with: what there is comes to the front
+        main, parts = parts, []
+    rest = "".join(parts)
+    folded = details("Learning rate, scale and other curves", f"<div class=charts>{rest}</div>") if rest else ""
+    return f"<div class=charts>{''.join(main)}</div>{folded}" if any(main) else ""
 
 
 def _metric_lines(run: dict[str, Any]) -> list[Line]:
@@ -244,7 +251,7 @@ def pictures(stage: Stage) -> str:
         [as_list(row) for row in as_list(confusion.get("counts"))],
     )
     side = "".join(part for part in (spectrum(stage), confused, classes(stage)) if part)
-    parts = [similarity, f"<div class=charts>{side}</div>" if side else ""]
+    parts = [images_alone.views(stage), similarity, f"<div class=charts>{side}</div>" if side else ""]
     maps = gallery.maps_gallery(stage.array("maps"))
     if maps:
         parts.append(f"<h3>What it looks at</h3>{maps}")

@@ -58,6 +58,7 @@ def test_what_it_leaves(recipe, data, tmp_path):
         entry = record["evaluations"][name]
         assert {"untrained", "most_frequent_class", "chance"} <= set(entry["baselines"]) and 0 <= entry["accuracy"] <= 1
     assert "effective_rank" in record["evaluations"]["geometry"]
+    assert [len(entry["views"]) for entry in record["arrays"]["views"]] == [2] * 4  # for the report
     assert {row["group"]: row["moved"] for row in record["modules"]} == {"encoder": True, "head": True}
     assert any("eval_knn_accuracy" in entry for entry in record["history"])
     encoder = VisionEncoder.from_pretrained(tmp_path / "run" / "encoder")

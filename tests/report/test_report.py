@@ -10,12 +10,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fakes
 
 from mllm_vision.report import Chain, flat_results, load_chain, render, write_report, write_results
-from mllm_vision.report.chain import split_name
+from mllm_vision.report.chain import Stage, split_name
 from mllm_vision.report.charts import Line, line_chart, log_ticks, pair_grid, smooth, ticks
 from mllm_vision.report.gallery import sample_cards, veil
 from mllm_vision.report.lineage import edges
@@ -95,6 +96,26 @@ def test_the_whole_page(chain) -> None:
         assert words in text, words
     assert fakes.digest("e")[:8] in text
     assert len(page) < 600_000
+
+
+def test_a_page_of_images_alone() -> None:
+    """Its views, the curves that show a collapse and the parts of the loss; nothing of texts."""
+    red, blue = (fakes.data_uri(Image.new("RGB", (8, 8), colour)) for colour in ("red", "blue"))
+    history = fakes.loss_history(40, 7.0, 5.0)
+    for entry in history:
+        entry |= {"h_spread": 0.9, "z_spread": 0.8, "h_rank": 7.5, "dino": 5.0, "ibot": 6.0, "teacher_entropy": 2.0}
+    data = {"train": {"rows": 50000, "columns": {"image": "image", "label": "label"}, "samples": []}}
+    arrays = {"views": [{"image": red, "views": [blue, "http://elsewhere/pixel.png"]}, {"image": "x", "views": []}]}
+    record = fakes.run("stage_zero", history=history, data=data, arrays=arrays)
+    page = render(Chain([Stage("stage_zero", run=record)]))
+    text = "".join(check(page).text)
+    for words in ("from pictures alone", "What it was shown", "view 1", "Spread: 1 evenly", "Directions that carry"):
+        assert words in text, words
+    assert "Parts of the loss" in text and "Entropy of the teacher" in text
+    assert page.count(red) == page.count(blue) == 1 and "elsewhere" not in page
+    assert "their texts" not in text
+    paired = fakes.run("stage_zero", history=history)  # with captions: as ever
+    assert "Spread: 1 evenly" not in render(Chain([Stage("stage_zero", run=paired)]))
 
 
 def test_lineage_follows_the_weight_hashes(chain) -> None:

@@ -1,0 +1,36 @@
+"""The pictures and views that a page shows are those that the training sees."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import tiny
+from PIL import Image
+
+from mllm_vision.data import PictureCollator, PictureDataset, ViewMaker
+from mllm_vision.encoder.build import build_backbone
+from mllm_vision.evaluation.view_pictures import view_samples
+
+
+def opened(uri: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
+
+
+def test_views_are_the_trainings_own():
+    records = [{"image": tiny.random_image(place, 40)} for place in range(9)]
+    records[4]["image"] = b"not a picture"
+    _, processor = build_backbone("vit", image_size=32, patch_size=8)
+    mean, std = processor.image_mean, processor.image_std
+    make = ViewMaker("dino", 32, mean, std, patch_size=8)
+    found = view_samples(records, "image", make, processor, count=4, seed=3)
+    assert len(found) == 3  # rows 0, 2 and 6: the one that cannot be read is left out
+    dataset = PictureDataset(records, seed=3)
+    batch = make(PictureCollator()([dataset[row] for row in (0, 2, 6)]))
+    for place, entry in enumerate(found):
+        assert len(entry["views"]) == 2 + 4
+        for uri, view in zip(entry["views"], [*batch["views"][place], *batch["local_views"][place][:4]], strict=True):
+            pixels = (view * np.array(std)[:, None, None] + np.array(mean)[:, None, None]) * 255
+            np.testing.assert_allclose(opened(uri), pixels.permute(1, 2, 0).clamp(0, 255), atol=0.51)
+    assert view_samples([{"image": b"none"}], "image", make, processor) == []
