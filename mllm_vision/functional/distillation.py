@@ -284,16 +284,23 @@ def koleo(
 
 
 def _nearest(rows: Tensor, columns: Tensor, offset: int, size: int) -> Tensor:
-    """Index of the column with the largest inner product, itself (row + offset) excluded, tile by tile: `[n]`."""
+    """Index of the nearest column, itself (row + offset) excluded, tile by tile: `[n]`.
+
+    The nearest has the largest <x, y> - |y|^2 / 2, wherever the origin lies. At the mean of all columns it tells rows
+    apart that have nearly collapsed to one direction: their cosines are all equal to rounding.
+    """
+    middle = columns.mean(0)
+    rows, columns = rows - middle, columns - middle
+    halves = columns.square().sum(1) / 2
     found = []
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         own = torch.arange(start, start + len(part), device=rows.device) + offset
         best, at = part.new_full((len(part),), -torch.inf), own
         for left in range(0, len(columns), size):
-            products = part @ columns[left : left + size].T
-            products.masked_fill_(own[:, None] == torch.arange(left, left + products.shape[1], device=own.device), -2.0)
-            value, index = products.max(1)
+            score = part @ columns[left : left + size].T - halves[left : left + size]
+            itself = own[:, None] == torch.arange(left, left + score.shape[1], device=own.device)
+            value, index = score.masked_fill_(itself, -torch.inf).max(1)
             at = torch.where(value > best, index + left, at)
             best = torch.maximum(value, best)
         found.append(at)

@@ -6,9 +6,13 @@ in float64 (spectra of nearly collapsed features need it), and return 0-d tensor
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+STRIP = 2**21  # distances that are held at once
 
 
 def spectrum(features: Tensor, *, center: bool = True) -> Tensor:
@@ -168,8 +172,14 @@ def uniformity(x: Tensor, *, t: float = 2.0, normalize: bool = True) -> Tensor:
     x = x.double()
     if normalize:
         x = F.normalize(x, dim=-1)
-    distances = torch.pdist(x).square()
-    return torch.logsumexp(-t * distances, dim=0) - torch.log(distances.new_tensor(float(len(distances))))
+    parts, size = [], max(1, STRIP // len(x))
+    for begin in range(0, len(x), size):  # rows against those after them, in strips: 25,600 rows have 330 million pairs
+        rows = x[begin : begin + size]
+        # differences, no products: rows that nearly coincide keep their distance
+        distances = torch.cdist(rows, x[begin:], compute_mode="donot_use_mm_for_euclid_dist").square()
+        pairs = torch.ones_like(distances, dtype=torch.bool).triu(1)
+        parts.append((-t * distances).masked_fill(~pairs, -torch.inf).flatten().logsumexp(0))
+    return torch.stack(parts).logsumexp(0) - math.log(len(x) * (len(x) - 1) / 2)
 
 
 def spread(features: Tensor) -> Tensor:
@@ -192,7 +202,7 @@ def participation_ratio(features: Tensor) -> Tensor:
     """How many directions carry the variance of the unit vectors: (sum of eigenvalues)^2 / sum of their squares.
 
     Between 1 (all on a line) and min(N - 1, D); 0 without any variance. It needs the smaller Gram matrix and no
-    spectrum: cheap enough for every step on some hundred rows.
+    spectrum: cheap enough for every step on some hundred rows. In fp32, also inside autocast.
 
     Args:
         features: `[N, D]`.
@@ -205,12 +215,13 @@ def participation_ratio(features: Tensor) -> Tensor:
         >>> round(participation_ratio(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])).item(), 3)
         2.0
     """
-    unit = F.normalize(features.float(), dim=-1)
-    centred = unit - unit.mean(dim=0)
-    gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
-    total = gram.diagonal().sum()
-    varies = total > 1e-10 * len(features)  # less is rounding
-    return torch.where(varies, total.square() / gram.square().sum().clamp_min(torch.finfo(gram.dtype).tiny), 0.0)
+    with torch.autocast(device_type=features.device.type, enabled=False):  # objectives call it inside a forward pass
+        unit = F.normalize(features.float(), dim=-1)
+        centred = unit - unit.mean(dim=0)
+        gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
+        total = gram.diagonal().sum()
+        varies = total > 1e-10 * len(features)  # less is rounding
+        return torch.where(varies, total.square() / gram.square().sum().clamp_min(torch.finfo(gram.dtype).tiny), 0.0)
 
 
 def _check(features: Tensor) -> None:

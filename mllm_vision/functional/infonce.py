@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllm_vision.distributed import Columns, all_gather, mean_gradient, row_counts, sum_over_ranks
+from mllm_vision.distributed import Columns, all_gather, all_reduce, mean_gradient, row_counts, sum_over_ranks
 from mllm_vision.functional.image_text import at_least_fp32, full_precision
 from mllm_vision.functional.softmax_tiles import softmax_losses
 from mllm_vision.functional.tiles import Grid, Plan, SparseTargets, choose_tile, diagonal, first_row
@@ -232,7 +232,9 @@ def dcl(
         cosine = (z1 * z2).sum(1)
         positive = scale * cosine
         if sigma is not None:
-            likeness = (cosine / sigma).exp()
+            exponent = cosine / sigma
+            # less the largest of all ranks, which cancels in the weights: long rows or a small sigma would overflow
+            likeness = (exponent - all_reduce(exponent.detach().amax(), group, "max")).exp()
             positive = positive * (2 - likeness * (total // 2) / sum_over_ranks(likeness.sum(), group))
         return sum_over_ranks(among.sum() - 2 * positive.sum(), group) / total
 

@@ -98,8 +98,8 @@ def block_masks(draws: Tensor, ratio: Tensor, height: int, width: int) -> Tensor
 
 
 def _counts(ratio: Tensor, patches: int) -> Tensor:
-    # ten decimals first: 0.3 * 10 is a little under 3 in binary
-    return (ratio.double() * patches * (1 + 1e-10)).floor().clamp(0, patches).to(torch.int64)
+    # 0.7 of 10 patches is 7, though in fp32 a decimal may lie a little under what was written
+    return (ratio.double() * patches * (1 + 1e-6)).floor().clamp(0, patches).to(torch.int64)
 
 
 def _smallest(values: Tensor, counts: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Losses of pairs and triplets, and how triplets are mined from a batch with labels.
 
-`contrastive` and `triplet` are means over rows that do not see one another; `batch_triplet` takes its triplets from the
-batch of all ranks. Distances are Euclidean, in fp32 at least, also inside autocast.
+`contrastive` and `triplet` are means over the rows of all ranks, which do not see one another; `batch_triplet` takes
+its triplets from the batch of all ranks. Distances are Euclidean, in fp32 at least, also inside autocast.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllm_vision.distributed import all_gather, all_reduce, reduce_scatter, row_counts, world_size
+from mllm_vision.distributed import all_gather, all_reduce, reduce_scatter, row_counts, sum_over_ranks, world_size
 from mllm_vision.functional.image_text import at_least_fp32
 from mllm_vision.functional.softmax_tiles import wide_dtype
 from mllm_vision.functional.tiles import first_row
@@ -25,7 +25,15 @@ STRATEGIES = ("batch_all", "batch_hard", "batch_semi_hard")
 STRIP = 2**22  # distances that are held at once: strips of anchors by all rows
 
 
-def contrastive(x1: Tensor, x2: Tensor, different: Tensor, *, margin: float = 1.0, scale: float = 1.0) -> Tensor:
+def contrastive(
+    x1: Tensor,
+    x2: Tensor,
+    different: Tensor,
+    *,
+    margin: float = 1.0,
+    scale: float = 1.0,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
     """Pulls similar pairs together and pushes different ones apart, up to a margin.
 
     The mean over pairs of scale * ((1 - y) d^2 + y max(0, margin - d)^2), d = |x1 - x2|, y = 1 for different pairs.
@@ -36,10 +44,11 @@ def contrastive(x1: Tensor, x2: Tensor, different: Tensor, *, margin: float = 1.
         different: `[N]` y: 0 (similar) or 1 (different), bool or number; anything between is a mixture.
         margin: distance from which on a different pair costs nothing, > 0.
         scale: 0.5 gives the paper's halves.
+        group: process group; `None` is the default group when initialised, else this process alone.
 
     Returns:
-        A scalar. Collapsed features give scale * margin^2 times the share of different pairs. Where two rows of a
-        different pair coincide there is no direction to push in, and the gradient is 0.
+        A scalar, the same on every rank. Collapsed features give scale * margin^2 times the share of different pairs.
+        Where two rows of a different pair coincide there is no direction to push in, and the gradient is 0.
 
     Raises:
         ValueError: shapes that disagree, an empty batch, a margin that is not positive.
@@ -62,11 +71,17 @@ def contrastive(x1: Tensor, x2: Tensor, different: Tensor, *, margin: float = 1.
         y = different.to(x1)
         difference = x1 - x2
         short = (margin - torch.linalg.vector_norm(difference, dim=1)).clamp_min(0)
-        return scale * ((1 - y) * difference.square().sum(1) + y * short.square()).mean()
+        return scale * _mean((1 - y) * difference.square().sum(1) + y * short.square(), group)
 
 
 def triplet(
-    anchor: Tensor, positive: Tensor, negative: Tensor, *, margin: float = 0.2, normalize: bool = True
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    margin: float = 0.2,
+    normalize: bool = True,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """The positive must be nearer to the anchor than the negative, by a margin of squared distance.
 
@@ -78,9 +93,10 @@ def triplet(
         negative: `[N, D]`, of another.
         margin: alpha > 0.
         normalize: divide the rows by their Euclidean norm first, as the paper does.
+        group: process group; `None` is the default group when initialised, else this process alone.
 
     Returns:
-        A scalar. Collapsed features give the margin.
+        A scalar, the same on every rank. Collapsed features give the margin.
 
     Raises:
         ValueError: shapes that disagree, an empty batch, a margin that is not positive.
@@ -101,7 +117,7 @@ def triplet(
         if normalize:
             anchor, positive, negative = (F.normalize(rows, dim=-1) for rows in (anchor, positive, negative))
         to_positive, to_negative = (anchor - positive).square().sum(1), (anchor - negative).square().sum(1)
-        return (to_positive - to_negative + margin).clamp_min(0).mean()
+        return _mean((to_positive - to_negative + margin).clamp_min(0), group)
 
 
 class TripletMasks(NamedTuple):
@@ -187,21 +203,15 @@ def mine_triplets(
     with torch.autocast(device_type=features.device.type, enabled=False):
         (rows,) = at_least_fp32(features)
         rows = F.normalize(rows, dim=-1) if normalize else rows
-        strip = _Strip(rows, rows, labels, labels, 0, margin)
-        if strategy == "batch_hard":
-            positive, negative, valid = strip.hardest()
-            anchor = valid.nonzero()[:, 0]
-            return Triplets(anchor, positive[anchor], negative[anchor])
-        if strategy == "batch_semi_hard":
-            anchor, positive = strip.positive.nonzero(as_tuple=True)
-            negative, found = strip.nearest_semi_hard(anchor, positive)
-            return Triplets(anchor[found], positive[found], negative[found])
-        listed = [torch.empty(0, 3, dtype=torch.int64, device=rows.device)]
-        for number, (distance, positive, negative) in enumerate(zip(strip.distance, strip.positive, strip.negative)):
-            active = (distance[None] < distance[:, None] + margin) & positive[:, None] & negative[None]
-            pairs = active.nonzero()
-            listed.append(torch.cat([torch.full_like(pairs[:, :1], number), pairs], dim=1))
-        return Triplets(*torch.cat(listed).unbind(1))
+        rows = rows - rows.mean(0)
+        labels = labels.to(rows.device)
+        size = max(1, STRIP // len(rows))
+        found = []
+        for begin in range(0, len(rows), size):
+            part = slice(begin, begin + size)
+            anchor, positive, negative = _Strip(rows[part], rows, labels[part], labels, begin, margin).mined(strategy)
+            found.append(torch.stack([anchor + begin, positive, negative]))
+        return Triplets(*torch.cat(found, dim=1))
 
 
 def batch_triplet(
@@ -256,7 +266,11 @@ def batch_triplet(
 
 
 class _Strip:
-    """Some anchors against all rows: squared distances `[r, N]` and which columns are positives and negatives."""
+    """Some anchors against all rows: squared distances `[r, N]` and which columns are positives and negatives.
+
+    The rows come with their mean taken off: distances stay what they are, but the lengths that cancel in them are
+    no longer those of an offset that all rows share.
+    """
 
     def __init__(
         self, anchors: Tensor, rows: Tensor, labels: Tensor, all_labels: Tensor, start: int, margin: float
@@ -285,6 +299,25 @@ class _Strip:
         found = (after < ordered.shape[1]) & (ordered[anchor, place] < border)
         return order[anchor, place], found
 
+    def mined(self, strategy: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers in the strip of the anchors, columns of their positives and negatives: int64 `[T]` each."""
+        if strategy == "batch_hard":
+            positive, negative, valid = self.hardest()
+            anchor = valid.nonzero()[:, 0]
+            return anchor, positive[anchor], negative[anchor]
+        if strategy == "batch_semi_hard":
+            anchor, positive = self.positive.nonzero(as_tuple=True)
+            negative, found = self.nearest_semi_hard(anchor, positive)
+            return anchor[found], positive[found], negative[found]
+        listed = []
+        for number, distance in enumerate(self.distance):
+            positive, negative = self.positive[number].nonzero()[:, 0], self.negative[number].nonzero()[:, 0]
+            active = distance[negative] < distance[positive, None] + self.margin
+            first, second = active.nonzero(as_tuple=True)
+            listed.append(torch.stack([torch.full_like(first, number), positive[first], negative[second]]))
+        anchor, positive, negative = torch.cat(listed, dim=1)
+        return anchor, positive, negative
+
     def weights(self, strategy: str) -> tuple[Tensor, Tensor, Tensor]:
         """`[r, N]` how often a distance is added to the loss less how often subtracted; triplets; candidates.
 
@@ -300,19 +333,13 @@ class _Strip:
             weights = (nearer * self.positive - (border.shape[1] - passed) * self.negative).to(weights)
             candidates = (self.positive.sum(1) * self.negative.sum(1)).sum()
             return weights, (nearer * self.positive).sum(), candidates
-        if strategy == "batch_hard":
-            positive, negative, valid = self.hardest()
-            anchor = torch.arange(len(weights), device=weights.device)
-            found = valid & (self.distance[anchor, negative] < self.distance[anchor, positive] + self.margin)
-            candidates = valid.sum()
-        else:
-            anchor, positive = self.positive.nonzero(as_tuple=True)
-            negative, found = self.nearest_semi_hard(anchor, positive)
-            candidates = torch.tensor(len(anchor), device=weights.device)
+        anchor, positive, negative = self.mined(strategy)
+        candidates = self.positive.sum() if strategy == "batch_semi_hard" else torch.tensor(len(anchor))
+        active = self.distance[anchor, negative] < self.distance[anchor, positive] + self.margin
         one = weights.new_ones(())
-        weights.index_put_((anchor[found], positive[found]), one, accumulate=True)
-        weights.index_put_((anchor[found], negative[found]), -one, accumulate=True)
-        return weights, found.sum(), candidates
+        weights.index_put_((anchor[active], positive[active]), one, accumulate=True)
+        weights.index_put_((anchor[active], negative[active]), -one, accumulate=True)
+        return weights, active.sum(), candidates
 
 
 class _BatchTriplet(torch.autograd.Function):
@@ -325,6 +352,8 @@ class _BatchTriplet(torch.autograd.Function):
         sizes = row_counts(rows, group)
         everyone, all_labels = all_gather(rows, group, sizes), all_gather(labels, group, sizes)
         start = first_row(sizes, group)
+        everyone = everyone - everyone.mean(0)
+        rows = everyone[start : start + len(rows)]
         by_anchor, by_column = torch.zeros_like(rows), torch.zeros_like(everyone)
         sums = rows.new_zeros(3, dtype=wide_dtype(rows))  # of losses, active triplets, candidates
         size = max(1, STRIP // len(everyone))
@@ -354,6 +383,10 @@ class _BatchTriplet(torch.autograd.Function):
             raise RuntimeError("batch_triplet has no second derivative; call backward without create_graph=True")
         (gradient,) = ctx.saved_tensors
         return gradient * upstream, None, None, None, None
+
+
+def _mean(each: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    return sum_over_ranks(each.sum(), group) / sum(row_counts(each, group))
 
 
 def _check_alike(**tensors: Tensor) -> None:

@@ -6,19 +6,21 @@ ranks every parameter has the whole batch's gradient, and ranks may hold differe
 
 Both need the sum of the squares of a D x D matrix A^T B of N rows, off its diagonal. Over all its entries that is also
 the sum over pairs of rows of <a_i, a_j><b_i, b_j>, and where N is at most half of D (the papers' projectors are 8192
-wide) this is what is computed: the same number and gradient, without any D x D matrix.
+wide) this is what is computed: the same number and gradient. Both ways go strip by strip: neither D x D nor N x N
+numbers are held at once.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mllm_vision.distributed import all_gather_with_grad, row_counts, sum_over_ranks
+from mllm_vision.distributed import all_gather, all_reduce, row_counts, sum_over_ranks, world_size
 from mllm_vision.functional.image_text import at_least_fp32
+from mllm_vision.functional.softmax_tiles import wide_dtype
 
 __all__ = [
     "VicRegTerms",
@@ -30,6 +32,8 @@ __all__ = [
     "vicreg",
     "vicreg_terms",
 ]
+
+STRIP = 2**22  # products that are held at once: strips of dimensions or rows by all of them
 
 
 def barlow_twins(
@@ -53,6 +57,7 @@ def barlow_twins(
 
     Raises:
         ValueError: shapes that disagree, fewer than two rows over all ranks, a negative `lambd` or `eps`.
+        RuntimeError: on differentiating twice.
 
     Reference:
         Zbontar et al., 2021, "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", equations 1 and 2
@@ -138,6 +143,7 @@ def vicreg(
 
     Raises:
         ValueError: shapes that disagree, fewer than two rows over all ranks, `eps` not positive.
+        RuntimeError: on differentiating twice.
 
     Reference:
         Bardes et al., 2022, "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning",
@@ -162,7 +168,7 @@ def vicreg_terms(z1: Tensor, z2: Tensor, *, eps: float = 1e-4, group: dist.Proce
         group: as in `vicreg`.
 
     Raises:
-        ValueError: as `vicreg`.
+        ValueError, RuntimeError: as `vicreg`.
 
     Reference:
         Bardes et al., 2022, equations 1 to 5 (https://arxiv.org/abs/2105.04906).
@@ -246,6 +252,7 @@ def covariance_term(z: Tensor, *, group: dist.ProcessGroup | None = None) -> Ten
 
     Raises:
         ValueError: not `[N, D]`, fewer than two rows over all ranks.
+        RuntimeError: on differentiating twice.
 
     Reference:
         Bardes et al., 2022, equations 3 and 4 (https://arxiv.org/abs/2105.04906).
@@ -295,15 +302,76 @@ def _squares_off_diagonal(
 ) -> Tensor:
     """Sum of the squares of A^T B but for its diagonal, A and B the rows of all ranks: by dimensions, or by rows.
 
-    By rows each rank takes its own against those of all ranks. Beyond half of D rows the difference to the squares
-    of the diagonal (`[D]`, given) would begin to cancel, and nothing would be saved.
+    Beyond half of D rows the difference to the squares of the diagonal (`[D]`, given) would begin to cancel, and
+    nothing would be saved.
     """
-    width = a.shape[1]
-    if 2 * total > width:
-        matrix = sum_over_ranks(a.T @ b, group)
-        # without its last entry and cut into rows of width + 1, the matrix has its diagonal in the first column
-        return matrix.flatten()[:-1].view(width - 1, width + 1)[:, 1:].square().sum()
-    everyone = all_gather_with_grad(a, group)
-    by_first = a @ everyone.T
-    by_second = by_first if b is a else b @ all_gather_with_grad(b, group).T
-    return sum_over_ranks((by_first * by_second).sum(), group) - diagonal.square().sum()
+    if 2 * total > a.shape[1]:
+        return _Squares.apply(a, b, True, group)
+    return _Squares.apply(a, b, False, group) - diagonal.square().sum()
+
+
+class _Squares(torch.autograd.Function):
+    """Sum of the squares of A^T B: by dimensions, and then without its diagonal, or by rows; strip by strip.
+
+    A strip's part of the gradient is formed while the strip is there, so that no matrix is kept for the backward pass
+    and that pass needs no collective.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, by_dimension: bool, group: dist.ProcessGroup | None) -> Tensor:
+        total, for_a, for_b = (_by_dimension if by_dimension else _by_row)(a, b, any(ctx.needs_input_grad), group)
+        # Each rank's share counts once for every rank, as DistributedDataParallel's mean expects. For b = a the
+        # other half of the gradient is the same again.
+        factor = (4 if b is a else 2) * world_size(group)
+        ctx.save_for_backward(for_a.mul_(factor), for_b if for_b is None else for_b.mul_(factor))
+        return total.to(a.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "barlow_twins and vicreg have no second derivative; call backward without create_graph=True"
+            )
+        for_a, for_b = ctx.saved_tensors
+        return for_a * upstream, for_b if for_b is None else for_b * upstream, None, None
+
+
+def _by_dimension(
+    a: Tensor, b: Tensor, needed: bool, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The sum of squares off the diagonal, and half of its gradient where `needed`."""
+    for_a, for_b = torch.zeros_like(a), None if b is a else torch.zeros_like(b)
+    total, width = a.new_zeros((), dtype=wide_dtype(a)), a.shape[1]
+    size = max(1, STRIP // width)
+    for start in range(0, width, size):
+        part = a[:, start : start + size]
+        strip = all_reduce(part.T @ b, group)
+        strip.diagonal(start).zero_()
+        total += strip.square().sum(dtype=total.dtype)
+        if needed:
+            for_a[:, start : start + size] = b @ strip.T
+            if for_b is not None:
+                for_b.addmm_(part, strip)
+    return total, for_a, for_b
+
+
+def _by_row(
+    a: Tensor, b: Tensor, needed: bool, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The sum of squares, diagonal and all, and half of its gradient where `needed`."""
+    for_a, for_b = torch.zeros_like(a), None if b is a else torch.zeros_like(b)
+    sizes = row_counts(a, group)
+    every_a = all_gather(a, group, sizes)
+    every_b = every_a if b is a else all_gather(b, group, sizes)
+    total = a.new_zeros((), dtype=wide_dtype(a))
+    size = max(1, STRIP // len(every_a))
+    for start in range(0, len(a), size):
+        rows = slice(start, start + size)
+        first = a[rows] @ every_a.T
+        second = first if b is a else b[rows] @ every_b.T
+        total += (first * second).sum(dtype=total.dtype)
+        if needed:
+            torch.mm(second, every_a, out=for_a[rows])
+            if for_b is not None:
+                torch.mm(first, every_b, out=for_b[rows])
+    return all_reduce(total, group), for_a, for_b

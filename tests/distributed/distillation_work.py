@@ -15,15 +15,19 @@ def row_losses(student, taught, mask, sizes):
     prototypes_, phi = torch.eye(student.shape[-1], dtype=student.dtype), torch.rand(student.shape[-1]).double() + 0.1
     chosen = share(mask, sizes)
 
-    def cluster_loss(own, teacher):
-        return prototypes.proto_nce(own[:, 0], [prototypes_], [phi], [teacher[:, 0].argmax(1)])
+    def cluster_loss(own, teacher, repeats=True):
+        return prototypes.proto_nce(own[:, 0], [prototypes_], [phi], [teacher[:, 0].argmax(1)], repeats=repeats)
 
     losses = {
         "negative_cosine": lambda own, teacher: distillation.negative_cosine(own[:, 0], teacher[:, 0]),
+        "negative_cosine of both": lambda own, teacher: distillation.negative_cosine(
+            own[:, 0], own[:, 1], stop_gradient=False
+        ),
         "dino": distillation.dino_loss,
         "ibot": lambda own, teacher: distillation.ibot_loss(own, teacher, chosen),
         "koleo": lambda own, teacher: distillation.koleo(own[:, 0]),
         "proto_nce": cluster_loss,
+        "proto_nce of the paper": lambda own, teacher: cluster_loss(own, teacher, repeats=False),
     }
     found = {}
     for name, loss in losses.items():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from work import share
 
 from mllm_vision import distributed
-from mllm_vision.functional.infonce import dcl, sup_con
-from mllm_vision.functional.pairs import STRATEGIES, batch_triplet
+from mllm_vision.functional import pairs, redundancy
+from mllm_vision.functional.infonce import dcl, info_nce, sup_con
+from mllm_vision.functional.pairs import STRATEGIES, batch_triplet, contrastive, triplet
 from mllm_vision.functional.redundancy import barlow_twins, cross_correlation, vicreg
 
 
@@ -20,7 +22,13 @@ def coupled_losses(exchange="gather", tile=None):
     def stacked(z1, z2, labels, temperature):
         return sup_con(torch.stack([z1, z2], 1), labels, temperature=temperature, **how)
 
+    def own_negatives(z1, z2, labels, temperature):
+        return info_nce(z1, z2, torch.stack([z1.roll(1, 1), z2 - z1], 1), temperature=temperature, **how)
+
     found = {
+        "contrastive": lambda z1, z2, labels, t: contrastive(z1, z2, labels > 0, margin=4.0),
+        "triplet": lambda z1, z2, labels, t: triplet(z1, z2, z2.roll(1, 1), margin=0.7),
+        "info_nce with negatives of each": own_negatives,
         "dcl": lambda z1, z2, labels, t: dcl(z1, z2, temperature=t, **how),
         "dclw": lambda z1, z2, labels, t: dcl(z1, z2, temperature=t, sigma=0.5, **how),
         "sup_con": stacked,
@@ -48,10 +56,12 @@ def _triplet(z1, z2, labels, temperature, *, strategy):
 def every_loss(z1, z2, labels, temperature, sizes, exchange, tile):
     """{name: (value, gradients of the gathered rows, the temperature's on this rank)}, as DDP's mean leaves them."""
     results = {}
+    strip = tile * len(z1) if tile else pairs.STRIP
     for name, loss in coupled_losses(exchange, tile).items():
         rows = [share(z, sizes).clone().requires_grad_() for z in (z1, z2)]
         t = torch.tensor(temperature, dtype=z1.dtype, requires_grad=True)
-        value = loss(*rows, share(labels, sizes), t)
+        with patch.object(pairs, "STRIP", strip), patch.object(redundancy, "STRIP", strip):
+            value = loss(*rows, share(labels, sizes), t)
         value.backward()
         gathered = [distributed.all_gather(row.grad) / distributed.world_size() for row in rows]
         results[name] = value.item(), gathered, 0.0 if t.grad is None else t.grad.item()

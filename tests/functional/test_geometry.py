@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import geometry as oracle
 
+from mllm_vision.functional import geometry
 from mllm_vision.functional.geometry import (
     alignment,
     alpha_req,
@@ -77,6 +78,21 @@ def test_order_rotation_and_size_are_no_matter(n, d, size, seed):
     assert 1 <= participation_ratio(x) <= min(n - 1, d) + 1e-4 and 1 <= effective_rank(x) <= min(n - 1, d) + 1e-9
     last = min(n - 1, d)
     torch.testing.assert_close(alpha_req(other, last=last), alpha_req(x, last=last), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("strip", [1, 40, 10**6])
+def test_uniformity_goes_in_strips_of_any_height(strip, monkeypatch):
+    monkeypatch.setattr(geometry, "STRIP", strip)
+    x = torch.randn(23, 4, dtype=torch.float64)
+    x[7] = x[2]  # a pair at no distance
+    assert uniformity(x).item() == pytest.approx(oracle.uniformity(x.numpy(), 2.0), rel=1e-12)
+
+
+def test_autocast_computes_in_full_precision():
+    x = torch.randn(1, 32) + 0.01 * torch.randn(64, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = [measure(x) for measure in (spread, participation_ratio, effective_rank, uniformity)]
+    assert found == [measure(x) for measure in (spread, participation_ratio, effective_rank, uniformity)]
 
 
 def test_rank_is_the_number_of_equal_directions():

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import infonce as oracle
@@ -104,6 +105,24 @@ def test_dcl_and_gradients_are_the_oracles(case, sigma):
     )
 
 
+@pytest.mark.parametrize(("length", "sigma"), [(1.0, 0.005), (30.0, 0.5)])
+def test_weights_of_dcl_do_not_overflow(length, sigma):
+    """Exponentials of 200 and of 1800 over the positives' scores, in fp32; their shares are all that counts."""
+    pair = np.random.default_rng(0).normal(size=(2, 6, 4))
+    pair[1] = pair[0] + 0.3 * pair[1]
+    a, b = (length * F.normalize(torch.tensor(part), dim=1) for part in pair)
+    exact = dcl(a, b, sigma=sigma, normalize=length == 1)
+    scores = (a * b).sum(1)
+    weights = 2 - 6 * (scores / sigma).softmax(0)
+    expected = dcl(a, b, normalize=length == 1) + ((1 - weights) * scores / 0.1).mean()
+    torch.testing.assert_close(exact, expected)
+    single = [part.float().requires_grad_() for part in (a, b)]
+    loss = dcl(*single, sigma=sigma, normalize=length == 1)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert all(part.grad.isfinite().all() for part in single)
+
+
 @settings(max_examples=40, deadline=None)
 @given(small, st.integers(1, 3), st.integers(1, 4))
 def test_sup_con_and_gradients_are_the_oracles(case, views, classes):
@@ -178,6 +197,24 @@ def test_the_bound_never_exceeds_the_logarithm_of_the_candidates():
     assert mutual_information_bound(math.log(16), 15) == pytest.approx(0.0)
     with pytest.raises(ValueError, match="negatives=0"):
         mutual_information_bound(1.0, 0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(small, st.integers(1, 6))
+def test_no_rows_take_the_bound_above_the_logarithm_of_the_candidates(case, k):
+    """K - 1 negatives of the batch or 2N - 2 of NT-Xent, and K of a bank or of a query's own."""
+    n, d = case["n"], case["d"]
+    generator = torch.Generator().manual_seed(case["seed"])
+    a, b = torch.randn(2, n, d, generator=generator, dtype=torch.float64)
+    bank = torch.randn(n, k, d, generator=generator, dtype=torch.float64)
+    how = {"temperature": case["temperature"], "tile_size": case["tile"]}
+    for loss, negatives in (
+        (nt_xent(a, b, **how), 2 * n - 2),
+        (info_nce(a, b, **how), n - 1),
+        (info_nce(a, b, bank[0], **how), k),
+        (info_nce(a, b, bank, **how), k),
+    ):
+        assert mutual_information_bound(loss, negatives) <= math.log(negatives + 1) + 1e-12
 
 
 def test_a_bank_that_learns_and_one_that_does_not():

@@ -17,6 +17,14 @@ def test_exactly_the_share_is_hidden(side):
     assert random_masks(torch.rand(41, side * side), ratio).sum(1).tolist() == wanted
 
 
+@pytest.mark.parametrize("patches", [10, 49, 196, 576])
+def test_a_decimal_share_is_meant_as_it_is_written(patches):
+    """In fp32 0.7 is a little less, and a little less than 7 of 10 patches would be 6."""
+    for percent in range(0, 101, 7):
+        mask = random_masks(torch.rand(1, patches), torch.tensor([percent / 100]))
+        assert mask.sum() == percent * patches // 100
+
+
 def _neighbours(mask):
     """Share of the hidden patches' right-hand neighbours that are hidden too."""
     left, right = mask[:, :, :-1], mask[:, :, 1:]

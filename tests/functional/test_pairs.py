@@ -67,12 +67,12 @@ def test_triplet_is_the_oracle(case):
 def test_mined_triplets_and_their_loss_are_the_oracles(case, strategy, strip):
     x, labels = batch_of(case)
     options = {"margin": case["margin"], "strategy": strategy, "normalize": case["normalize"]}
-    mined = mine_triplets(torch.tensor(x), torch.tensor(labels), **options)
-    assert sorted(zip(*(part.tolist() for part in mined), strict=True)) == sorted(oracle.mine(x, labels, **options)[0])
     (rows,) = leaves([x])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairs, "STRIP", strip)  # anchors in strips of one, of a few, or all at once
+        mined = mine_triplets(torch.tensor(x), torch.tensor(labels), **options)
         loss, active = batch_triplet(rows, torch.tensor(labels), **options)
+    assert list(zip(*(part.tolist() for part in mined), strict=True)) == sorted(oracle.mine(x, labels, **options)[0])
     loss.backward()
     value, fraction = oracle.batch(x, labels, **options)
     assert loss.item() == pytest.approx(value, abs=1e-12) and active.item() == pytest.approx(fraction)
@@ -130,6 +130,24 @@ def test_order_and_length_of_rows_do_not_matter(strategy):
         again = batch_triplet(other, names, strategy=strategy)
         torch.testing.assert_close(again[0], loss)
         assert again[1] == active
+
+
+@pytest.mark.parametrize("strategy", pairs.STRATEGIES)
+def test_an_offset_that_all_rows_share_costs_no_digits(strategy):
+    """Distances of a tenth between rows of length 300: in fp32 the squares alone would leave two digits."""
+    torch.manual_seed(0)
+    x, labels = 0.1 * torch.randn(30, 9, dtype=torch.float64), torch.arange(30) % 5
+    how = {"strategy": strategy, "normalize": False}
+    value, active = batch_triplet(x, labels, **how)
+    far = (x + 100).float().requires_grad_()
+    loss, again = batch_triplet(far, labels, **how)
+    assert loss.item() == pytest.approx(value.item(), rel=1e-4) and again.item() == pytest.approx(active.item())
+    for ours, theirs in zip(mine_triplets(far, labels, **how), mine_triplets(x, labels, **how), strict=True):
+        assert torch.equal(ours, theirs)
+    loss.backward()
+    near = x.requires_grad_()
+    batch_triplet(near, labels, **how)[0].backward()
+    torch.testing.assert_close(far.grad.double(), near.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_without_any_triplet_the_loss_is_zero():

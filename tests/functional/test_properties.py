@@ -1,4 +1,4 @@
-"""What holds of every loss whatever the rows: order of rows, order of views, lengths, finite gradients.
+"""What holds of every loss whatever the rows: order of rows and views, lengths, finite gradients, precision, memory.
 
 Each loss is in the table once; a test asks that none of `functional/` is missing.
 """
@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import mllm_vision.functional
-from mllm_vision.functional import distillation, geometry, image_text, infonce, pairs, prototypes, redundancy
+from mllm_vision.functional import distillation, geometry, image_text, infonce, pairs, prototypes, redundancy, tiles
 from mllm_vision.functional.momentum_contrast import momentum_contrast
 from mllm_vision.functional.reconstruction import masked_reconstruction
 
@@ -49,7 +51,16 @@ def _assigned(classes: Tensor) -> list[Tensor]:
 def _crops(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Student logits and teacher probabilities `[N, 2, D]` of two views."""
     views = torch.stack([x, y], dim=1)
-    return views, (views.detach() / 0.5).softmax(-1)
+    return views, (_full(views.detach(), views) / 0.5).softmax(-1)
+
+
+def _full(value: Tensor, like: Tensor) -> Tensor:
+    return value.to(torch.promote_types(like.dtype, torch.float32))
+
+
+def _rolled(x: Tensor, y: Tensor) -> Tensor:
+    """Two negatives `[N, 2, D]` of each row's own."""
+    return torch.stack([x.roll(2, 1), y.roll(1, 1)], dim=1).detach()
 
 
 LOSSES: dict[str, Case] = {
@@ -65,8 +76,10 @@ LOSSES: dict[str, Case] = {
     },
     "infonce.nt_xent": Case(lambda x, y, c: infonce.nt_xent(x, y), swap=True, lengths=True),
     "infonce.info_nce": Case(lambda x, y, c: infonce.info_nce(x, y), lengths=True),
-    "infonce.info_nce bank": Case(lambda x, y, c: infonce.info_nce(x, y, CENTRES[0].to(x)), lengths=True),
+    "infonce.info_nce bank": Case(lambda x, y, c: infonce.info_nce(x, y, _full(CENTRES[0], x)), lengths=True),
+    "infonce.info_nce own": Case(lambda x, y, c: infonce.info_nce(x, y, _rolled(x, y)), lengths=True),
     "infonce.dcl": Case(lambda x, y, c: infonce.dcl(x, y), swap=True, lengths=True),
+    "infonce.dcl weighted": Case(lambda x, y, c: infonce.dcl(x, y, sigma=0.5), swap=True, lengths=True),
     "infonce.sup_con": Case(lambda x, y, c: infonce.sup_con(torch.stack([x, y], 1), c), swap=True, lengths=True),
     "redundancy.barlow_twins": Case(lambda x, y, c: redundancy.barlow_twins(x, y), swap=True, shift=True),
     "redundancy.vicreg": Case(lambda x, y, c: redundancy.vicreg(x, y), swap=True, shift=True),
@@ -80,10 +93,15 @@ LOSSES: dict[str, Case] = {
     "distillation.ibot_loss": Case(
         lambda x, y, c: distillation.ibot_loss(*_crops(x, y), torch.stack([c > 0, c < 2], 1))
     ),
+    "distillation.dino_loss sinkhorn": Case(
+        lambda x, y, c: distillation.dino_loss(
+            torch.stack([x, y], 1), distillation.sinkhorn_knopp(x, temperature=5.0)[:, None]
+        )
+    ),
     "distillation.koleo": Case(lambda x, y, c: distillation.koleo(x), lengths=True),
     "prototypes.proto_nce": Case(
         lambda x, y, c: prototypes.proto_nce(
-            x, [each.to(x) for each in CENTRES], [x.new_full((3,), 0.2), x.new_full((4,), 0.4)], _assigned(c)
+            x, [_full(each, x) for each in CENTRES], [torch.full((3,), 0.2), torch.full((4,), 0.4)], _assigned(c)
         ),
         lengths=True,
     ),
@@ -193,3 +211,46 @@ def test_value_and_gradient_are_finite(name, n, seed, size, shape):
     assert torch.isfinite(loss), loss
     for each, gradient in zip("xy", torch.autograd.grad(loss, (x, y), allow_unused=True), strict=True):
         assert gradient is None or torch.isfinite(gradient).all(), (each, gradient)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_fp32(name, dtype):
+    """Inside autocast, of features as it leaves them: the fp32 value of the same numbers, gradients of their type."""
+    x, y, c, _ = rows(8, 1, dtype)
+    half, full = ([each.detach().to(kind).requires_grad_() for each in (x, y)] for kind in (dtype, torch.float32))
+    with torch.autocast("cpu", dtype=dtype):
+        loss = LOSSES[name].loss(*half, c)
+    assert loss.dtype in (torch.float32, torch.float64)
+    expected = LOSSES[name].loss(*full, c)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    found = [torch.autograd.grad(value, each, allow_unused=True) for value, each in ((loss, half), (expected, full))]
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.dtype == dtype
+            torch.testing.assert_close(ours.float(), theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item() + 1e-6)
+
+
+@every_loss
+def test_no_matrix_of_all_pairs_is_ever_made(name, monkeypatch):
+    """Forward and backward: no tensor is longer than a few copies of the features, with tiles and strips made small."""
+    n, largest = 120, 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for value in tree_leaves(out):
+                if isinstance(value, Tensor):
+                    largest = max(largest, value.numel())
+            return out
+
+    monkeypatch.setattr(tiles, "TILE_ON_CPU", 16)
+    for module in (pairs, redundancy, geometry):
+        monkeypatch.setattr(module, "STRIP", 16 * n)
+    monkeypatch.setattr("mllm_vision.functional.momentum_contrast._TILE_ELEMENTS", 16 * n)
+    x, y, c, _ = rows(n, 0)
+    with Watch():
+        LOSSES[name].loss(x.requires_grad_(), y.requires_grad_(), c).backward()
+    assert 0 < largest <= 4 * n * D < n * n / 4

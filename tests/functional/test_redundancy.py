@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from oracles import numeric
 from oracles import redundancy as oracle
 
+from mllm_vision.functional import redundancy
 from mllm_vision.functional.redundancy import (
     barlow_twins,
     covariance_term,
@@ -79,6 +80,21 @@ def test_both_routes_to_the_squares_agree_where_either_may_be_taken():
     torch.testing.assert_close(barlow_twins(wide, other) - 10, barlow_twins(z, z.flip(0)))
 
 
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("shape", [(9, 6), (5, 14)])  # by dimensions, by rows
+def test_strips_of_any_height_give_the_same(name, shape, monkeypatch):
+    loss, pair, found = LOSSES[name], views(*shape), []
+    for strip in (1, 30, 10**6):
+        monkeypatch.setattr(redundancy, "STRIP", strip)
+        rows = [torch.tensor(z, requires_grad=True) for z in pair]
+        value = loss(*rows)
+        value.backward()
+        found.append([value.detach(), *(row.grad for row in rows)])
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[2])
+    assert not loss(*map(torch.tensor, pair)).requires_grad
+
+
 def test_barlow_twins_does_not_see_scale_and_shift():
     x, y = torch.tensor(views(40, 6))
     same = barlow_twins(x, x, eps=0.0)
@@ -139,3 +155,5 @@ def test_what_is_refused(name):
         loss(z, z, eps=-1)
     with pytest.raises(ValueError, match="lambd=-1"):
         barlow_twins(z, z, lambd=-1)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss(z.requires_grad_(), z), z, create_graph=True)
