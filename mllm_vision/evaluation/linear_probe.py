@@ -103,7 +103,32 @@ def fit_linear(
         start: where to begin; zero otherwise.
         max_iterations: of L-BFGS.
         tolerance: largest entry of the gradient at which the fit counts as converged.
+
+    Single precision leaves a gradient of the size of its rounding, which grows with the features (a standardised
+    picture of 3,072 values: 1e-4). Where the loss falls no further before `tolerance` is met, the fit goes on from
+    there in double, so that rounding does not decide what converged.
     """
+    stop = (max_iterations, tolerance)
+    fit = _descend(rotated, labels, classes, regularisation, variances, start, *stop)
+    left = max_iterations - fit.iterations
+    if fit.converged or left < 1 or rotated.dtype == torch.float64:
+        return fit
+    finer = _descend(rotated.double(), labels, classes, regularisation, variances.double(), fit, left, tolerance)
+    weight, bias = finer.weight.to(rotated.dtype), finer.bias.to(rotated.dtype)
+    return finer._replace(weight=weight, bias=bias, iterations=fit.iterations + finer.iterations)
+
+
+def _descend(
+    rotated: Tensor,
+    labels: Tensor,
+    classes: int,
+    regularisation: float,
+    variances: Tensor,
+    start: LinearFit | None,
+    max_iterations: int,
+    tolerance: float,
+) -> LinearFit:
+    """`fit_linear` in the precision of `rotated`, until converged or as near as that precision comes."""
     total = _total(rotated)
     pace = torch.cat([(variances / 2 + regularisation).rsqrt(), variances.new_full((1,), 2**0.5)])  # last: the bias
     inputs = torch.cat([rotated, rotated.new_ones(len(rotated), 1)], dim=1)
@@ -111,7 +136,7 @@ def fit_linear(
     decayed = torch.cat([torch.full_like(variances, regularisation), variances.new_zeros(1)])
     scaled = rotated.new_zeros(classes, len(pace))
     if start is not None:
-        scaled = torch.cat([start.weight, start.bias[:, None]], dim=1) / pace
+        scaled = torch.cat([start.weight, start.bias[:, None]], dim=1).to(pace) / pace
     scaled.requires_grad_(True)
     last: dict[str, float] = {}
 
@@ -139,7 +164,8 @@ def fit_linear(
         with torch.no_grad():
             closure()  # the line search ends with a look at another place
         converged = last["gradient"] <= tolerance
-        if converged or not last["loss"] < before:  # no longer falling: that is all that the precision gives
+        least = torch.finfo(rotated.dtype).eps * abs(last["loss"])  # a smaller fall is rounding
+        if converged or not before - last["loss"] > least:  # that is all that the precision gives
             break
         before = last["loss"]
     weight = scaled.detach() * pace

@@ -20,5 +20,5 @@ def knn_and_probe(path: str) -> dict[str, Any]:
     probe = LinearProbe("probe", data, regularisation=(1e-2, 1.0), validation=0.2, tolerance=1e-5)
     found = {"knn": knn(encoder, 0), "probe": probe(encoder, 0)}
     pixels = LabelledImages(data.train, data.test, feature="pixels")  # more dimensions than rows
-    found["pixels"] = LinearProbe("pixels", pixels, regularisation=0.1, tolerance=1e-3)(encoder, 0)
+    found["pixels"] = LinearProbe("pixels", pixels, regularisation=0.1, tolerance=1e-4)(encoder, 0)
     return found | {"classes": knn.last.tables["class"], "sweep": probe.last.tables["sweep"]}
