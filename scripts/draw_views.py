@@ -2,8 +2,8 @@
 
     python scripts/draw_views.py --output docs/images/views.png
 
-One row a policy, with a picture and its first draws; local crops at their own size. The pictures are scenes, unless
---pictures names others.
+One row a policy, with a picture and its first draws; three local crops at their own size. The pictures are scenes,
+unless --pictures names others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from mllm_vision.data import PictureCollator, ViewMaker, load_image
 from mllm_vision.data.scenes import draw_scene, sample_scene
 
 POLICIES = ("simclr", "moco_v1", "moco_v2", "byol", "dino", "mae", "clip")
-GAP, LABEL = 4, 70
+GAP, LABEL, TITLE = 4, 70, 18
+LOCAL = 3  # local crops shown
 
 
 def draw(pictures: list[Image.Image], size: int, seed: int) -> Image.Image:
@@ -28,21 +29,27 @@ def draw(pictures: list[Image.Image], size: int, seed: int) -> Image.Image:
     lines = []
     for name in POLICIES:
         maker = ViewMaker(name, size, (0.0,) * 3, (1 / 255,) * 3, patch_size=size // 8)
-        made, tiles = maker(batch), []
+        made, blocks = maker(batch), []
         for row, picture in enumerate(pictures):
-            tiles.append(picture.resize((size, size)))
-            for column in maker.columns:
-                tiles += [to_picture(view) for view in made[column][row][: 2 if column == "views" else 3]]
-        lines.append((name, tiles))
-    width = max(sum(tile.width + GAP for tile in tiles) for _, tiles in lines) + LABEL
-    canvas = Image.new("RGB", (width, (size + GAP) * len(lines)), "white")
+            views = [to_picture(view) for view in made["views"][row]]
+            crops = [to_picture(view) for view in made["local_views"][row][:LOCAL]] if maker.local_size else []
+            blocks.append([picture.resize((size, size)), *views, *crops])
+        lines.append((name, blocks))
+    # Every picture has its columns, in all rows at the same place, and local crops begin after the second view.
+    block = max(sum(tile.width + GAP for tile in tiles) for _, blocks in lines for tiles in blocks) + 2 * GAP
+    canvas = Image.new("RGB", (LABEL + block * len(pictures), TITLE + (size + GAP) * len(lines)), "white")
     pen = ImageDraw.Draw(canvas)
-    for number, (name, tiles) in enumerate(lines):
-        left, top = LABEL, number * (size + GAP)
+    for row in range(len(pictures)):
+        for column, title in enumerate(("picture", "view 1", "view 2", "local crops")):
+            pen.text((LABEL + row * block + column * (size + GAP) + 2, 3), title, fill="black")
+    for number, (name, blocks) in enumerate(lines):
+        top = TITLE + number * (size + GAP)
         pen.text((4, top + size // 2 - 6), name, fill="black")
-        for tile in tiles:
-            canvas.paste(tile, (left, top))
-            left += tile.width + GAP
+        for row, tiles in enumerate(blocks):
+            left = LABEL + row * block
+            for tile in tiles:
+                canvas.paste(tile, (left, top))
+                left += tile.width + GAP
     return canvas
 
 

@@ -32,7 +32,8 @@ class ViewPolicy:
             share of the views' (96 of 224 pixels in DINO).
         resample: "bilinear" or "bicubic".
         strength: multiplies the jitter's strengths.
-        blur_share: the blur's kernel as a share of the views' side (SimCLR: a tenth), otherwise three deviations.
+        blur_share: the blur's kernel as a share of the views' side (SimCLR and BYOL: a tenth), otherwise three
+            deviations.
         paper: whose settings these are.
     """
 
@@ -58,12 +59,14 @@ def _multi_crop(paper: str, border: float, lowest: float, share: float) -> ViewP
     return ViewPolicy(views, paper, local=local, local_views=8, local_share=share, resample="bicubic")
 
 
+# The operations are Pillow's in all of them, as in SimCLR's appendix; docs/views.md says where the code of SimCLR and
+# BYOL (TensorFlow, JAX) has others.
 POLICIES = {
     "simclr": ViewPolicy((_SIMCLR,) * 2, "SimCLR (Chen 2020)", resample="bicubic", strength=0.5, blur_share=0.1),
     "moco_v1": ViewPolicy((_MOCO_V1,) * 2, "MoCo (He 2020)"),
     "moco_v2": ViewPolicy((_MOCO_V2,) * 2, "MoCo v2 (Chen 2020)"),
     "moco_v3": ViewPolicy((_FIRST, _SECOND), "MoCo v3 (Chen 2021)"),
-    "byol": ViewPolicy((_FIRST, _SECOND), "BYOL (Grill 2020)", resample="bicubic"),
+    "byol": ViewPolicy((_FIRST, _SECOND), "BYOL (Grill 2020)", resample="bicubic", blur_share=0.1),
     "simsiam": ViewPolicy((_MOCO_V2,) * 2, "SimSiam (Chen and He 2021)"),
     "barlow_twins": ViewPolicy((_FIRST, _SECOND), "Barlow Twins (Zbontar 2021)", resample="bicubic"),
     "vicreg": ViewPolicy((_FIRST, _SECOND), "VICReg (Bardes 2022)", resample="bicubic"),

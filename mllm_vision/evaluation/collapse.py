@@ -24,16 +24,18 @@ logger = logging.getLogger(__name__)
 LEAST_STD = 0.1  # of geometry_of's std; the mean cosine of two pictures is then above 0.99
 LEAST_RANK_SHARE = 0.02  # of the rank that is possible
 VIEW_SCALE = (0.2, 1.0)  # share of the picture that a crop keeps, for alignment
-SPECTRUM_LENGTH = 512  # eigenvalues kept for the report; beyond it every n-th is taken
+SPECTRUM_LENGTH = 2048  # eigenvalues kept for the report, the largest ones
+DEVIATIONS_LENGTH = 512  # dimensions kept for it; beyond it every n-th is taken
+POWER_LAW = (4, 100)  # indices that alpha-ReQ is fitted to, as its authors' code does: few rows bend the tail down
 
 
 def geometry_of(features: torch.Tensor) -> dict[str, float]:
     """Figures of one cloud of features ``[N, D]``, N >= 2.
 
-    ``effective_rank`` (of the centred features), ``rankme``, ``alpha_req`` (left out where the spectrum has
-    too few values), ``uniformity``, ``std`` (mean standard deviation a dimension of the unit vectors, times
-    sqrt(D): 1 when spread evenly over the sphere, 0 when collapsed), ``dead_dimensions`` (share of dimensions that
-    do not vary).
+    ``effective_rank`` (of the centred features), ``rankme``, ``alpha_req`` (of eigenvalues 4 to 100; left out where
+    the spectrum has fewer than five), ``uniformity``, ``std`` (mean standard deviation a dimension of the unit
+    vectors, times sqrt(D): 1 when spread evenly over the sphere, 0 when collapsed), ``dead_dimensions`` (share of
+    dimensions that do not vary).
     """
     unit = F.normalize(features.float(), dim=-1)
     deviation = unit.std(dim=0, unbiased=False)
@@ -46,8 +48,8 @@ def geometry_of(features: torch.Tensor) -> dict[str, float]:
         "dimensions": float(features.shape[1]),
         "count": float(len(features)),
     }
-    with suppress(ValueError):  # fewer than two directions are left: effective_rank already says so
-        figures["alpha_req"] = geometry.alpha_req(features).item()
+    with suppress(ValueError):  # too few directions are left: effective_rank already says so
+        figures["alpha_req"] = geometry.alpha_req(features, first=POWER_LAW[0], last=POWER_LAW[1]).item()
     return figures
 
 
@@ -74,20 +76,19 @@ def warnings_of(figures: Mapping[str, float]) -> list[str]:
 
 def deviations_of(features: torch.Tensor) -> list[float]:
     """Standard deviation of each dimension of the unit vectors times sqrt(D), descending, thinned to
-    SPECTRUM_LENGTH; 1 for all of them when the vectors are spread evenly.
+    DEVIATIONS_LENGTH; 1 for all of them when the vectors are spread evenly.
     """
     unit = F.normalize(features.float(), dim=-1)
     values = (unit.std(dim=0, unbiased=False) * features.shape[1] ** 0.5).sort(descending=True).values
-    step = -(-len(values) // SPECTRUM_LENGTH)
+    step = -(-len(values) // DEVIATIONS_LENGTH)
     return [float(f"{value:.4g}") for value in values[::step].tolist()]
 
 
 def spectrum_of(features: torch.Tensor) -> list[float]:
-    """Covariance eigenvalues in descending order as shares of their sum, thinned to SPECTRUM_LENGTH."""
+    """The largest SPECTRUM_LENGTH eigenvalues of the covariance in descending order, as shares of the sum of all."""
     values = geometry.spectrum(features)
     values = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
-    step = -(-len(values) // SPECTRUM_LENGTH)
-    return [float(f"{value:.4g}") for value in values[::step].tolist()]
+    return [float(f"{value:.4g}") for value in values[:SPECTRUM_LENGTH].tolist()]
 
 
 class Geometry(Evaluator):
@@ -98,11 +99,12 @@ class Geometry(Evaluator):
         records: rows with an image (and captions, for an image-text model).
         columns: role ``image`` and, optionally, ``caption``.
         batch_size: pictures encoded at once.
-        limit: at most this many pictures (figures of rank depend on it: compare equal numbers only).
+        limit: at most this many pictures, drawn at random by ``seed``, since rows often come sorted by class (figures
+            of rank depend on their number: compare equal ones only).
         feature: "pooled" (the encoder's own vector), "tokens" (mean of the selected tokens), or "embedding"
             (the projected unit vector of an image-text model).
         views: also ``view_alignment``: mean squared distance of the unit vectors of two random crops of a picture.
-        seed: of these crops.
+        seed: of these crops, and of the pictures where there are more than ``limit``.
 
     Metrics: see :func:`geometry_of`; with captions and an image-text model also ``alignment`` (mean squared
     distance of a picture and its first caption) and ``modality_gap`` (distance of the two means). ``arrays`` has the
@@ -136,7 +138,8 @@ class Geometry(Evaluator):
         self.views, self.seed = views, seed
         self.columns = columns or {"image": "image"}
         check_columns(records, self.columns, ("image",), f"Geometry {name!r}")
-        self.rows = list(range(len(records)))[:limit]
+        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))
+        self.rows = sorted(order[:limit].tolist())
         if len(self.rows) < 2:
             raise ValueError(f"Geometry {name!r} needs two pictures or more; got {len(self.rows)}")
 

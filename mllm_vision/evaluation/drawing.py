@@ -17,7 +17,7 @@ LABEL = 16  # height of a line of words
 
 
 def draw_heads(pictures: Sequence[Any], heads: Tensor, path: str | Path) -> Path:
-    """A row a picture: the picture, the mean of the heads, each head; bright is where it looks.
+    """A row a picture: the picture, the mean of the heads, each head; bright is where it looks, as a line below says.
 
     Args:
         pictures: B PIL pictures as the encoder sees them.
@@ -28,8 +28,8 @@ def draw_heads(pictures: Sequence[Any], heads: Tensor, path: str | Path) -> Path
     for picture, maps in zip(pictures, heads, strict=True):
         together = torch.cat([maps.mean(dim=0, keepdim=True), maps])
         rows.append([_tile(picture), *(_coloured(grid) for grid in together)])
-    titles = ["picture", "mean", *(f"head {index + 1}" for index in range(heads.shape[1]))]
-    return _write(rows, titles, path)
+    titles = ["picture", "mean of heads", *(f"head {index + 1}" for index in range(heads.shape[1]))]
+    return _write(rows, titles, path, "brightest: where it looks most", "each tile from 0 to its own greatest value")
 
 
 def draw_patches(pictures: Sequence[Any], components: Tensor, path: str | Path) -> Path:
@@ -43,7 +43,7 @@ def draw_patches(pictures: Sequence[Any], components: Tensor, path: str | Path) 
     rows = [
         [_tile(picture), _enlarged(grid.permute(2, 0, 1))] for picture, grid in zip(pictures, components, strict=True)
     ]
-    return _write(rows, ["picture", "patches"], path)
+    return _write(rows, ["picture", "patches"], path, "one colour: alike to the encoder", "(3 main components as RGB)")
 
 
 def draw_board(
@@ -68,7 +68,9 @@ def draw_board(
     left, middle, right = figure.subplots(1, 3, width_ratios=(4, 4, 2.4))
     for name, values in spectra.items():
         kept = [value for value in values if value > 1e-9 * max(values)]  # below it is rounding
-        left.loglog(range(1, len(kept) + 1), kept, label=name)
+        left.loglog(range(1, len(kept) + 1), kept, label=name, marker="." if len(kept) < 2 else None)
+    if not any(max(values) > 0 for values in spectra.values()):
+        left.text(0.5, 0.5, "no variance at all", ha="center", transform=left.transAxes)
     left.set(title="spectrum of the covariance", xlabel="index", ylabel="share of the variance")
     for name, values in deviations.items():
         middle.plot([place / max(1, len(values) - 1) for place in range(len(values))], values, label=name)
@@ -80,15 +82,21 @@ def draw_board(
         if len(axes.get_lines()) > (axes is middle):
             axes.legend(fontsize=8)
     right.axis("off")
-    words = "\n".join(f"{name.replace('_', ' '):<18}{value:>8.3g}" for name, value in figures.items())
+    lines = (
+        f"{name.replace('_', ' '):<18}{value:>8{'.0f' if abs(value) >= 1000 else '.3g'}}"
+        for name, value in figures.items()
+    )
+    words = "\n".join(lines)
     right.text(0, 1, words, va="top", family="monospace", fontsize=8, transform=right.transAxes)
     return _save(lambda file: figure.savefig(file, format="png", dpi=110), path)
 
 
 def _tile(picture: Any) -> Tensor:
-    """A PIL picture as `[3, SIDE, SIDE]` in 0..1, its pixels kept visible."""
+    """A PIL picture as `[3, SIDE, SIDE]` in 0..1; the pixels of a small one are kept visible."""
     import numpy as np
 
+    if max(picture.size) > SIDE:
+        picture = picture.resize((SIDE, SIDE))
     pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
     return _enlarged(pixels)
 
@@ -106,12 +114,13 @@ def _coloured(grid: Tensor) -> Tensor:
     return _enlarged(colours.permute(2, 0, 1))
 
 
-def _write(rows: Sequence[Sequence[Tensor]], titles: Sequence[str], path: str | Path) -> Path:
-    """Tiles `[3, SIDE, SIDE]` in rows under their titles."""
+def _write(rows: Sequence[Sequence[Tensor]], titles: Sequence[str], path: str | Path, *notes: str) -> Path:
+    """Tiles `[3, SIDE, SIDE]` in rows under their titles, and notes below them."""
     from PIL import Image, ImageDraw
 
     width = len(titles) * (SIDE + GAP) - GAP
-    sheet = torch.ones(3, LABEL + len(rows) * (SIDE + GAP) - GAP, width)
+    bottom = LABEL + len(rows) * (SIDE + GAP)
+    sheet = torch.ones(3, bottom + LABEL * len(notes), width)
     for line, row in enumerate(rows):
         for place, tile in enumerate(row):
             top, left = LABEL + line * (SIDE + GAP), place * (SIDE + GAP)
@@ -120,6 +129,8 @@ def _write(rows: Sequence[Sequence[Tensor]], titles: Sequence[str], path: str | 
     pen = ImageDraw.Draw(image)
     for place, title in enumerate(titles):
         pen.text((place * (SIDE + GAP) + 2, 2), title, fill=(60, 60, 60))
+    for place, note in enumerate(notes):
+        pen.text((2, bottom + place * LABEL), note, fill=(60, 60, 60))
     return _save(lambda file: image.save(file, "PNG", optimize=True), path)
 
 

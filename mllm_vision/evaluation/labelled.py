@@ -26,6 +26,7 @@ from mllm_vision.evaluation.base import (
     my_share,
 )
 from mllm_vision.evaluation.images import check_columns, usable_images
+from mllm_vision.evaluation.loading import finite_rows
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ class LabelledImages:
     Attributes: ``class_names``; ``train_labels`` and ``test_labels``, one index a row of the data.
 
     Training rows without a label (empty or -1) are left out, and their number is told.
+
+    Pictures that cannot be read, or whose features are not finite, are left out with a warning.
 
     Raises:
         ValueError: no label column (kNN and the probe need labels), test rows without a label or no labelled training
@@ -123,7 +126,7 @@ class LabelledImages:
         The last features are kept until a weight of the encoder changes.
 
         Raises:
-            ValueError: ``model`` holds no VisionEncoder, or not one picture could be read.
+            ValueError: ``model`` holds no VisionEncoder, or not one picture could be read or has finite features.
         """
         feature = feature or self.feature
         encoder = image_model(model)
@@ -154,8 +157,10 @@ class LabelledImages:
         error: Exception | None = None
         try:
             for chunk, pixels in part.pixel_values(encoder.processor, self.batch_size, self.cache):
-                rows.extend(chunk)
-                features.append(_features_of(encoder, pixels.to(device), feature).float())
+                found = _features_of(encoder, pixels.to(device), feature).float()
+                sound = finite_rows(found, chunk, f"the {part.name} set")
+                rows.extend(chunk[place] for place in sound)
+                features.append(found[sound])
         except Exception as problem:
             error = problem
         agree_on_error(error)
@@ -163,6 +168,8 @@ class LabelledImages:
         width = int(all_reduce(width, op="max"))
         if width == 0:
             raise ValueError(f"none of the {len(part.wanted)} pictures of the {part.name} set could be read")
+        if not all_reduce(torch.tensor([len(rows)], device=device)):
+            raise ValueError(f"no picture of the {part.name} set has finite features; look at the encoder's weights")
         whole = torch.cat(features) if features else torch.empty(0, width, device=device)
         return Labelled(whole, torch.tensor([part.labels[row] for row in rows], device=device, dtype=torch.int64), rows)
 

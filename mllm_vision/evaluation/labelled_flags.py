@@ -61,9 +61,10 @@ class LabelledArguments:
         test = load_records(self.eval_dataset_name, split=self.eval_split)
         limits = {"train_limit": self.max_eval_train_samples, "test_limit": self.max_eval_samples}
         data = LabelledImages(bank, test, dict(columns), **limits)
-        made = {
-            "knn": KnnAccuracy("knn", data, k=self.knn_k, temperature=self.knn_temperature, raw_pixels=self.raw_pixels),
-            "probe": LinearProbe("probe", data, raw_pixels=self.raw_pixels),
+        knn = {"k": self.knn_k, "temperature": self.knn_temperature}
+        build = {
+            "knn": lambda: KnnAccuracy("knn", data, **knn, raw_pixels=self.raw_pixels),
+            "probe": lambda: LinearProbe("probe", data, raw_pixels=self.raw_pixels),
         }
-        after = dict.fromkeys([*self.evaluators, *self.final_evaluators])
-        return [made[name] for name in dict.fromkeys(self.evaluators)], [made[name] for name in after]
+        made = {name: build[name]() for name in dict.fromkeys([*self.evaluators, *self.final_evaluators])}
+        return [made[name] for name in dict.fromkeys(self.evaluators)], list(made.values())

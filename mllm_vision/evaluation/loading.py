@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from mllm_vision.distributed import rank
 from mllm_vision.evaluation.base import agree_on_error, batches, gather_items, my_share
 from mllm_vision.evaluation.images import usable_images
+
+logger = logging.getLogger(__name__)
 
 
 def encode_records(
@@ -31,24 +35,45 @@ def encode_records(
         (features ``[N, ...]`` float32 on the CPU, the row of each one), complete on every rank.
 
     Raises:
-        ValueError: not one picture could be read.
+        ValueError: not one picture could be read, or none has finite features.
     """
     indices = list(indices)
     rows: list[tuple[int, tuple[int, torch.Tensor]]] = []
     error: Exception | None = None
+    read = 0
     try:
         for chunk in batches(my_share(len(indices)), batch_size):
             pictures, kept = usable_images(records, column, [indices[place] for place in chunk])
             if pictures:
                 features = encode(pictures).detach().float().cpu()
-                rows.extend((index, (index, row)) for index, row in zip(kept, features, strict=True))
+                sound = finite_rows(features, kept, f"column {column!r}")
+                read += len(kept)
+                rows.extend((kept[place], (kept[place], features[place])) for place in sound)
     except Exception as problem:
         error = problem
     agree_on_error(error)
     merged = gather_items(rows)
     if not merged:
-        raise ValueError(f"none of the {len(indices)} pictures in column {column!r} could be read")
+        read = sum(gather_items([(rank(), read)]))
+        raise ValueError(
+            f"none of the {len(indices)} pictures in column {column!r} "
+            + ("has finite features; look at the model's weights" if read else "could be read")
+        )
     return torch.stack([row for _, row in merged]), [index for index, _ in merged]
+
+
+def finite_rows(features: torch.Tensor, rows: Sequence[int], where: str) -> list[int]:
+    """The places of the features ``[n, ...]`` without NaN or infinity; the others are reported and left out.
+
+    A NaN is no neighbour and no score of anything, and what comes out of it looks like any other figure.
+    """
+    sound = features.flatten(1).isfinite().all(dim=1).tolist()
+    if broken := [row for row, fine in zip(rows, sound, strict=True) if not fine]:
+        logger.warning(
+            "%d pictures of %s are left out: their features are not finite (the first is row %d)",
+            len(broken), where, broken[0],
+        )  # fmt: skip
+    return [place for place, fine in enumerate(sound) if fine]
 
 
 def encode_pictures(

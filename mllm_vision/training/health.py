@@ -149,14 +149,20 @@ def patience(args: Any, max_steps: int) -> int:
 
 
 def expected_chance(objective: Any, pairs: int, positives: float = 1.0) -> float | None:
-    """The loss at chance that the objective states, `positives` positive texts an image included; None without one."""
+    """The loss at chance that the objective states, `positives` positive texts an image included; None without one.
+
+    An objective that states none (as `Objective` itself does not) and has a `margin` sits at that: its distances are
+    then all the same.
+    """
     chance = getattr(objective, "chance_loss", None)
     if pairs < 2:
         return None
-    if not callable(chance):
-        return _setting(objective, "margin")
-    # a method of the user's own need not know of duplicates
-    return chance(pairs, positives) if positives > 1.0 else chance(pairs)
+    if callable(chance):
+        # a method of the user's own need not know of duplicates
+        stated = chance(pairs, positives) if positives > 1.0 else chance(pairs)
+        if stated is not None:
+            return stated
+    return _setting(objective, "margin")
 
 
 def level_name(objective: Any, pairs: int, level: float) -> str:

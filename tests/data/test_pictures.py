@@ -88,6 +88,15 @@ def test_sizes(size: tuple[int, int], decode_size: int | None, expected: tuple[i
     assert PictureDataset(records, decode_size=decode_size)[0]["image"].size == expected
 
 
+def test_of_a_panorama_the_middle_is_kept() -> None:
+    for long, box in (
+        (Image.new("RGB", (400, 20)), (160, 0, 240, 20)),
+        (Image.new("RGB", (20, 400)), (0, 160, 20, 240)),
+    ):
+        long.paste("red", box)
+        assert PictureDataset([{"image": long}])[0]["image"].getcolors() == [(1600, (255, 0, 0))]
+
+
 def test_a_jpeg_is_decoded_small() -> None:
     """The draft of a large JPEG shows what a full decode and resize shows."""
     smooth = random_image(0, 8).resize((640, 480), Image.Resampling.BICUBIC)

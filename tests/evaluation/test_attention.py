@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
 from mllm_vision.data import load_records
@@ -13,7 +14,7 @@ from mllm_vision.encoder.build import build_backbone
 from mllm_vision.evaluation import Attention, Geometry
 from mllm_vision.evaluation.attention import attention_heads, attention_map, head_figures, patch_components
 from mllm_vision.evaluation.collapse import geometry_of, warnings_of
-from mllm_vision.evaluation.drawing import draw_heads
+from mllm_vision.evaluation.drawing import draw_board, draw_heads
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOWERS = {
@@ -67,6 +68,33 @@ def test_the_heads_of_a_vit_are_its_softmax():
     key = projections.get("key", projections.get("k_proj"))(normed).view(2, 17, 4, 8).transpose(1, 2)
     weights = (query @ key.transpose(2, 3) / 8**0.5).softmax(dim=-1)
     torch.testing.assert_close(heads, weights[:, :, 0, 1:].view(2, 4, 4, 4))
+
+
+@pytest.mark.parametrize("kind", ["dinov2_with_registers", "dinov3_vit"])
+@torch.no_grad()
+def test_registers_are_left_out(kind):
+    """Class token, registers and patches come in this order: what is left of the softmax is on the first five."""
+    encoder = build(kind)
+    pixels = torch.randn(2, 3, 32, 32)
+    heads = attention_heads(encoder, pixels)
+    encoder.backbone.set_attn_implementation("eager")
+    weights = encoder.backbone(pixels, output_attentions=True).attentions[-1][:, :, 0]
+    assert weights.shape[-1] == 5 + 16
+    torch.testing.assert_close(heads.flatten(2), weights[:, :, 5:])
+    torch.testing.assert_close(heads.sum(dim=(2, 3)) + weights[:, :, :5].sum(dim=2), torch.ones(2, 4))
+
+
+@torch.no_grad()
+def test_the_heads_of_siglip_are_those_of_its_probe():
+    encoder = build("siglip")
+    pixels = torch.randn(2, 3, 32, 32)
+    heads, pooling = attention_heads(encoder, pixels), encoder.backbone.head
+    tokens = encoder.backbone(pixels).last_hidden_state
+    weight, bias = pooling.attention.in_proj_weight, pooling.attention.in_proj_bias
+    query = (pooling.probe[0] @ weight[:32].T + bias[:32]).view(1, 1, 4, 8).transpose(1, 2)
+    key = (tokens @ weight[32:64].T + bias[32:64]).view(2, 16, 4, 8).transpose(1, 2)
+    expected = (query @ key.transpose(2, 3) / 8**0.5).softmax(dim=-1)
+    torch.testing.assert_close(heads, expected[:, :, 0].view(2, 4, 4, 4))
 
 
 @torch.no_grad()
@@ -140,6 +168,33 @@ def test_a_tile_is_bright_where_the_map_is(tmp_path):
     tile = sheet.crop((3 * 132, 16 + 132, 3 * 132 + 128, 16 + 132 + 128))
     brightness = torch.tensor(list(tile.convert("L").resize((4, 4), Image.BOX).tobytes()))
     assert torch.equal(brightness.argsort(), heads[1, 1].flatten().argsort())
+
+
+def test_a_large_picture_is_smoothed_where_it_shrinks(tmp_path):
+    """Lines of single pixels become grey, not whichever line is hit; and words say what bright means."""
+    lines = Image.new("RGB", (256, 256))
+    lines.paste("white", (0, 0, 256, 128))
+    for row in range(0, 128, 2):
+        lines.paste("black", (0, row, 256, row + 1))
+    sheet = Image.open(draw_heads([lines], torch.rand(1, 2, 4, 4), tmp_path / "heads.png"))
+    tile = torch.tensor(list(sheet.crop((0, 16, 128, 16 + 64)).convert("L").tobytes()))
+    assert tile.min() > 100 and tile.max() < 155
+    note = torch.tensor(list(sheet.crop((0, 16 + 132, sheet.width, sheet.height)).convert("L").tobytes()))
+    assert sheet.height == 16 + 132 + 2 * 16 and note.min() < 120
+
+
+def test_the_words_of_the_board(tmp_path, monkeypatch):
+    """Counts as they are, and in place of an empty spectrum what is the matter."""
+    told, text = [], Axes.text
+    monkeypatch.setattr(
+        Axes, "text", lambda self, x, y, words, **how: told.append(words) or text(self, x, y, words, **how)
+    )
+    draw_board(
+        {"this model": [0.7, 0.3]}, {"this model": [1.0, 0.5]}, {"count": 12345.0, "std": 0.1234}, tmp_path / "a.png"
+    )
+    assert told[0].split() == ["count", "12345", "std", "0.123"]
+    draw_board({"this model": [0.0, 0.0]}, {"this model": [0.0, 0.0]}, {"std": 0.0}, tmp_path / "b.png")
+    assert "no variance at all" in told[1:]
 
 
 def test_the_board(tmp_path, caplog):

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from pairs_for_tests import make_objective
 from PIL import Image
 
 from mllm_vision.data import load_records
@@ -16,10 +17,11 @@ from mllm_vision.encoder.build import build_encoder
 from mllm_vision.evaluation import Geometry, Maps
 from mllm_vision.evaluation.attention import attention_map
 from mllm_vision.evaluation.base import Evaluation, evaluation_mode
-from mllm_vision.evaluation.collapse import geometry_of, spectrum_of
+from mllm_vision.evaluation.collapse import deviations_of, geometry_of, spectrum_of
 from mllm_vision.evaluation.images import displayed
 from mllm_vision.evaluation.maps import occluded, occlusion_map
 from mllm_vision.evaluation.models import reinitialise
+from mllm_vision.functional import geometry
 
 
 def test_geometry_of_known_clouds() -> None:
@@ -38,6 +40,60 @@ def test_geometry_of_known_clouds() -> None:
     assert collapsed["effective_rank"] == 0 and collapsed["std"] == pytest.approx(0, abs=1e-6)
     assert collapsed["uniformity"] == pytest.approx(0, abs=1e-6)
     assert all(math.isfinite(value) for value in collapsed.values())
+
+
+def test_every_figure_is_its_definition() -> None:
+    """Written out on one cloud: RankMe of what is not centred, uniformity over all pairs."""
+    features = torch.randn(60, 12, dtype=torch.float64) * torch.linspace(1, 3, 12) + 2.0
+    figures = geometry_of(features)
+    shares = torch.linalg.svdvals(features)
+    shares = shares / shares.sum() + 1e-7
+    assert figures["rankme"] == pytest.approx(torch.exp(-(shares * shares.log()).sum()).item(), rel=1e-6)
+    unit = features / features.norm(dim=1, keepdim=True)
+    potentials = [(-2 * (unit[i] - unit[j]).square().sum()).exp() for i in range(60) for j in range(i)]
+    assert figures["uniformity"] == pytest.approx(torch.stack(potentials).mean().log().item(), rel=1e-6)
+    assert figures["std"] == pytest.approx((unit.std(0, unbiased=False).mean() * 12**0.5).item(), rel=1e-5)
+
+
+def test_alpha_of_a_power_law() -> None:
+    """Also with hardly more pictures than dimensions, where the tail of the spectrum says nothing of the features."""
+    for exponent in (0.8, 1.0, 1.5):
+        features = torch.randn(1000, 768) * torch.arange(1, 769).pow(-exponent / 2)
+        assert geometry_of(features)["alpha_req"] == pytest.approx(exponent, abs=0.12)
+    assert geometry.alpha_req(torch.randn(1000, 768) * torch.arange(1, 769).pow(-0.5)) > 1.4  # all of it: misleading
+
+
+def test_the_spectrum_is_as_long_as_the_features_are_wide() -> None:
+    """The place of a value is its index, which the pictures draw it over."""
+    features = torch.randn(900, 768)
+    values = torch.linalg.eigvalsh(torch.cov(features.double().T, correction=0)).flip(0)
+    found = spectrum_of(features)
+    assert len(found) == 768 and found[599] == pytest.approx((values[599] / values.sum()).item(), rel=1e-3)
+    assert len(deviations_of(features)) == 384
+
+
+def test_pictures_are_drawn_from_all_of_the_data() -> None:
+    """Rows come sorted by class, or class by class in turn: neither the first ones nor every n-th will do."""
+    for classes in ([row // 100 for row in range(1000)], [row % 10 for row in range(1000)]):
+        records = [{"image": None, "label": label} for label in classes]
+        rows = Geometry("g", records, limit=100).rows
+        counts = torch.bincount(torch.tensor([classes[row] for row in rows]), minlength=10)
+        assert len(set(rows)) == 100 and rows == sorted(rows) and counts.min() >= 3 and counts.max() <= 20
+    assert Geometry("g", records, limit=None).rows == Geometry("g", records, limit=2000).rows == list(range(1000))
+
+
+def test_alignment_and_gap_of_a_pair(tmp_path) -> None:
+    dual = make_objective("clip").dual.eval()
+    records = load_records(str(tiny.write_pairs_parquet(tmp_path / "pairs.parquet", n=7)))
+    columns = {"image": "image", "caption": "captions"}
+    with torch.no_grad():
+        images = dual.encode_images([records[row]["image"] for row in range(7)])
+        texts = dual.encode_texts([records[row]["captions"][0] for row in range(7)])
+    images, texts = (rows / rows.norm(dim=1, keepdim=True) for rows in (images, texts))
+    for feature in ("pooled", "embedding"):
+        found = Geometry("g", records, columns, feature=feature)(dual)
+        assert found["alignment"] == pytest.approx((images - texts).square().sum(1).mean().item(), rel=1e-4)
+        assert found["modality_gap"] == pytest.approx((images.mean(0) - texts.mean(0)).norm().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("build", [tiny.tiny_clip_vision, tiny.tiny_siglip_vision, tiny.tiny_dinov2])

@@ -14,8 +14,10 @@ from datasets import ClassLabel, Dataset
 from mllm_vision.data import load_records
 from mllm_vision.encoder import VisionEncoder
 from mllm_vision.encoder.build import build_backbone
-from mllm_vision.evaluation import KnnAccuracy, LabelledImages, LinearProbe
+from mllm_vision.evaluation import Geometry, KnnAccuracy, LabelledImages, LinearProbe
 from mllm_vision.evaluation.knn import knn_predict, nearest
+from mllm_vision.evaluation.labelled import Labelled
+from mllm_vision.evaluation.labelled_flags import LabelledArguments
 from mllm_vision.evaluation.linear_probe import fit_linear, principal_axes
 
 
@@ -125,6 +127,71 @@ def test_constant_features_leave_the_frequencies():
     assert fit.bias.softmax(0)[0].item() == pytest.approx(0.75, abs=1e-3)
 
 
+class Given:
+    """What the evaluators ask of `LabelledImages`, around features that are given."""
+
+    def __init__(self, train: Labelled, test: Labelled, classes: int) -> None:
+        self.parts, self.classes, self.test = (train, test), classes, list(test.rows)
+        self.class_names, self.train_labels = [str(index) for index in range(classes)], train.labels.tolist()
+
+    def features(self, model: object, feature: str | None = None) -> tuple[Labelled, Labelled]:
+        return self.parts
+
+    def count(self) -> tuple[int, int]:
+        return len(self.parts[0].rows), len(self.parts[1].rows)
+
+    def train_rows(self) -> list[int]:
+        return self.parts[0].rows
+
+
+def given(train: tuple, test: tuple, classes: int) -> Given:
+    return Given(*(Labelled(*part, list(range(len(part[1])))) for part in (train, test)), classes)
+
+
+def test_the_evaluator_votes_as_the_function_does():
+    """Its own k's and temperature, and cosines whatever the lengths of the features."""
+    train, test = clusters(90, classes=4, noise=6.0), clusters(60, classes=4, noise=6.0, seed=1)
+    lengths = torch.logspace(-2, 2, 90)[torch.randperm(90, generator=torch.Generator().manual_seed(3))]
+    train = (train[0] * lengths[:, None], train[1])
+    evaluator = KnnAccuracy("knn", given(train, test, 4), k=[7, 40], temperature=0.02, query_chunk=11)
+    found, settings = evaluator(None), {"temperature": 0.02}
+    for name, k in (("accuracy", 7), ("accuracy_k40", 40)):
+        right = (knn_predict(test[0], *train, 4, k=k, **settings) == test[1]).float().mean().item()
+        assert found[name] == pytest.approx(right)
+    other = (knn_predict(test[0], *train, 4, k=40, temperature=1.0) == test[1]).float().mean().item()
+    assert other != pytest.approx(found["accuracy_k40"])  # the temperature counts
+
+
+def test_the_probe_is_fitted_to_all_training_rows_and_standardised_by_them_alone():
+    """The test rows are shifted and stretched: by their own mean and deviation they would be judged otherwise."""
+    train, test = clusters(120, noise=6.0), clusters(90, noise=6.0, seed=1)
+    test = (test[0] * 1.5 + 2.0, test[1])
+    probe = LinearProbe("probe", given(train, test, 3), regularisation=(1e-3, 1e-1, 10.0), validation=0.3)
+    metrics = probe(None)
+    accuracies = [row["accuracy"] for row in probe.last.tables["sweep"]]
+    assert metrics["validation_accuracy"] == max(accuracies) > min(accuracies)
+    assert metrics["regularisation"] == (10.0, 1e-1, 1e-3)[accuracies.index(max(accuracies))]
+    mean, deviation = train[0].double().mean(0), train[0].double().std(0, unbiased=False)
+    rows, others = ((part.double() - mean) / deviation for part in (train[0], test[0]))
+    weight, bias = torch.zeros(3, 8, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for _ in range(3000):  # plain gradient descent
+        off = (rows @ weight.T + bias).softmax(1) - F.one_hot(train[1], 3)
+        weight -= 0.1 * (off.T @ rows / 120 + metrics["regularisation"] * weight)
+        bias -= 0.1 * off.mean(0)
+    for figure, features, labels in (("train_accuracy", rows, train[1]), ("accuracy", others, test[1])):
+        right = ((features @ weight.T + bias).argmax(1) == labels).double().mean().item()
+        assert metrics[figure] == pytest.approx(right)
+
+
+def test_the_rows_that_choose_the_penalty_are_not_learnt_from():
+    """Labels at random and more dimensions than rows: what was learnt is right always, the rest at chance."""
+    features, labels = torch.randn(80, 120), torch.randint(0, 2, (80,))
+    probe = LinearProbe("probe", given((features, labels), (features, labels), 2), regularisation=(1e-3, 1e-2, 1e-1),
+                        validation=0.5)  # fmt: skip
+    metrics = probe(None)
+    assert metrics["train_accuracy"] == 1.0 and metrics["validation_accuracy"] < 0.8
+
+
 # ---- the evaluators -------------------------------------------------------------------------------------------
 
 
@@ -154,6 +221,17 @@ def test_both_on_pictures_that_can_be_told_apart(encoder, rows):
     # the features are the encoder's own vectors, of all rows in their order
     own = encoder.encode([row["image"] for row in test], feature="pooled")
     torch.testing.assert_close(data.features(encoder)[1].features, own, atol=2e-2, rtol=1e-2)
+
+
+def test_the_encoder_sees_whole_pictures_as_its_processor_gives_them(encoder):
+    """No random crop, no flip: to a grey level, also of the pictures that were kept."""
+    records = [{"image": tiny.random_image(place, 45), "label": place % 2} for place in range(6)]
+    data, processor = LabelledImages(records, records, feature="pixels", batch_size=4), encoder.processor
+    expected = processor([row["image"] for row in records], return_tensors="pt")["pixel_values"].flatten(1)
+    for _ in range(2):
+        off = (data.features(encoder)[0].features - expected).abs().max()
+        assert off <= 1.01 / 255 / min(processor.image_std)
+        data.forget()
 
 
 def test_features_are_computed_once_a_weight_and_modes_come_back(rows, monkeypatch):
@@ -197,6 +275,46 @@ def test_limits_draw_at_random_and_bad_pictures_are_left_out(encoder, rows, capl
     with caplog.at_level(logging.WARNING):
         metrics = KnnAccuracy("knn", data, k=1)(encoder, 0)
     assert metrics["skipped"] == 1 and metrics["count"] == 39
+
+
+def test_features_that_are_not_finite_are_told_and_left_out(rows, caplog, monkeypatch):
+    """A NaN is nobody's neighbour; without this a broken encoder has the accuracy of a guess, and a probe converges."""
+    encoder = VisionEncoder.from_backbone(tiny.tiny_vit(), tiny.tiny_image_processor("vit"))
+    whole = KnnAccuracy("knn", LabelledImages(rows, rows), k=3)(encoder)
+    forward = encoder.forward
+
+    def broken(pixels, **settings):
+        found = forward(pixels, **settings)
+        found.pooled[1] = torch.nan
+        return found
+
+    monkeypatch.setattr(encoder, "forward", broken)
+    with caplog.at_level(logging.WARNING):
+        metrics = KnnAccuracy("knn", LabelledImages(rows, rows), k=3)(encoder)
+        geometry = Geometry("board", rows, batch_size=96)(encoder)
+    assert "1 pictures of the test set are left out: their features are not finite (the first is row 1)" in caplog.text
+    assert (metrics["skipped"], metrics["count"], whole["count"]) == (1, 95, 96)
+    assert geometry["count"] == 95 and geometry["effective_rank"] > 1
+    monkeypatch.undo()
+    with torch.no_grad():
+        encoder.backbone.layernorm.weight.fill_(torch.nan)
+    for evaluator in (KnnAccuracy("k", LabelledImages(rows, rows), k=3), LinearProbe("p", LabelledImages(rows, rows))):
+        with pytest.raises(ValueError, match="no picture of the training set has finite features"):
+            evaluator(encoder)
+    with pytest.raises(ValueError, match="none of the 96 pictures in column 'image' has finite features"):
+        Geometry("board", rows)(encoder)
+
+
+def test_only_what_is_asked_for_is_built(rows):
+    """Twelve labelled pictures are too few for 20 neighbours, and enough for a probe."""
+    data = [dict(row) for row in rows.select(range(12))]
+    words = {"eval_dataset_name": "test", "evaluators": ["probe"], "final_evaluators": ["probe"]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mllm_vision.data.load_records", lambda *a, **k: data)
+        while_training, after = LabelledArguments(**words).build(data, {})
+        assert [each.name for each in while_training] == [each.name for each in after] == ["probe"]
+        with pytest.raises(ValueError, match="k=20 neighbours among 12"):
+            LabelledArguments(**{**words, "final_evaluators": ["knn"]}).build(data, {})
 
 
 def test_labels_as_words_numbers_and_classes(rows):

@@ -18,6 +18,7 @@ from transformers import TrainerState
 from transformers.utils import ModelOutput
 
 from mllm_vision.functional.geometry import participation_ratio, spread
+from mllm_vision.objectives.base import Objective
 from mllm_vision.training.arguments import RecipeArguments
 from mllm_vision.training.health import Health, expected_chance, level_name, patience
 from mllm_vision.training.run import Run
@@ -277,6 +278,21 @@ def test_a_loss_at_a_known_level_is_named(name: str, level: float, settings: dic
     assert "the views (too strong?)" in found["chance"] and "caption" not in found["chance"]
     assert watch(tmp_path, [{"loss": 0.9 * level}] * 8, objective=objective).found == {}
     assert level_name(objective, 8, 1.01 * level) == ""
+
+
+def test_a_method_that_states_no_chance_is_watched_at_its_margin(tmp_path: Path) -> None:
+    """A triplet loss of the user's own: what it inherits states none."""
+
+    class Triplet(Alone):
+        def chance_loss(self, batch_size: int, positives: float = 1.0) -> float | None:
+            return Objective.chance_loss(self, batch_size, positives)
+
+    objective = Triplet(1.0, margin=0.2)
+    del objective.chance_loss  # the instance's own
+    assert objective.chance_loss(8) is None and expected_chance(objective, 8, 2.0) == 0.2
+    found = watch(tmp_path, [{"loss": 0.2}] * 8, objective=objective).found
+    assert "sits at chance (the margin = 0.2000 for 8 images)" in found["chance"]
+    assert watch(tmp_path, [{"loss": 0.2}] * 8, objective=Alone(None)).found == {}
 
 
 def test_the_two_collapses_of_self_distillation(tmp_path: Path) -> None:
