@@ -77,9 +77,11 @@ class PictureDataset(EpochDataset):
         label = None
         if "label" in self.columns:
             label = record[self.columns["label"]]
-            if isinstance(label, str):
+            if no_label(label):
+                label = -1
+            elif isinstance(label, str):
                 label = text_id(label)  # a stream's classes are not known beforehand, but equal words are one class
-            label = -1 if label is None else int(label)
+            label = int(label)
         return self._row(record, label, key, index)
 
     def _row(self, record: dict[str, Any], label: int | None, key: int, index: int) -> dict[str, Any]:
@@ -147,12 +149,18 @@ def _bounded(image: Image.Image, decode_size: int | None) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
 
 
+def no_label(value: Any) -> bool:
+    """Whether a cell of a label column is empty: None, -1, or a text of nothing but blanks."""
+    return value is None or value == -1 or (isinstance(value, str) and not value.strip())
+
+
 def _read_labels(records: Any, column: str) -> tuple[Tensor, list[str] | None]:
     """Every row's label as a number, -1 where it is missing, and the names of the classes where they have any."""
     only = only_columns(records, [column])
     values = only[column][:] if hasattr(only, "column_names") else [record.get(column) for record in records]
     feature = getattr(records, "features", None)
     names = getattr(feature[column], "names", None) if feature is not None else None
+    values = [None if no_label(value) else value for value in values]
     if any(isinstance(value, str) for value in values):
         names = sorted({value for value in values if value is not None})
         numbers = {name: number for number, name in enumerate(names)}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_vision.evaluation.base import Evaluation, Evaluator, image_model
-from mllm_vision.evaluation.images import check_columns, data_uri, displayed, rounded, usable_images
+from mllm_vision.evaluation.images import check_columns, data_uri, displayed, draw_rows, rounded, usable_images
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +135,7 @@ class Attention(Evaluator):
         from mllm_vision.data.images import ImageTransform
 
         encoder = image_model(model)
-        step = max(1, len(self.records) // self.count)
-        wanted = list(range(0, len(self.records), step))[: self.count]
+        wanted = draw_rows(len(self.records), self.count)
         pictures, kept = usable_images(self.records, self.columns["image"], wanted)
         if not pictures:
             raise ValueError(f"none of the {len(wanted)} pictures of {self.name!r} could be read")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from mllm_vision.data.sampling import bytes_id, draw_key
 from mllm_vision.evaluation.base import Evaluation, Evaluator, dual_model, encode_rows, image_model
-from mllm_vision.evaluation.images import as_list, check_columns
+from mllm_vision.evaluation.images import as_list, check_columns, draw_rows
 from mllm_vision.evaluation.loading import encode_records
 from mllm_vision.functional import geometry
 
@@ -138,8 +138,7 @@ class Geometry(Evaluator):
         self.views, self.seed = views, seed
         self.columns = columns or {"image": "image"}
         check_columns(records, self.columns, ("image",), f"Geometry {name!r}")
-        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))
-        self.rows = sorted(order[:limit].tolist())
+        self.rows = draw_rows(len(records), limit, seed)
         if len(self.rows) < 2:
             raise ValueError(f"Geometry {name!r} needs two pictures or more; got {len(self.rows)}")
 

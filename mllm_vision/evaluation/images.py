@@ -48,6 +48,19 @@ def check_columns(records: Any, columns: dict[str, str], roles: Sequence[str], w
             raise ValueError(f"{what}: column {column!r} (for {role!r}) is not in the data; found {found}")
 
 
+def draw_rows(total: int, count: int | None, seed: int = 0) -> list[int]:
+    """`count` of the rows 0 to total - 1, drawn at random by `seed`, ascending; all of them with None or too few.
+
+    Neither the first rows nor every n-th one show what is in the data: rows come sorted by class, or with the classes
+    taking turns.
+    """
+    import torch
+
+    if count is None or count >= total:
+        return list(range(total))
+    return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist())
+
+
 def usable_images(records: Any, column: str, indices: Sequence[int]) -> tuple[list[Any], list[int]]:
     """Load the pictures of some rows; rows whose picture is bad are left out and reported.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_vision.data.columns import bind_columns
+from mllm_vision.data.pictures import no_label
 from mllm_vision.distributed import all_reduce
 from mllm_vision.evaluation.base import (
     Evaluation,
@@ -25,7 +26,7 @@ from mllm_vision.evaluation.base import (
     image_model,
     my_share,
 )
-from mllm_vision.evaluation.images import check_columns, usable_images
+from mllm_vision.evaluation.images import check_columns, draw_rows, usable_images
 from mllm_vision.evaluation.loading import finite_rows
 
 logger = logging.getLogger(__name__)
@@ -188,23 +189,20 @@ class _Part:
         feature = (getattr(records, "features", None) or {}).get(column)
         self.class_names: list[str] | None = getattr(feature, "names", None)
         self.raw = list(records[column] if hasattr(records, "column_names") else [row[column] for row in records])
-        missing = [row for row, label in enumerate(self.raw) if label is None or label == -1]
+        missing = [row for row, label in enumerate(self.raw) if no_label(label)]
         if missing and (name == "test" or len(missing) == len(self.raw)):
             raise ValueError(
                 f"{len(missing)} of the {len(self.raw)} rows of the {name} set have no label (the first is row "
                 f"{missing[0]}); kNN and the linear probe need labels: leave these rows out, or leave the probe out"
             )
-        self.labelled = [row for row, label in enumerate(self.raw) if label is not None and label != -1]
+        self.labelled = [row for row, label in enumerate(self.raw) if not no_label(label)]
         if missing:
             told = "%d of the %d rows of the %s set have a label: kNN and the linear probe learn from these"
             logger.info(told, len(self.labelled), len(self.raw), name)
         names = self.class_names
-        self.told = ["" if v is None or v == -1 else str(v) if names is None else names[v] for v in self.raw]
+        self.told = ["" if no_label(v) else str(v) if names is None else names[v] for v in self.raw]
         self.labels: list[int] = []  # places in the class names of the training set, -1 for none
-        self.wanted = self.labelled
-        if limit is not None and limit < len(self.wanted):  # at random: rows often come sorted by class
-            order = torch.randperm(len(self.wanted), generator=torch.Generator().manual_seed(seed))
-            self.wanted = sorted(self.labelled[place] for place in order[:limit].tolist())
+        self.wanted = [self.labelled[place] for place in draw_rows(len(self.labelled), limit, seed)]
         self._kept: tuple[str, list[tuple[list[int], Tensor]]] | None = None
 
     def names(self) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from mllm_vision.evaluation.attention import attention_map
 from mllm_vision.evaluation.base import Evaluation, Evaluator, batches, dual_model, image_model, unwrap
 from mllm_vision.evaluation.generation import AnswerGenerator
-from mllm_vision.evaluation.images import as_list, check_columns, data_uri, displayed, rounded, usable_images
+from mllm_vision.evaluation.images import as_list, check_columns, data_uri, displayed, draw_rows, rounded, usable_images
 
 PICTURE_SIZE = 224  # longest side of a picture embedded in the report
 
@@ -131,8 +131,7 @@ class Maps(Evaluator):
         self.count, self.texts_each, self.grid = count, texts_each, grid
 
     def evaluate(self, model: Any) -> Evaluation:
-        step = max(1, len(self.records) // max(1, self.count))
-        wanted = list(range(0, len(self.records), step))[: self.count]
+        wanted = draw_rows(len(self.records), self.count)
         pictures, kept = usable_images(self.records, self.columns["image"], wanted)
         draw = self._answers if self.processor is not None else self._encoder
         maps = [draw(model, picture, self.records[row]) for picture, row in zip(pictures, kept, strict=True)]

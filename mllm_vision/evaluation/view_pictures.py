@@ -10,7 +10,7 @@ from torch import Tensor
 from mllm_vision.data.pictures import PictureCollator
 from mllm_vision.data.sampling import draw_key
 
-from .images import data_uri, displayed, usable_images
+from .images import data_uri, displayed, draw_rows, usable_images
 
 LOCAL = 4  # local crops shown of a picture
 
@@ -24,7 +24,7 @@ def view_samples(
     count: int = 4,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Some pictures at equal distances over the data, each with its views of the first epoch.
+    """Some pictures, drawn at random, each with its views of the first epoch.
 
     Args:
         records: rows with a picture; `column`: of the picture.
@@ -34,8 +34,7 @@ def view_samples(
     Returns:
         For each picture {"image": data URI, "views": data URIs}; for the report (`arrays["views"]`).
     """
-    step = max(1, len(records) // count)
-    pictures, kept = usable_images(records, column, list(range(0, len(records), step))[:count])
+    pictures, kept = usable_images(records, column, draw_rows(len(records), count, seed))
     if not pictures:
         return []
     rows = [{"image": each, "key": draw_key(seed, 0, row)} for each, row in zip(pictures, kept, strict=True)]

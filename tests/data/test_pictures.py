@@ -45,6 +45,8 @@ def test_labels() -> None:
     numbers = PictureDataset(rows(fine=lambda i: 7 - i), {"label": "fine"})
     assert numbers.labels.tolist() == [7, 6, 5, 4, 3, 2] and numbers.class_names is None
     assert PictureDataset(rows()).labels is None
+    gaps = PictureDataset(rows(label=lambda i: ["dog", "", " ", None, "cat", "dog"][i]))
+    assert gaps.class_names == ["cat", "dog"] and gaps.labels.tolist() == [1, -1, -1, -1, 0, 1]
 
 
 def test_labels_of_a_table(data_dir) -> None:
@@ -75,6 +77,7 @@ def test_records_of_a_stream() -> None:
     words = rows(label=lambda i: ["dog", "cat"][i % 2])
     labels = [PictureDataset(words[:2]).read_record(word, 0, 0)["label"] for word in words]
     assert labels[0] == labels[2] != labels[1] == labels[3]
+    assert PictureDataset(words[:2]).read_record(words[0] | {"label": ""}, 0, 0)["label"] == -1
     with pytest.raises(ValueError, match="cannot be decoded"):
         dataset.read_record({"image": b"none", "label": 1}, 0, 0)
 

@@ -340,6 +340,8 @@ def test_training_rows_without_a_label_are_left_out(rows, encoder, caplog):
     for evaluator in (KnnAccuracy, partial(LinearProbe, regularisation=1e-3)):
         found, wanted = (evaluator("it", each)(encoder) for each in (data, LabelledImages(whole, test)))
         assert found["accuracy"] == wanted["accuracy"] and found["count"] == wanted["count"] == 24
+    words = [row | {"label": "" if row["label"] is None else f"class {row['label']}"} for row in partly]
+    assert LabelledImages(words, [row for row in words if row["label"]]).class_names[0] == "class 0"
     limited = LabelledImages(partly, test, train_limit=20)
     assert limited.count() == (20, 24) and all(labels[row] is not None for row in limited.train_rows())
 
