@@ -94,6 +94,9 @@ class MLPHead(nn.Sequential):
 class NormalizedLinear(nn.Module):
     """Weight-normalised linear layer without bias: row i of the weight is g_i v_i / |v_i|.
 
+    v starts as the weight of `nn.Linear` does, as in the official codes of DINO and DINOv2: only its direction counts,
+    but its length sets how far a step of the optimizer turns it.
+
     Args:
         in_features, out_features: widths.
         learn_norm: train g; otherwise it stays one, which keeps the logits of prototypes cosines.
@@ -106,7 +109,7 @@ class NormalizedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.norm = nn.Parameter(torch.ones(out_features), requires_grad=learn_norm)
-        nn.init.trunc_normal_(self.weight, std=0.02)
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""

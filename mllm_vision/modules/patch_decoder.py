@@ -55,9 +55,8 @@ class PatchDecoder(nn.Module):
         self.predict = nn.Linear(width, out_features)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                # the three projections of attention as one matrix, which Xavier would take for a wider one
-                for part in parameter.chunk(3) if name.endswith("in_proj_weight") else (parameter,):
-                    nn.init.xavier_uniform_(part)
+                # the three projections of attention count as one matrix, as there
+                nn.init.xavier_uniform_(parameter)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
         nn.init.normal_(self.mask_token, std=0.02)

@@ -49,8 +49,11 @@ class DinoConfig:
 class DinoObjective(MomentumObjective):
     """A student that sees all crops learns what a teacher says of the global ones.
 
-    The temperature of the teacher rises linearly with every step (the official code of DINO moves it once an epoch).
-    The centre is a buffer and moves after the step with the mean of all ranks.
+    The temperature of the teacher rises linearly with every step (the official code of DINO moves it once an epoch,
+    and only where its flags ask for it: without them it stays at 0.04). The centre is a buffer and moves after the
+    step with the mean of all ranks. Class token and positions take no weight decay, where the official codes decay
+    them. Their drop path (0.1 in DINO, 0.3 in DINOv2; of the student alone) is the encoder's `drop_path_rate`, where
+    its config has one.
 
     Args:
         encoder: to train.

@@ -78,7 +78,8 @@ class QueueObjective(MomentumObjective):
 
     The order of a step is the paper's: the key encoder follows, keys, loss, enqueue. The queue starts empty, without
     the official code's random vectors; in the very first step the keys of the batch's other images stand in for it.
-    Where the encoder has BatchNorm, the keys' rows are dealt anew over ranks and groups (`modules.shuffle`).
+    Where the encoder has BatchNorm, the keys' rows are dealt anew over ranks and groups (`modules.shuffle`). Weight
+    decay is for matrices and kernels, where the official code has it for biases and norms too.
 
     Args:
         encoder: to train; any backbone.

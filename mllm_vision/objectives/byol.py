@@ -19,7 +19,8 @@ class Byol(MomentumObjective):
     """Squared distance of unit vectors, 2 - 2 cos, of the prediction of each view to the target of the other, summed.
 
     What keeps it from the constant solution is the predictor and the target without gradient: without either of
-    them it collapses (tests/objectives/test_collapse.py shows it).
+    them it collapses (tests/objectives/test_collapse.py shows it). Heads, LARS and the momentum's rise are those of the
+    official code: a bias before the BatchNorm, none behind it.
 
     Args:
         encoder: to train; any backbone.
@@ -41,7 +42,7 @@ class Byol(MomentumObjective):
     stop_gradient: bool = True
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "lars",
-        "optim_args": "variant=simclr",
+        "optim_args": "variant=barlow_twins",  # BYOL's own: the rate outside of the momentum
         "learning_rate": 0.2,
         "lr_scaling": "linear",
         "weight_decay": 1.5e-6,

@@ -26,8 +26,9 @@ class DinoV2(DinoObjective):
     The loss is DINO's over the image vectors, iBOT's over the masked patches, and 0.1 times KoLeo over the image
     vectors of each global crop, before the head. Sinkhorn-Knopp balances the teacher's vectors of all global crops
     together, and its masked patches by themselves. Where this differs from the official code: each crop draws the
-    share of its patches by itself (there one list of shares is dealt out over the batch), and the neighbours of KoLeo
-    come from all ranks.
+    share of its patches by itself (there one list of shares is dealt out over the batch), the neighbours of KoLeo come
+    from all ranks, and gradients are clipped by their norm together (there encoder and heads each by its own).
+    Sinkhorn-Knopp is the paper's, and its large models' config; the official code's default config centres.
 
     Args:
         encoder: any transformer backbone. Its own mask token is trained where it has one; otherwise the method's,

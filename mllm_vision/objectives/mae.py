@@ -29,8 +29,9 @@ class Mae(ImageObjective):
     row in `embed`, so accumulation and gradient caching change nothing.
 
     What no gradient would reach leaves the encoder, in place: ViT's pooler, SigLIP's attention-pooling head. The
-    pooled vector is then the class token behind the last norm, or the mean of the patches where there is none. Where
-    this differs from the official code: the encoder starts with transformers' initialisation, not with Xavier's.
+    pooled vector is then the class token behind the last norm, or the mean of the patches where there is none. An
+    encoder whose weights were loaded keeps its positions. Where this differs from the official code: the encoder
+    starts with transformers' initialisation, not with Xavier's.
 
     Args:
         encoder: any transformer backbone; convolutional ones see no separate patches.
@@ -69,7 +70,7 @@ class Mae(ImageObjective):
             default=True, metadata={"help": "predict each patch with mean 0 and variance 1 (better); else its pixels"}
         )
         sincos_positions: bool = field(
-            default=True, metadata={"help": "sine-cosine positions in the encoder in place of learned ones, frozen"}
+            default=True, metadata={"help": "fixed sine-cosine positions, in an encoder with random weights"}
         )
 
     def __init__(self, encoder: VisionEncoder, config: Config | None = None) -> None:
@@ -89,7 +90,7 @@ class Mae(ImageObjective):
                 "use a ratio that hides some and shows some (the paper's is 0.75)"
             )
         _drop_pooler(backbone)
-        if config.sincos_positions:
+        if config.sincos_positions and not encoder.pretrained:
             fix_positions(backbone)
         prefix = encoder.num_prefix_tokens
         self.decoder = PatchDecoder(

@@ -29,7 +29,9 @@ class MoCoV3(MomentumObjective):
     (of all ranks, without affine) behind the last one of projector and predictor. Behind a convolutional network the
     projector has 2 layers and the predictor no last norm, as there, and there is no patch embedding to freeze. An
     encoder whose weights were loaded keeps patch embedding and positions as they are; the patch embedding is frozen
-    all the same.
+    all the same. The momentum rises with every step, which the official code does with `--moco-m-cos`. Where this
+    differs from it: the rest of the encoder starts as transformers draws it, not by Xavier's rule, and biases and norms
+    take no weight decay.
 
     Args:
         encoder: to train; its patch embedding and positions are changed in place (see `Config`).

@@ -25,7 +25,8 @@ class Pcl(QueueObjective):
     Before each of those epochs the momentum encoder passes over the data, as they are, and spherical k-means finds
     the clusters of its keys, once for each number in `num_clusters`, from starts that are the same every epoch, as in
     the official code. Prototypes, the temperature of each and every image's cluster are buffers: a run that resumes
-    within an epoch goes on with them. See `QueueObjective` for the queue and the order of a step.
+    within an epoch goes on with them. All prototypes are negatives, where the official code draws `queue_size` of them
+    (see `functional.prototypes`). See `QueueObjective` for the queue and the order of a step.
 
     Args:
         encoder: to train; any backbone.

@@ -19,7 +19,8 @@ class SimClr(ImageObjective):
     """NT-Xent over the 2N views of the whole batch, over all ranks, behind a projection head.
 
     The head is the official code's: a BatchNorm (of all ranks) after every layer, the last one without bias; the
-    evaluation uses h, before the head.
+    evaluation uses h, before the head. The temperature is the paper's for CIFAR-10 and for small batches; the official
+    code's flag says 0.1, which suits ImageNet and long trainings.
 
     Args:
         encoder: to train; any backbone.

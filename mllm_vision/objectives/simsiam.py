@@ -17,8 +17,9 @@ from mllm_vision.objectives.base import ImageObjective, ObjectiveOutput
 class SimSiam(ImageObjective):
     """Half of the two negative cosines between the prediction of each view and the projection of the other.
 
-    The predictor's learning rate stays at its peak while the others fall. Without predictor or stop-gradient the
-    outputs collapse to one vector.
+    The predictor's learning rate stays at its peak while the others fall (the official code's `--fix-pred-lr`). Without
+    predictor or stop-gradient the outputs collapse to one vector. Weight decay is for matrices and kernels, where the
+    official code has it for biases and norms too.
 
     Args:
         encoder: to train; any backbone.

@@ -22,7 +22,8 @@ class SupCon(ImageObjective):
 
     The form with the sum outside of the logarithm (equation 2). A row labelled -1 has no class: its own other view is
     its only positive, so that a partly labelled set trains too. The official code's head has no BatchNorm, and it
-    trains CIFAR-10 at temperature 0.1 (0.07 is its default).
+    trains CIFAR-10 at temperature 0.1 (0.07 is its default). Where this differs from it: the loss has no factor
+    T / 0.07, the cosine ends at zero (there at a thousandth), and biases and norms take no weight decay.
 
     Args:
         encoder: to train; any backbone.

@@ -20,8 +20,8 @@ class LARS(LayerAdaptiveOptimizer):
 
     - `simclr` (default; the official SimCLR code): u = g + b w, r = c |w| / |u|; v = m v + lr r u; w = w - v.
     - `paper` (Algorithm 1): r = c |w| / (|g| + b |w|), the rest as `simclr`.
-    - `barlow_twins` (the official code of Barlow Twins, VICReg's too): r as `simclr`, and the rate stays outside of
-      the momentum: v = m v + r u; w = w - lr v. The same while lr stands still.
+    - `barlow_twins` (the official code of Barlow Twins, and of VICReg and BYOL): r as `simclr`, and the rate stays
+      outside of the momentum: v = m v + r u; w = w - lr v. The same while lr stands still.
 
     r is 1 where a norm is zero, for parameters with one dimension or none (biases, norms, scales), and in groups
     marked `decays=False`. `training.optimizers.parameter_groups` makes such a group, with b = 0, of all that takes

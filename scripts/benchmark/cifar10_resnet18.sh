@@ -2,7 +2,7 @@
 # The published CIFAR-10 protocols, one after the other, on one GPU: a ResNet-18 for 32 px, 200 epochs, kNN at every
 # epoch (k = 200, temperature 0.1). What each should reach stands in the first lines of its config. Two views a picture
 # are 3.4e16 operations in 200 epochs: by that estimate, not by a measurement, half an hour to an hour on a GPU that
-# does 10 to 20 TFLOP/s of it, and about twice that for DINO with its eight crops.
+# does 10 to 20 TFLOP/s of it.
 #
 #     bash scripts/benchmark/cifar10_resnet18.sh DATA [METHOD...]
 #

@@ -76,6 +76,14 @@ def test_dino_head():
     assert "bn" in layers(DINOHead(6, 10, hidden=12, bottleneck=5, norm="batch").mlp)
 
 
+def test_prototypes_start_as_a_linear_layer_does():
+    """As in the official codes: the length of a prototype's weight sets how far one step of the optimizer turns it."""
+    rows = DINOHead(6, 400, hidden=12, bottleneck=25).last_layer.weight.detach()
+    assert 0.19 < rows.abs().max() <= 0.2  # uniform up to 1 / sqrt(25)
+    assert rows.norm(dim=1).mean().item() == pytest.approx(1 / 3**0.5, rel=0.02)
+    assert DINOHead(6, 400, hidden=12, bottleneck=25).mlp[0].weight.abs().max() < 0.1  # the rest by 0.02
+
+
 def test_normalized_linear_is_weight_norm():
     """Against torch's own parametrisation, value and gradient."""
     ours, theirs = NormalizedLinear(4, 3, learn_norm=True), nn.Linear(4, 3, bias=False)

@@ -122,6 +122,26 @@ def test_the_heads_are_the_papers():
     assert (config.head_hidden, config.head_out, config.predictor_hidden) == (2048, 2048, 512)
 
 
+def test_byols_lars_has_the_rate_outside_of_the_momentum(tmp_path):
+    """Its official code multiplies by the rate last: while that falls, the momentum of earlier steps falls with it."""
+    from mllm_vision.objectives import load_objective
+    from mllm_vision.training.optimizer_arguments import OptimizerArguments
+    from mllm_vision.training.optimizers import optimizer_class
+
+    settings = load_objective("byol").training_defaults
+    cls, given = optimizer_class(OptimizerArguments(output_dir=str(tmp_path), use_cpu=True, **settings))
+    weight = nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
+    optimizer = cls([weight], lr=0.2, **given)
+    expected, velocity = weight.detach().clone(), 0.0
+    for rate in (0.2, 0.1, 0.05):
+        optimizer.param_groups[0]["lr"] = rate
+        weight.grad = torch.tensor([[0.6, -0.8]], dtype=torch.float64)
+        optimizer.step()
+        velocity = 0.9 * velocity + 0.001 * expected.norm() * weight.grad  # the gradient's norm is one
+        expected = expected - rate * velocity
+    torch.testing.assert_close(weight.detach(), expected)
+
+
 def test_simsiams_predictor_keeps_its_rate():
     assert make_method("simsiam").rates() == {"predictor": "constant"}
     assert make_method("simsiam", fixed_predictor_rate=False).rates() == {}

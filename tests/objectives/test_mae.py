@@ -140,6 +140,24 @@ def test_learnt_positions_stay_where_they_are_asked_for():
     assert table.requires_grad and torch.equal(table, before)
 
 
+def test_a_loaded_encoder_keeps_its_positions(tmp_path):
+    make_encoder().save_pretrained(tmp_path)
+    encoder = VisionEncoder.from_pretrained(tmp_path)
+    before = encoder.backbone.embeddings.position_embeddings.detach().clone()
+    Mae(encoder, Mae.Config(**SMALL))
+    table = encoder.backbone.embeddings.position_embeddings
+    assert table.requires_grad and torch.equal(table, before)
+
+
+def test_the_decoder_starts_as_in_the_official_code():
+    """Xavier for every matrix, the three projections of attention as the one that they are there."""
+    block = make(decoder_width=64, decoder_heads=4).decoder.blocks[0]
+    for weight, fan in ((block.self_attn.in_proj_weight, 3 * 64 + 64), (block.linear1.weight, 4 * 64 + 64)):
+        bound = (6 / fan) ** 0.5
+        assert 0.99 * bound < weight.abs().max() <= bound
+    assert not block.self_attn.in_proj_bias.any() and not block.linear1.bias.any()
+
+
 def test_it_learns_to_predict():
     """Pictures of one patch repeated: what is visible tells what is hidden."""
     torch.manual_seed(0)
