@@ -39,6 +39,13 @@ def plain_name(name: str) -> str:
     return name
 
 
+def _trained(model: nn.Module) -> list[str]:
+    """Names of all parameters but those of parts in which nothing trains: a slow copy is no tower of its own."""
+    parameters = [(plain_name(name), parameter) for name, parameter in model.named_parameters()]
+    parts = {name.partition(".")[0] for name, parameter in parameters if parameter.requires_grad}
+    return [name for name, _ in parameters if name.partition(".")[0] in parts]
+
+
 def decays(name: str, parameter: Any) -> bool:
     """Whether weight decay applies: matrices and kernels, but no scale, bias, norm, class or position embedding."""
     return parameter.ndim > 1 and _NO_DECAY.search(name) is None
@@ -85,7 +92,7 @@ def parameter_groups(
         if not any(_under(name, prefix) for name in names):
             tops = {name.partition(".")[0] for name in names} | {".".join(name.split(".")[:2]) for name in names}
             raise ValueError(f"learning rate for {unknown_name('parameter prefix', prefix, tops)}")
-    scales = {} if layer_decay is None else layer_scales(names, layer_decay)
+    scales = {} if layer_decay is None else layer_scales(_trained(model), layer_decay)
     groups: dict[tuple[str, bool, bool, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -156,6 +158,19 @@ def test_towers_may_decay_apart_and_module_rates_stay() -> None:
         rates_of(model, layer_decay={"vison": 0.5})
     with pytest.raises(ValueError, match="needs repeated layers"):
         rates_of(nn.Linear(2, 2), layer_decay=0.5)
+
+
+def test_a_frozen_copy_is_no_second_tower() -> None:
+    """What stands before the one tower that trains, a method's own mask token too, is its deepest layer."""
+    model = nn.Module()
+    model.encoder, model.head = tiny.tiny_vit(), nn.Linear(4, 4)
+    model.teacher = copy.deepcopy(model.encoder).requires_grad_(False)
+    model.mask_token = nn.Parameter(torch.zeros(4))
+    found = rates_of(model, layer_decay=0.5)
+    assert found["mask_token"] == found["encoder.embeddings.cls_token"] == 0.125 and found["head.weight"] == 1.0
+    model.encoder.embeddings.requires_grad_(False)
+    model.encoder.layers[0].requires_grad_(False)  # a part of a tower that stands still counts as depth all the same
+    assert rates_of(model, layer_decay=0.5)["encoder.layers.1.layernorm_before.weight"] == 0.5
 
 
 def test_layers_of_other_families() -> None:
