@@ -1,6 +1,6 @@
 """Fine-tuning: an encoder of stage zero and a linear layer learn the labels of a set of images.
 
-    python recipes/finetune.py --encoder runs/simclr/encoder --dataset_name cifar10_train.parquet \
+    python recipes/finetune.py --encoder runs/simclr/encoder --dataset_name cifar10_train.parquet \\
         --eval_dataset_name cifar10_test.parquet --output_dir runs/simclr_finetuned
 
 Leaves <output_dir>/encoder (the fine-tuned encoder, a native checkpoint) and <output_dir>/classifier (encoder and

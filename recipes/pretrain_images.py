@@ -1,12 +1,13 @@
 """Stage zero without texts: a vision encoder learns from a set of images alone, by the method that --objective names.
 
-    python recipes/pretrain_images.py --objective simclr --dataset_name cifar10_train.parquet \
-        --encoder vit --encoder_overrides hidden_size=192,num_hidden_layers=6,num_attention_heads=3,patch_size=4 \
+    python recipes/pretrain_images.py --objective simclr --dataset_name cifar10_train.parquet \\
+        --encoder vit --encoder_overrides hidden_size=192,num_hidden_layers=6,num_attention_heads=3,patch_size=4 \\
         --image_size 32 --output_dir runs/simclr
 
 Leaves <output_dir>/encoder, a native checkpoint. Optimizer, rate and schedule are the paper's unless flags or the
 --config file say otherwise. With a labelled test set (--eval_dataset_name) kNN and a linear probe measure the encoder
-while it trains; labels are never trained on, but by supcon.
+while it trains; labels are never trained on, but by supcon. Every method has flags and defaults of its own:
+--help beside --objective byol shows those of byol.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ class ImageArguments:
     dataset_name: str = field(metadata={"help": "Images: a file, folder, pattern or Hub id."})
     objective: str = field(
         default="simclr",
-        metadata={"help": "simclr, moco_v3, byol, dino... (docs/pretrain_images.md), or package.module:Class."},
+        metadata={
+            "help": "simclr, moco_v1, moco_v2, moco_v3, byol, simsiam, dino, dinov2, barlow_twins, vicreg, pcl, "
+            "supcon, mae (docs/pretrain_images.md), or package.module:Class."
+        },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
@@ -114,6 +118,12 @@ def main(argv: list[str] | None = None) -> None:
     without = pictures.labels is None if streams.streaming else pictures.unlabelled == len(pictures)
     if "labels" in objective.columns() and without:
         raise ValueError(f"--objective {name} learns from labels, and no row has one; name the column: --label_column")
+    bank = labelled.eval_train_dataset_name
+    if labelled.eval_dataset_name and not bank and without and not streams.streaming:
+        raise ValueError(
+            "kNN and the probe learn from labelled pictures, and the training set has none: name a labelled set, "
+            "--eval_train_dataset_name, or the column, --label_column; without --eval_dataset_name nothing is measured"
+        )
     if streams.streaming:
         run.describe_data("train", stream, pictures.columns)
     else:
@@ -126,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     if not before and arguments.load_best_model_at_end:
         raise ValueError("--load_best_model_at_end needs --eval_dataset_name")
     if not before:
-        arguments.eval_strategy = "no"
+        arguments.eval_strategy, arguments.eval_steps = "no", None  # a share of steps would be warned of on --resume
     dataset = StreamDataset(stream, pictures) if streams.streaming else pictures
     trainer = ObjectiveTrainer(
         model=objective,
@@ -161,6 +171,12 @@ def main(argv: list[str] | None = None) -> None:
         geometry(objective)
         geometry.store(run.record)
     run.finish()
+    if not after:
+        logger.info(
+            "nothing measured this encoder: name labelled pictures (--eval_dataset_name), or for its rank and spread "
+            "scripts/evaluate.py --model %s --task board --dataset_name <pictures>",
+            run.folder / "encoder",
+        )
 
 
 def check_stream(method: Any, labelled: LabelledArguments) -> None:
@@ -191,6 +207,12 @@ def view_makers(objective: Any, flags: Any) -> tuple[Any, Any]:
     given = (encoder.image_size, processor.image_mean, processor.image_std)
     plain = ViewPolicy((View(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0),), "the whole image")
     maker = ViewMaker(objective.views, *given, flags, patch_size=encoder.patch_size)
+    needed, made = (len(each.policy.views) for each in (ViewMaker(objective.views, *given), maker))
+    if made < needed:
+        raise ValueError(
+            f"--views {flags.views} makes {made} view of a picture, and {type(objective).__name__} compares {needed}; "
+            "leave --views out, or name a policy of two views (docs/views.md)"
+        )
     return maker, ViewMaker(plain, *given)
 
 

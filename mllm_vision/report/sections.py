@@ -87,7 +87,7 @@ def intro(stage: Stage) -> str:
         facts.append(f"{number(bad)} bad samples skipped")
     about = images_alone.ABOUT if images_alone.from_images_alone(run) else ABOUT.get(stage.name, "")
     line = f"<p class=facts>{' <i>·</i> '.join(facts)}</p>" if facts else ""
-    return f"<p class=about>{esc(about)}</p>{line}{verdict(run)}"
+    return f"<p class=about>{esc(about)}</p>{line}{verdict(run)}{warnings(run)}"
 
 
 def verdict(run: dict[str, Any]) -> str:
@@ -97,6 +97,17 @@ def verdict(run: dict[str, Any]) -> str:
         outcome = text.rpartition(":")[2].strip()
         css = {"better": "good", "worse": "bad"}.get(outcome, "even")
         items.append(f"<li class={css}>{esc(text.replace('_', ' '))}</li>")
+    return f"<ul class=verdict>{''.join(items)}</ul>" if items else ""
+
+
+def warnings(run: dict[str, Any]) -> str:
+    """What the health watch warned of while it trained: a collapse belongs beside the figures that hide it."""
+    items = []
+    for entry in (as_dict(entry) for entry in as_list(run.get("health"))):
+        if entry.get("message"):
+            step = numbers(entry).get("step")
+            when = "" if step is None else f"step {number(step)}: "
+            items.append(f"<li class=bad>{when}{esc(entry['message'])}</li>")
     return f"<ul class=verdict>{''.join(items)}</ul>" if items else ""
 
 
@@ -300,10 +311,10 @@ def modules(stage: Stage) -> str:
     """The freeze audit: what trained, at which rate, and whether it moved."""
     rows = []
     for module in (as_dict(module) for module in as_list(stage.run.get("modules"))):
-        trainable, moved = bool(module.get("trainable")), module.get("moved")
+        trainable, moved, follows = bool(module.get("trainable")), module.get("moved"), bool(module.get("follows"))
         before, after = short_hash(module.get("sha256_before")), short_hash(module.get("sha256_after"))
         state = "" if moved is None else ("moved" if moved else "did not move")
-        css = "" if moved is None else ("right" if bool(moved) == trainable else "wrong")
+        css = "" if moved is None else ("right" if bool(moved) == (trainable or follows) else "wrong")
         rate = module.get("learning_rate")
         hashes = (
             f"<code>{before}</code>"
@@ -314,7 +325,7 @@ def modules(stage: Stage) -> str:
             [
                 esc(module.get("group", "")),
                 f"{int(module.get('parameters', 0)):,}",
-                "trained" if trainable else "<span class=muted>frozen</span>",
+                "trained" if trainable else f"<span class=muted>{'follows' if follows else 'frozen'}</span>",
                 f"{rate:g}" if trainable and isinstance(rate, (int, float)) else "",
                 f"<span class={css or 'muted'}>{state}</span>",
                 hashes if before else "",

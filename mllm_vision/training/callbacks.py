@@ -49,7 +49,8 @@ class BadSampleLimit(TrainerCallback):
         self.bad_samples.check(getattr(args, "max_bad_fraction", 1.0))
         count = int(self.bad_samples.count)
         if count:
-            logger.warning("%d bad samples were skipped", count)
+            told = "; ".join(dict.fromkeys(self.bad_samples.examples))
+            logger.warning("%d bad samples were skipped, one counts each time it is met: %s", count, told)
         if self.run is not None:
             self.run.record["bad_samples"] = {"count": count, "examples": list(self.bad_samples.examples)}
 

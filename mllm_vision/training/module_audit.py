@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mllm_vision.lineage import hash_parameters
+from mllm_vision.modules.momentum import MomentumTeacher
 from mllm_vision.vlm.freezing import audit_table
 
 
@@ -47,9 +48,17 @@ class ModuleAudit:
 
     @classmethod
     def of_children(cls, module: nn.Module, rates: Mapping[str, float | None], default: float) -> ModuleAudit:
-        """An audit of a module's children, those that `rates` does not name at the `default` rate."""
-        parts = {name: dict(child.named_parameters()) for name, child in module.named_children()}
-        return cls(parts, {name: rates.get(name) or default for name in parts})
+        """An audit of a module's children, those that `rates` does not name at the `default` rate.
+
+        A momentum teacher has no gradient and moves all the same: its row says that it `follows`.
+        """
+        children = dict(module.named_children())
+        parts = {name: dict(child.named_parameters()) for name, child in children.items()}
+        audit = cls(parts, {name: rates.get(name) or default for name in parts})
+        for row in audit.rows:
+            if isinstance(children[row["group"]], MomentumTeacher):
+                row["follows"] = True
+        return audit
 
     def close(self) -> None:
         """Adds the hashes of now, and whether each part has moved."""

@@ -154,6 +154,8 @@ def run_recipe(main: Callable[[], Any]) -> None:
 def _known_fields(classes: Sequence[type]) -> dict[str, tuple[dataclasses.Field, Any, type]]:
     known: dict[str, tuple[dataclasses.Field, Any, type]] = {}
     for cls in classes:
+        if "__dataclass_fields__" not in vars(cls) and "__annotations__" in vars(cls):  # its fields would be no flags
+            raise ValueError(f"{cls.__qualname__} has fields and is no dataclass; put @dataclass above the class")
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             if not field.init:
@@ -271,7 +273,7 @@ def _help(classes: Sequence[type], description: str, defaults: dict[str, Any]) -
     lines = [description.strip(), ""] if description else []
     lines += ["  --config FILE", "        YAML of saved flags; flags on the command line win"]
     for cls in classes:
-        lines += ["", f"{cls.__name__}:"]
+        lines += ["", f"{cls.__qualname__}:"]  # of a method: SimClr.Config
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             if not field.init:

@@ -202,6 +202,11 @@ class ObjectiveTrainer(RecipeTrainer):
     ) -> Any:
         """The loss of the objective on one micro-batch; its metrics are kept for the next log."""
         output = model(**inputs)
+        if not hasattr(output, "loss"):
+            raise ValueError(
+                f"{type(self.objective).__name__}.loss returned {type(output).__name__}; it returns "
+                "ObjectiveOutput(loss=..., metrics={...})"
+            )
         if model.training:
             self._keep_metrics(output.metrics)
         return (output.loss, output) if return_outputs else output.loss

@@ -155,7 +155,8 @@ def audit_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """The audit as a table for people; with the proof's keys it says what moved."""
     lines = [f"{'module':<16}{'parameters':>14}{'trainable':>14}{'learning rate':>15}"]
     for row in rows:
-        rate = f"{row['learning_rate']:.3g}" if row["trainable"] else "frozen"
+        still = "follows" if row.get("follows") else "frozen"  # a teacher is moved by its student, not by a rate
+        rate = f"{row['learning_rate']:.3g}" if row["trainable"] else still
         line = f"{row['group']:<16}{row['parameters']:>14,}{row['trainable']:>14,}{rate:>15}"
         if "moved" in row:
             line += (

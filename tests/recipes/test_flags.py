@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = ("pretrain", "align", "instruct", "language_model")
+RECIPES = ("pretrain", "pretrain_images", "finetune", "align", "instruct", "language_model")
 SCRIPTS = ("evaluate", "report", "chat", "push_to_hub")
 
 
@@ -42,6 +42,7 @@ def test_help_of_recipes(recipes, name, capsys):
     assert "--report_to  (str or list of str or None; default none)" in said
     if name != "language_model":
         assert "  --dataset_name " in said and ", --model_name_or_path " in said
+    assert "     --" not in said.split("\n\n")[1].replace("\n        --", ""), "an example whose lines ran together"
     if name == "pretrain":  # the flags of the objective too, whichever it is
         assert "  --initial_logit_scale " in said and "  --initial_logit_bias " not in said
         with pytest.raises(SystemExit):

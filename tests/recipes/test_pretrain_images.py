@@ -137,15 +137,20 @@ def test_two_ranks_train_as_one(recipe, data, tmp_path, name):
     assert_same_run(tmp_path / "one", tmp_path / "two", "encoder", 6)
 
 
-def test_images_without_labels(recipe, data, tmp_path):
+def test_images_without_labels(recipe, data, tmp_path, caplog):
     """A folder of pictures is enough; supcon alone asks for labels."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for row in range(20):
         tiny.random_image(row, 40).save(folder / f"{row}.png")
-    given = {"dataset_name": folder, "per_device_train_batch_size": 8, "max_steps": 1}
-    recipe.main(flags(data, tmp_path / "run", **given))
+    given = {"dataset_name": folder, "per_device_train_batch_size": 8, "max_steps": 4}
+    with caplog.at_level("INFO"):
+        recipe.main(flags(data, tmp_path / "run", **given, objective="byol", head_hidden=32))
     assert (tmp_path / "run" / "encoder" / "model.safetensors").is_file()
+    assert "nothing measured this encoder: name labelled pictures (--eval_dataset_name)" in caplog.text
+    teacher = json.loads((tmp_path / "run" / "run.json").read_text())["modules"][2]
+    assert (teacher["group"], teacher["trainable"], teacher["follows"], teacher["moved"]) == ("teacher", 0, True, True)
+    assert " follows" in caplog.text
     with pytest.raises(ValueError, match=r"--objective supcon learns from labels.*--label_column"):
         recipe.main(flags(data, tmp_path / "supcon", **given, objective="supcon"))
 
@@ -167,6 +172,7 @@ def test_the_methods_defaults_give_way_to_flags_and_files(tmp_path):
         ({"objective": "clip"}, "learns from image-text pairs: recipes/pretrain.py"),
         ({"objective": "simcrl"}, "the nearest known one is 'simclr'"),
         ({"sync_batch_norm": "true"}, "vit has no BatchNorm; leave it out"),
+        ({"views": "mae"}, "--views mae makes 1 view of a picture, and SimClr compares 2; leave --views out"),
         ({"evaluators": "linear"}, "unknown evaluator 'linear'"),
         ({"objective": "moco_v2"}, "queue_size=65536 is more than the 48 images"),
         ({"per_device_train_batch_size": 64}, "48 rows, fewer than one batch of 64"),
@@ -179,9 +185,13 @@ def test_what_it_refuses(recipe, data, tmp_path, changed, told):
 
 
 def test_labels_are_needed_for_a_probe(recipe, data, tmp_path):
+    """Of the test set, and of what the probe learns from: each message names its own way out."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for row in range(4):
         tiny.random_image(row, 40).save(folder / f"{row}.png")
     with pytest.raises(ValueError, match="labelled"):
         recipe.main(flags(data, tmp_path / "run", eval_dataset_name=folder, eval_split="train"))
+    given = {"dataset_name": folder, "per_device_train_batch_size": 4, "eval_dataset_name": data / "test.parquet"}
+    with pytest.raises(ValueError, match="the training set has none: name a labelled set, --eval_train_dataset_name"):
+        recipe.main(flags(data, tmp_path / "bank", **given))

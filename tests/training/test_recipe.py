@@ -185,6 +185,32 @@ def test_another_name_of_a_flag(tmp_path: Path) -> None:
         parse_recipe(Aliased, argv=["--model_name_or_pth", "x"])
 
 
+class Outer:
+    @dataclass
+    class Config:
+        own: int = 1
+
+
+class Undecorated(Outer.Config):
+    more: int = 2
+
+
+class NothingNew(Outer.Config):
+    pass
+
+
+def test_fields_without_a_dataclass_are_refused() -> None:
+    with pytest.raises(ValueError, match="Undecorated has fields and is no dataclass; put @dataclass above"):
+        parse_recipe(Undecorated, argv=[])
+    assert parse_recipe(NothingNew, argv=["--own", "3"])[0].own == 3
+
+
+def test_help_names_whose_the_flags_are(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        parse_recipe(Outer.Config, argv=["--help"])
+    assert "\nOuter.Config:\n  --own  (int; default 1)" in capsys.readouterr().out
+
+
 def test_help_lists_every_flag(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         parse_recipe(Own, argv=["--help"], description="Reads names.")

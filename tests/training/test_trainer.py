@@ -373,11 +373,12 @@ def test_too_many_bad_samples_end_the_training(tmp_path: Path) -> None:
     assert trainer.state.global_step == 3
 
 
-def test_bad_samples_are_in_the_record(tmp_path: Path) -> None:
+def test_bad_samples_are_in_the_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     args = arguments(tmp_path, max_steps=2, max_bad_fraction=0.5, save_strategy="no")
     run = Run("stage_zero", args, {})
     RecipeTrainer(llama(), args, train_dataset=text_rows(), run=run, bad_samples=Bad()).train()
     assert run.record["bad_samples"] == {"count": 6, "examples": ["row 3: truncated"]}
+    assert "6 bad samples were skipped, one counts each time it is met: row 3: truncated" in caplog.text
 
 
 def test_learning_rates_are_used_and_logged(tmp_path: Path) -> None:
@@ -416,6 +417,16 @@ def test_training_opens_no_network_connection(tmp_path: Path, monkeypatch: pytes
 
 
 # ---- objectives ----------------------------------------------------------------------------------------------
+
+
+def test_a_method_that_returns_something_else_is_named(tmp_path: Path) -> None:
+    class Bare(Toy):
+        def forward(self, **columns):
+            return super().forward(**columns).loss
+
+    args = arguments(tmp_path, max_steps=1, save_strategy="no")
+    with pytest.raises(ValueError, match=r"Bare.loss returned Tensor; it returns ObjectiveOutput\(loss="):
+        ObjectiveTrainer(Bare(), args, train_dataset=toy_rows()).train()
 
 
 def test_after_step_once_per_optimizer_step(tmp_path: Path) -> None:
