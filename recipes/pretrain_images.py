@@ -2,12 +2,12 @@
 
     python recipes/pretrain_images.py --objective simclr --dataset_name cifar10_train.parquet \\
         --encoder vit --encoder_overrides hidden_size=192,num_hidden_layers=6,num_attention_heads=3,patch_size=4 \\
-        --image_size 32 --output_dir runs/simclr
+        --image_size 32 --optim adamw_torch --learning_rate 1e-3 --output_dir runs/simclr
 
-Leaves <output_dir>/encoder, a native checkpoint. Optimizer, rate and schedule are the paper's unless flags or the
---config file say otherwise. With a labelled test set (--eval_dataset_name) kNN and a linear probe measure the encoder
-while it trains; labels are never trained on, but by supcon. Every method has flags and defaults of its own:
---help beside --objective byol shows those of byol.
+Leaves <output_dir>/encoder, a native checkpoint. Optimizer, rate and schedule are the paper's, for its networks and
+batches, unless flags or the --config file say otherwise. With a labelled test set (--eval_dataset_name) kNN and a
+linear probe measure the encoder while it trains; labels are never trained on, but by supcon. Every method has flags
+and defaults of its own: --help beside --objective byol shows those of byol.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         StreamArguments,
         argv=argv,
         description=__doc__,
-        defaults=method.training_defaults,
+        defaults=defaults_of(method, argv),
     )
     steps, rows = arguments.gradient_accumulation_steps, arguments.per_device_train_batch_size
     method.check_accumulation(steps, rows, arguments.embed_batch_size)
@@ -177,6 +177,15 @@ def main(argv: list[str] | None = None) -> None:
             "scripts/evaluate.py --model %s --task board --dataset_name <pictures>",
             run.folder / "encoder",
         )
+
+
+def defaults_of(method: Any, argv: list[str] | None) -> dict[str, Any]:
+    """The method's training settings; those that belong to its optimizer fall with it, where another is named."""
+    defaults = dict(method.training_defaults)
+    if peek_recipe("optim", defaults.get("optim"), argv=argv) != defaults.get("optim"):
+        for name in ("optim_args", "bias_learning_rate"):
+            defaults.pop(name, None)
+    return defaults
 
 
 def check_stream(method: Any, labelled: LabelledArguments) -> None:

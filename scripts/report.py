@@ -34,7 +34,7 @@ class ReportArguments:
     evaluations: list[str] = field(default_factory=list, metadata={"help": "NAME[/VARIANT]=file.json, several."})
     output: str | None = field(default="report.html", metadata={"help": "The page."})
     results: str | None = field(default=None, metadata={"help": "The flat results.json."})
-    title: str = field(default="From pictures to answers", metadata={"help": "The page's title."})
+    title: str | None = field(default=None, metadata={"help": "The page's title; default: what it is about."})
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -193,7 +193,8 @@ class ViewMaker:
 
     def __repr__(self) -> str:
         local = f" + {self.policy.local_views} of {self.local_size} px" if self.local_size else ""
-        return f"ViewMaker({self.name}: {self.num_views} views of {self.size[0]}x{self.size[1]}{local})"
+        views = f"{self.num_views} view{'s' * (self.num_views != 1)} of {self.size[0]}x{self.size[1]}"
+        return f"ViewMaker({self.name}: {views}{local})"
 
     @property
     def num_views(self) -> int:
@@ -253,6 +254,11 @@ class ViewMaker:
             if wanted < 1 or wanted % patch_size:
                 near = max(patch_size, round(wanted / patch_size) * patch_size)
                 raise ValueError(f"local_size={wanted} is no multiple of patch_size={patch_size}; use {near}")
+            if wanted > min(self.size):
+                raise ValueError(
+                    f"local_size={wanted} is more than the {min(self.size)} px of the views, of which local crops "
+                    f"show a part; the policy's own is {self._local_size(None, patch_size)}"
+                )
             return wanted
         return max(1, round(min(self.size) * self.policy.local_share / patch_size)) * patch_size
 

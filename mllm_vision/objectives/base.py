@@ -197,7 +197,13 @@ class ImageObjective(Objective):
             ValueError: `embed` needs a column that the batch lacks.
         """
         given = {"views": views, "local_views": local_views, "index": index, "seeds": seeds, "labels": labels}
-        return self.loss(self.embed(**self.select_columns(given)))
+        embeddings = self.embed(**self.select_columns(given))
+        if not isinstance(embeddings, Mapping):
+            raise ValueError(
+                f"{type(self).__name__}.embed returned {type(embeddings).__name__}; it returns a dict of tensors "
+                '[B, ...], such as {"h": self.features(self.encoder, views)}'
+            )
+        return self.loss(embeddings)
 
     @classmethod
     def select_columns(cls, batch: Mapping[str, Any]) -> dict[str, Any]:

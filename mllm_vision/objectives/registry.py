@@ -51,7 +51,10 @@ def load_objective(name: str) -> type[Objective]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot load objective {name!r}: {error}") from error
+        where = f"; PYTHONPATH=. finds it, if it is {module}.py in this folder" * (
+            isinstance(error, ModuleNotFoundError) and error.name == module
+        )
+        raise ValueError(f"cannot load objective {name!r}: {error}{where}") from error
     if not (isinstance(found, type) and issubclass(found, Objective)):
         raise ValueError(f"{name!r} is {found!r}, which is no subclass of mllm_vision.objectives.Objective")
     if not hasattr(found, "Config"):

@@ -111,8 +111,17 @@ def times(chain: Chain) -> str:
     return f"<div class=times>{table(['stage', 'time'], rows)}</div>"
 
 
-def render(chain: Chain, title: str = "From pictures to answers") -> str:
-    """The page as one string of HTML, with nothing loaded from anywhere."""
+def title_of(chain: Chain) -> str:
+    """What the page is about: a chain of stages, or a single training."""
+    if len(chain.stages) != 1:
+        return "From pictures to answers"
+    (stage,) = chain.stages
+    return " · ".join(part for part in (stage.title, str(stage.run.get("name") or "")) if part)
+
+
+def render(chain: Chain, title: str | None = None) -> str:
+    """The page as one string of HTML, with nothing loaded from anywhere; `title` tells what the chain is by itself."""
+    title = title_of(chain) if title is None else title
     total = sum(numbers(stage.run).get("seconds", 0.0) for stage in chain.stages)
     started = min((str(stage.run["started"]) for stage in chain.stages if stage.run.get("started")), default="")
     facts = [started[:10], f"trained in {duration(total)}" if total else ""]
@@ -138,7 +147,7 @@ def render(chain: Chain, title: str = "From pictures to answers") -> str:
     )
 
 
-def write_report(chain: Chain, path: str | Path, title: str = "From pictures to answers") -> bool:
+def write_report(chain: Chain, path: str | Path, title: str | None = None) -> bool:
     """Write the page; a failure is logged and returned as False, never raised: a report ends no run."""
     try:
         write_text(path, render(chain, title))

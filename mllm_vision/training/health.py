@@ -18,6 +18,7 @@ LEAST_SPREAD = 0.1  # of unit vectors; their mean cosine is then 0.99
 LEAST_RANK = 1.1  # directions that carry the variance; 1 is a line
 LEAST_ENTROPY = 0.1  # of the prototypes that a batch is given to; 0 is one prototype
 HOLD = 10  # steps that a state has to last before it is worth a warning
+_SEEN = ("z", "query")  # metrics of what is behind the head
 EARLIEST = 50  # steps that a training is given in any case: the sigmoid loss passes its chance slowly
 
 
@@ -30,7 +31,9 @@ class Health(TrainerCallback):
     - `scale`: the logit scale came to its clamp in the first half of the training, or fell to the lower one;
     - `bias`: the sigmoid loss calls several times too many or too few pairs positive;
     - `prototypes`: a teacher that gives every image to one prototype, or none to any (DINO and its kin);
-    - `collapse`: all embeddings point one way (`*_spread` below 0.1), or vary along one line (`*_rank` below 1.1).
+    - `collapse`: all embeddings point one way (`*_spread` below 0.1), or vary along one line (`*_rank` below 1.1);
+    - `offset`: the encoder's vectors h point one way and what the loss sees, behind the head, does not: they share a
+      large offset, which a head takes off and a cosine between vectors does not.
 
     A state counts when it lasts for 10 steps, and, but for the scale, only after a fifth of the training (at least
     50 steps, at most 1000 after warm-up): every training starts at chance. When it passes again, that is said too.
@@ -99,6 +102,7 @@ class Health(TrainerCallback):
         alone = not hasattr(self.objective, "dual") and hasattr(self.objective, "views")  # images without texts
         causes = [*_bias(logs, pairs), *_collapse(logs, alone), *_prototypes(logs, self.objective)]
         yield from causes
+        causes = [cause for cause in causes if cause[0] != "offset"]
         chance = expected_chance(self.objective, pairs, logs.get("positives", 1.0))
         if not chance or not CHANCE_SHARE * chance <= logs["loss"] < math.inf:
             return
@@ -232,9 +236,19 @@ def _bias(logs: Mapping[str, float], pairs: int) -> Iterator[tuple[str, str]]:
 
 def _collapse(logs: Mapping[str, float], alone: bool = False) -> Iterator[tuple[str, str]]:
     told = []
+    # what the loss sees, where it keeps its directions apart (a BatchNorm spreads out a line too)
+    behind = max(logs.get(f"{side}_spread", 0.0) * (logs.get(f"{side}_rank", 0.0) > LEAST_RANK) for side in _SEEN)
     for side in sorted({name.removesuffix("_spread").removesuffix("_rank") for name in logs}):
         spread, rank = logs.get(f"{side}_spread", math.nan), logs.get(f"{side}_rank", math.nan)
-        if spread < LEAST_SPREAD:
+        if side == "h" and spread < LEAST_SPREAD <= behind and not rank < LEAST_RANK:
+            yield (
+                "offset",
+                f"the vectors h of all pictures share one direction (h_spread {spread:.2g}), and what the loss sees "
+                f"does not (spread {behind:.2g}): what they know is left, but their cosines are all near 1. The rate "
+                "is high for this encoder, as that of LARS is for a small ViT: try --optim adamw_torch "
+                "--learning_rate 1e-3",
+            )
+        elif spread < LEAST_SPREAD:
             told.append(f"all {side} embeddings point one way ({side}_spread {spread:.2g}; 1 is evenly spread)")
         elif rank < LEAST_RANK:
             told.append(f"the {side} embeddings vary along a line ({side}_rank {rank:.3g} directions)")

@@ -166,6 +166,13 @@ def test_bad_batches(name):
             made.before_training(11, BATCH)
 
 
+def test_what_embed_returns_is_told():
+    made = objective("simclr")
+    made.embed = lambda views: made.features(made.encoder, views)
+    with pytest.raises(ValueError, match=r"SimClr.embed returned Tensor; it returns a dict of tensors \[B, ...\]"):
+        made(views=torch.zeros(2, 2, 3, 32, 32))
+
+
 def test_a_missing_mean_of_the_objective_is_told():
     class Nothing(ImageObjective):
         class Config:

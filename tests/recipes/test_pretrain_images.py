@@ -163,6 +163,10 @@ def test_the_methods_defaults_give_way_to_flags_and_files(tmp_path):
     config.write_text("optim: adamw_torch\nlearning_rate: 1e-3\n")
     parsed = dry_parse(target, [*words, "--config", str(config), "--learning_rate", "2e-3"])
     assert (parsed["optim"], parsed["learning_rate"], parsed["lr_scaling"]) == ("adamw_torch", 2e-3, "linear")
+    assert "optim_args" not in parsed  # LARS's, and gone with it
+    twins = [*words[:-1], "barlow_twins"]
+    assert dry_parse(target, twins)["bias_learning_rate"] == 0.0048
+    assert "bias_learning_rate" not in dry_parse(target, [*twins, "--optim", "sgd"])
     assert dry_parse(target, [*words[:-1], "mae"])["learning_rate"] == 1.5e-4
 
 
@@ -171,7 +175,9 @@ def test_the_methods_defaults_give_way_to_flags_and_files(tmp_path):
     [
         ({"objective": "clip"}, "learns from image-text pairs: recipes/pretrain.py"),
         ({"objective": "simcrl"}, "the nearest known one is 'simclr'"),
+        ({"objective": "my_method:Mine"}, "No module named 'my_method'; PYTHONPATH=. finds it, if it is my_method.py"),
         ({"sync_batch_norm": "true"}, "vit has no BatchNorm; leave it out"),
+        ({"objective": "dino", "local_size": 40}, "local_size=40 is more than the 32 px of the views"),
         ({"views": "mae"}, "--views mae makes 1 view of a picture, and SimClr compares 2; leave --views out"),
         ({"evaluators": "linear"}, "unknown evaluator 'linear'"),
         ({"objective": "moco_v2"}, "queue_size=65536 is more than the 48 images"),

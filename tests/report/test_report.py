@@ -111,6 +111,7 @@ def test_a_page_of_images_alone() -> None:
     record["modules"] = [{"group": "teacher", "parameters": 8, "trainable": 0, "follows": True, **hashes}]
     record["health"] = [{"step": 50, "name": "collapse", "message": "collapse: all h <embeddings> point one way"}]
     page = render(Chain([Stage("stage_zero", run=record)]))
+    assert "<h1>Stage zero" in page and "From pictures to answers" not in page
     text = "".join(check(page).text)
     for words in ("from pictures alone", "What it was shown", "view 1", "Spread: 1 evenly", "Directions that carry"):
         assert words in text, words

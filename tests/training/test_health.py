@@ -310,6 +310,19 @@ def test_a_collapse_without_captions_speaks_of_none(tmp_path: Path) -> None:
     assert "all h embeddings point one way" in found["collapse"] and "caption" not in found["collapse"]
 
 
+def test_an_offset_that_the_head_takes_off_is_no_collapse(tmp_path: Path) -> None:
+    seen = {"h_spread": 0.05, "h_rank": 2.8, "loss": 4.0}
+    for behind in ({"z_spread": 0.99, "z_rank": 6.0}, {"query_spread": 0.4, "query_rank": 3.0}):
+        found = watch(tmp_path, [seen | behind] * 8, objective=Alone(9.0)).found
+        assert list(found) == ["offset"] and "share one direction (h_spread 0.05)" in found["offset"]
+    for behind in ({"z_spread": 0.05, "z_rank": 6.0}, {"z_spread": 0.99, "z_rank": 1.05}):  # a line behind a BatchNorm
+        found = watch(tmp_path, [seen | behind] * 8, objective=Alone(9.0)).found
+        assert list(found) == ["collapse"] and "all h embeddings point one way" in found["collapse"]
+    at_chance = seen | {"z_spread": 0.99, "z_rank": 6.0, "loss": 9.0}
+    found = watch(tmp_path, [at_chance] * 8, objective=Alone(9.0)).found
+    assert sorted(found) == ["chance", "offset"] and "collapsed" not in found["chance"]
+
+
 # ---- the figures it reads ------------------------------------------------------------------------------------
 
 
