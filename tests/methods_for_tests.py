@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tiny
 import torch
+from families import FAMILIES
 from torch.nn.parallel import DistributedDataParallel
 
 from mllm_vision import distributed
@@ -39,20 +40,24 @@ def small_config(method: type[ImageObjective], **changed: Any) -> Any:
 
 
 def encoder(kind: str = "vit", seed: int = 0) -> VisionEncoder:
-    """A tiny ViT without BERT's pooler, or a tiny ResNet, also ("resnet_global") with the BatchNorm of all ranks."""
-    if kind != "vit":
-        from mllm_vision.encoder.build import build_encoder
-        from mllm_vision.modules.batch_norm import make_batch_norm_global
+    """A tiny encoder of a family, as the recipe builds it; a ResNet with the stem for small pictures.
 
-        torch.manual_seed(seed)
-        small = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-        resnet = build_encoder("resnet", image_size=32, overrides={**small, "stem": "cifar"})
-        if kind == "resnet_global":
-            make_batch_norm_global(resnet)
-        return resnet
-    backbone = tiny.tiny_vit(seed)
-    backbone.pooler = None
-    return VisionEncoder.from_backbone(backbone, tiny.tiny_image_processor("vit"))
+    "resnet_global" is one with the BatchNorm of all ranks.
+    """
+    from mllm_vision.encoder.build import build_encoder
+    from mllm_vision.modules.batch_norm import make_batch_norm_global
+
+    if kind == "vit":
+        backbone = tiny.tiny_vit(seed)
+        backbone.pooler = None
+        return VisionEncoder.from_backbone(backbone, tiny.tiny_image_processor("vit"))
+    torch.manual_seed(seed)
+    model_type = kind.removesuffix("_global")
+    stem = {"stem": "cifar"} if model_type == "resnet" else {}
+    made = build_encoder(model_type, image_size=32, overrides={**FAMILIES[model_type], **stem}, pooler=False)
+    if kind == "resnet_global":
+        make_batch_norm_global(made)
+    return made
 
 
 def objective(name: str, kind: str = "vit", **changed: Any) -> Any:

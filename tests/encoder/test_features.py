@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import CONVOLUTIONAL, FAMILIES, small
 
 from mllm_vision.encoder.families import family_of
 from mllm_vision.encoder.features import extract_features
-
-from .families import CONVOLUTIONAL, FAMILIES, small
 
 PREFIX = {
     "clip_vision_model": 1,

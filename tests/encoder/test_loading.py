@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import tiny
 import torch
 import transformers
+from families import FAMILIES, small
 from safetensors.torch import load_file, save_file
 
 from mllm_vision.encoder import VisionEncoder, build_backbone
-
-from .families import FAMILIES, small
+from mllm_vision.encoder.build import build_encoder, is_model_type
 
 PICTURE = tiny.random_image(5, (45, 36))
 
@@ -163,6 +164,49 @@ def test_the_body_of_a_classifier(tmp_path, name, model_type):
         assert torch.equal(features.pooled, output.last_hidden_state[:, 0])
 
 
+@pytest.fixture
+def reports(caplog):
+    """What transformers says; it keeps its records from pytest."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+@pytest.mark.parametrize("kind", ["vit", "classifier", "siglip"])
+def test_weights_that_were_never_there_are_not_reported_as_missing(tmp_path, reports, kind, size):
+    """Stage zero's ViTs have no pooler, like classifiers', and some SigLIP towers no head: that is no fault."""
+    if kind == "siglip":
+        model = tiny.tiny_siglip_vision(vision_use_head=False)
+    elif kind == "vit":
+        model = transformers.ViTModel(tiny.tiny_vit().config, add_pooling_layer=False)
+    else:
+        model = transformers.ViTForImageClassification(tiny.tiny_vit().config)
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (size == "20KB")
+    if kind == "siglip":  # as the towers of LLaVA checkpoints: the config says nothing of it
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"vision_use_head": True}))
+    processor_of("siglip" if kind == "siglip" else "vit", tmp_path)
+    encoder = VisionEncoder.from_pretrained(tmp_path)
+    if kind == "classifier":  # its head is there, and is not taken
+        assert "MISSING" not in reports.text and "classifier.weight" in reports.text
+    else:
+        assert reports.text == "" and same_weights(encoder.backbone, model)
+
+
+def test_half_a_pooler_is_a_fault(tmp_path, reports):
+    tiny.tiny_vit().save_pretrained(tmp_path)
+    processor_of("vit", tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    extra = {name: value for name, value in state.items() if name != "pooler.dense.bias"} | {"odd": torch.zeros(1)}
+    save_file(extra, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 weights of the vit are missing, such as 'pooler.dense.bias'"):
+        VisionEncoder.from_pretrained(tmp_path)
+    assert "MISSING" in reports.text and "odd" in reports.text and "UNEXPECTED" in reports.text
+
+
 def test_a_siglip_tower_without_its_head(tmp_path):
     tower = tiny.tiny_siglip_vision()
     tower.save_pretrained(tmp_path)
@@ -309,6 +353,48 @@ def test_a_hub_id_without_a_connection():
         FileNotFoundError, match=r"somebody/nothing is neither a local directory nor in the local cache"
     ):
         VisionEncoder.from_pretrained("somebody/nothing")
+
+
+def test_a_misspelt_model_type_is_no_checkpoint(tmp_path, monkeypatch):
+    """Offline, from what is there: a bare name that is a folder or in the Hub's cache stays a checkpoint."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    told = (
+        r"'vitt' is no path .*no repository in the Hub's cache, and HF_HUB_OFFLINE is set.*nearest known one is 'vit'"
+    )
+    for refused in (lambda: is_model_type("vitt"), lambda: build_encoder("vitt", overrides={"hidden_size": 32})):
+        with pytest.raises(FileNotFoundError, match=told):
+            refused()
+    (tmp_path / "cache" / "models--gpt2").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    assert not is_model_type("gpt2") and not is_model_type("mine") and not is_model_type("somebody/vitt")
+    assert is_model_type("vit") and is_model_type("clip")
+
+
+@pytest.mark.parametrize("answer", [True, False, ConnectionError("no route")])
+def test_the_hub_is_asked_for_a_bare_name(tmp_path, monkeypatch, answer):
+    """Where it has such a repository, or does not answer, loading is what tells."""
+    import huggingface_hub
+
+    asked = []
+
+    def repo_exists(name):
+        asked.append(name)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "repo_exists", repo_exists)
+    if answer is False:
+        with pytest.raises(FileNotFoundError, match=r"no repository on the Hub .*nearest known one is 'dinov2'"):
+            is_model_type("dinov22")
+    else:
+        assert not is_model_type("dinov22")
+    assert asked == ["dinov22"]
 
 
 def test_a_model_that_is_no_backbone():

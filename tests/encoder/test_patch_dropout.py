@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from families import CONVOLUTIONAL, FAMILIES, small
 from pairs_for_tests import make_dual, make_objective, pair_batches
 
 from mllm_vision.encoder.families import family_of
 from mllm_vision.objectives.clip import Clip
 from mllm_vision.training.gradient_cache import cached_backward
-
-from .families import CONVOLUTIONAL, FAMILIES, small
 
 TRANSFORMERS = [name for name in FAMILIES if name not in CONVOLUTIONAL]
 

@@ -7,12 +7,11 @@ import json
 import pytest
 import tiny
 import torch
+from families import CONVOLUTIONAL, FAMILIES, TABLES, small
 from safetensors.torch import load_file
 
 from mllm_vision.encoder import VisionEncoder
 from mllm_vision.lineage import hash_weights, read_lineage, write_lineage
-
-from .families import CONVOLUTIONAL, FAMILIES, TABLES, small
 
 PLAIN = """
 import json, pathlib, torch

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from families import CONVOLUTIONAL, FAMILIES
 from methods_for_tests import (
     BATCH,
     IMAGE_METHODS,
@@ -46,10 +47,10 @@ def test_they_are_found():
 
 
 @every_method
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_forward_and_backward(name, kind):
     """A finite loss, and a gradient for whatever trains: DDP would wait for one that never comes."""
-    if name in ("mae", "dinov2") and kind == "resnet":
+    if name in ("mae", "dinov2") and kind in CONVOLUTIONAL:
         with pytest.raises(ValueError, match=r"(?i)resnet|patch|convolutional"):
             objective(name, kind)
         return
