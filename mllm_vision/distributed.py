@@ -29,6 +29,11 @@ def rank(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if is_distributed() else 0
 
 
+def _collective(name: str, before: str) -> Any:
+    """A collective by the name that torch 2.13 gave it, or by the one `before`, which warns there."""
+    return getattr(dist, name, None) or getattr(dist, before)
+
+
 class _GatherRows(torch.autograd.Function):
     """All-gather in the forward pass, reduce-scatter (sum) of the gradients in the backward pass."""
 
@@ -48,7 +53,7 @@ def _gather_padded(rows: Tensor, sizes: list[int], group: dist.ProcessGroup | No
     if len(rows) < width:
         rows = torch.cat([rows, rows.new_zeros((width - len(rows), *rows.shape[1:]))])
     gathered = rows.new_empty((len(sizes) * width, *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+    _collective("all_gather_single", "all_gather_into_tensor")(gathered, rows.contiguous(), group=group)
     if len(set(sizes)) == 1:
         return gathered
     parts = gathered.unflatten(0, (len(sizes), width))
@@ -74,7 +79,8 @@ def reduce_scatter(rows: Tensor, sizes: list[int], group: dist.ProcessGroup | No
             padded[index, : len(part)] = part
         rows = padded.flatten(0, 1)
     local = rows.new_empty((width, *rows.shape[1:]))
-    dist.reduce_scatter_tensor(local, rows.contiguous(), op=dist.ReduceOp.SUM, group=group)
+    scatter = _collective("reduce_scatter_single", "reduce_scatter_tensor")
+    scatter(local, rows.contiguous(), op=dist.ReduceOp.SUM, group=group)
     return local[: sizes[rank(group)]]
 
 
@@ -84,7 +90,7 @@ def row_counts(rows: Tensor, group: dist.ProcessGroup | None = None) -> list[int
         return [rows.shape[0]]
     local = torch.tensor([rows.shape[0]], device=rows.device)
     counts = local.new_empty(world_size(group))
-    dist.all_gather_into_tensor(counts, local, group=group)
+    _collective("all_gather_single", "all_gather_into_tensor")(counts, local, group=group)
     return counts.tolist()
 
 

@@ -13,6 +13,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+from mllm_vision.data.picture_flags import PictureArguments
 from mllm_vision.training.arguments import RecipeArguments
 from mllm_vision.training.recipe import parse_recipe, recipe_dict, run_recipe
 
@@ -21,24 +22,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class FinetuneArguments:
-    """What the labelled images are, and which encoder learns."""
+    """Which encoder learns, and what it is measured on."""
 
-    dataset_name: str = field(metadata={"help": "Labelled images: a file, folder, pattern or Hub id."})
     encoder: str = field(
         metadata={"help": "Path, Hub id, or a model type to build (from scratch).", "aliases": ["model_name_or_path"]}
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
-    image_column: str | None = field(default=None, metadata={"help": "Image column, where its name does not tell."})
-    label_column: str | None = field(default=None, metadata={"help": "Label column, likewise."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
     encoder_overrides: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Config fields of a built encoder: hidden_size=192,patch_size=4."}
     )
     image_size: int | None = field(default=None, metadata={"help": "Side of the square picture in pixels."})
     encoder_learning_rate: float | None = field(default=None, metadata={"help": "Of the encoder alone."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Labelled images that accuracy is of."})
-    eval_split: str = field(default="test", metadata={"help": "Its split (a single file has only one)."})
+    eval_split: str | None = field(default=None, metadata={"help": "Its split; default: test, or the only one."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Test images, at most, drawn at random."})
 
 
@@ -58,16 +53,15 @@ class Arguments(RecipeArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    from mllm_vision.data.views import ViewArguments
+    from mllm_vision.data.views import ViewArguments, ViewMaker, ViewPolicy
     from mllm_vision.objectives.classification import Classification
 
-    own, arguments, config, view_flags = parse_recipe(
-        FinetuneArguments, Arguments, Classification.Config, ViewArguments, argv=argv, description=__doc__
-    )
+    kinds = (PictureArguments, FinetuneArguments, Arguments, Classification.Config, ViewArguments)
+    images, own, arguments, config, view_flags = flags = parse_recipe(*kinds, argv=argv, description=__doc__)
 
-    from mllm_vision.data import PictureCollator, PictureDataset, load_records
+    from mllm_vision.data import PictureCollator, load_records
+    from mllm_vision.data.records import UsualSplit
     from mllm_vision.data.view_draws import View
-    from mllm_vision.data.views import ViewMaker, ViewPolicy
     from mllm_vision.encoder.build import build_encoder, is_model_type
     from mllm_vision.evaluation import ClassifierAccuracy, LabelledImages
     from mllm_vision.evaluation.classifier import save_classifier
@@ -75,28 +69,24 @@ def main(argv: list[str] | None = None) -> None:
     from mllm_vision.training.run import Run
     from mllm_vision.training.trainer import ObjectiveTrainer
 
-    where = {"split": own.dataset_split, "config_name": own.dataset_config_name, "max_rows": own.max_train_samples}
-    records = load_records(own.dataset_name, **where)
-    run = Run("stage_zero", arguments, recipe_dict(own, arguments, config, view_flags))
+    records = images.load()
+    run = Run("stage_zero", arguments, recipe_dict(*flags))
     if not is_model_type(own.encoder):
         run.inherit("encoder", own.encoder)
     encoder = build_encoder(own.encoder, image_size=own.image_size, overrides=own.encoder_overrides, pooler=False)
-    columns = {role: name for role, name in (("image", own.image_column), ("label", own.label_column)) if name}
-    dataset = PictureDataset(records, columns, seed=arguments.seed, decode_size=2 * encoder.image_size, labelled=True)
+    dataset = images.dataset(records, encoder, seed=arguments.seed, labelled=True)
     run.describe_data("train", records, dataset.columns)
     names = class_names(dataset)
     config.classes = config.classes or len(names)
     if config.classes < len(names):
         raise ValueError(f"--classes {config.classes}: the training labels have {len(names)} classes ({names[:4]}...)")
     objective = Classification(encoder, config)
-    processor = encoder.processor
     policy = ViewPolicy((View(scale=(0.35, 1.0)),), "fine-tuning", resample="bicubic")
-    given = (encoder.image_size, processor.image_mean, processor.image_std)
     evaluators = []
     if own.eval_dataset_name:
-        test = load_records(own.eval_dataset_name, split=own.eval_split)
+        test = load_records(own.eval_dataset_name, split=own.eval_split or UsualSplit("test", "--eval_split"))
         evaluators = [
-            ClassifierAccuracy("test", LabelledImages(records, test, columns, test_limit=own.max_eval_samples))
+            ClassifierAccuracy("test", LabelledImages(records, test, images.columns, test_limit=own.max_eval_samples))
         ]
         run.describe_data("test", test, evaluators[0].data.test_columns)
     else:
@@ -110,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         learning_rates={"encoder": own.encoder_learning_rate},
         bad_samples=dataset.bad_samples,
         evaluators=evaluators,
-        make_views=ViewMaker(policy, *given, view_flags, patch_size=encoder.patch_size),
+        make_views=ViewMaker.for_encoder(policy, encoder, view_flags),
     )
     rates = {"encoder": (own.encoder_learning_rate or arguments.learning_rate) * arguments.lr_scale}
     audit = ModuleAudit.of_children(objective, rates, arguments.learning_rate * arguments.lr_scale)

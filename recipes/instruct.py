@@ -32,7 +32,9 @@ class InstructArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_split: str = field(default="validation", metadata={"help": "Split of the held-out data."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split of the held-out data; default: validation, or the only one."}
+    )
     image_root: str | None = field(default=None, metadata={"help": "Folder that relative picture paths start from."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the pictures, if not found by name."})
     messages_column: str | None = field(default=None, metadata={"help": "Column of `messages`, likewise."})

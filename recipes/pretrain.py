@@ -54,10 +54,10 @@ class PretrainArguments:
     encoder_learning_rate: float | None = field(default=None, metadata={"help": "Of the image tower alone."})
     text_learning_rate: float | None = field(default=None, metadata={"help": "Of the text tower alone."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Pairs for retrieval R@1/5/10."})
-    eval_split: str = field(default="validation", metadata={"help": "Its split (a single file has only one)."})
+    eval_split: str | None = field(default=None, metadata={"help": "Its split; default: validation, or the only one."})
     max_eval_samples: int | None = field(default=1000, metadata={"help": "Pictures in retrieval, at most."})
     zero_shot_dataset_name: str | None = field(default=None, metadata={"help": "Labelled pictures for zero-shot."})
-    zero_shot_split: str = field(default="test", metadata={"help": "Its split (a single file has only one)."})
+    zero_shot_split: str | None = field(default=None, metadata={"help": "Its split; default: test, or the only one."})
     templates: list[str] = field(
         default_factory=lambda: ["a photo of a {}."], metadata={"help": "Prompts of zero-shot, {} is the class."}
     )
@@ -177,16 +177,19 @@ def build_pair(own: PretrainArguments, method: Any) -> Any:
 def build_evaluators(own: PretrainArguments, overrides: dict[str, str], run: Any) -> list:
     """Retrieval and zero-shot, each where its data set is named."""
     from mllm_vision.data import bind_columns, load_records
+    from mllm_vision.data.records import UsualSplit
     from mllm_vision.evaluation import Retrieval, ZeroShot
 
     evaluators: list[Any] = []
     if own.eval_dataset_name:
-        records = load_records(own.eval_dataset_name, split=own.eval_split)
+        split = own.eval_split or UsualSplit("validation", "--eval_split")
+        records = load_records(own.eval_dataset_name, split=split)
         columns = bind_columns(records, ("image", "caption"), overrides)
         run.describe_data("validation", records, columns)
         evaluators.append(Retrieval("retrieval", records, columns, distinct=True, limit=own.max_eval_samples))
     if own.zero_shot_dataset_name:
-        records = load_records(own.zero_shot_dataset_name, split=own.zero_shot_split)
+        split = own.zero_shot_split or UsualSplit("test", "--zero_shot_split")
+        records = load_records(own.zero_shot_dataset_name, split=split)
         columns = bind_columns(records, ("image", "label"), overrides)
         run.describe_data("zero_shot", records, columns)
         evaluators.append(ZeroShot("zero_shot", records, templates=own.templates, columns=columns))

@@ -16,6 +16,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+from mllm_vision.data.picture_flags import PictureArguments
 from mllm_vision.data.stream_flags import StreamArguments
 from mllm_vision.evaluation.labelled_flags import LabelledArguments
 from mllm_vision.training.arguments import RecipeArguments
@@ -26,23 +27,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ImageArguments:
-    """What the images are, and which encoder learns by which method."""
+    """Which encoder learns by which method."""
 
-    dataset_name: str = field(metadata={"help": "Images: a file, folder, pattern or Hub id."})
     objective: str = field(
         default="simclr",
         metadata={
             "help": "simclr, moco_v1, moco_v2, moco_v3, byol, simsiam, dino, dinov2, barlow_twins, vicreg, pcl, "
             "supcon, mae (docs/pretrain_images.md), or package.module:Class."
         },
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
-    image_column: str | None = field(default=None, metadata={"help": "Image column, where its name does not tell."})
-    label_column: str | None = field(default=None, metadata={"help": "Label column, for supcon and the evaluations."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
-    decode_size: int | None = field(
-        default=None, metadata={"help": "Shrink larger images to this shorter side; default: twice the views'."}
     )
     encoder: str = field(
         default="vit", metadata={"help": "Path, Hub id, or a model type to build.", "aliases": ["model_name_or_path"]}
@@ -70,14 +62,15 @@ class Arguments(RecipeArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    from mllm_vision.data.views import ViewArguments
+    from mllm_vision.data.views import WHOLE, ViewArguments, ViewMaker
     from mllm_vision.objectives import ImageObjective, load_objective
 
     name = peek_recipe("objective", "simclr", argv=argv)
     method = load_objective(name)
     if not issubclass(method, ImageObjective):
         raise ValueError(f"objective {name!r} learns from image-text pairs: recipes/pretrain.py trains it")
-    own, arguments, config, view_flags, labelled, streams = parse_recipe(
+    images, own, arguments, config, view_flags, labelled, streams = flags = parse_recipe(
+        PictureArguments,
         ImageArguments,
         Arguments,
         method.Config,
@@ -91,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     steps, rows = arguments.gradient_accumulation_steps, arguments.per_device_train_batch_size
     method.check_accumulation(steps, rows, arguments.embed_batch_size)
 
-    from mllm_vision.data import PictureCollator, PictureDataset, StreamDataset, load_records
+    from mllm_vision.data import PictureCollator, StreamDataset
     from mllm_vision.encoder.build import is_model_type
     from mllm_vision.evaluation import Geometry
     from mllm_vision.evaluation.view_pictures import view_samples
@@ -99,45 +92,41 @@ def main(argv: list[str] | None = None) -> None:
     from mllm_vision.training.run import Run
     from mllm_vision.training.trainer import ObjectiveTrainer
 
-    where = {"split": own.dataset_split, "config_name": own.dataset_config_name, "max_rows": own.max_train_samples}
+    stream = None
     if streams.streaming:
         check_stream(method, labelled)
-        stream = streams.open(own.dataset_name, **where, seed=arguments.seed, max_steps=arguments.max_steps)
-    records = stream.head() if streams.streaming else load_records(own.dataset_name, **where)
-    run = Run("stage_zero", arguments, recipe_dict(own, arguments, config, view_flags, labelled, streams))
+        limits = {"seed": arguments.seed, "max_steps": arguments.max_steps}
+        stream = streams.open(images.dataset_name, **images.where, **limits)
+    records = images.load() if stream is None else stream.head()
+    run = Run("stage_zero", arguments, recipe_dict(*flags))
     built = is_model_type(own.encoder)
     if not built:
         run.inherit("encoder", own.encoder)
     encoder = build(own)
     objective = method(encoder, config)
-    make_views, make_plain = view_makers(objective, view_flags)
-    named = {"image": own.image_column, "label": own.label_column}
-    columns = {role: column for role, column in named.items() if column}
-    decode_size = own.decode_size or 2 * encoder.image_size
-    pictures = PictureDataset(records, columns, seed=arguments.seed, decode_size=decode_size)
-    without = pictures.labels is None if streams.streaming else pictures.unlabelled == len(pictures)
-    if "labels" in objective.columns() and without:
-        raise ValueError(f"--objective {name} learns from labels, and no row has one; name the column: --label_column")
-    bank = labelled.eval_train_dataset_name
-    if labelled.eval_dataset_name and not bank and without and not streams.streaming:
+    make_views = ViewMaker.for_encoder(objective.views, encoder, view_flags)
+    if make_views.num_views < objective.least_views:
         raise ValueError(
-            "kNN and the probe learn from labelled pictures, and the training set has none: name a labelled set, "
-            "--eval_train_dataset_name, or the column, --label_column; without --eval_dataset_name nothing is measured"
+            f"--views {view_flags.views} makes {make_views.num_views} view of a picture, and {method.__name__} "
+            f"compares {objective.least_views}; leave --views out, or name a policy of two views (docs/views.md)"
         )
-    if streams.streaming:
-        run.describe_data("train", stream, pictures.columns)
+    pictures = images.dataset(records, encoder, seed=arguments.seed)
+    check_labels(name, objective, pictures, labelled, streams.streaming)
+    if stream is None:
+        dataset = pictures
+        run.describe_data("train", records, dataset.columns, unlabelled=dataset.unlabelled)
     else:
-        run.describe_data("train", records, pictures.columns, unlabelled=pictures.unlabelled)
+        dataset = StreamDataset(stream, pictures)
+        run.describe_data("train", stream, pictures.columns)
     column = pictures.columns["image"]
     run.record["arrays"]["views"] = view_samples(records, column, make_views, encoder.processor, seed=arguments.seed)
-    before, after = labelled.build(records, columns)
+    before, after = labelled.build(records, images.columns)
     if after:
         run.describe_data("test", after[0].records, after[0].data.test_columns)
     if not before and arguments.load_best_model_at_end:
         raise ValueError("--load_best_model_at_end needs --eval_dataset_name")
     if not before:
         arguments.eval_strategy, arguments.eval_steps = "no", None  # a share of steps would be warned of on --resume
-    dataset = StreamDataset(stream, pictures) if streams.streaming else pictures
     trainer = ObjectiveTrainer(
         model=objective,
         args=arguments,
@@ -148,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         bad_samples=dataset.bad_samples,
         evaluators=before,
         make_views=make_views,
-        make_plain_views=make_plain,
+        make_plain_views=ViewMaker.for_encoder(WHOLE, encoder),
     )
     logger.info("%s: %s", name, make_views)
     rates = {"encoder": (own.encoder_learning_rate or arguments.learning_rate) * arguments.lr_scale}
@@ -196,6 +185,19 @@ def check_stream(method: Any, labelled: LabelledArguments) -> None:
         raise ValueError("a stream is no bank for kNN and probe: name labelled images, --eval_train_dataset_name")
 
 
+def check_labels(name: str, objective: Any, dataset: Any, labelled: LabelledArguments, streaming: bool) -> None:
+    """Refuses a method or a measurement that asks for labels, where the training set has none."""
+    if dataset.labels is not None and (streaming or dataset.unlabelled < len(dataset)):
+        return
+    if "labels" in objective.columns():
+        raise ValueError(f"--objective {name} learns from labels, and no row has one; name the column: --label_column")
+    if labelled.eval_dataset_name and not labelled.eval_train_dataset_name:
+        raise ValueError(
+            "kNN and the probe learn from labelled pictures, and the training set has none: name a labelled set, "
+            "--eval_train_dataset_name, or the column, --label_column; without --eval_dataset_name nothing is measured"
+        )
+
+
 def build(own: ImageArguments) -> Any:
     """The encoder, loaded or built."""
     from mllm_vision.encoder.build import build_encoder
@@ -205,24 +207,6 @@ def build(own: ImageArguments) -> Any:
     if own.sync_batch_norm and not make_batch_norm_global(encoder):
         raise ValueError(f"--sync_batch_norm: {own.encoder} has no BatchNorm; leave it out")
     return encoder
-
-
-def view_makers(objective: Any, flags: Any) -> tuple[Any, Any]:
-    """What makes the method's views, and what makes one that is only resized."""
-    from mllm_vision.data.view_draws import View
-    from mllm_vision.data.views import ViewMaker, ViewPolicy
-
-    encoder, processor = objective.encoder, objective.encoder.processor
-    given = (encoder.image_size, processor.image_mean, processor.image_std)
-    plain = ViewPolicy((View(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0),), "the whole image")
-    maker = ViewMaker(objective.views, *given, flags, patch_size=encoder.patch_size)
-    needed, made = (len(each.policy.views) for each in (ViewMaker(objective.views, *given), maker))
-    if made < needed:
-        raise ValueError(
-            f"--views {flags.views} makes {made} view of a picture, and {type(objective).__name__} compares {needed}; "
-            "leave --views out, or name a policy of two views (docs/views.md)"
-        )
-    return maker, ViewMaker(plain, *given)
 
 
 if __name__ == "__main__":

@@ -204,9 +204,11 @@ def tower_tokenizer(own: Any) -> Any:
 def leak(own: Any, sample: Any, doctor: Any) -> list:
     """Whether pictures of the evaluation are among those of the training."""
     from mllm_vision.data import bind_columns, load_records
+    from mllm_vision.data.records import UsualSplit
 
     try:
-        records = load_records(own.eval_dataset_name, split=own.eval_split, max_rows=own.max_eval_samples)
+        split = own.eval_split or UsualSplit("validation", "--eval_split")
+        records = load_records(own.eval_dataset_name, split=split, max_rows=own.max_eval_samples)
         column = own.image_column or bind_columns(records, ("image",))["image"]
     except (ValueError, OSError) as error:
         return [doctor.Finding("problem", "evaluation", str(error))]

@@ -49,7 +49,9 @@ class EvaluateArguments:
         },
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Data of the tasks that name none."})
-    dataset_split: str = field(default="test", metadata={"help": "Split, for folders and Hub data sets."})
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "Split of folders and Hub data; default: test, or the only one of a folder."}
+    )
     max_samples: int | None = field(default=None, metadata={"help": "Only the first so many rows."})
     image_column: str | None = field(default=None, metadata={"help": "Where its name does not tell."})
     caption_column: str | None = field(default=None, metadata={"help": "Likewise."})
@@ -143,14 +145,17 @@ class Bench:
     """Loads data once a path and builds the evaluators."""
 
     def __init__(self, own: EvaluateArguments, kind: str, processor: Any) -> None:
+        from mllm_vision.data.records import UsualSplit
+
         self.own, self.kind, self.processor = own, kind, processor
-        self.loaded: dict[tuple[str, str, int | None], Any] = {}
+        self.loaded: dict[tuple[str, Any, int | None], Any] = {}
+        self.split = own.dataset_split or UsualSplit("test", "--dataset_split")
         self.labelled: dict[str, Any] = {}
         self.named = {
             role: getattr(own, f"{role}_column") for role in ("image", "caption", "label", "question", "answer")
         }
 
-    def records(self, path: str, split: str, max_rows: int | None) -> Any:
+    def records(self, path: str, split: Any, max_rows: int | None) -> Any:
         from mllm_vision.data import load_records
 
         key = (path, split, max_rows)
@@ -165,7 +170,7 @@ class Bench:
 
     def evaluator(self, job: Job) -> Any:
         """The evaluator of a job; bad data is refused here, before anything is measured."""
-        own, records = self.own, self.records(job.dataset, self.own.dataset_split, self.own.max_samples)
+        own, records = self.own, self.records(job.dataset, self.split, self.own.max_samples)
         return getattr(self, job.task)(job, own, records)
 
     def zero_shot(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
@@ -223,7 +228,7 @@ class Bench:
         if job.dataset not in self.labelled:
             sets = [
                 self.records(own.training_dataset_name, own.training_split, None),
-                self.records(job.dataset, own.dataset_split, None),
+                self.records(job.dataset, self.split, None),
             ]
             columns = {role: name for role, name in self.named.items() if name and role in ("image", "label")}
             limits = {"train_limit": own.max_training_samples, "test_limit": own.max_samples, "seed": own.seed}

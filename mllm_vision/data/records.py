@@ -10,6 +10,7 @@ import glob
 import logging
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,23 @@ _SPLITS = {
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
+@dataclass(frozen=True)
+class UsualSplit:
+    """A split that the user did not name: `name` where there is one, else the only split of local data.
+
+    Attributes:
+        name: "test", "validation" ...
+        flag: what names another, for the message where there are several and none has this name.
+    """
+
+    name: str
+    flag: str
+
+
 def load_records(
     name_or_path: str | Path,
     *,
-    split: str = "train",
+    split: str | UsualSplit = "train",
     config_name: str | None = None,
     max_rows: int | None = None,
     image_root: str | Path | None = None,
@@ -51,7 +65,8 @@ def load_records(
             of such files; a folder of them, of pictures (class folders, or `metadata.jsonl` with `file_name`), or
             one written by `save_to_disk`; or a Hub data set id.
         split: as in `datasets`, slices included ("train[:1000]"). A file or glob is one split and only takes the
-            slice. In a folder `<split>.parquet` (or .jsonl ...) is taken where it exists.
+            slice. In a folder `<split>.parquet` (or .jsonl ...) is taken where it exists. A `UsualSplit` gives way to
+            the only split of a folder that has another one.
         config_name: the configuration of a Hub data set.
         max_rows: only the first rows.
         image_root: what relative picture paths start from; otherwise the folder of the file that names them.
@@ -65,6 +80,8 @@ def load_records(
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows={max_rows} must be at least 1")
     _count_no_downloads()
+    usual = split if isinstance(split, UsualSplit) else None
+    split = usual.name if usual is not None else split
     base = re.split(r"[\[+]", split, maxsplit=1)[0]
     path = Path(name_or_path).expanduser()
     files = _local_files(path, str(name_or_path), base)
@@ -72,7 +89,7 @@ def load_records(
         dataset = _from_hub(str(name_or_path), config_name, split)
         folder: Path | None = None
     elif not files:
-        dataset, folder = _from_folder(path, split), path
+        dataset, folder = _from_folder(path, split, usual), path
     else:
         dataset, folder = _from_files(files, base, split), files[0].parent
     if len(dataset) == 0:
@@ -110,8 +127,13 @@ def _local_files(path: Path, name: str, base: str) -> list[Path] | None:
                 if (path / f"{word}{suffix}").is_file():
                     return [path / f"{word}{suffix}"]
         tars = sorted(path.glob("*.tar"))
-        named = [tar for tar in tars if re.search(rf"(^|[^a-z])({'|'.join(_SPLITS.get(base, (base,)))})", tar.stem)]
-        return named or tars
+
+        def of(*words: str) -> list[Path]:
+            return [tar for tar in tars if re.search(rf"(^|[^a-z])({'|'.join(words)})", tar.stem)]
+
+        # Shards that are named for other splits are not this one: `datasets` says which there are.
+        others = of(*(word for words in _SPLITS.values() for word in words))
+        return of(*_SPLITS.get(base, (base,))) or ([] if others else tars)
     looks_local = (
         name.startswith((".", "/", "~", "\\")) or path.suffix in (*_BUILDERS, *_PICTURES) or name.count("/") > 1
     )
@@ -138,7 +160,7 @@ def _from_files(files: list[Path], base: str, split: str) -> Any:
         return load_dataset(builders.pop(), data_files={base: [str(f) for f in files]}, split=split, **options)
 
 
-def _from_folder(path: Path, split: str) -> Any:
+def _from_folder(path: Path, split: str, usual: UsualSplit | None) -> Any:
     from datasets import load_dataset, load_from_disk
 
     if not any(path.iterdir()):
@@ -148,11 +170,25 @@ def _from_folder(path: Path, split: str) -> Any:
             saved = load_from_disk(str(path))
         if hasattr(saved, "column_names") and not isinstance(saved.column_names, dict):
             return saved
-        if split not in saved:
+        if usual is None and split not in saved:
             raise ValueError(f"{path} has no split {split!r}; it has {', '.join(map(repr, saved))}")
-        return saved[split]
+        return saved[split] if usual is None else _usual_split(path, saved, usual)
     with _explained(str(path)):
-        return load_dataset(str(path), split=split)
+        loaded = load_dataset(str(path), split=None if usual else split)
+    return loaded if usual is None else _usual_split(path, loaded, usual)
+
+
+def _usual_split(path: Path, splits: Any, usual: UsualSplit) -> Any:
+    """The split of that name, or the only one, which is told: it may be what was trained on."""
+    if usual.name in splits:
+        return splits[usual.name]
+    if len(splits) > 1:
+        raise ValueError(
+            f"{path} has no split {usual.name!r}; it has {', '.join(map(repr, splits))}: name one with {usual.flag}"
+        )
+    (only,) = splits
+    logger.warning("%s has no split %r; its only one, %r, is taken", path, usual.name, only)
+    return splits[only]
 
 
 def _from_hub(name: str, config_name: str | None, split: str) -> Any:

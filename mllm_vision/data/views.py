@@ -191,6 +191,13 @@ class ViewMaker:
         # of this size freed (never touched, so it costs nothing): views on a CPU are a third faster afterwards.
         torch.empty(31 << 20, dtype=torch.uint8)
 
+    @classmethod
+    def for_encoder(cls, policy: str | ViewPolicy, encoder: Any, arguments: ViewArguments | None = None) -> ViewMaker:
+        """Views as a `VisionEncoder` takes them: of its size, normalised as its image processor does."""
+        processor = encoder.processor
+        given = (encoder.image_size, processor.image_mean, processor.image_std)
+        return cls(policy, *given, arguments, patch_size=encoder.patch_size)
+
     def __repr__(self) -> str:
         local = f" + {self.policy.local_views} of {self.local_size} px" if self.local_size else ""
         views = f"{self.num_views} view{'s' * (self.num_views != 1)} of {self.size[0]}x{self.size[1]}"
@@ -261,6 +268,9 @@ class ViewMaker:
                 )
             return wanted
         return max(1, round(min(self.size) * self.policy.local_share / patch_size)) * patch_size
+
+
+WHOLE = ViewPolicy((View(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0),), "the whole image")
 
 
 def view_policy(policy: str | ViewPolicy) -> ViewPolicy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,42 @@ ALIASES = {
 
 
 def is_model_type(source: str | Path) -> bool:
-    """Whether `--encoder` names a model type, to be built with random weights, and not a checkpoint."""
-    return source in FAMILIES or source in ALIASES
+    """Whether `--encoder` names a model type, to be built with random weights, and not a checkpoint.
+
+    Of a bare name that is neither a model type nor a path nor in the Hub's cache, the Hub is asked (not offline).
+
+    Raises:
+        FileNotFoundError: a bare name that is none of these; the nearest model type is named.
+    """
+    if source in FAMILIES or source in ALIASES:
+        return True
+    _refuse_misspelt(os.fspath(source))
+    return False
+
+
+def _refuse_misspelt(name: str) -> None:
+    """Said here, or "vitt" would be told of as a parent on the Hub, and its overrides be refused as a checkpoint's."""
+    if "/" in name or os.path.exists(os.path.expanduser(name)):
+        return
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    if (Path(constants.HF_HUB_CACHE) / f"models--{name}").is_dir():
+        return
+    place = "in the Hub's cache (HF_HUB_OFFLINE is set)"
+    if not constants.HF_HUB_OFFLINE:
+        place = "on the Hub that this token may read"
+        try:
+            if huggingface_hub.repo_exists(name):
+                return
+        except errors.HFValidationError:  # nothing that could be a repository's name
+            pass
+        except Exception:  # no answer (of whichever transport the client has): loading says what is wrong with the Hub
+            return
+    raise FileNotFoundError(
+        f"{unknown_name('model type', name, [*FAMILIES, *ALIASES])}; {name!r} is no path either (working folder: "
+        f"{Path.cwd()}), and no repository {place}"
+    )
 
 
 def build_encoder(

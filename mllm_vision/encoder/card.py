@@ -60,7 +60,7 @@ def model_card(path: str | os.PathLike[str], *, name: str | None = None, run: di
         f"# {title.split('/')[-1]}",
         f"{_article(describe(config))}, made with mllm_vision. {_loads(config)}",
         _architecture(kind, config, folder),
-        _section("Use", snippet(kind, config, name or str(folder))),
+        _section("Use", snippet(kind, config, name or str(folder), pooler=_has_pooler(config, folder))),
         _section("How it was trained", _training(facts)),
         _section("Results", _results(facts)),
         _section("Training data", _data(facts)),
@@ -155,6 +155,19 @@ def _count_parameters(folder: Path) -> int:
                     size *= length
                 total += size
     return total
+
+
+def _has_pooler(config: dict[str, Any], folder: Path) -> bool:
+    """False of a ViT whose weights hold none, as stage zero leaves it."""
+    from safetensors import safe_open
+
+    if config.get("model_type") != "vit":
+        return True
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="np") as tensors:
+            if any("pooler" in key.split(".") for key in tensors.keys()):  # noqa: SIM118  (safe_open is no mapping)
+                return True
+    return False
 
 
 def _training(facts: dict[str, Any]) -> str:

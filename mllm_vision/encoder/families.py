@@ -110,7 +110,6 @@ _FAMILIES = (
         processor="SiglipImageProcessor",
         positions="embeddings.position_embedding.weight",
         default_layer=-2,
-        optional_weights=("head.",),
     ),
     Family(
         "vit",
@@ -120,7 +119,6 @@ _FAMILIES = (
         processor="ViTImageProcessor",
         positions="embeddings.position_embeddings",
         has_cls=True,
-        optional_weights=("pooler.",),
     ),
     Family(
         "dinov2",

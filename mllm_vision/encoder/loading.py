@@ -91,23 +91,19 @@ def _load_backbone(
     state = _read_weights(source, prefixes)
     # BatchNorm's counter of batches is absent from older files, and the results do not depend on it.
     optional = (*family.optional_weights, ".num_batches_tracked")
-
-    def load(**arguments: Any) -> tuple[PreTrainedModel, set[str]]:
-        try:
-            model, info = model_class.from_pretrained(
-                None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True, **arguments
-            )
-        except RuntimeError as error:
-            raise ValueError(f"{source}: weights do not fit their config.json: {error}") from error
-        return model, set(info["missing_keys"])
-
-    model, missing = load()
-    if model_class is ViTModel and any(name.startswith("pooler.") for name in missing):
-        # A classifier's ViT has no pooler; a random one must not pass for the image vector.
-        model, missing = load(add_pooling_layer=False)
-    if config.model_type == "siglip_vision_model" and any(name.startswith("head.") for name in missing):
+    # A classifier's ViT, and one trained here, has no pooler, and some SigLIP towers no head: a random one must not
+    # pass for the image vector. Asked of the weights beforehand: transformers reports what it then draws at random.
+    parts = {part for name in state for part in name.split(".")}
+    arguments = {"add_pooling_layer": False} if model_class is ViTModel and "pooler" not in parts else {}
+    if config.model_type == "siglip_vision_model" and "head" not in parts:
         config.vision_use_head = False
-        model, missing = load()
+    try:
+        model, info = model_class.from_pretrained(
+            None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True, **arguments
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{source}: weights do not fit their config.json: {error}") from error
+    missing = set(info["missing_keys"])
     missing = {name for name in missing if not name.startswith(optional) and not name.endswith(optional)}
     if missing:
         raise ValueError(

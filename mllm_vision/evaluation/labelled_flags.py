@@ -20,7 +20,9 @@ class LabelledArguments:
     """
 
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Labelled images that accuracy is of."})
-    eval_split: str = field(default="test", metadata={"help": "Its split (a single file has only one)."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Its split; default: test, or the only one of a file or folder."}
+    )
     eval_train_dataset_name: str | None = field(
         default=None, metadata={"help": "Labelled images kNN and probe learn from; default: the training set."}
     )
@@ -47,18 +49,20 @@ class LabelledArguments:
             columns: role -> column for "image" and "label", where their names do not tell.
 
         Raises:
-            ValueError: a set without labels, or what kNN cannot be with so many pictures.
+            ValueError: a set without labels, one with several splits of which none is called test, or what kNN cannot
+                be with so many pictures.
         """
         if not self.eval_dataset_name:
             return [], []
         from mllm_vision.data import load_records
+        from mllm_vision.data.records import UsualSplit
 
         from .knn import KnnAccuracy
         from .labelled import LabelledImages
         from .linear_probe import LinearProbe
 
         bank = load_records(self.eval_train_dataset_name) if self.eval_train_dataset_name else training
-        test = load_records(self.eval_dataset_name, split=self.eval_split)
+        test = load_records(self.eval_dataset_name, split=self.eval_split or UsualSplit("test", "--eval_split"))
         limits = {"train_limit": self.max_eval_train_samples, "test_limit": self.max_eval_samples}
         data = LabelledImages(bank, test, dict(columns), **limits)
         knn = {"k": self.knn_k, "temperature": self.knn_temperature}

@@ -62,6 +62,7 @@ class RunFolder(TrainerCallback):
         self.run = run
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.begin()
         self.run.rewind(state.global_step)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import has_length
 
 from mllm_vision.data.sampling import EpochCallback
@@ -219,6 +219,23 @@ class RecipeTrainer(ExactResume):
         if self.args.eval_strategy != "no" and self.evaluators:
             self.final_evaluation()
         return result
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """As `ExactResume._init_training_state`; a ratio of the steps is compared with the checkpoint's by its number.
+
+        The stock Trainer keeps the 12 that `eval_steps` 0.2 came to, and warns on resuming that 0.2 is not 12.
+        """
+        resolved = TrainerState()
+        resolved.compute_steps(self.args, max_steps)
+        names = [name for name in ("logging_steps", "eval_steps", "save_steps") if getattr(self.args, name) is not None]
+        given = {name: getattr(self.args, name) for name in names}
+        for name in names:
+            setattr(self.args, name, getattr(resolved, name))
+        try:
+            return super()._init_training_state(max_steps, *args, **kwargs)
+        finally:
+            for name, value in given.items():
+                setattr(self.args, name, value)
 
     def final_evaluation(self) -> None:
         """Evaluate now, unless that was just done at this step."""

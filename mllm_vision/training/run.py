@@ -77,9 +77,10 @@ class Run:
             "verdict": "",
             "artifacts": [],
         }
+        self._begun = False
         if self.is_main:
             self._claim()
-            if not (arguments.resuming and (self.folder / "recipe.yaml").is_file()):  # see `log`
+            if not (self.folder / "recipe.yaml").is_file():  # that of an earlier run stays until this one begins
                 self._write_recipe(self.folder)
         set_seed(arguments.seed)
         # The artifact is what belongs on the Hub, not every checkpoint of the Trainer: see finish().
@@ -148,6 +149,16 @@ class Run:
         }
         self._say("%s data: %s rows, columns %s", role, rows, columns or "as they are")
 
+    def begin(self) -> None:
+        """The training starts: what it overwrites goes now, and not while a flag of its could still be refused."""
+        if self._begun:
+            return
+        self._begun = True
+        if self.is_main:
+            if self.arguments.overwrite:
+                self._clear()
+            self._write_recipe(self.folder)
+
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl and an entry to the history; only numbers are kept.
 
@@ -162,8 +173,7 @@ class Run:
         if not self.is_main:
             return
         try:
-            if self.arguments.resuming:  # not before it really goes on: a refused --resume leaves the recipe as it was
-                self._write_recipe(self.folder)
+            self.begin()
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
         except OSError as error:
@@ -192,6 +202,7 @@ class Run:
             OSError: the disk is full; the artifact that stood there before is whole.
         """
         final = self.folder / name
+        self.begin()
         if self.is_main:
             with whole_folder(final):
                 final.mkdir(parents=True)
@@ -232,11 +243,9 @@ class Run:
         visible = [name for name in present if not name.startswith(".")]
         if visible == ["recipe.yaml"]:  # a start that was refused before its first step: nothing to lose
             visible = []
-        if visible and self.arguments.overwrite:
-            self._clear()
-        elif visible and self.arguments.resuming:
+        if visible and self.arguments.resuming:
             self._read_history()
-        elif visible:
+        elif visible and not self.arguments.overwrite:
             raise FileExistsError(
                 f"--output_dir {self.folder} already holds {', '.join(visible[:4])}{' ...' * (len(visible) > 4)}; "
                 "--overwrite replaces that run, --resume goes on with it, or choose another folder"

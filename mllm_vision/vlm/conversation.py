@@ -22,6 +22,7 @@ from mllm_vision.data import (
     load_records,
     preview_labels,
 )
+from mllm_vision.data.records import UsualSplit
 from mllm_vision.errors import unknown_name
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def load_stage_data(
     roles: tuple[str, ...] | None = None,
     overrides: Mapping[str, str | None] | None = None,
     split: str = "train",
-    eval_split: str = "validation",
+    eval_split: str | None = None,
     config_name: str | None = None,
     image_root: str | None = None,
     max_rows: int | None = None,
@@ -103,7 +104,8 @@ def load_stage_data(
         eval_dataset_name: held-out data; None holds rows of the training data out (at most a tenth).
         roles: columns to bind, e.g. ("image", "caption"); None: whatever form of conversation there is.
         overrides: role -> column name.
-        split, eval_split, config_name, image_root: see ``load_records``.
+        split, config_name, image_root: see ``load_records``.
+        eval_split: of the held-out data; None: "validation", or the only one.
         max_rows: of the training data; ``eval_rows``: of the held-out data.
         max_length: in tokens, image tokens included; None: what the language model allows, at most 2048.
         max_turns, shuffle_turns: see ``ConversationDataset``.
@@ -137,9 +139,8 @@ def load_stage_data(
     else:
         records = load_records(dataset_name, **where, max_rows=max_rows)
     if eval_dataset_name:
-        held = load_records(
-            eval_dataset_name, split=eval_split, config_name=config_name, max_rows=eval_rows, image_root=image_root
-        )
+        where["split"] = eval_split or UsualSplit("validation", "--eval_split")
+        held = load_records(eval_dataset_name, **where, max_rows=eval_rows)
     else:
         count = min(eval_rows, len(records) // 10)
         if count < 2:

@@ -10,6 +10,7 @@ import pytest
 from tiny import image_bytes, random_image, write_conversations_jsonl, write_pairs_parquet
 
 from mllm_vision.data import bind_columns, load_image, load_records
+from mllm_vision.data.records import UsualSplit
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +143,57 @@ def test_saved_to_disk(tmp_path):
     assert load_records(tmp_path / "dict")[0]["caption"] == "a"
     with pytest.raises(ValueError, match=r"no split 'test'; it has 'train'"):
         load_records(tmp_path / "dict", split="test")
+
+
+USUAL = UsualSplit("test", "--eval_split")
+
+
+def test_a_split_that_nobody_named_gives_way_to_the_only_one(tmp_path, caplog):
+    """The test split where there is one; of local data with one split, that one, which is told."""
+    from datasets import Dataset, DatasetDict
+
+    for label in ("cat", "dog"):
+        picture(tmp_path / "pictures" / label / "0.png")
+    write_pairs_parquet(tmp_path / "table" / "train.parquet", 3)
+    data = Dataset.from_dict({"caption": ["a"]})
+    DatasetDict({"train": data}).save_to_disk(tmp_path / "saved")
+    data.save_to_disk(tmp_path / "one")
+    for name, rows in (("pictures", 2), ("table", 3), ("saved", 1)):
+        caplog.clear()
+        assert len(load_records(tmp_path / name, split=USUAL)) == rows
+        assert f"{name} has no split 'test'; its only one, 'train', is taken" in caplog.text
+        with pytest.raises(ValueError, match="split"):  # but not in place of one that was named
+            load_records(tmp_path / name, split="test")
+    caplog.clear()
+    assert len(load_records(tmp_path / "one", split=USUAL)) == 1
+    assert len(load_records(tmp_path / "table" / "train.parquet", split=USUAL)) == 3
+    write_pairs_parquet(tmp_path / "table" / "test.parquet", 4)
+    DatasetDict({"train": data, "test": Dataset.from_dict({"caption": ["b"]})}).save_to_disk(tmp_path / "both")
+    assert len(load_records(tmp_path / "table", split=USUAL)) == 4
+    assert load_records(tmp_path / "both", split=USUAL)["caption"] == ["b"]
+    assert not caplog.text
+
+
+def test_several_splits_of_which_none_is_the_usual_one(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    for name in ("train", "validation"):
+        for label in ("cat", "dog"):
+            picture(tmp_path / "pictures" / name / label / "0.png")
+        write_pairs_parquet(tmp_path / "table" / f"{name}.parquet", 3)
+        tar = tmp_path / "tars" / f"{name}-000.tar"
+        tar.parent.mkdir(exist_ok=True)
+        with tarfile.open(tar, "w") as archive:
+            content = image_bytes(random_image())
+            member = tarfile.TarInfo("0.png")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    data = Dataset.from_dict({"caption": ["a"]})
+    DatasetDict({"train": data, "validation": data}).save_to_disk(tmp_path / "saved")
+    for name in ("pictures", "table", "saved", "tars"):
+        told = rf"{name} has no split 'test'; it has 'train', 'validation': name one with --eval_split"
+        with pytest.raises(ValueError, match=told):
+            load_records(tmp_path / name, split=USUAL)
 
 
 def test_what_cannot_be_loaded_says_so(tmp_path):

@@ -19,8 +19,11 @@ class Counter:
     def __init__(self, monkey: dict) -> None:
         self.sent, self.world, self.kept = 0.0, dist.get_world_size(), monkey
         share = self.world - 1
-        self._wrap("all_gather_into_tensor", lambda output, rows, **_: rows.nbytes * share)
-        self._wrap("reduce_scatter_tensor", lambda output, rows, **_: rows.nbytes / self.world * share)
+        new = hasattr(dist, "all_gather_single")  # torch 2.13 renamed both
+        gather = "all_gather_single" if new else "all_gather_into_tensor"
+        scatter = "reduce_scatter_single" if new else "reduce_scatter_tensor"
+        self._wrap(gather, lambda output, rows, **_: rows.nbytes * share)
+        self._wrap(scatter, lambda output, rows, **_: rows.nbytes / self.world * share)
         self._wrap("all_reduce", lambda value, **_: 2 * value.nbytes / self.world * share)
         self._wrap("batch_isend_irecv", lambda ops: sum(op.tensor.nbytes for op in ops if op.op is dist.isend))
 

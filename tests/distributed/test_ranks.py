@@ -34,6 +34,13 @@ def test_collectives(gloo, sizes):
         assert found["ids"].tolist() == [r for r, n in enumerate(sizes) for _ in range(n)]
         assert found["counts"] == sizes and found["world"] == world
         assert found["mean"] == {"a": 1.0, "b": (world - 1) / 2}
+        assert found["deprecated"] == []
+
+
+def test_a_torch_without_the_new_names_is_asked_by_the_old_ones(monkeypatch):
+    monkeypatch.delattr(torch.distributed, "all_gather_single", raising=False)
+    found = distributed._collective("all_gather_single", "all_gather_into_tensor")
+    assert found is torch.distributed.all_gather_into_tensor
 
 
 @pytest.mark.parametrize("sizes", [[4, 4], [2, 5, 1]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from mllm_vision import distributed
@@ -17,9 +19,11 @@ def share(rows, sizes):
 def collectives(sizes):
     rank = distributed.rank()
     rows = torch.full((sizes[rank], 2), float(rank + 1), requires_grad=True)
-    gathered = distributed.all_gather_with_grad(rows)
-    weights = torch.arange(gathered.numel(), dtype=torch.float32).view_as(gathered) * (rank + 1)
-    (gathered * weights).sum().backward()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        gathered = distributed.all_gather_with_grad(rows)
+        weights = torch.arange(gathered.numel(), dtype=torch.float32).view_as(gathered) * (rank + 1)
+        (gathered * weights).sum().backward()
     averaged = distributed.mean_over_ranks({"b": torch.tensor(float(rank)), "a": torch.tensor(1.0)})
     return {
         "gathered": gathered.detach().clone(),
@@ -28,6 +32,7 @@ def collectives(sizes):
         "counts": distributed.row_counts(rows),
         "mean": {key: value.item() for key, value in averaged.items()},
         "world": distributed.world_size(),
+        "deprecated": [str(warning.message) for warning in told if "deprecated" in str(warning.message)],
     }
 
 

@@ -10,7 +10,8 @@ import torch
 from families import CONVOLUTIONAL, FAMILIES, TABLES, small
 from safetensors.torch import load_file
 
-from mllm_vision.encoder import VisionEncoder
+from mllm_vision.encoder import VisionEncoder, model_card
+from mllm_vision.encoder.build import build_encoder
 from mllm_vision.lineage import hash_weights, read_lineage, write_lineage
 
 PLAIN = """
@@ -91,6 +92,25 @@ def test_our_own_round_trip_keeps_everything(tmp_path, model_type):
     names = sorted(path.name for path in (tmp_path / "encoder").iterdir())
     assert names == ["config.json", "model.safetensors", "preprocessor_config.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
+
+
+@pytest.mark.parametrize("feature", ["patch", "pooled"])
+def test_the_card_of_a_vit_without_a_pooler(tmp_path, feature):
+    """Plain transformers would draw a random pooler: the card's lines keep it from that, and say why."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    encoder = build_encoder("vit", image_size=32, overrides=sizes | {"patch_size": 8}, pooler=False)
+    encoder.select_feature = feature
+    encoder.save_pretrained(tmp_path / "without")
+    card = model_card(tmp_path / "without")
+    assert "This ViT has no pooler" in card and "means nothing" in card
+    scope = {}
+    exec(compile(card.split("```python\n")[1].split("```")[0], "<card>", "exec"), scope)
+    wanted = encoder.encode([scope["image"]], feature="pooled")
+    torch.testing.assert_close(scope["vector"], wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(scope["tokens"], encoder.encode([scope["image"]]), rtol=0, atol=1e-6)
+    for name, other in (("with", small("vit")), ("clip", small("clip_vision_model"))):
+        other.save_pretrained(tmp_path / name)
+        assert "pooler" not in model_card(tmp_path / name)
 
 
 def test_lineage_goes_along_while_the_weights_are_the_same(tmp_path):

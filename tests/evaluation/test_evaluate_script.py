@@ -154,6 +154,25 @@ def test_bad_flags(folder, words, message) -> None:
         run(folder, "--model", str(folder / "encoder"), *words)
 
 
+def test_a_folder_of_pictures_is_a_test_set(folder, tmp_path, caplog) -> None:
+    """It has one split, which `datasets` calls train: nobody has to know."""
+    for number in range(6):
+        path = tmp_path / "pictures" / ("cat", "dog")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tiny.random_image(number, 40).save(path)
+    words = ["--model", str(folder / "encoder"), "--task", f"geometry={tmp_path / 'pictures'}"]
+    record = run(folder, *words)
+    assert record["datasets"]["geometry"]["rows"] == 6 and "its only one, 'train', is taken" in caplog.text
+    with pytest.raises(ValueError, match=r"(?s)Unknown split .tset.*_split"):
+        run(folder, *words, "--dataset_split", "tset")
+    for part in ("train", "validation"):
+        path = tmp_path / "two" / part / "cat" / "0.png"
+        path.parent.mkdir(parents=True)
+        tiny.random_image(0, 40).save(path)
+    with pytest.raises(ValueError, match=r"it has 'train', 'validation': name one with --dataset_split"):
+        run(folder, "--model", str(folder / "encoder"), "--task", f"geometry={tmp_path / 'two'}")
+
+
 def test_missing_files(folder, tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         run(tmp_path, "--model", str(tmp_path))

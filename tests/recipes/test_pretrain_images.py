@@ -190,6 +190,26 @@ def test_what_it_refuses(recipe, data, tmp_path, changed, told):
         recipe.main(flags(data, tmp_path / "run", **changed))
 
 
+def test_a_folder_of_pictures_is_a_test_set(recipe, data, tmp_path):
+    """Class folders, and no split named: recipe.yaml keeps that none was."""
+    for row in range(8):
+        path = tmp_path / "pictures" / ("cat", "dog")[row % 2] / f"{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tiny.random_image(row, 40).save(path)
+    measured = {"eval_dataset_name": tmp_path / "pictures", "eval_train_dataset_name": tmp_path / "pictures"}
+    recipe.main(
+        flags(data, tmp_path / "run", **measured, max_steps=1, save_strategy="no", knn_k=1, final_evaluators="knn")
+    )
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["evaluations"]["knn"]["accuracy"] == 1.0
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["eval_split"] is None
+
+
+def test_a_misspelt_encoder_is_no_parent(recipe, data, tmp_path, caplog):
+    with caplog.at_level("INFO"), pytest.raises(FileNotFoundError, match="the nearest known one is 'vit'"):
+        recipe.main(flags(data, tmp_path / "run", encoder="vitt"))
+    assert "inherits" not in caplog.text
+
+
 def test_labels_are_needed_for_a_probe(recipe, data, tmp_path):
     """Of the test set, and of what the probe learns from: each message names its own way out."""
     folder = tmp_path / "pictures"

@@ -51,9 +51,16 @@ def test_overwrite_removes_a_run_and_nothing_else(encoder: tuple[Path, Any], tmp
     folder = encoder[0].parent
     (folder / "notes.txt").write_text("mine")
     (folder / "checkpoint-5").mkdir()
+    before, recipe = sorted(path.name for path in folder.iterdir()), (folder / "recipe.yaml").read_text()
     run = make_run(folder, overwrite=True)
+    assert sorted(path.name for path in folder.iterdir()) == before  # a flag may still be refused
+    assert (folder / "recipe.yaml").read_text() == recipe
+    run.begin()
     assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "recipe.yaml"]
     assert run.record["history"] == []
+    run.log(1, {"loss": 1.0})
+    run.begin()  # once
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "notes.txt", "recipe.yaml"]
 
 
 def test_recipe_yaml_is_there_from_the_start(tmp_path: Path) -> None:

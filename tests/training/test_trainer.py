@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
+import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,44 @@ def test_resumed_is_bit_for_bit_uninterrupted(case: str, settings: dict, tmp_pat
         return [(entry["step"], entry["loss"]) for entry in map(json.loads, lines) if "loss" in entry]
 
     assert losses("torn") == losses("whole")
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
+    """What transformers warned of; it says each warning once, and keeps its records from pytest."""
+    transformers_logger = logging.getLogger("transformers")
+    type(transformers_logger).warning_once.cache_clear()
+    transformers_logger.addHandler(caplog.handler)
+    yield lambda: "\n".join(record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
+    transformers_logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize(
+    ("changed", "warned"),
+    [
+        ({}, None),
+        ({"max_steps": 12}, r"eval_steps: 3 .from args. != 2 .from trainer_state"),  # the checkpoint's 2 go on
+        ({"eval_steps": 0.5}, r"eval_steps: 4 .from args. != 2 .from trainer_state"),
+        ({"logging_steps": 3}, r"logging_steps: 3 .from args. != 2 .from trainer_state"),
+    ],
+)
+def test_a_ratio_of_steps_is_the_number_it_came_to(
+    changed: dict, warned: str | None, tmp_path: Path, told: Callable[[], str]
+) -> None:
+    settings = {"eval_steps": 0.25, "save_steps": 0.25, "logging_steps": 0.25}
+    begun = RecipeTrainer(llama(), arguments(tmp_path, **settings), train_dataset=text_rows(), callbacks=[Interrupt(5)])
+    with pytest.raises(KeyboardInterrupt):
+        begun.train()
+    args = arguments(tmp_path, resume=True, **{**settings, **changed})
+    given = (args.eval_steps, args.save_steps, args.logging_steps)
+    trainer = RecipeTrainer(llama(), args, train_dataset=text_rows())
+    trainer.train()
+    assert trainer.state.global_step == args.max_steps
+    assert (args.eval_steps, args.save_steps, args.logging_steps) == given
+    if warned is None:
+        assert "do not match" not in told()
+    else:
+        assert re.search(warned, told())
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:

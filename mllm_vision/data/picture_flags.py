@@ -1,0 +1,60 @@
+"""The flags of a set of images without texts, shared by the recipes. Nothing here imports torch before it is opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class PictureArguments:
+    """What the images are."""
+
+    dataset_name: str = field(metadata={"help": "Images: a file, folder, pattern or Hub id."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    image_column: str | None = field(default=None, metadata={"help": "Image column, where its name does not tell."})
+    label_column: str | None = field(default=None, metadata={"help": "Label column, likewise."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
+    decode_size: int | None = field(
+        default=None, metadata={"help": "Shrink larger images to this shorter side; default: twice the encoder's."}
+    )
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Role -> column, of those that are named."""
+        named = {"image": self.image_column, "label": self.label_column}
+        return {role: column for role, column in named.items() if column}
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """Which rows, as `load_records` and `StreamArguments.open` take it."""
+        return {
+            "split": self.dataset_split,
+            "config_name": self.dataset_config_name,
+            "max_rows": self.max_train_samples,
+        }
+
+    def load(self) -> Any:
+        """The records.
+
+        Raises:
+            ValueError: see `load_records`.
+        """
+        from .records import load_records
+
+        return load_records(self.dataset_name, **self.where)
+
+    def dataset(self, records: Any, encoder: Any, *, seed: int, labelled: bool = False) -> Any:
+        """A `PictureDataset` of the records, its pictures no larger than views of the encoder's size need.
+
+        Args:
+            records: of `load`, or the first rows of a stream.
+            encoder: a `VisionEncoder`.
+            seed: of the views.
+            labelled: a row without a label is a bad one.
+        """
+        from .pictures import PictureDataset
+
+        size = self.decode_size or 2 * encoder.image_size
+        return PictureDataset(records, self.columns, seed=seed, decode_size=size, labelled=labelled)
