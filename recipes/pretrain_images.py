@@ -144,6 +144,9 @@ def main(argv: list[str] | None = None) -> None:
     audit = ModuleAudit.of_children(objective, rates, arguments.learning_rate * arguments.lr_scale)
     run.record["modules"] = audit.rows
     logger.info("%s", audit)
+    for part in audit.heavy_parts("encoder"):
+        told = "%s is more than ten times as large as the encoder: the paper's is for wider ones; --help has its widths"
+        logger.warning(told, part)
     untrained = {each.name: each(objective)[each.primary_metric] for each in after}
     trainer.train()
     trainer.evaluators = after

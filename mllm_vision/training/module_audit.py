@@ -60,6 +60,11 @@ class ModuleAudit:
                 row["follows"] = True
         return audit
 
+    def heavy_parts(self, name: str, times: int = 10) -> list[str]:
+        """Parts that train and have more than so many times the parameters of the part called `name`."""
+        sizes = {row["group"]: row["parameters"] for row in self.rows if row["trainable"]}
+        return [group for group, size in sizes.items() if size > times * sizes.get(name, size)]
+
     def close(self) -> None:
         """Adds the hashes of now, and whether each part has moved."""
         for row in self.rows:
