@@ -18,7 +18,7 @@ LOCAL = {"local_size": 16}  # two patches of 8 pixels
 @pytest.mark.timeout(1800)  # beside other work on the machine
 @pytest.mark.parametrize("name", IMAGE_METHODS)
 def test_a_short_run_beats_the_untrained_encoder(name, data_dir, tmp_path):
-    """The settings of recipes/configs/cifar10 with a smaller encoder of larger patches: about a minute on one core."""
+    """The settings of recipes/configs/cifar10 with a smaller encoder of larger patches: a few minutes on one core."""
     given = {
         "config": ROOT / "recipes" / "configs" / "cifar10" / f"{name}.yaml",
         "dataset_name": data_dir / "cifar10_train.parquet",
