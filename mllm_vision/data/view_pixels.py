@@ -17,11 +17,12 @@ from .view_draws import ViewParameters
 
 RESAMPLES = ("bilinear", "bicubic")
 _SMALL_ELEMENTS = 2**20  # of the views made at a time on a CPU: small ones stay in the cache all the way
-_LARGE_ELEMENTS = 2**24  # large ones, in place, need company for the groups that take the same steps
+_LARGE_ELEMENTS = 2**24  # large ones need company for the groups that take the same steps
 _CACHED_ELEMENTS = 2**19  # of such a group at a time
 _DEVICE_ELEMENTS = 2**27  # elsewhere: half a gigabyte a tensor
 _DENSE_SIDE = 48  # pixels; up to here a product of small matrices is faster on a CPU than a call for every row
 _LUMA = (0.299, 0.587, 0.114)
+_Crops = Iterator[tuple[slice | Tensor, Tensor]]  # (places, their values)
 
 
 def make_views(
@@ -46,52 +47,70 @@ def make_views(
         max_sigma: no blur is wider.
         blur_radius: where the blur's kernel ends; by default at three deviations of the widest.
     """
-    each = len(parameters) // len(pixels)
-    area = size[0] * size[1]
-    if _by_row(pixels, size):
+    each, by_row = len(parameters) // len(pixels), _by_row(pixels, size)
+    if by_row:
         elements = _LARGE_ELEMENTS
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
     else:
         elements = _SMALL_ELEMENTS if _on_cpu(pixels) else _DEVICE_ELEMENTS
-        area = max(area, pixels.shape[2] * pixels.shape[3])
-    step = max(1, elements // (3 * each * area))
+    step = max(1, elements // (3 * each * max(size[0] * size[1], pixels.shape[2] * pixels.shape[3])))
     views = torch.empty(len(parameters), 3, *size, device=pixels.device)
-    for start in range(0, len(pixels), step):
-        rows = slice(start * each, (start + step) * each)
-        some = parameters[rows]
-        values = crop_and_colour(pixels[start : start + step], some, views[rows], resample)
-        values = blur(values, some.sigma, max_sigma, blur_radius)
-        values = _where(values, some.solarize, lambda x: torch.where(x >= 127.5, 255.0 - x, x))
-        torch.mul(values, multiply.view(1, 3, 1, 1), out=views[rows]).add_(add.view(1, 3, 1, 1))
+    # Inference mode makes hundreds of small calls cheaper; what lies in `views` is as usable as ever.
+    with torch.inference_mode(), torch.autocast(pixels.device.type, enabled=False):
+        multiply, add = multiply.view(1, 3, 1, 1), add.view(1, 3, 1, 1)
+        inverse = 255.0 * multiply + 2.0 * add  # less a normalised value: 255 less the value, normalised
+        for start in range(0, len(pixels), step):
+            rows = slice(start * each, (start + step) * each)
+            given, some, out = pixels[start : start + step], parameters[rows], views[rows]
+            for places, values in (_large_crops if by_row else _small_crops)(given, some, size, resample):
+                _normalise(values, multiply, add, out, places)
+            # Only now: a blur does not mind, and rows of all groups are blurred together.
+            blur(out, some.sigma, max_sigma, blur_radius)
+            _where(out, some.solarize, lambda x: torch.minimum(x, inverse - x))  # from 127.5 on, it is the inverse
     return views.unflatten(0, (len(pixels), each))
 
 
-def crop_and_colour(pixels: Tensor, parameters: ViewParameters, out: Tensor, resample: str) -> Tensor:
-    """`[B x V, 3, h, w]` in 0..255 of `pixels` `[B, 3, H, W]`; `out` of that shape may be where it is written."""
-    size = (out.shape[2], out.shape[3])
-    if not _by_row(pixels, size):
-        return colour(crop_by_products(pixels, parameters, size, resample), parameters)
-    each, most = len(parameters) // len(pixels), max(1, _CACHED_ELEMENTS // out[0].numel())
-    for steps, rows in _alike(parameters, most) if max(size) > _DENSE_SIDE else _in_turn(len(parameters), most):
-        some = parameters[rows]
-        values = colour(crop_by_row(pixels, rows // each, some, size, resample), some, steps)
-        _write(out, rows, values)
-    return out
+def _small_crops(pixels: Tensor, parameters: ViewParameters, size: tuple[int, int], resample: str) -> _Crops:
+    """All at once; where there is no CPU to group them, nothing may depend on what the parameters are."""
+    yield slice(None), colour(crop_by_products(pixels, parameters, size, resample), parameters)
 
 
-def _alike(parameters: ViewParameters, most: int) -> Iterator[tuple[list[int], Tensor]]:
-    """(the colour steps they take, at most so many rows that take them in this order)."""
+def _large_crops(pixels: Tensor, parameters: ViewParameters, size: tuple[int, int], resample: str) -> _Crops:
+    """In groups that fit into the cache; above `_DENSE_SIDE`, of rows whose jitter comes in the same order."""
+    each, most = len(parameters) // len(pixels), max(1, _CACHED_ELEMENTS // (3 * size[0] * size[1]))
+    if max(size) > _DENSE_SIDE:
+        ranked, groups = _alike(parameters)
+    else:
+        ranked, groups = torch.arange(len(parameters)), [(None, len(parameters))]
+    pictures, parameters = ranked // each, parameters[ranked]
+    start = 0
+    for steps, count in groups:
+        for first in range(start, start + count, most):
+            rows = slice(first, min(first + most, start + count))
+            values = crop_by_row(pixels, pictures[rows], parameters[rows], size, resample)
+            yield ranked[rows], colour(values, parameters[rows], steps)
+        start += count
+
+
+def _alike(parameters: ViewParameters) -> tuple[Tensor, list[tuple[list[int] | None, int]]]:
+    """The rows, those whose jitter comes in the same order together; and of each such group the steps and the size.
+
+    A group's grey rows are its last; those without jitter take no steps.
+    """
     digits = parameters.order @ torch.tensor([64, 16, 4, 1])
     neutral = (parameters.factors == torch.tensor([1.0, 1.0, 1.0, 0.0])).all(dim=1)
-    numbers, ranked = torch.where(neutral, -1, digits).sort(stable=True)
-    found, counts = numbers.unique_consecutive(return_counts=True)
-    for number, rows in zip(found.tolist(), ranked.split(counts.tolist()), strict=True):
-        steps = [] if number < 0 else [number >> shift & 3 for shift in (6, 4, 2, 0)]
-        yield from ((steps, some) for some in rows.split(most))
+    keys, ranked = (2 * torch.where(neutral, -1, digits) + parameters.gray).sort(stable=True)
+    numbers, counts = (keys >> 1).unique_consecutive(return_counts=True)
+    steps = ([] if number < 0 else [number >> shift & 3 for shift in (6, 4, 2, 0)] for number in numbers.tolist())
+    return ranked, list(zip(steps, counts.tolist(), strict=True))
 
 
-def _in_turn(count: int, most: int) -> Iterator[tuple[None, Tensor]]:
-    """(None, at most so many rows), as they come."""
-    yield from ((None, some) for some in torch.arange(count).split(most))
+def _normalise(values: Tensor, multiply: Tensor, add: Tensor, out: Tensor, places: slice | Tensor) -> None:
+    """`out[places] = values * multiply + add`; the values may be overwritten."""
+    if isinstance(places, slice):
+        torch.mul(values, multiply, out=out[places]).add_(add)
+    else:
+        _write(out, places, values.mul_(multiply).add_(add))
 
 
 def _by_row(pixels: Tensor, size: tuple[int, int]) -> bool:
@@ -110,20 +129,25 @@ def crop_by_row(
     A call of torch's 8-bit resize for every row: it reads the box only, and is fast on a CPU.
 
     Args:
-        pixels: `[B, 3, H, W]` uint8.
+        pixels: `[B, 3, H, W]` uint8, channels last in memory.
         pictures: `[R]` int64, whose pixels each row is of.
         parameters: R of them.
         size: (h, w).
         resample: "bilinear" or "bicubic", antialiased as Pillow's.
     """
-    out, p = torch.empty(len(parameters), 3, *size), parameters
-    boxes = torch.stack([pictures, p.top, p.left, p.height, p.width, p.flip.long()], dim=1).tolist()
-    for row, (picture, top, left, height, width, flip) in enumerate(boxes):
-        box = pixels[picture][None, :, top : top + height, left : left + width]
+    p, strides = parameters, pixels.stride()
+    corners = pixels.storage_offset() + pictures * strides[0] + p.top * strides[2] + p.left * strides[3]
+    boxes = []
+    for corner, height, width in torch.stack([corners, p.height, p.width], dim=1).tolist():
+        # A copy of the box first, for which the resize would take ten times as long.
+        box = pixels.as_strided((1, 3, height, width), strides, corner).contiguous(memory_format=torch.channels_last)
         if (height, width) != size:
             box = F.interpolate(box, size, mode=resample, antialias=True, align_corners=False)
-        out[row] = box[0].flip(-1) if flip else box[0]
-    return out
+        boxes.append(box)
+    # From channels last while it is in 8 bits, a quarter of the bytes.
+    views = torch.cat(boxes).permute(0, 2, 3, 1).flatten(1, 2).transpose(1, 2).contiguous().unflatten(2, size)
+    ways = zip(views, views.flip(-1), p.flip.tolist(), strict=True)
+    return torch.stack([mirrored if flip else plain for plain, mirrored, flip in ways]).float()
 
 
 def crop_by_products(pixels: Tensor, parameters: ViewParameters, size: tuple[int, int], resample: str) -> Tensor:
@@ -208,9 +232,9 @@ def brightness(values: Tensor, factor: Tensor) -> Tensor:
 
 def contrast(values: Tensor, factor: Tensor) -> Tensor:
     """Away from the mean grey of the picture, or towards it, in place."""
-    mean = values.mean(dim=(2, 3)) @ torch.tensor(_LUMA)
-    factor, base = (each.view(-1, 1, 1, 1) for each in (factor, (1.0 - factor) * mean))
-    return values.mul_(factor).add_(base).clamp_(0.0, 255.0)
+    mean = values.flatten(2).mean(2) @ torch.tensor(_LUMA)
+    base = torch.addcmul(mean, mean, factor, value=-1.0)
+    return values.mul_(factor.view(-1, 1, 1, 1)).add_(base.view(-1, 1, 1, 1)).clamp_(0.0, 255.0)
 
 
 def saturation(values: Tensor, factor: Tensor) -> Tensor:
@@ -238,25 +262,20 @@ def shift_hue(values: Tensor, turn: Tensor) -> Tensor:
     the chroma c, the largest channel less the smallest. A channel is the smallest plus `2 c - d`, cut to 0..c, where d
     is the distance of the new hue from the channel's own.
     """
-    red, green, blue = values.unbind(1)
-    top, low = torch.maximum(red, green), torch.minimum(red, green)
-    torch.maximum(top, blue, out=top)
-    torch.minimum(low, blue, out=low)
+    red, green, blue = values.split(1, dim=1)
+    top, low = values.amax(dim=1, keepdim=True), values.amin(dim=1, keepdim=True)
     chroma = top - low
     base = low - chroma
     # The hue without a case for each channel: its distance from red is 2 p + | |g - b| - p |, where p is how far red is
     # below the largest; green and blue decide the side.
     side, below = green - blue, top - red
     hue = side.abs().sub_(below).abs_().add_(below, alpha=2.0).copysign_(side)
-    # From -3 c to 3 c. Green's own is at 2 and blue's at 4, or, a turn earlier, at -4 and -2: whichever keeps the
-    # difference within 7 c, up to where 2 c - d is |difference folded at 3 c| - c.
-    sixths = 6.0 * turn
-    earlier = 6.0 * (turn < 0)
-    out = torch.empty_like(values)
-    for channel, offset in enumerate((sixths, sixths - 2.0 + earlier, sixths - 4.0 + earlier)):
-        off = torch.addcmul(hue, chroma, offset.view(-1, 1, 1)).abs_().sub_(chroma, alpha=3.0).abs_().add_(base)
-        torch.clamp(off, low, top, out=out[:, channel])
-    return out
+    # From -3 c to 3 c; red's own is at 0, green's at 2 c, blue's at -2 c. Offsets from -3 to 3 keep the difference
+    # within 6 c, where 2 c - d is | |difference| - 3 c | - c.
+    channels = torch.arange(3.0, -3.0, -2.0, device=turn.device)
+    offsets = (6.0 * turn[:, None] + channels).remainder(6.0) - 3.0
+    off = torch.addcmul(hue, chroma, offsets.view(-1, 3, 1, 1)).abs_().sub_(chroma, alpha=3.0).abs_().add_(base)
+    return torch.clamp(off, low, top, out=off)
 
 
 _STEPS = (brightness, contrast, saturation, shift_hue)
@@ -275,44 +294,35 @@ def blur(values: Tensor, sigma: Tensor, max_sigma: float = 2.0, radius: int | No
     reaches = (3.0 * sigma).ceil().clamp_max(widest).long()
     if not _on_cpu(values):
         return _where(values, reaches > 0, lambda x, s, r: _blur(x, s, r, widest), sigma, reaches)
-    for reach in filter(None, reaches.unique().tolist()):
-        values = _where(values, reaches == reach, lambda x, s, r: _blur(x, s, r, int(r[0])), sigma, reaches)
-    return values
+    return _where(values, reaches > 0, lambda x, s, r: _blur(x, s, r, int(r.max())), sigma, reaches)
 
 
 def _blur(values: Tensor, sigma: Tensor, reaches: Tensor, radius: int) -> Tensor:
-    """Along the lines, then across them: sums of shifted copies, which beats a convolution with a kernel a row."""
-    offsets = torch.arange(radius + 1, device=values.device)
-    weights = torch.exp(-0.5 * (offsets / sigma.clamp_min(1e-3)[:, None]) ** 2) * (offsets <= reaches[:, None])
-    weights = weights / (2.0 * weights.sum(dim=1, keepdim=True) - weights[:, :1])
-    padded = F.pad(values, (radius, radius, radius, radius), mode="replicate")
-    line = padded.stride(2)
-    # In one dimension, where every shift is contiguous; what crosses from line to line lands in the margin.
-    flat = _smooth(_smooth(padded.flatten(1), weights, 1), weights, line)
-    return flat.as_strided(values.shape, (flat.stride(0), padded.stride(1), line, 1))
-
-
-def _smooth(flat: Tensor, weights: Tensor, step: int) -> Tensor:
-    """`[R, L - 2 r step]`: `flat` `[R, L]` under a symmetric kernel, `weights` `[R, r + 1]`, `step` apart."""
-    radius = weights.shape[1] - 1
-    length = flat.shape[1] - 2 * radius * step
-    out = flat.narrow(1, radius * step, length) * weights[:, :1]
-    for reach in range(1, radius + 1):
-        pair = flat.narrow(1, (radius - reach) * step, length) + flat.narrow(1, (radius + reach) * step, length)
-        out.addcmul_(pair, weights[:, reach, None])
-    return out
+    """Along the lines, then across them, every channel of every row with its row's kernel."""
+    offsets = torch.arange(-radius, radius + 1, device=values.device)
+    kernels = torch.exp(-0.5 * (offsets / sigma.clamp_min(1e-3)[:, None]) ** 2) * (offsets.abs() <= reaches[:, None])
+    kernels = (kernels / kernels.sum(dim=1, keepdim=True)).repeat_interleave(values.shape[1], dim=0)
+    padded = F.pad(values, (radius, radius, radius, radius), mode="replicate").flatten(0, 1)[None]
+    padded = F.conv2d(padded, kernels[:, None, None, :], groups=len(kernels))
+    return F.conv2d(padded, kernels[:, None, :, None], groups=len(kernels)).view(values.shape)
 
 
 def _where(values: Tensor, mask: Tensor, change: Callable[..., Tensor], *per_row: Tensor) -> Tensor:
-    """`change(values, *per_row)` in the rows of `mask`, and `values` elsewhere; on a CPU in place.
+    """In place `change(values, *per_row)` in the rows of `mask`.
 
     On a CPU it is computed for those rows only; elsewhere for all, since asking which they are would
     wait for the device.
     """
     if not _on_cpu(values):
-        return torch.where(mask.view(-1, 1, 1, 1), change(values, *per_row), values)
+        return torch.where(mask.view(-1, 1, 1, 1), change(values, *per_row), values, out=values)
     for rows in mask.nonzero().squeeze(1).split(max(1, _CACHED_ELEMENTS // values[0].numel())):
-        if len(rows):
+        if len(rows) == 0:
+            continue
+        first, last = int(rows[0]), int(rows[-1])
+        if last - first + 1 == len(rows):  # a slice needs no copy
+            some = values[first : last + 1]
+            some.copy_(change(some, *(each[first : last + 1] for each in per_row)))
+        else:
             _write(values, rows, change(values.index_select(0, rows), *(each[rows] for each in per_row)))
     return values
 
@@ -322,8 +332,8 @@ def _write(values: Tensor, rows: Tensor, new: Tensor) -> None:
     if values[0].numel() < 3 * _DENSE_SIDE**2:
         values[rows] = new
         return
-    for row, value in zip(rows.tolist(), new, strict=True):
-        values[row] = value
+    for row, value in zip(rows.tolist(), new.unbind(0), strict=True):
+        values[row].copy_(value)
 
 
 def _on_cpu(values: Tensor) -> bool:

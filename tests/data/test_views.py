@@ -195,6 +195,22 @@ def test_a_view_depends_on_its_seed_alone(name: str, size: int, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("size", [32, 64])
+def test_views_do_not_depend_on_what_surrounds_the_call(size: int) -> None:
+    """The memory format and place of the pixels, autocast; and they can be learnt from."""
+    maker, batch = ViewMaker("byol", size, **PLAIN), batch_of([photograph(i, (48, 40)) for i in range(6)])
+    whole = maker(batch)["views"]
+    assert not whole.is_inference()
+    first = maker({**batch, "pixels": batch["pixels"].contiguous()})["views"]
+    last = maker({column: values[4:] for column, values in batch.items()})["views"]  # a part of a larger memory
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = maker(batch)["views"]
+    assert torch.equal(first, whole) and torch.equal(cast, whole) and torch.allclose(last, whole[4:], atol=1e-3)
+    layer = torch.nn.Conv2d(3, 1, 3)
+    layer(whole.flatten(0, 1)).sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("name", ["byol", "moco_v1"])
 def test_the_way_without_a_cpu_gives_the_same(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """There, every change is computed for all rows, and nothing asks the device which rows it is for."""
