@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         StreamArguments,
         argv=argv,
         description=__doc__,
-        defaults=defaults_of(method, argv),
+        defaults=method.defaults_beside(peek_recipe("optim", argv=argv)),
     )
     steps, rows = arguments.gradient_accumulation_steps, arguments.per_device_train_batch_size
     method.check_accumulation(steps, rows, arguments.embed_batch_size)
@@ -94,7 +94,8 @@ def main(argv: list[str] | None = None) -> None:
 
     stream = None
     if streams.streaming:
-        check_stream(method, labelled)
+        if method.needs_features:
+            raise ValueError(f"{method.__name__} passes over all rows before an epoch: leave --streaming out")
         limits = {"seed": arguments.seed, "max_steps": arguments.max_steps}
         stream = streams.open(images.dataset_name, **images.where, **limits)
     records = images.load() if stream is None else stream.head()
@@ -104,14 +105,12 @@ def main(argv: list[str] | None = None) -> None:
         run.inherit("encoder", own.encoder)
     encoder = build(own)
     objective = method(encoder, config)
-    make_views = ViewMaker.for_encoder(objective.views, encoder, view_flags)
-    if make_views.num_views < objective.least_views:
-        raise ValueError(
-            f"--views {view_flags.views} makes {make_views.num_views} view of a picture, and {method.__name__} "
-            f"compares {objective.least_views}; leave --views out, or name a policy of two views (docs/views.md)"
-        )
+    make_views = ViewMaker.for_objective(objective, view_flags)
     pictures = images.dataset(records, encoder, seed=arguments.seed)
-    check_labels(name, objective, pictures, labelled, streams.streaming)
+    with_labels = pictures.labels is not None and (streams.streaming or pictures.unlabelled < len(pictures))
+    if "labels" in objective.columns() and not with_labels:
+        raise ValueError(f"--objective {name} learns from labels, and no row has one; name the column: --label_column")
+    labelled.check_bank(with_labels, streams.streaming)
     if stream is None:
         dataset = pictures
         run.describe_data("train", records, dataset.columns, unlabelled=dataset.unlabelled)
@@ -144,9 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     audit = ModuleAudit.of_children(objective, rates, arguments.learning_rate * arguments.lr_scale)
     run.record["modules"] = audit.rows
     logger.info("%s", audit)
-    for part in audit.heavy_parts("encoder"):
-        told = "%s is more than ten times as large as the encoder: the paper's is for wider ones; --help has its widths"
-        logger.warning(told, part)
+    audit.warn_of_heavy("encoder")
     untrained = {each.name: each(objective)[each.primary_metric] for each in after}
     trainer.train()
     trainer.evaluators = after
@@ -168,36 +165,6 @@ def main(argv: list[str] | None = None) -> None:
             "nothing measured this encoder: name labelled pictures (--eval_dataset_name), or for its rank and spread "
             "scripts/evaluate.py --model %s --task board --dataset_name <pictures>",
             run.folder / "encoder",
-        )
-
-
-def defaults_of(method: Any, argv: list[str] | None) -> dict[str, Any]:
-    """The method's training settings; those that belong to its optimizer fall with it, where another is named."""
-    defaults = dict(method.training_defaults)
-    if peek_recipe("optim", defaults.get("optim"), argv=argv) != defaults.get("optim"):
-        for name in ("optim_args", "bias_learning_rate"):
-            defaults.pop(name, None)
-    return defaults
-
-
-def check_stream(method: Any, labelled: LabelledArguments) -> None:
-    """Refuses what needs all rows beforehand."""
-    if method.needs_features:
-        raise ValueError(f"{method.__name__} passes over all rows before an epoch: leave --streaming out")
-    if labelled.eval_dataset_name and not labelled.eval_train_dataset_name:
-        raise ValueError("a stream is no bank for kNN and probe: name labelled images, --eval_train_dataset_name")
-
-
-def check_labels(name: str, objective: Any, dataset: Any, labelled: LabelledArguments, streaming: bool) -> None:
-    """Refuses a method or a measurement that asks for labels, where the training set has none."""
-    if dataset.labels is not None and (streaming or dataset.unlabelled < len(dataset)):
-        return
-    if "labels" in objective.columns():
-        raise ValueError(f"--objective {name} learns from labels, and no row has one; name the column: --label_column")
-    if labelled.eval_dataset_name and not labelled.eval_train_dataset_name:
-        raise ValueError(
-            "kNN and the probe learn from labelled pictures, and the training set has none: name a labelled set, "
-            "--eval_train_dataset_name, or the column, --label_column; without --eval_dataset_name nothing is measured"
         )
 
 

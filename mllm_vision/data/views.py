@@ -198,6 +198,21 @@ class ViewMaker:
         given = (encoder.image_size, processor.image_mean, processor.image_std)
         return cls(policy, *given, arguments, patch_size=encoder.patch_size)
 
+    @classmethod
+    def for_objective(cls, objective: Any, arguments: ViewArguments | None = None) -> ViewMaker:
+        """The views that a method compares, as its encoder takes them.
+
+        Raises:
+            ValueError: `arguments.views` names a policy of fewer views than the method compares.
+        """
+        made = cls.for_encoder(objective.views, objective.encoder, arguments)
+        if made.num_views < objective.least_views:
+            raise ValueError(
+                f"--views {made.name} makes {made.num_views} view of a picture, and {type(objective).__name__} "
+                f"compares {objective.least_views}; leave --views out, or name a policy of two views (docs/views.md)"
+            )
+        return made
+
     def __repr__(self) -> str:
         local = f" + {self.policy.local_views} of {self.local_size} px" if self.local_size else ""
         views = f"{self.num_views} view{'s' * (self.num_views != 1)} of {self.size[0]}x{self.size[1]}"

@@ -41,6 +41,27 @@ class LabelledArguments:
             if name not in EVALUATORS:
                 raise ValueError(unknown_name("evaluator", name, EVALUATORS))
 
+    def check_bank(self, with_labels: bool, streaming: bool) -> None:
+        """Refuses a measurement that the training set is to be the bank of and cannot be.
+
+        Args:
+            with_labels: whether its rows have labels.
+            streaming: whether it is a stream.
+
+        Raises:
+            ValueError: it is a stream, or has none.
+        """
+        if not self.eval_dataset_name or self.eval_train_dataset_name:
+            return
+        if streaming:
+            raise ValueError("a stream is no bank for kNN and probe: name labelled images, --eval_train_dataset_name")
+        if not with_labels:
+            raise ValueError(
+                "kNN and the probe learn from labelled pictures, and the training set has none: name a labelled set, "
+                "--eval_train_dataset_name, or the column, --label_column; without --eval_dataset_name nothing is "
+                "measured"
+            )
+
     def build(self, training: Any, columns: Mapping[str, str]) -> tuple[list[Any], list[Any]]:
         """(evaluators while training, those before and after it); none without a labelled set.
 

@@ -179,6 +179,13 @@ class ImageObjective(Objective):
         return self._modules["encoder"]  # type: ignore[return-value]
 
     @classmethod
+    def defaults_beside(cls, optim: str | None) -> dict[str, Any]:
+        """`training_defaults`, less what belongs to the optimizer they name where `optim` names another."""
+        other = optim is not None and optim != cls.training_defaults.get("optim")
+        left = ("optim_args", "bias_learning_rate") if other else ()
+        return {name: value for name, value in cls.training_defaults.items() if name not in left}
+
+    @classmethod
     def columns(cls) -> list[str]:
         """Names of the batch's columns that the method takes: the arguments of `embed`."""
         return [name for name in inspect.signature(cls.embed).parameters if name != "self"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from mllm_vision.lineage import hash_parameters
 from mllm_vision.modules.momentum import MomentumTeacher
 from mllm_vision.vlm.freezing import audit_table
+
+logger = logging.getLogger(__name__)
 
 
 class ModuleAudit:
@@ -60,10 +63,13 @@ class ModuleAudit:
                 row["follows"] = True
         return audit
 
-    def heavy_parts(self, name: str, times: int = 10) -> list[str]:
-        """Parts that train and have more than so many times the parameters of the part called `name`."""
+    def warn_of_heavy(self, name: str) -> None:
+        """A warning for each part that trains and has more than ten times the parameters of the part called `name`."""
         sizes = {row["group"]: row["parameters"] for row in self.rows if row["trainable"]}
-        return [group for group, size in sizes.items() if size > times * sizes.get(name, size)]
+        for part, size in sizes.items():
+            if size > 10 * sizes.get(name, size):
+                told = "%s is over ten times as large as the %s: the paper's is for wider ones; --help names its widths"
+                logger.warning(told, part, name)
 
     def close(self) -> None:
         """Adds the hashes of now, and whether each part has moved."""
