@@ -7,7 +7,7 @@ Every operation treats its rows one by one, so a view does not depend on the bat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -78,10 +78,10 @@ def _small_crops(pixels: Tensor, parameters: ViewParameters, size: tuple[int, in
 def _large_crops(pixels: Tensor, parameters: ViewParameters, size: tuple[int, int], resample: str) -> _Crops:
     """In groups that fit into the cache; above `_DENSE_SIDE`, of rows whose jitter comes in the same order."""
     each, most = len(parameters) // len(pixels), max(1, _CACHED_ELEMENTS // (3 * size[0] * size[1]))
+    groups: Sequence[tuple[list[int] | None, int]] = [(None, len(parameters))]
+    ranked = torch.arange(len(parameters))
     if max(size) > _DENSE_SIDE:
         ranked, groups = _alike(parameters)
-    else:
-        ranked, groups = torch.arange(len(parameters)), [(None, len(parameters))]
     pictures, parameters = ranked // each, parameters[ranked]
     start = 0
     for steps, count in groups:
@@ -92,7 +92,7 @@ def _large_crops(pixels: Tensor, parameters: ViewParameters, size: tuple[int, in
         start += count
 
 
-def _alike(parameters: ViewParameters) -> tuple[Tensor, list[tuple[list[int] | None, int]]]:
+def _alike(parameters: ViewParameters) -> tuple[Tensor, list[tuple[list[int], int]]]:
     """The rows, those whose jitter comes in the same order together; and of each such group the steps and the size.
 
     A group's grey rows are its last; those without jitter take no steps.
@@ -139,7 +139,7 @@ def crop_by_row(
     corners = pixels.storage_offset() + pictures * strides[0] + p.top * strides[2] + p.left * strides[3]
     boxes = []
     for corner, height, width in torch.stack([corners, p.height, p.width], dim=1).tolist():
-        # A copy of the box first, for which the resize would take ten times as long.
+        # Contiguous first: the resize would make the same copy, and take ten times as long for it.
         box = pixels.as_strided((1, 3, height, width), strides, corner).contiguous(memory_format=torch.channels_last)
         if (height, width) != size:
             box = F.interpolate(box, size, mode=resample, antialias=True, align_corners=False)
@@ -285,16 +285,19 @@ _STEPS = (brightness, contrast, saturation, shift_hue)
 
 
 def blur(values: Tensor, sigma: Tensor, max_sigma: float = 2.0, radius: int | None = None) -> Tensor:
-    """Gaussian blur of `[R, 3, h, w]` with `sigma` `[R]` pixels, none where it is 0; edge pixels go on beyond it.
+    """Gaussian blur of `[R, 3, h, w]` in place with `sigma` `[R]` pixels, none where it is 0.
 
-    A row's kernel ends at three deviations, rounded up to whole pixels, or at `radius`.
+    The edge's pixels go on beyond it. A row's kernel ends at three deviations, rounded up to whole pixels, or at
+    `radius`.
     """
     widest = math.ceil(3.0 * max_sigma)
     widest = widest if radius is None else min(radius, widest)
     reaches = (3.0 * sigma).ceil().clamp_max(widest).long()
-    if not _on_cpu(values):
-        return _where(values, reaches > 0, lambda x, s, r: _blur(x, s, r, widest), sigma, reaches)
-    return _where(values, reaches > 0, lambda x, s, r: _blur(x, s, r, int(r.max())), sigma, reaches)
+
+    def change(values: Tensor, sigma: Tensor, reaches: Tensor) -> Tensor:
+        return _blur(values, sigma, reaches, int(reaches.max()) if _on_cpu(values) else widest)
+
+    return _where(values, reaches > 0, change, sigma, reaches)
 
 
 def _blur(values: Tensor, sigma: Tensor, reaches: Tensor, radius: int) -> Tensor:
