@@ -14,6 +14,7 @@ _HOMES = {
     "BadImage": "images",
     "ImageTransform": "images",
     "load_image": "images",
+    "BadRow": "sampling",
     "BadSamples": "sampling",
     "EpochCallback": "sampling",
     "PairCollator": "pairs",

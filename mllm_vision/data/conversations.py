@@ -22,7 +22,7 @@ from .messages import (
     record_images,
     to_messages,
 )
-from .sampling import BadSamples, EpochDataset, draw_key, only_columns, rows_of
+from .sampling import BadRow, BadSamples, EpochDataset, draw_key, only_columns, rows_of
 
 __all__ = [
     "CHAT_TEMPLATES",
@@ -149,10 +149,9 @@ class ConversationDataset(EpochDataset):
             for chunk in _chunks(self._text_rows(), 256):
                 wanted: list[tuple[int, list[Any]]] = []
                 for row, record in chunk:
-                    try:
-                        wanted += [(row, variants) for variants in self._variants(record)]
-                    except BadConversation as error:
-                        self.bad_samples.refuse(error.reason, f"row {row}: {error}")
+                    found = self.bad_samples.judge_beforehand(f"row {row}", self._variants, record)
+                    if not isinstance(found, BadRow):
+                        wanted += [(row, variants) for variants in found]
                 encoded = iter(self.chat([messages for _, variants in wanted for messages in variants]))
                 for row, variants in wanted:
                     good, last = [], None

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .sampling import BadRow
+
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb
 _EXIF_ORIENTATION = 0x0112
 _ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where the orientation may stand
@@ -24,8 +26,12 @@ _TRANSPOSE = {
 }
 
 
-class BadImage(ValueError):
-    """A picture that cannot be decoded: corrupt, truncated, empty, missing or beyond the size limit."""
+class BadImage(BadRow):
+    """An image that cannot be decoded: corrupt, truncated, empty, missing or beyond the size limit."""
+
+    def __init__(self, message: str, reason: str = "the image cannot be decoded") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def load_image(
@@ -55,11 +61,12 @@ def load_image(
         image = _open(value)
         width, height = image.size
         if width < 1 or height < 1:
-            raise BadImage(f"{name} is {width}x{height}: it has no pixels")
+            raise BadImage(f"{name} is {width}x{height}: it has no pixels", "the image is empty")
         if width * height > max_pixels:
             raise BadImage(
                 f"{name} is {width}x{height} = {width * height} pixels, above the limit of {max_pixels}; "
-                "shrink it beforehand or leave it out"
+                "shrink it beforehand or leave it out",
+                "the image is too large",
             )
         if draft is not None and image.format == "JPEG":
             turned = _orientation(image) >= 5  # the file's rows are the picture's columns
@@ -91,20 +98,23 @@ def _open(value: Any) -> Image.Image:
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if value is None:
-        raise BadImage("the image is missing (null)")
+        raise BadImage("the image is missing (null)", "the image is missing")
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, str | Path):
         if not Path(value).is_file():
-            raise BadImage(f"image {str(value)!r} does not exist (folder: {Path.cwd()})")
+            raise BadImage(f"image {str(value)!r} does not exist (folder: {Path.cwd()})", "the image does not exist")
         return Image.open(value)
     if isinstance(value, bytes | bytearray | memoryview):
         if len(value) == 0:
-            raise BadImage("the image has no bytes")
+            raise BadImage("the image has no bytes", "the image is empty")
         return Image.open(BytesIO(value))
     if isinstance(value, np.ndarray):
         return Image.fromarray(value)
-    raise BadImage(f"{type(value).__name__} is no picture: expected a PIL image, a path, bytes or {{'bytes', 'path'}}")
+    raise BadImage(
+        f"{type(value).__name__} is no image: expected a PIL image, a path, bytes or {{'bytes', 'path'}}",
+        "the value is no image",
+    )
 
 
 def _orientation(image: Image.Image) -> int:

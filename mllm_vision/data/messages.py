@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from .sampling import BadRow
+
 IMAGE_MARK = "<image>"
 _ROLES = {
     "user": "user",
@@ -18,12 +20,8 @@ _ROLES = {
 }
 
 
-class BadConversation(ValueError):
-    """A conversation that cannot be trained on; `reason` is a short phrase that repeats over samples."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
+class BadConversation(BadRow):
+    """A conversation that cannot be trained on."""
 
 
 def to_messages(record: dict[str, Any], columns: dict[str, str], *, choice: int = 0) -> list[dict[str, Any]]:

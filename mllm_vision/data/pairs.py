@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .columns import bind_columns
 from .images import BadImage, ImageTransform, load_image
-from .sampling import BadSamples, EpochDataset, bytes_id, draw_key, only_columns, rows_of, text_id
+from .sampling import BadRow, BadSamples, EpochDataset, bytes_id, draw_key, only_columns, rows_of, text_id
 
 
 class PairDataset(EpochDataset):
@@ -61,11 +61,11 @@ class PairDataset(EpochDataset):
         """A record as a row, wherever it comes from (a stream's do); ValueError when it cannot be used."""
         captions = _captions(record[self.columns["caption"]])
         if not captions:
-            raise ValueError("the caption is empty")
+            raise BadRow("the caption is empty")
         value = record[self.columns["image"]]
         if isinstance(value, list | tuple):
             if not value:
-                raise BadImage("the row has no image")
+                raise BadImage("the row has no image", "the image is missing")
             value = value[0]
         crop_key = draw_key(key, 1)
         image = self.transform.load(value, crop_key) if self.transform is not None else load_image(value)
@@ -136,7 +136,7 @@ def image_id(value: Any) -> int:
         try:
             value = Path(value).read_bytes()
         except OSError as error:
-            raise BadImage(f"image {str(value)!r} cannot be read: {error}") from error
+            raise BadImage(f"image {str(value)!r} cannot be read: {error}", "the image cannot be read") from error
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes_id(bytes(value))
     image = load_image(value)

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from .columns import bind_columns
-from .decoding import load_image
-from .sampling import BadSamples, EpochDataset, only_columns, rows_of, text_id
+from .decoding import BadImage, load_image
+from .sampling import BadRow, BadSamples, EpochDataset, only_columns, rows_of, text_id
 
 _LONGEST = 4  # times the shorter side; of a longer panorama the middle is kept, so that it does not pad a whole batch
 
@@ -88,12 +88,12 @@ class PictureDataset(EpochDataset):
         row: dict[str, Any] = {"key": key, "index": index}
         if label is not None:
             if label < 0 and self.labelled:
-                raise ValueError(f"column {self.columns['label']!r} is empty")
+                raise BadRow("the row has no label", f"column {self.columns['label']!r} is empty")
             row["label"] = label
         value = record[self.columns["image"]]
         if isinstance(value, list | tuple):
             if not value:
-                raise ValueError("the row has no image")
+                raise BadImage("the row has no image", "the image is missing")
             value = value[0]
         row["image"] = _bounded(load_image(value, draft=self._draft), self.decode_size)
         return row

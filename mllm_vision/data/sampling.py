@@ -5,11 +5,13 @@ Both survive worker processes: the epoch and the counters lie in shared memory.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import get_worker_info
@@ -18,6 +20,9 @@ from transformers import TrainerCallback
 logger = logging.getLogger(__name__)
 
 _MASK = (1 << 64) - 1
+_T = TypeVar("_T")
+_TRIES, _NEXT = 200, 16  # rows tried in place of a bad one; the next ones first, then drawn ones
+_NOT_THE_ROW = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EIO, errno.ESTALE)
 
 
 def draw_key(*values: int) -> int:
@@ -40,8 +45,45 @@ def bytes_id(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
 
+class BadRow(ValueError):
+    """A row that cannot be used: `reason` is a short phrase that repeats over rows, so that it can be counted."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+def judge(where: str, read: Callable[..., _T], *args: Any) -> _T | BadRow:
+    """What `read(*args)` makes of a row, or the `BadRow` (with `where` it lies) that says why it cannot be used.
+
+    The one judgement of rows, for map-style and streamed data, in training and in evaluation: whatever exception the
+    values of a row cause, expected or not, is a refusal. What is not the row's doing (no memory, no more files to
+    open, an interrupt) is raised.
+    """
+    try:
+        return read(*args)
+    except BadRow as error:
+        found = error
+    except Exception as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _NOT_THE_ROW:
+            raise
+        logger.debug("%s: an exception from its values", where, exc_info=True)
+        text = f"{type(error).__name__}: {error}" if type(error) is not ValueError else str(error)
+        found = BadRow(_short_reason(error), text)
+    bad = BadRow(f"{where}: {found}"[:500])
+    bad.reason = found.reason
+    return bad
+
+
+def _short_reason(error: Exception) -> str:
+    """A reason for an exception that brings none: its text without the values, where it is a plain ValueError."""
+    if type(error) is ValueError and str(error):
+        return re.split(r"[:;\n]|(?<=\w)=", str(error), maxsplit=1)[0][:60]
+    return f"unexpected {type(error).__name__}"
+
+
 class BadSamples:
-    """Counts the samples that could not be used, across worker processes.
+    """Counts the samples that could not be used, by reason, across worker processes.
 
     Two kinds are kept apart, since they have different denominators: samples *met* while reading (a corrupt
     image), and samples *refused* when a data set was built (no supervised token, cut image tokens).
@@ -51,13 +93,16 @@ class BadSamples:
     """
 
     _SLOTS, _EXAMPLES, _WIDTH = 65, 3, 240  # slot 0 is the main process, then one a worker
+    _REASONS, _REASON_WIDTH = 16, 64  # reasons told apart in one process; the last place counts all others
 
     def __init__(self, total: int | None = None) -> None:
         self.total = total
         self._counts = torch.zeros(self._SLOTS, 2, dtype=torch.int64).share_memory_()
         self._texts = torch.zeros(self._SLOTS, self._EXAMPLES, self._WIDTH, dtype=torch.uint8).share_memory_()
+        self._whys = torch.zeros(self._SLOTS, self._REASONS, self._REASON_WIDTH, dtype=torch.uint8).share_memory_()
+        self._why_counts = torch.zeros(self._SLOTS, self._REASONS, dtype=torch.int64).share_memory_()
         self.refused, self.examined = 0, 0
-        self.reasons: Counter[str] = Counter()
+        self._refused_for: Counter[str] = Counter()
         self._refusals: list[str] = []
 
     @staticmethod
@@ -65,19 +110,42 @@ class BadSamples:
         worker = get_worker_info()
         return 0 if worker is None else 1 + worker.id % (BadSamples._SLOTS - 1)
 
+    def judge(self, where: str, read: Callable[..., _T], *args: Any) -> _T | BadRow:
+        """`judge` of one row that is met while reading; it is counted either way."""
+        found = judge(where, read, *args)
+        if isinstance(found, BadRow):
+            self.bad(str(found), found.reason)
+        else:
+            self.good()
+        return found
+
+    def judge_beforehand(self, where: str, read: Callable[..., _T], *args: Any) -> _T | BadRow:
+        """`judge` of one of the examined rows (`examine`) while a data set is built; a refusal is counted."""
+        found = judge(where, read, *args)
+        if isinstance(found, BadRow):
+            self.refuse(found.reason, str(found))
+        return found
+
     def good(self) -> None:
         """One sample was read and is fine."""
         self._counts[self._slot(), 1] += 1
 
-    def bad(self, example: str) -> None:
+    def bad(self, example: str, reason: str = "unusable") -> None:
         """One sample was read and cannot be used; `example` says which and why."""
         slot = self._slot()
         number = int(self._counts[slot, 0])
         if number < self._EXAMPLES:
-            data = example.encode("utf-8")[: self._WIDTH]
-            self._texts[slot, number, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            _write(self._texts[slot, number], example)
         self._counts[slot, 0] += 1
         self._counts[slot, 1] += 1
+        known = [_words(row) for row in self._whys[slot]]
+        reason = _cut(reason, self._REASON_WIDTH)
+        if reason not in known:
+            free = known.index("") if "" in known[:-1] else self._REASONS - 1
+            reason = reason if free < self._REASONS - 1 else "other reasons"
+            _write(self._whys[slot, free], reason)
+            known[free] = reason
+        self._why_counts[slot, known.index(reason)] += 1
 
     def examine(self, count: int) -> None:
         """`count` more samples were looked at while a data set was built."""
@@ -86,9 +154,17 @@ class BadSamples:
     def refuse(self, reason: str, example: str) -> None:
         """One of the examined samples cannot be used, for `reason` (a short phrase that repeats)."""
         self.refused += 1
-        self.reasons[reason] += 1
-        if self.reasons[reason] <= 2:
-            self._refusals.append(f"{reason}: {example}"[: self._WIDTH])
+        self._refused_for[reason] += 1
+        if self._refused_for[reason] <= 2:
+            self._refusals.append((example if reason in example else f"{reason}: {example}")[: self._WIDTH])
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """How often each reason led to a refusal, the samples met and those refused beforehand together."""
+        found = Counter(self._refused_for)
+        for slot, place in self._why_counts.nonzero().tolist():
+            found[_words(self._whys[slot, place])] += int(self._why_counts[slot, place])
+        return found
 
     @property
     def count(self) -> int:
@@ -100,8 +176,8 @@ class BadSamples:
 
     @property
     def examples(self) -> list[str]:
-        texts = [bytes(row.tolist()).rstrip(b"\0") for row in self._texts.view(-1, self._WIDTH) if int(row[0])]
-        return self._refusals[:6] + [text.decode("utf-8", "ignore") for text in texts][:6]
+        texts = [_words(row) for row in self._texts.view(-1, self._WIDTH) if int(row[0])]
+        return self._refusals[:6] + texts[:6]
 
     def check(self, max_fraction: float) -> None:
         """Raise ValueError with the counts, examples and remedy when more than `max_fraction` of them are bad.
@@ -121,12 +197,27 @@ class BadSamples:
                 )
 
 
+def _cut(text: str, width: int) -> str:
+    return text.encode("utf-8", "replace")[:width].decode("utf-8", "ignore")
+
+
+def _write(place: torch.Tensor, text: str) -> None:
+    data = _cut(text, len(place)).encode("utf-8")
+    place.zero_()
+    place[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _words(place: torch.Tensor) -> str:
+    return bytes(place.tolist()).rstrip(b"\0").decode("utf-8", "ignore")
+
+
 class EpochDataset(torch.utils.data.Dataset):
     """A map-style data set whose draws change with the epoch, and which passes over samples it cannot use.
 
-    A subclass gives `_read(index, key)`, which returns the sample or raises ValueError (`BadImage` is one); `key`
-    is a number from (seed, epoch, index) for the sample's random choices. A bad sample is replaced by the next
-    good one and counted in `bad_samples`. The length is fixed, so that ranks stay in step.
+    A subclass gives `_read(index, key)`, which returns the sample or raises (`BadRow` with its reason; any other
+    exception is a refusal too, see `judge`); `key` is a number from (seed, epoch, index) for the sample's random
+    choices. A bad sample is replaced by the next good one, behind a longer run of bad ones by one drawn at random, and
+    counted in `bad_samples`. The length is fixed, so that ranks stay in step.
     """
 
     def __init__(self, seed: int, total: int, bad_samples: BadSamples | None) -> None:
@@ -154,17 +245,13 @@ class EpochDataset(torch.utils.data.Dataset):
             raise IndexError(f"index {index} is out of range for {size} samples")
         index %= size
         key, last = draw_key(self.seed, self.epoch, index), ""
-        for step in range(min(size, 100)):
-            candidate = (index + step) % size
-            try:
-                sample = self._read(candidate, key)
-            except ValueError as error:
-                last = f"row {candidate}: {error}"
-                self.bad_samples.bad(last)
-                continue
-            self.bad_samples.good()
-            return sample
-        raise ValueError(f"{min(size, 100)} samples in a row from {index} cannot be used; the last one, {last}")
+        for step in range(min(size, _TRIES)):
+            candidate = (index + step) % size if step < _NEXT else draw_key(self.seed, index, step) % size
+            sample = self.bad_samples.judge(f"row {candidate}", self._read, candidate, key)
+            if not isinstance(sample, BadRow):
+                return sample
+            last = str(sample)
+        raise ValueError(f"{min(size, _TRIES)} samples from {index} on cannot be used; the last one, {last}")
 
 
 class EpochCallback(TrainerCallback):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .columns import IMAGE_NAMES
-from .sampling import BadSamples, draw_key
+from .sampling import BadRow, BadSamples, draw_key
 from .shards import find_shards
 from .stream_order import Ref, Source, StreamOrder, deal
 
@@ -173,8 +173,8 @@ class StreamDataset:
     def __getitem__(self, item: tuple[Ref, dict[str, Any]]) -> dict[str, Any]:
         ref, row = item
         key = draw_key(self.seed, ref.turn, ref.source, ref.shard, ref.row)
-        last = self._try(row, ref, key)
-        if isinstance(last, dict):
+        last = self._judge(row, ref, key)
+        if not isinstance(last, BadRow):
             return last
         source = self.stream.sources[ref.source]
         group = source.group_of(ref.shard, ref.row)
@@ -183,21 +183,18 @@ class StreamDataset:
         rows = source.shards[ref.shard].read(group, self.columns)
         after = [number for number in kept if number > ref.row - start] + [n for n in kept if n < ref.row - start]
         for number in after[:99]:
-            last = self._try(rows[number], ref._replace(row=start + number), key)
-            if isinstance(last, dict):
+            last = self._judge(rows[number], ref._replace(row=start + number), key)
+            if not isinstance(last, BadRow):
                 return last
         raise ValueError(f"{len(after[:99]) + 1} rows in a row from {ref} cannot be used; the last one, {last}")
 
-    def _try(self, row: dict[str, Any], ref: Ref, key: int) -> dict[str, Any] | str:
+    def _judge(self, row: dict[str, Any], ref: Ref, key: int) -> dict[str, Any] | BadRow:
         """The sample, or why there is none."""
-        try:
-            sample = self.reader.read_record(self.stream.rooted(row, ref), key, ref.row)
-        except ValueError as error:
-            why = f"{self.stream.sources[ref.source].shards[ref.shard].name} row {ref.row}: {error}"
-            self.bad_samples.bad(why)
-            return why
-        self.bad_samples.good()
-        return sample
+        where = f"{self.stream.sources[ref.source].shards[ref.shard].name} row {ref.row}"
+        return self.bad_samples.judge(where, self._sample, row, ref, key)
+
+    def _sample(self, row: dict[str, Any], ref: Ref, key: int) -> dict[str, Any]:
+        return self.reader.read_record(self.stream.rooted(row, ref), key, ref.row)
 
 
 class RowReader:

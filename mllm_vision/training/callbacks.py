@@ -52,7 +52,11 @@ class BadSampleLimit(TrainerCallback):
             told = "; ".join(dict.fromkeys(self.bad_samples.examples))
             logger.warning("%d bad samples were skipped, one counts each time it is met: %s", count, told)
         if self.run is not None:
-            self.run.record["bad_samples"] = {"count": count, "examples": list(self.bad_samples.examples)}
+            self.run.record["bad_samples"] = {
+                "count": count,
+                "examples": list(self.bad_samples.examples),
+                "reasons": dict(self.bad_samples.reasons),
+            }
 
 
 class RunFolder(TrainerCallback):

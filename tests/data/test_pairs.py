@@ -81,7 +81,7 @@ def test_nothing_but_bad_rows():
     data = rows(4)
     for row in data:
         row["image"] = b"broken"
-    with pytest.raises(ValueError, match="4 samples in a row from 2 cannot be used"):
+    with pytest.raises(ValueError, match="4 samples from 2 on cannot be used"):
         PairDataset(data, COLUMNS)[2]
 
 
