@@ -3,7 +3,34 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
+
+LONGEST_VALUE = 200  # characters of a user's value that a message shows
+
+
+class _Short(reprlib.Repr):
+    """`reprlib` with room for a sentence, and bytes by their number: a repr of 10 MB is never built."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxset, self.maxdict = 4, 8, 8, 8, 8
+        self.maxstring = self.maxlong = self.maxother = limit
+
+    def repr_bytes(self, value: Any, level: int) -> str:
+        return repr(bytes(value)) if len(value) <= 40 else f"<{len(value)} bytes>"
+
+    repr_bytearray = repr_memoryview = repr_bytes
+
+
+def short(value: Any, limit: int = LONGEST_VALUE) -> str:
+    """`repr(value)` of at most `limit` characters, for messages: long strings lose their middle, lists their end."""
+    try:
+        text = _Short(limit).repr(value)
+    except Exception as error:  # a foreign __repr__ may fail, and must not hide what the message is about
+        text = f"<{type(value).__name__}, whose repr raises {type(error).__name__}>"
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
