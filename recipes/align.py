@@ -57,7 +57,7 @@ class AlignArguments:
 class Arguments(RecipeArguments):
     """Defaults of LLaVA-1.5's first stage (arXiv:2310.03744, table 9); any TrainingArguments name works."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float | None = 1e-3
     per_device_train_batch_size: int = 32
     num_train_epochs: float = 1.0
     warmup_steps: float = 0.03
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     run.describe_data("validation", data.eval_records, data.eval_columns)
 
     freeze(model, ("projector",))
-    rows = arguments.scaled(audit(model, arguments.learning_rate))
+    rows = audit(model, arguments.learning_rate)
     proof = FreezeProof(model, rows)
     heldout = HeldOutLoss("captions", data.evaluation, data.collator, arguments.per_device_eval_batch_size)
     run.record["label_preview"] = label_preview(data, processor)

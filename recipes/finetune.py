@@ -41,7 +41,7 @@ class FinetuneArguments:
 class Arguments(RecipeArguments):
     """Defaults of fine-tuning a ViT (MAE, appendix A.1); any TrainingArguments name works."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float | None = 1e-3
     weight_decay: float = 0.05
     layer_decay: float | None = 0.75
     warmup_steps: float = 0.05
@@ -102,8 +102,8 @@ def main(argv: list[str] | None = None) -> None:
         evaluators=evaluators,
         make_views=ViewMaker.for_encoder(policy, encoder, view_flags),
     )
-    rates = {"encoder": (own.encoder_learning_rate or arguments.learning_rate) * arguments.lr_scale}
-    audit = ModuleAudit.of_children(objective, rates, arguments.learning_rate * arguments.lr_scale)
+    rates = {"encoder": own.encoder_learning_rate or arguments.learning_rate}
+    audit = ModuleAudit.of_children(objective, rates, arguments.learning_rate)
     run.record["modules"] = audit.rows
     trainer.train()
     trainer.final_evaluation()

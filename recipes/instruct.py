@@ -77,7 +77,7 @@ class InstructArguments:
 class Arguments(RecipeArguments):
     """Defaults of LLaVA-1.5's second stage (arXiv:2310.03744, table 9); any TrainingArguments name works."""
 
-    learning_rate: float = 2e-5
+    learning_rate: float | None = 2e-5
     per_device_train_batch_size: int = 32
     num_train_epochs: float = 1.0
     warmup_steps: float = 0.03
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         "projector": own.projector_learning_rate,
         "language_model": own.language_model_learning_rate,
     }
-    rows = arguments.scaled(audit(trained, arguments.learning_rate, rates))
+    rows = audit(trained, arguments.learning_rate, rates)
     proof = FreezeProof(trained, rows)
     run.record["label_preview"] = label_preview(data, processor)
     if run.is_main:

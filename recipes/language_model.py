@@ -53,7 +53,7 @@ class LanguageModelArguments:
 class Arguments(RecipeArguments):
     """Defaults for a small model from scratch; any TrainingArguments name works."""
 
-    learning_rate: float = 2e-3
+    learning_rate: float | None = 2e-3
     per_device_train_batch_size: int = 32
     num_train_epochs: float = 1.0
     weight_decay: float = 0.1

@@ -67,7 +67,7 @@ class PretrainArguments:
 class Arguments(RecipeArguments):
     """Defaults of the CLIP paper; any TrainingArguments name works."""
 
-    learning_rate: float = 5e-4
+    learning_rate: float | None = 5e-4
     weight_decay: float = 0.2
     adam_beta2: float = 0.98
     adam_epsilon: float = 1e-6
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
         bad_samples=dataset.bad_samples,
         evaluators=evaluators,
     )
-    peaks = {name: (rate or arguments.learning_rate) * arguments.lr_scale for name, rate in rates.items()}
+    peaks = {name: rate or arguments.learning_rate for name, rate in rates.items()}
     audit = ModuleAudit(groups(dual), peaks)
     run.record["modules"] = audit.rows
     logger.info("%s", audit)

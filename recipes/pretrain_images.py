@@ -139,8 +139,8 @@ def main(argv: list[str] | None = None) -> None:
         make_plain_views=ViewMaker.for_encoder(WHOLE, encoder),
     )
     logger.info("%s: %s", name, make_views)
-    rates = {"encoder": (own.encoder_learning_rate or arguments.learning_rate) * arguments.lr_scale}
-    audit = ModuleAudit.of_children(objective, rates, arguments.learning_rate * arguments.lr_scale)
+    rates = {"encoder": own.encoder_learning_rate or arguments.learning_rate}
+    audit = ModuleAudit.of_children(objective, rates, arguments.learning_rate)
     run.record["modules"] = audit.rows
     logger.info("%s", audit)
     audit.warn_of_heavy("encoder")

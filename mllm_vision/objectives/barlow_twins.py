@@ -37,8 +37,8 @@ class BarlowTwins(ImageObjective):
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "lars",
         "optim_args": "variant=barlow_twins",
-        "learning_rate": 0.2,
-        "bias_learning_rate": 0.0048,
+        "base_learning_rate": 0.2,
+        "base_bias_learning_rate": 0.0048,
         "lr_scaling": "linear",
         "weight_decay": 1e-6,
         "lr_scheduler_type": "cosine_with_min_lr",

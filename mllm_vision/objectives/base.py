@@ -182,7 +182,7 @@ class ImageObjective(Objective):
     def defaults_beside(cls, optim: str | None) -> dict[str, Any]:
         """`training_defaults`, less what belongs to the optimizer they name where `optim` names another."""
         other = optim is not None and optim != cls.training_defaults.get("optim")
-        left = ("optim_args", "bias_learning_rate") if other else ()
+        left = ("optim_args", "base_bias_learning_rate") if other else ()
         return {name: value for name, value in cls.training_defaults.items() if name not in left}
 
     @classmethod

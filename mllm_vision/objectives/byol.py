@@ -43,7 +43,7 @@ class Byol(MomentumObjective):
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "lars",
         "optim_args": "variant=barlow_twins",  # BYOL's own: the rate outside of the momentum
-        "learning_rate": 0.2,
+        "base_learning_rate": 0.2,
         "lr_scaling": "linear",
         "weight_decay": 1.5e-6,
         "lr_scheduler_type": "cosine",

@@ -30,7 +30,7 @@ class Dino(DinoObjective):
     views: ClassVar[str] = "dino"
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "adamw_torch",
-        "learning_rate": 5e-4,
+        "base_learning_rate": 5e-4,
         "lr_scaling": "linear",
         "weight_decay": 0.04,
         "weight_decay_end": 0.4,

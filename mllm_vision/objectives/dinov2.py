@@ -47,7 +47,7 @@ class DinoV2(DinoObjective):
     views: ClassVar[str] = "dinov2"
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "adamw_torch",
-        "learning_rate": 4e-3,
+        "base_learning_rate": 4e-3,
         "lr_scaling": "sqrt",
         "lr_scaling_batch_size": 1024,
         "layer_decay": 0.9,

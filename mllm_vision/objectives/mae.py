@@ -50,7 +50,7 @@ class Mae(ImageObjective):
     least_views: ClassVar[int] = 1
     # Table 8 of the paper: 800 epochs, 40 of warm-up
     training_defaults: ClassVar[dict[str, Any]] = {
-        "learning_rate": 1.5e-4,
+        "base_learning_rate": 1.5e-4,
         "lr_scaling": "linear",
         "weight_decay": 0.05,
         "adam_beta2": 0.95,

@@ -30,7 +30,7 @@ class MoCoV1(QueueObjective):
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "sgd",
         "optim_args": "momentum=0.9",
-        "learning_rate": 0.03,
+        "base_learning_rate": 0.03,
         "lr_scaling": "linear",
         "weight_decay": 1e-4,
         "lr_scheduler_type": "step",  # its own milestones are the paper's: x0.1 at epochs 120 and 160 of 200

@@ -31,7 +31,7 @@ class MoCoV2(QueueObjective):
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "sgd",
         "optim_args": "momentum=0.9",
-        "learning_rate": 0.03,
+        "base_learning_rate": 0.03,
         "lr_scaling": "linear",
         "weight_decay": 1e-4,
         "lr_scheduler_type": "cosine",

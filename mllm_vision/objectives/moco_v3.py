@@ -49,7 +49,7 @@ class MoCoV3(MomentumObjective):
     views: ClassVar[str] = "moco_v3"
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "adamw_torch",
-        "learning_rate": 1.5e-4,
+        "base_learning_rate": 1.5e-4,
         "lr_scaling": "linear",
         "weight_decay": 0.1,
         "lr_scheduler_type": "cosine",

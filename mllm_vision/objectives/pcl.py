@@ -46,7 +46,7 @@ class Pcl(QueueObjective):
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "sgd",
         "optim_args": "momentum=0.9",
-        "learning_rate": 0.03,
+        "base_learning_rate": 0.03,
         "lr_scaling": "linear",
         "weight_decay": 1e-4,
         "lr_scheduler_type": "cosine",

@@ -38,7 +38,7 @@ class SimClr(ImageObjective):
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "lars",
         "optim_args": "variant=simclr",
-        "learning_rate": 0.3,
+        "base_learning_rate": 0.3,
         "lr_scaling": "linear",
         "weight_decay": 1e-6,
         "lr_scheduler_type": "cosine",

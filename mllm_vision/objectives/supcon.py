@@ -41,7 +41,7 @@ class SupCon(ImageObjective):
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "sgd",
         "optim_args": "momentum=0.9",
-        "learning_rate": 0.05,
+        "base_learning_rate": 0.05,
         "lr_scaling": "linear",
         "weight_decay": 1e-4,
         "lr_scheduler_type": "cosine",

@@ -43,7 +43,7 @@ class VicReg(ImageObjective):
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "lars",
         "optim_args": "variant=barlow_twins",
-        "learning_rate": 0.2,
+        "base_learning_rate": 0.2,
         "lr_scaling": "linear",
         "weight_decay": 1e-6,
         "lr_scheduler_type": "cosine_with_min_lr",

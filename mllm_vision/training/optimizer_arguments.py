@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -50,8 +52,15 @@ class OptimizerArguments(TrainingArguments):
     lr_scheduler_type: str = field(
         default="cosine", metadata={"help": "step, or a name of transformers: cosine, linear, cosine_with_min_lr..."}
     )
+    learning_rate: float | None = field(
+        default=5e-5, metadata={"help": "Peak rate, used as given; base_learning_rate is the one that is scaled."}
+    )
+    base_learning_rate: float | None = field(
+        default=None, metadata={"help": "In place of learning_rate: the rate at lr_scaling_batch_size rows a step."}
+    )
     lr_scaling: Literal["none", "linear", "sqrt"] = field(
-        default="none", metadata={"help": "All rates times B/256 (linear) or its square root; B over all processes."}
+        default="none",
+        metadata={"help": "base_learning_rate times B/256 (linear) or its square root; B over all processes."},
     )
     lr_scaling_batch_size: int = field(default=256, metadata={"help": "The batch size at which lr_scaling is 1."})
     layer_decay: float | dict[str, float] | None = field(
@@ -63,6 +72,9 @@ class OptimizerArguments(TrainingArguments):
     )
     bias_learning_rate: float | None = field(
         default=None, metadata={"help": "Rate of what takes no weight decay: biases, norms, scales, positions."}
+    )
+    base_bias_learning_rate: float | None = field(
+        default=None, metadata={"help": "The same, scaled as base_learning_rate is (Barlow Twins: 0.0048)."}
     )
     muon_learning_rate: float | None = field(
         default=None, metadata={"help": "Muon at this rate for the matrices of hidden layers, AdamW for the rest."}
@@ -81,17 +93,20 @@ class OptimizerArguments(TrainingArguments):
         optim = _named("optim", self.optim, OptimizerNames, OwnOptimizer)
         scheduler = _named("lr_scheduler_type", self.lr_scheduler_type, SchedulerType, OwnScheduler)
         self._check_optimizer(optim)
+        self._check_rates()
         # TrainingArguments knows its own names only: it gets a stand-in while it checks the rest
         self.optim = OptimizerNames.ADAMW_TORCH if isinstance(optim, OwnOptimizer) else optim
         self.lr_scheduler_type = SchedulerType.COSINE if isinstance(scheduler, OwnScheduler) else scheduler
         super().__post_init__()
         self.optim, self.lr_scheduler_type = optim, scheduler
+        for name in self.derived_fields:
+            setattr(self, name, getattr(self, f"base_{name}") * self.lr_scale)
         _check_scheduler_settings(scheduler, self.lr_scheduler_kwargs)
         if self.deepspeed or (self.fsdp and int(self.fsdp_config.get("version", 2)) == 1):
             self.check_sharding("DeepSpeed" if self.deepspeed else "FSDP version 1")
 
     def _check_optimizer(self, optim: Any) -> None:
-        for name in ("learning_rate", "weight_decay", "bias_learning_rate", "weight_decay_end"):
+        for name in ("weight_decay", "weight_decay_end", *_RATES, *(f"base_{name}" for name in _RATES)):
             if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value} must not be negative (nor infinite)")
         if self.muon_learning_rate is not None and not 0 < self.muon_learning_rate < math.inf:
@@ -132,15 +147,51 @@ class OptimizerArguments(TrainingArguments):
         """Rows in one optimizer step: per device, times accumulation, times processes."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
+    @classmethod
+    def settle_defaults(cls, given: Mapping[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+        """`defaults` (a method's) without those that the flags `given` take the place of.
+
+        A learning rate that is given is used as it is: the method's base rate goes, and the scaling with the last one.
+        """
+        kept = dict(defaults)
+        for name in _RATES:
+            if given.get(name) is not None:
+                kept.pop(f"base_{name}", None)
+            if given.get(f"base_{name}") is not None:
+                kept.pop(name, None)
+        if all({**kept, **given}.get(f"base_{name}") is None for name in _RATES):
+            kept.pop("lr_scaling", None)
+        return kept
+
+    @property
+    def derived_fields(self) -> list[str]:
+        """The rates that come from a base rate: `recipe.yaml` holds the base rate, and null for them."""
+        return [name for name in _RATES if getattr(self, f"base_{name}") is not None]
+
+    def _check_rates(self) -> None:
+        """One of learning_rate and base_learning_rate; scaling only where there is something to scale."""
+        usual = {entry.name: entry.default for entry in dataclasses.fields(self)}
+        for name in _RATES:
+            rate, base = getattr(self, name), getattr(self, f"base_{name}")
+            if base is not None and rate not in (None, usual[name]):
+                raise ValueError(
+                    f"{name}={rate} is used as given and base_{name}={base} is scaled by the batch: give one of them"
+                )
+            if base is None and rate is None and name == "learning_rate":
+                raise ValueError("learning_rate=None: give --learning_rate, or --base_learning_rate with --lr_scaling")
+        if self.lr_scaling != "none" and not self.derived_fields:
+            raise ValueError(
+                f"lr_scaling={self.lr_scaling} scales --base_learning_rate, and learning_rate={self.learning_rate} is "
+                f"used as given: name it --base_learning_rate {self.learning_rate}, or leave --lr_scaling out"
+            )
+        if self.derived_fields and self.learning_rate is None:  # TrainingArguments wants a number while it checks
+            self.learning_rate = self.base_learning_rate
+
     @property
     def lr_scale(self) -> float:
-        """What every learning rate is multiplied by: 1, B/256 or its square root (`lr_scaling`)."""
+        """What the base rates are multiplied by: 1, B/256 or its square root (`lr_scaling`)."""
         ratio = self.effective_batch_size / self.lr_scaling_batch_size
         return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.lr_scaling]
-
-    def scaled(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The rows of an audit with the learning rates that `lr_scaling` makes of them."""
-        return [{**row, "learning_rate": row["learning_rate"] * self.lr_scale} for row in rows]
 
     def check_sharding(self, sharding: str) -> None:
         """Refuses what needs whole parameters where each process holds a slice of them.
@@ -165,6 +216,7 @@ class OptimizerArguments(TrainingArguments):
                 raise ValueError(f"{flag} needs whole parameters, and with {sharding} a process has parts: {remedy}")
 
 
+_RATES = ("learning_rate", "bias_learning_rate")  # each may come from a base rate instead
 _CLIPPINGS = ("global", "per_parameter")
 
 

@@ -136,24 +136,19 @@ def group_flags(arguments: Any, learning_rates: Mapping[str, float | None]) -> l
 
 
 def group_settings(arguments: Any, learning_rate: float, learning_rates: Mapping[str, float | None]) -> dict[str, Any]:
-    """The keywords of `parameter_groups` that the arguments ask for, every rate times their `lr_scale`.
+    """The keywords of `parameter_groups` that the arguments ask for.
 
     Args:
         arguments: `RecipeArguments`, or plain `TrainingArguments`, which have none of our flags.
         learning_rate: of everything that no prefix names.
         learning_rates: parameter-name prefix -> learning rate.
     """
-    scale = getattr(arguments, "lr_scale", 1.0)
-
-    def scaled(rate: float | None) -> float | None:
-        return None if rate is None else rate * scale
-
     return {
         "weight_decay": arguments.weight_decay,
-        "learning_rate": scaled(learning_rate),
-        "learning_rates": {prefix: scaled(rate) for prefix, rate in learning_rates.items()},
-        "muon_learning_rate": scaled(getattr(arguments, "muon_learning_rate", None)),
-        "bias_learning_rate": scaled(getattr(arguments, "bias_learning_rate", None)),
+        "learning_rate": learning_rate,
+        "learning_rates": dict(learning_rates),
+        "muon_learning_rate": getattr(arguments, "muon_learning_rate", None),
+        "bias_learning_rate": getattr(arguments, "bias_learning_rate", None),
         "layer_decay": getattr(arguments, "layer_decay", None),
         "patch_embedding_lr_scale": getattr(arguments, "patch_embedding_lr_scale", 1.0),
     }
@@ -162,9 +157,11 @@ def group_settings(arguments: Any, learning_rate: float, learning_rates: Mapping
 def tell_rates(arguments: Any, groups: Sequence[Mapping[str, Any]]) -> None:
     """Log what the flags made of the learning rates, where they made anything of them."""
     if getattr(arguments, "lr_scaling", "none") != "none":
-        rows, base, scale = arguments.effective_batch_size, arguments.learning_rate, arguments.lr_scale
+        rows, scale = arguments.effective_batch_size, arguments.lr_scale
         rule = f"{arguments.lr_scaling}, {rows} rows a step against {arguments.lr_scaling_batch_size}"
-        logger.info("lr_scaling (%s): learning rates x %.4g; learning_rate %g -> %g", rule, scale, base, base * scale)
+        for name in arguments.derived_fields:
+            base, rate = getattr(arguments, f"base_{name}"), getattr(arguments, name)
+            logger.info("lr_scaling (%s): base_%s %g x %.4g = %s %g", rule, name, base, scale, name, rate)
     if getattr(arguments, "layer_decay", None) is not None:
         rates = [group["lr"] for group in groups]
         logger.info("layer_decay %s: learning rates from %.3g to %.3g", arguments.layer_decay, min(rates), max(rates))

@@ -76,14 +76,19 @@ def read_recipe(
         print(_help(classes, description, defaults or {}))
         raise SystemExit(0)
     flags = _split_flags(words, fields)
-    values: dict[str, Any] = dict(defaults or {})
-    for name in values:
-        if name not in fields:
-            raise ValueError(unknown_name("default", name, fields))
+    values: dict[str, Any] = {}
     for config in flags.pop("config", []):
         values.update(_read_config(config, fields))
     for name, texts in flags.items():
         values[name] = convert(texts, fields[name][1], f"--{name}", words=True)
+    settled = dict(defaults or {})
+    for name in settled:
+        if name not in fields:
+            raise ValueError(unknown_name("default", name, fields))
+    for cls in classes:
+        if hasattr(cls, "settle_defaults"):  # a class may say which defaults the values given take the place of
+            settled = cls.settle_defaults(values, settled)
+    values = {**settled, **values}
     missing = [f"--{name}" for name, (field, _, _) in fields.items() if name not in values and _required(field)]
     if missing:
         raise ValueError(f"missing: {', '.join(missing)} (a flag, or a key of --config; --help lists all)")
@@ -115,7 +120,8 @@ def recipe_dict(*instances: Any) -> dict[str, Any]:
     """All flags as resolved, flat and fit for YAML: what `recipe.yaml` holds and `--config` reads back.
 
     A field that a class's own `__post_init__` rewrote (an enum, a parsed dict) is written as it was given, so
-    that reading it back reproduces it; one that was set after construction is written as it is now. Secrets
+    that reading it back reproduces it; one that was set after construction is written as it is now; one that is
+    derived from another (`derived_fields` of the class) is null, and the other says it. Secrets
     (`hub_token`) and what belongs to a single start (`overwrite`, `resume`) are left out.
     """
     flat: dict[str, Any] = {}
@@ -126,7 +132,8 @@ def recipe_dict(*instances: Any) -> dict[str, Any]:
                 continue
             now = getattr(instance, field.name)
             untouched = field.name in given and _same(now, resolved[field.name])
-            flat[field.name] = _yamlable(given[field.name] if untouched else now)
+            value = given[field.name] if untouched else now
+            flat[field.name] = None if field.name in getattr(instance, "derived_fields", ()) else _yamlable(value)
     return flat
 
 

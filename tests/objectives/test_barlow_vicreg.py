@@ -151,8 +151,8 @@ def test_training_defaults_are_flags(method):
     from mllm_vision.training.arguments import RecipeArguments
 
     given = RecipeArguments(output_dir="unused", **method.training_defaults)
-    assert given.learning_rate == 0.2 and given.lr_scaling == "linear" and given.weight_decay == 1e-6
-    assert given.bias_learning_rate == (0.0048 if method is BarlowTwins else None)
+    assert given.base_learning_rate == 0.2 and given.lr_scaling == "linear" and given.weight_decay == 1e-6
+    assert given.base_bias_learning_rate == (0.0048 if method is BarlowTwins else None)
 
 
 def test_what_is_refused():

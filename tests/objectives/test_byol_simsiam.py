@@ -171,7 +171,7 @@ def test_the_papers_settings_are_arguments_that_the_trainer_takes(name, tmp_path
     rows = 8 * arguments.per_device_train_batch_size
     assert arguments.lr_scaling == "linear" and rows > 0
     expected = {"moco_v3": (1.5e-4, 0.1), "byol": (0.2, 1.5e-6), "simsiam": (0.05, 1e-4)}
-    assert (arguments.learning_rate, arguments.weight_decay) == expected.get(name, (0.03, 1e-4))
+    assert (arguments.base_learning_rate, arguments.weight_decay) == expected.get(name, (0.03, 1e-4))
 
 
 def test_what_is_refused():

@@ -182,7 +182,7 @@ def test_a_training_follows_the_papers_settings(tmp_path):
     assert max(step["largest"] for step in seen) == pytest.approx(3.0, rel=1e-4)
     decays = [step["decay"] for step in seen]
     assert decays[0] == pytest.approx(0.04, abs=0.02) and decays[-1] > 0.35 and decays == sorted(decays)
-    assert arguments.lr_scale == 4 / 256 and arguments.learning_rate == 5e-4
+    assert arguments.lr_scale == 4 / 256 and arguments.learning_rate == 5e-4 * 4 / 256
 
 
 def test_what_is_refused():

@@ -27,8 +27,8 @@ LINES = {
     "sgd with steps": "--optim sgd --optim_args momentum=0.9 --learning_rate 0.1 --lr_scheduler_type step "
     '--lr_scheduler_kwargs {"milestones":[0.5,0.75],"gamma":0.1}',
     "dino's": "--gradient_clipping per_parameter --max_grad_norm 0.3 --weight_decay 0.04 --weight_decay_end 0.4",
-    "linear": "--lr_scaling linear",
-    "square root": "--lr_scaling sqrt --lr_scaling_batch_size 64",
+    "linear": "--lr_scaling linear --base_learning_rate 2e-3",
+    "square root": "--lr_scaling sqrt --lr_scaling_batch_size 64 --base_learning_rate 2e-3",
     "average": "--ema_decay 0.9",
 }
 
@@ -39,9 +39,10 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, output: Path, line: str) 
         "--dataset_name", folder / "train.parquet", "--tokenizer", folder / "tokenizer", "--output_dir", output,
         "--encoder_overrides", f"{SMALL},patch_size=8", "--image_size", "32", "--text_overrides", SMALL,
         "--max_text_length", "24", "--per_device_train_batch_size", "16", "--max_steps", "4", "--warmup_steps", "1",
-        "--logging_steps", "1", "--learning_rate", "2e-3", "--save_steps", "4", "--use_cpu", "--disable_tqdm",
+        "--logging_steps", "1", "--save_steps", "4", "--use_cpu", "--disable_tqdm",
     ]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, words), *line.split()])
+    rate = [] if "--base_learning_rate" in line else ["--learning_rate", "2e-3"]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, words), *rate, *line.split()])
     runpy.run_path(str(ROOT / "recipes" / "pretrain.py"), run_name="__main__")
     return json.loads((output / "run.json").read_text())
 
@@ -70,7 +71,7 @@ def test_each_flag_trains_from_the_command_line(tmp_path, monkeypatch, caplog) -
     assert logged("linear") == pytest.approx([rate / 16 for rate in logged("adamw")])
     assert logged("square root") == pytest.approx([rate / 2 for rate in logged("adamw")])
     assert [row["learning_rate"] for row in runs["linear"]["modules"]] == pytest.approx([2e-3 / 16] * 3)
-    assert "learning_rate 0.002 -> 0.000125" in caplog.text
+    assert "base_learning_rate 0.002 x 0.0625 = learning_rate 0.000125" in caplog.text
     # rates of the deepest layer and the patch embedding: 0.75^3 of the text's, 0.2 * 0.85^3 of the picture's
     assert f"learning rates from {2e-3 * 0.2 * 0.85**3:.3g} to 0.002" in caplog.text
     # the artifact is the average, the checkpoint holds what the training goes on from: the weights without it
@@ -105,7 +106,7 @@ def test_the_stages_after_it_take_them_too(tmp_path, monkeypatch, caplog) -> Non
     parts = f"{data} --encoder {tmp_path / 'encoder'} --llm {tmp_path / 'llm'} --sample_count 1"
     first = program(
         monkeypatch, "align.py", tmp_path / "align",
-        f"{parts} --optim lamb --learning_rate 0.1 --lr_scaling sqrt --lr_scaling_batch_size 32 --ema_decay 0.5",
+        f"{parts} --optim lamb --base_learning_rate 0.1 --lr_scaling sqrt --lr_scaling_batch_size 32 --ema_decay 0.5",
     )  # fmt: skip
     assert {row["group"]: row["learning_rate"] for row in first["modules"] if row["moved"]} == {"projector": 0.05}
     second = f"{data} --model {tmp_path / 'align' / 'model'} --chat_template qa --learning_rate 1e-3"

@@ -66,7 +66,7 @@ def test_what_it_leaves(recipe, data, tmp_path):
     assert encoder.backbone.pooler is None and encoder.lineage["stage"] == "stage_zero"
     assert AutoModel.from_pretrained(tmp_path / "run" / "encoder").config.hidden_size == 32
     saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
-    assert saved["optim"] == "lars" and saved["learning_rate"] == 0.3 and saved["head_out"] == 128
+    assert saved["optim"] == "lars" and (saved["learning_rate"], saved["base_learning_rate"]) == (None, 0.3) and saved["head_out"] == 128
 
 
 def test_supcon_learns_from_a_partly_labelled_set(recipe, data, tmp_path):
@@ -163,12 +163,14 @@ def test_the_methods_defaults_give_way_to_flags_and_files(tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text("optim: adamw_torch\nlearning_rate: 1e-3\n")
     parsed = dry_parse(target, [*words, "--config", str(config), "--learning_rate", "2e-3"])
-    assert (parsed["optim"], parsed["learning_rate"], parsed["lr_scaling"]) == ("adamw_torch", 2e-3, "linear")
+    assert (parsed["optim"], parsed["learning_rate"], parsed.get("lr_scaling", "none")) == ("adamw_torch", 2e-3, "none")
     assert "optim_args" not in parsed  # LARS's, and gone with it
     twins = [*words[:-1], "barlow_twins"]
-    assert dry_parse(target, twins)["bias_learning_rate"] == 0.0048
-    assert "bias_learning_rate" not in dry_parse(target, [*twins, "--optim", "sgd"])
-    assert dry_parse(target, [*words[:-1], "mae"])["learning_rate"] == 1.5e-4
+    assert "base_learning_rate" not in parsed
+    assert dry_parse(target, words)["base_learning_rate"] == 0.3
+    assert dry_parse(target, twins)["base_bias_learning_rate"] == 0.0048
+    assert "base_bias_learning_rate" not in dry_parse(target, [*twins, "--optim", "sgd"])
+    assert dry_parse(target, [*words[:-1], "mae"])["base_learning_rate"] == 1.5e-4
 
 
 def test_a_head_far_larger_than_the_encoder_is_told(caplog):

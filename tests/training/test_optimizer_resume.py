@@ -62,6 +62,7 @@ def trainer(folder: Path, cls: type = RecipeTrainer, **settings: Any) -> RecipeT
     return cls(model=Net(), args=args, train_dataset=rows(), evaluators=evaluators)
 
 
+BASE = {"learning_rate": None, "base_learning_rate": 0.05}
 STEP = {"lr_scheduler_type": "step", "lr_scheduler_kwargs": {"milestones": [0.5, 0.75], "gamma": 0.5}}
 CASES: dict[str, dict[str, Any]] = {
     "adamw": {},
@@ -76,13 +77,13 @@ CASES: dict[str, dict[str, Any]] = {
     "patch embedding": {"patch_embedding_lr_scale": 0.2},
     "biases": {"bias_learning_rate": 0.001},
     "muon, layer decay": {"muon_learning_rate": 0.02, "layer_decay": 0.5},
-    "linear scaling": {"lr_scaling": "linear", "lr_scaling_batch_size": 16},
-    "sqrt scaling": {"lr_scaling": "sqrt", "lr_scaling_batch_size": 16},
+    "linear scaling": {"lr_scaling": "linear", "lr_scaling_batch_size": 16, **BASE},
+    "sqrt scaling": {"lr_scaling": "sqrt", "lr_scaling_batch_size": 16, **BASE},
     "weight decay to 5": {"weight_decay_end": 5.0},
     "clipping": {"gradient_clipping": "per_parameter"},
     "average": {"ema_decay": 0.5},
     "all": {"optim": "lamb", "layer_decay": 0.5, "weight_decay_end": 1.0, "lr_scaling": "sqrt", "ema_decay": 0.9,
-            "gradient_clipping": "per_parameter", "warmup_steps": 2, "patch_embedding_lr_scale": 0.2, **STEP},
+            **BASE, "gradient_clipping": "per_parameter", "warmup_steps": 2, "patch_embedding_lr_scale": 0.2, **STEP},
 }  # fmt: skip
 
 
@@ -122,18 +123,19 @@ def test_resumed_is_uninterrupted(name: str, ends: dict[str, str], tmp_path: Pat
 
 
 def test_scaling_is_a_rate_written_out(tmp_path: Path) -> None:
-    """4 rows at 16 a linear rate of a quarter, module rates too: as if they had been given so."""
+    """4 rows at 16 a linear rate of a quarter: as if it had been given so."""
     for rule, factor in (("linear", 0.25), ("sqrt", 0.5)):
-        scaled = trainer(tmp_path / f"{rule}-1", lr_scaling=rule, lr_scaling_batch_size=16, bias_learning_rate=0.01)
-        scaled.learning_rates = {"head": 0.02}
+        base = {**BASE, "base_bias_learning_rate": 0.01}
+        scaled = trainer(tmp_path / f"{rule}-1", lr_scaling=rule, lr_scaling_batch_size=16, **base)
+        scaled.learning_rates = {"head": 0.02}  # a rate that is given is used as given
         scaled.train()
         plain = trainer(tmp_path / f"{rule}-2", learning_rate=0.05 * factor, bias_learning_rate=0.01 * factor)
-        plain.learning_rates = {"head": 0.02 * factor}
+        plain.learning_rates = {"head": 0.02}
         plain.train()
         assert digest(scaled.model) == digest(plain.model)
         logged = [[entry.get("learning_rate"), entry.get("learning_rate_head")] for entry in scaled.state.log_history]
         assert logged == [[e.get("learning_rate"), e.get("learning_rate_head")] for e in plain.state.log_history]
-        assert logged[0][1] == pytest.approx(0.4 * logged[0][0])  # the weights' 0.02 of 0.05, not that of biases
+        assert logged[0][1] == pytest.approx(0.4 / factor * logged[0][0])  # the weights' 0.02, not that of biases
 
 
 def test_step_schedule_in_the_trainer(tmp_path: Path) -> None:

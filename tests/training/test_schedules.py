@@ -103,11 +103,13 @@ def test_flags_reach_the_arguments_and_recipe_yaml_gives_them_back(tmp_path) -> 
 )
 def test_scaling_by_batch_size(tmp_path, rule: str, expected: float) -> None:
     words = ["--per_device_train_batch_size", "64", "--gradient_accumulation_steps", "2", "--lr_scaling", rule]
+    words += ["--base_learning_rate", "1.2", "--base_bias_learning_rate", "0.5"]
     found = flags(tmp_path, *words)
     assert found.effective_batch_size == 128 and found.lr_scale == pytest.approx(expected)
-    assert found.scaled([{"learning_rate": 0.5, "group": "a"}])[0]["learning_rate"] == pytest.approx(0.5 * expected)
+    assert found.learning_rate == pytest.approx(1.2 * expected)
+    assert found.bias_learning_rate == pytest.approx(0.5 * expected)
     if rule == "sqrt":  # SimCLR's 0.075 sqrt(B) is 1.2 at 256
-        assert 1.2 * found.lr_scale == pytest.approx(0.075 * math.sqrt(128))
+        assert found.learning_rate == pytest.approx(0.075 * math.sqrt(128))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,10 @@ def test_scaling_by_batch_size(tmp_path, rule: str, expected: float) -> None:
         (["--bias_learning_rate", "-1"], "bias_learning_rate=-1.0"),
         (["--patch_embedding_lr_scale", "-1"], "patch_embedding_lr_scale=-1.0"),
         (["--lr_scaling", "square"], "expected 'none' or 'linear' or 'sqrt', got 'square'"),
-        (["--lr_scaling", "linear", "--auto_find_batch_size"], "leave --auto_find_batch_size out"),
+        (["--lr_scaling", "linear", "--base_learning_rate", "1", "--auto_find_batch_size"], "auto_find_batch_size out"),
+        (["--lr_scaling", "linear", "--learning_rate", "0.3"], "name it --base_learning_rate 0.3, or leave"),
+        (["--learning_rate", "0.3", "--base_learning_rate", "0.1"], "give one of them"),
+        (["--learning_rate", "null"], "give --learning_rate, or --base_learning_rate"),
         (["--lr_scaling_batch_size", "0"], "lr_scaling_batch_size=0"),
         (["--gradient_clipping", "per_parameter", "--max_grad_norm", "0"], "max_grad_norm, which is 0"),
         (["--lr_scheduler_type", "step", "--lr_scheduler_kwargs", "milestone=3"], "nearest known one is 'milestones'"),
