@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     logger.info("%s: %s", name, make_views)
     rates = {"encoder": own.encoder_learning_rate or arguments.learning_rate}
     audit = ModuleAudit.of_children(objective, rates, arguments.learning_rate)
-    run.record["modules"] = audit.rows
+    run.record["modules"], run.record["artifact_is"] = audit.rows, objective.artifact_is
     logger.info("%s", audit)
     audit.warn_of_heavy("encoder")
     untrained = {each.name: each(objective)[each.primary_metric] for each in after}
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.final_evaluation()
     audit.close()
 
-    run.save_artifact(encoder.save_pretrained, "encoder", "encoder")
+    run.save_artifact(objective.artifact_encoder.save_pretrained, "encoder", "encoder")
     for each in after:
         each.store(run.record)
         baselines = run.record["evaluations"][each.name]["baselines"]

@@ -176,6 +176,8 @@ def _training(facts: dict[str, Any]) -> str:
     if stage:
         steps = f", {facts['steps']} steps" if facts.get("steps") else ""
         lines.append(f"Stage: {str(stage).replace('_', ' ')}{steps}.")
+    if facts.get("artifact_is"):
+        lines.append(f"These weights, and the results below, are those of {facts['artifact_is']}.")
     if isinstance(facts.get("seconds"), (int, float)):
         lines.append(f"Time: {facts['seconds'] / 60:.1f} minutes on {_machine(facts.get('machine'))}.")
     if facts.get("seed") is not None:

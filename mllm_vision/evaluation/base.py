@@ -142,7 +142,9 @@ def dual_model(model: Any) -> Any:
 
 
 def image_model(model: Any) -> Any:
-    """The VisionEncoder inside ``model``: the model itself, its ``.encoder``, its ``.vision``, or its dual's.
+    """The VisionEncoder inside ``model``: the model itself, its artifact, its ``.encoder`` or ``.vision``, its dual's.
+
+    Of an objective it is ``.artifact_encoder``, what the run saves: DINO's teacher, not its student.
 
     Raises:
         ValueError: there is none.
@@ -151,6 +153,7 @@ def image_model(model: Any) -> Any:
     dual = getattr(model, "dual", None)
     candidates = (
         model,
+        getattr(model, "artifact_encoder", None),
         getattr(model, "encoder", None),
         getattr(model, "vision", None),
         getattr(dual, "vision", None),

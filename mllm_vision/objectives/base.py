@@ -16,6 +16,10 @@ from transformers.utils import ModelOutput
 from mllm_vision.encoder.encoder import VisionEncoder
 from mllm_vision.functional.geometry import participation_ratio, spread
 
+# names of a transformer's tokens and positions, for `Objective.also_decays`
+TOKENS = ("cls_token", "class_embedding", "mask_token", "register_tokens")
+POSITIONS = ("position_embeddings", "position_embedding", "pos_embed")
+
 
 @dataclass
 class ObjectiveOutput(ModelOutput):
@@ -37,6 +41,8 @@ class Objective(nn.Module, ABC):
         couples_batch: whether the loss sees all rows at once, so that splitting a batch changes it.
         chunkable: whether `embed` may run on chunks of the batch (gradient caching). Set it to False, with
             `unchunkable_reason` in words, where `loss` has to run a tower again.
+        also_decays: parts of names of parameters that take weight decay besides matrices and kernels, where the
+            method's official code has it so: `"cls_token"`, `"last_layer.norm"`.
         replaying: True while gradient caching embeds rows for the second time, for their gradient alone: outputs
             that carry none (a teacher's) may then be left out, if computing them draws no random numbers.
     """
@@ -45,12 +51,23 @@ class Objective(nn.Module, ABC):
     couples_batch: ClassVar[bool] = True
     chunkable: ClassVar[bool] = True
     unchunkable_reason: ClassVar[str] = ""
+    also_decays: ClassVar[tuple[str, ...]] = ()
     replaying: bool = False
 
     @property
     @abstractmethod
     def encoder(self) -> VisionEncoder:
-        """The artifact: the vision encoder under training."""
+        """The vision encoder under training."""
+
+    @property
+    def artifact_encoder(self) -> VisionEncoder:
+        """What a run saves and evaluates: the encoder under training, where a method does not name another."""
+        return self.encoder
+
+    @property
+    def artifact_is(self) -> str:
+        """What `artifact_encoder` is, in words, for a card and a table."""
+        return "the trained encoder"
 
     @abstractmethod
     def embed(self, **batch: Tensor) -> dict[str, Tensor]:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mllm_vision.distributed import all_reduce
 from mllm_vision.encoder.encoder import VisionEncoder
+from mllm_vision.errors import unknown_name
 from mllm_vision.functional.distillation import dino_loss
 from mllm_vision.modules.centring import Centring
 from mllm_vision.modules.heads import DINOHead
-from mllm_vision.objectives.base import ObjectiveOutput
+from mllm_vision.objectives.base import POSITIONS, TOKENS, ObjectiveOutput
 from mllm_vision.objectives.base_momentum import MomentumObjective
 
 SMALL_DATA, SMALL_OUT, LARGE_OUT = 20_000, 1024, 65536
+ARTIFACTS = ("teacher", "student")
 
 
 @dataclass
@@ -44,16 +46,20 @@ class DinoConfig:
     )
     centre_momentum: float = field(default=0.9, metadata={"help": "of the moving average"})
     freeze_last_layer_epochs: float = field(default=1.0, metadata={"help": "epochs without a step of the prototypes"})
+    artifact: str = field(
+        default="teacher", metadata={"help": "whose encoder is saved and evaluated: teacher (as there), or student"}
+    )
 
 
 class DinoObjective(MomentumObjective):
     """A student that sees all crops learns what a teacher says of the global ones.
 
+    What a run saves and evaluates is the teacher's encoder, as in the official codes; `artifact="student"` keeps the
+    student's.
     The temperature of the teacher rises linearly with every step (the official code of DINO moves it once an epoch,
     and only where its flags ask for it: without them it stays at 0.04). The centre is a buffer and moves after the
-    step with the mean of all ranks. Class token and positions take no weight decay, where the official codes decay
-    them. Their drop path (0.1 in DINO, 0.3 in DINOv2; of the student alone) is the encoder's `drop_path_rate`, where
-    its config has one.
+    step with the mean of all ranks. Their drop path (0.1 in DINO, 0.3 in DINOv2; of the student alone) is the
+    encoder's `drop_path_rate`, where its config has one.
 
     Args:
         encoder: to train.
@@ -64,11 +70,13 @@ class DinoObjective(MomentumObjective):
         centring: makes probabilities of the teacher's logits.
 
     Raises:
-        ValueError: a temperature that is not positive, a size below one, an unknown centring, a momentum out of
-            range, or negative epochs.
+        ValueError: a temperature that is not positive, a size below one, an unknown centring or artifact, a
+            momentum out of range, or negative epochs.
     """
 
     learn_prototype_norm = False
+    # the official codes leave out biases and what has one dimension, and nothing else
+    also_decays: ClassVar[tuple[str, ...]] = (*TOKENS, *POSITIONS)
 
     def __init__(self, encoder: VisionEncoder, config: Any = None) -> None:
         super().__init__(encoder, config)
@@ -79,7 +87,18 @@ class DinoObjective(MomentumObjective):
         for name in ("teacher_temperature_warmup_epochs", "freeze_last_layer_epochs"):
             if not getattr(config, name) >= 0:
                 raise ValueError(f"{name}={getattr(config, name)} must not be negative; use 0 for none")
+        if config.artifact not in ARTIFACTS:
+            raise ValueError(unknown_name("artifact", str(config.artifact), ARTIFACTS))
         self.centring = self.build_centring()
+
+    @property
+    def artifact_encoder(self) -> VisionEncoder:
+        """The teacher's, which the official codes save and evaluate; with `artifact="student"` the student's."""
+        return self.encoder if self.config.artifact == "student" else self.teacher.module["encoder"]
+
+    @property
+    def artifact_is(self) -> str:
+        return f"the {self.config.artifact}'s encoder"
 
     @property
     def out_dim(self) -> int:

@@ -37,9 +37,12 @@ class MomentumObjective(ImageObjective):
 
     Attributes:
         raises_momentum: whether the momentum rises to one along a cosine over the training.
+        momentum_of_next_step: the momentum after step t is that of step t + 1, for codes whose copy follows when the
+            next step begins; else that of step t, for codes whose copy follows when a step ends.
     """
 
     raises_momentum: ClassVar[bool] = True
+    momentum_of_next_step: ClassVar[bool] = False
 
     def __init__(self, encoder: VisionEncoder, config: Any = None) -> None:
         super().__init__(encoder, config)
@@ -70,7 +73,9 @@ class MomentumObjective(ImageObjective):
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """The teacher follows."""
-        self.teacher.update(self.student, self.momentum_at(progress))
+        share = progress if self.momentum_of_next_step else self.progress
+        self.teacher.update(self.student, self.momentum_at(share))
+        self.progress = progress  # a trainer tells it before each step; a loop of one's own need not
 
 
 class QueueObjective(MomentumObjective):
@@ -78,8 +83,7 @@ class QueueObjective(MomentumObjective):
 
     The order of a step is the paper's: the key encoder follows, keys, loss, enqueue. The queue starts empty, without
     the official code's random vectors; in the very first step the keys of the batch's other images stand in for it.
-    Where the encoder has BatchNorm, the keys' rows are dealt anew over ranks and groups (`modules.shuffle`). Weight
-    decay is for matrices and kernels, where the official code has it for biases and norms too.
+    Where the encoder has BatchNorm, the keys' rows are dealt anew over ranks and groups (`modules.shuffle`).
 
     Args:
         encoder: to train; any backbone.

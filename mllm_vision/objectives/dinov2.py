@@ -14,7 +14,7 @@ from mllm_vision.encoder.masking import mask_token, masked_features, patch_embed
 from mllm_vision.functional.distillation import ibot_loss, koleo
 from mllm_vision.functional.masking import block_masks, draws_of_blocks, random_masks
 from mllm_vision.modules.momentum import MomentumTeacher
-from mllm_vision.objectives.base import ObjectiveOutput
+from mllm_vision.objectives.base import POSITIONS, TOKENS, ObjectiveOutput
 from mllm_vision.objectives.base_dino import DinoConfig, DinoObjective
 
 MASKS = 1600  # stream of the masks' random numbers; two for each global crop
@@ -60,6 +60,7 @@ class DinoV2(DinoObjective):
         "max_grad_norm": 3.0,
     }
     learn_prototype_norm = True  # as in the official code, unlike DINO's
+    also_decays: ClassVar[tuple[str, ...]] = (*TOKENS, *POSITIONS, "last_layer.norm")
 
     @dataclass
     class Config(DinoConfig):

@@ -16,7 +16,7 @@ from mllm_vision.encoder.features import final_norm, pick_patches
 from mllm_vision.encoder.positions import fix_positions, sincos_positions
 from mllm_vision.functional.reconstruction import masked_reconstruction, patchify
 from mllm_vision.modules.patch_decoder import PatchDecoder
-from mllm_vision.objectives.base import ImageObjective, ObjectiveOutput
+from mllm_vision.objectives.base import TOKENS, ImageObjective, ObjectiveOutput
 
 MASKS = 1400  # stream of the masks' random numbers; one more for each view
 
@@ -46,6 +46,7 @@ class Mae(ImageObjective):
     """
 
     views: ClassVar[str] = "mae"
+    also_decays: ClassVar[tuple[str, ...]] = TOKENS
     couples_batch: ClassVar[bool] = False
     least_views: ClassVar[int] = 1
     # Table 8 of the paper: 800 epochs, 40 of warm-up
@@ -83,7 +84,7 @@ class Mae(ImageObjective):
                 "or another --objective"
             )
         side = encoder.image_size // encoder.patch_size
-        self.visible = round((1 - config.mask_ratio) * side * side)
+        self.visible = int(side * side * (1 - config.mask_ratio))  # as the official code rounds
         if not 0 < self.visible < side * side:
             raise ValueError(
                 f"mask_ratio={config.mask_ratio} leaves {self.visible} of {side * side} patches visible; "

@@ -33,6 +33,7 @@ class MoCoV1(QueueObjective):
         "base_learning_rate": 0.03,
         "lr_scaling": "linear",
         "weight_decay": 1e-4,
+        "weight_decay_on": "all",
         "lr_scheduler_type": "step",  # its own milestones are the paper's: x0.1 at epochs 120 and 160 of 200
         "warmup_steps": 0,
         "max_grad_norm": 0.0,

@@ -34,6 +34,7 @@ class MoCoV2(QueueObjective):
         "base_learning_rate": 0.03,
         "lr_scaling": "linear",
         "weight_decay": 1e-4,
+        "weight_decay_on": "all",
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0,
         "max_grad_norm": 0.0,

@@ -30,8 +30,7 @@ class MoCoV3(MomentumObjective):
     projector has 2 layers and the predictor no last norm, as there, and there is no patch embedding to freeze. An
     encoder whose weights were loaded keeps patch embedding and positions as they are; the patch embedding is frozen
     all the same. The momentum rises with every step, which the official code does with `--moco-m-cos`. Where this
-    differs from it: the rest of the encoder starts as transformers draws it, not by Xavier's rule, and biases and norms
-    take no weight decay.
+    differs from it: the rest of the encoder starts as transformers draws it, not by Xavier's rule.
 
     Args:
         encoder: to train; its patch embedding and positions are changed in place (see `Config`).
@@ -47,11 +46,13 @@ class MoCoV3(MomentumObjective):
     """
 
     views: ClassVar[str] = "moco_v3"
+    momentum_of_next_step: ClassVar[bool] = True
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "adamw_torch",
         "base_learning_rate": 1.5e-4,
         "lr_scaling": "linear",
         "weight_decay": 0.1,
+        "weight_decay_on": "all",
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.133,  # 40 epochs of 300
         "max_grad_norm": 0.0,

@@ -49,6 +49,7 @@ class Pcl(QueueObjective):
         "base_learning_rate": 0.03,
         "lr_scaling": "linear",
         "weight_decay": 1e-4,
+        "weight_decay_on": "all",
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0,
         "max_grad_norm": 0.0,

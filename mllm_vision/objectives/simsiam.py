@@ -18,8 +18,7 @@ class SimSiam(ImageObjective):
     """Half of the two negative cosines between the prediction of each view and the projection of the other.
 
     The predictor's learning rate stays at its peak while the others fall (the official code's `--fix-pred-lr`). Without
-    predictor or stop-gradient the outputs collapse to one vector. Weight decay is for matrices and kernels, where the
-    official code has it for biases and norms too.
+    predictor or stop-gradient the outputs collapse to one vector.
 
     Args:
         encoder: to train; any backbone.
@@ -45,6 +44,7 @@ class SimSiam(ImageObjective):
         "base_learning_rate": 0.05,
         "lr_scaling": "linear",
         "weight_decay": 1e-4,
+        "weight_decay_on": "all",
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0,
         "max_grad_norm": 0.0,

@@ -23,7 +23,7 @@ class SupCon(ImageObjective):
     The form with the sum outside of the logarithm (equation 2). A row labelled -1 has no class: its own other view is
     its only positive, so that a partly labelled set trains too. The official code's head has no BatchNorm, and it
     trains CIFAR-10 at temperature 0.1 (0.07 is its default). Where this differs from it: the loss has no factor
-    T / 0.07, the cosine ends at zero (there at a thousandth), and biases and norms take no weight decay.
+    T / 0.07, and the cosine ends at zero (there at a thousandth).
 
     Args:
         encoder: to train; any backbone.
@@ -44,6 +44,7 @@ class SupCon(ImageObjective):
         "base_learning_rate": 0.05,
         "lr_scaling": "linear",
         "weight_decay": 1e-4,
+        "weight_decay_on": "all",
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.01,
         "max_grad_norm": 0.0,

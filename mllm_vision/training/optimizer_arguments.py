@@ -79,6 +79,13 @@ class OptimizerArguments(TrainingArguments):
     muon_learning_rate: float | None = field(
         default=None, metadata={"help": "Muon at this rate for the matrices of hidden layers, AdamW for the rest."}
     )
+    weight_decay_on: Literal["method", "matrices", "all"] = field(
+        default="method",
+        metadata={
+            "help": "What weight decay is for: matrices; method: those and what the method's own code decays beside "
+            "them; all: biases, norms and scales too (the official codes of MoCo, SimSiam, SupCon and PCL)."
+        },
+    )
     weight_decay_end: float | None = field(
         default=None, metadata={"help": "Weight decay at the end, reached by a cosine (DINO: 0.4 from 0.04)."}
     )
@@ -120,7 +127,11 @@ class OptimizerArguments(TrainingArguments):
             raise ValueError(f"ema_decay={self.ema_decay} must lie between 0 and 1, e.g. 0.999; leave it out for none")
         if self.patch_embedding_lr_scale < 0:
             raise ValueError(f"patch_embedding_lr_scale={self.patch_embedding_lr_scale} must not be negative")
-        for name, choices in (("lr_scaling", ("none", "linear", "sqrt")), ("gradient_clipping", _CLIPPINGS)):
+        for name, choices in (
+            ("lr_scaling", ("none", "linear", "sqrt")),
+            ("gradient_clipping", _CLIPPINGS),
+            ("weight_decay_on", ("method", "matrices", "all")),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(unknown_name(name, str(getattr(self, name)), choices))
         if self.lr_scaling_batch_size < 1:
@@ -130,6 +141,12 @@ class OptimizerArguments(TrainingArguments):
                 f"lr_scaling={self.lr_scaling} needs the batch size before training, and auto_find_batch_size changes "
                 "it; set --per_device_train_batch_size and leave --auto_find_batch_size out"
             )
+        for name in ("bias_learning_rate", "base_bias_learning_rate"):
+            if self.weight_decay_on == "all" and (rate := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name}={rate} is for what takes no weight decay, and with weight_decay_on=all everything takes "
+                    f"it; use --{name} null, or --weight_decay_on method"
+                )
         if self.gradient_clipping == "per_parameter" and self.max_grad_norm <= 0:
             raise ValueError(
                 f"gradient_clipping=per_parameter clips each gradient at max_grad_norm, which is {self.max_grad_norm}; "

@@ -51,11 +51,20 @@ def decays(name: str, parameter: Any) -> bool:
     return parameter.ndim > 1 and _NO_DECAY.search(name) is None
 
 
+def _decayed(name: str, parameter: Any, where: str, also: Sequence[str]) -> bool:
+    """Whether weight decay is for this parameter, as `--weight_decay_on` and the method have it."""
+    if where == "all" or decays(name, parameter):
+        return True
+    return where == "method" and any(f".{part}." in f".{name}." for part in also)
+
+
 def parameter_groups(
     model: nn.Module,
     *,
     weight_decay: float,
     learning_rate: float,
+    weight_decay_on: str = "method",
+    also_decays: Sequence[str] = (),
     learning_rates: Mapping[str, float | None] | None = None,
     muon_learning_rate: float | None = None,
     bias_learning_rate: float | None = None,
@@ -68,6 +77,8 @@ def parameter_groups(
         model: frozen parameters (`requires_grad=False`) are left out.
         weight_decay: for matrices; 1-D parameters, scales, class and position embeddings get none.
         learning_rate: of everything that no prefix names.
+        weight_decay_on: `"method"` adds what `also_decays` names, `"matrices"` does not, `"all"` means every parameter.
+        also_decays: parts of parameter names, such as `"cls_token"` or `"last_layer.norm"`.
         learning_rates: parameter-name prefix -> learning rate; the longest prefix wins, None means the default.
         muon_learning_rate: if given, 2-D weights inside repeated blocks (`layers.0.`...) go to groups marked `muon`
             at this rate, times what their prefix's rate is to `learning_rate`.
@@ -99,10 +110,11 @@ def parameter_groups(
             continue
         plain = plain_name(name)
         prefix = max((prefix for prefix in rates if _under(plain, prefix)), key=len, default="")
-        decayed = decays(plain, parameter)
+        decayed = _decayed(plain, parameter, weight_decay_on, also_decays)
         rate = rates.get(prefix, learning_rate)
         relative = rate / learning_rate if learning_rate else 1.0
-        muon = muon_learning_rate is not None and decayed and parameter.ndim == 2 and bool(_HIDDEN.search(plain))
+        matrix = decays(plain, parameter) and parameter.ndim == 2
+        muon = muon_learning_rate is not None and matrix and bool(_HIDDEN.search(plain))
         if muon and muon_learning_rate is not None:
             rate = muon_learning_rate * relative
         elif not decayed and bias_learning_rate is not None:
@@ -127,11 +139,12 @@ def parameter_groups(
 
 def group_flags(arguments: Any, learning_rates: Mapping[str, float | None]) -> list[str]:
     """The flags given that work through our parameter groups."""
-    neutral = {"patch_embedding_lr_scale": 1.0, "lr_scaling": "none"}
-    names = ("lr_scaling", "layer_decay", "patch_embedding_lr_scale", "bias_learning_rate", "muon_learning_rate")
-    given = [
-        name for name in (*names, "weight_decay_end") if getattr(arguments, name, None) not in (None, neutral.get(name))
-    ]
+    neutral = {"patch_embedding_lr_scale": 1.0, "lr_scaling": "none", "weight_decay_on": "method"}
+    names = (
+        "lr_scaling", "layer_decay", "patch_embedding_lr_scale", "bias_learning_rate", "muon_learning_rate",
+        "weight_decay_end", "weight_decay_on",
+    )  # fmt: skip
+    given = [name for name in names if getattr(arguments, name, None) not in (None, neutral.get(name))]
     return given + ["learning rate per module group"] * bool(learning_rates)
 
 
@@ -145,6 +158,7 @@ def group_settings(arguments: Any, learning_rate: float, learning_rates: Mapping
     """
     return {
         "weight_decay": arguments.weight_decay,
+        "weight_decay_on": getattr(arguments, "weight_decay_on", "method"),
         "learning_rate": learning_rate,
         "learning_rates": dict(learning_rates),
         "muon_learning_rate": getattr(arguments, "muon_learning_rate", None),

@@ -139,7 +139,7 @@ class RecipeTrainer(ExactResume):
                     raise ValueError(f"--optim {args.optim.value} makes its own groups: it takes no {asked[0]}")
                 return super().create_optimizer(model)
             rates = group_settings(args, settings.get("lr", args.learning_rate), self.learning_rates)
-            groups = parameter_groups(target, **rates)
+            groups = parameter_groups(target, **rates, also_decays=getattr(self.model, "also_decays", ()))
             if self.is_world_process_zero():
                 tell_rates(args, groups)
             if rates["muon_learning_rate"] is not None:

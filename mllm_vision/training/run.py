@@ -293,7 +293,7 @@ class Run:
             "seed": self.arguments.seed,
             "steps": history[-1]["step"] if history else 0,
             "seconds": round(time.monotonic() - self._started, 1),
-            **{key: self.record[key] for key in kept},
+            **{key: self.record[key] for key in (*kept, "artifact_is") if key in self.record},
         }
 
     def _push_artifacts(self, repo_id: str | None, token: str | None) -> None:

@@ -132,7 +132,8 @@ def end_table(record: Mapping[str, Any]) -> str:
     if record.get("bad_samples", {}).get("count"):
         lines.append(f"bad samples skipped: {record['bad_samples']['count']}")
     lines += [f"verdict: {line}" for line in str(record.get("verdict") or "").splitlines()]
-    lines += [f"{entry['kind']}: {entry['path']}" for entry in record.get("artifacts", [])]
+    owner = f" ({record['artifact_is']})" if record.get("artifact_is") else ""
+    lines += [f"{entry['kind']}: {entry['path']}{owner}" for entry in record.get("artifacts", [])]
     lines.append(f"time: {duration(record.get('seconds', 0))}")
     return "\n".join(lines)
 

@@ -90,6 +90,11 @@ class ObjectiveTrainer(RecipeTrainer):
             self.objective.before_training(rows, self.negatives_batch)
         if isinstance(self.objective, ImageObjective):
             self.add_callback(TellProgress(self.objective))
+            if self.average is not None and self.objective.artifact_encoder is not self.objective.encoder:
+                raise ValueError(
+                    f"ema_decay={self.args.ema_decay} averages the encoder under training, and what this run saves is "
+                    f"{self.objective.artifact_is}, an average already; leave it out, or use --artifact student"
+                )
         if getattr(self.objective, "needs_features", False):
             if rows is None or isinstance(self.train_dataset, StreamDataset):
                 raise ValueError(

@@ -56,7 +56,7 @@ def test_steps_are_those_of_algorithm_one():
     expected = []
     for step, batch in enumerate(batches):
         paper.cold = [0.2, 0.225, 0.25, 0.275, 0.3, 0.3][step]
-        paper.momentum = 1 - 0.3 * (math.cos(math.pi * (step + 1) / 6) + 1) / 2
+        paper.momentum = 1 - 0.3 * (math.cos(math.pi * step / 6) + 1) / 2
         expected.append(paper.step(*(batch["views"][:, side].flatten(1).numpy() for side in (0, 1))))
     assert sgd_steps(objective, batches, rate=0.5) == pytest.approx(expected, rel=1e-9)
     for ours, theirs in (
@@ -72,8 +72,12 @@ def test_the_teacher_follows_along_a_cosine():
     assert [round(objective.momentum_at(share), 6) for share in (0.0, 0.5, 1.0)] == [0.996, 0.998, 1.0]
     before = objective.teacher.module["head"].last_layer.weight.clone()
     nn.init.zeros_(objective.head.last_layer.weight)
-    objective.after_step(0.5)
+    objective.progress = 0.5  # the step that ends is the one in the middle
+    objective.after_step(0.6)
     torch.testing.assert_close(objective.teacher.module["head"].last_layer.weight, 0.998 * before)
+    objective.after_step(0.7)  # a loop that tells no progress: that of the last step
+    follows = 0.998 * objective.momentum_at(0.6)
+    torch.testing.assert_close(objective.teacher.module["head"].last_layer.weight, follows * before)
 
 
 def test_the_centre_moves_after_the_step_and_not_before():

@@ -104,7 +104,7 @@ def test_hidden_patches_do_not_reach_the_encoder():
 
 
 def test_the_mask_ratio_says_how_many_patches_the_encoder_sees():
-    for ratio, visible in ((0.75, 4), (0.5, 8), (0.9, 2)):
+    for ratio, visible in ((0.75, 4), (0.5, 8), (0.9, 1)):
         assert make(mask_ratio=ratio).eval().reconstruct(pictures(), SEEDS)[2].shape[1] == visible
     for ratio in (0.0, 1.0, 0.99):
         with pytest.raises(ValueError, match=f"mask_ratio={ratio}"):

@@ -10,11 +10,14 @@ import tiny
 import torch
 import yaml
 from dry import _load, dry_parse
+from safetensors.torch import load_file
 from transformers import AutoModel
 from two_ranks import assert_same_run, torchrun
 
+from mllm_vision.encoder.card import model_card
 from mllm_vision.encoder.encoder import VisionEncoder
 
+PREFIXES = {"teacher": "teacher.module.", "student": ""}
 SMALL = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64,patch_size=8"
 
 
@@ -68,6 +71,30 @@ def test_what_it_leaves(recipe, data, tmp_path):
     saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert saved["optim"] == "lars" and saved["head_out"] == 128
     assert (saved["learning_rate"], saved["base_learning_rate"]) == (None, 0.3)  # what is scaled, and what comes of it
+
+
+@pytest.mark.parametrize("artifact", ["teacher", "student"])
+def test_dino_saves_and_evaluates_whom_it_says(recipe, data, tmp_path, artifact):
+    """The saved encoder is the teacher's unless asked otherwise; the recorded kNN is that of what was saved."""
+    small = {"head_hidden": 16, "head_bottleneck": 8, "out_dim": 16, "local_views": 0, "learning_rate": 0.05}
+    settings = {"momentum": 0.5, "save_strategy": "steps", "save_steps": 4, "warmup_steps": 0, "lr_scaling": "none"}
+    test = {"eval_dataset_name": data / "test.parquet", "knn_k": 5, "evaluators": "knn", "artifact": artifact}
+    words = flags(data, tmp_path / "run", objective="dino", **small, **settings, **test)
+    recipe.main(words)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["artifact_is"] == f"the {artifact}'s encoder"
+    state = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
+    saved = load_file(tmp_path / "run" / "encoder" / "model.safetensors")
+    weights = {whose: state[f"{prefix}encoder.backbone.layernorm.weight"] for whose, prefix in PREFIXES.items()}
+    assert not torch.equal(weights["teacher"], weights["student"])
+    assert torch.equal(saved["layernorm.weight"], weights[artifact])
+    card = model_card(tmp_path / "run" / "encoder")
+    assert f"those of the {artifact}'s encoder" in card
+
+
+def test_an_average_of_an_average_is_refused(recipe, data, tmp_path):
+    with pytest.raises(ValueError, match="--artifact student"):
+        recipe.main(flags(data, tmp_path, objective="dino", ema_decay=0.9, out_dim=16, head_hidden=16))
 
 
 def test_supcon_learns_from_a_partly_labelled_set(recipe, data, tmp_path):
