@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -286,8 +285,9 @@ class VisionEncoder(nn.Module):
         if target.exists() and not target.is_dir():
             raise FileExistsError(f"{target} is a file; an encoder is saved as a directory")
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
+        where = {"prefix": f".{target.name}.", "suffix": ".partial", "dir": target.parent}
+        with tempfile.TemporaryDirectory(**where, ignore_cleanup_errors=True) as folder:
+            aside = Path(folder)
             self.backbone.save_pretrained(aside)
             self.processor.save_pretrained(aside)
             carry_lineage(self, aside)
@@ -297,8 +297,6 @@ class VisionEncoder(nn.Module):
                 (target / stale).unlink(missing_ok=True)
             for file in sorted(aside.iterdir()):
                 os.replace(file, target / file.name)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
 
     def push_to_hub(
         self,

@@ -79,8 +79,8 @@ class RecipeArguments(OptimizerArguments):
             FileNotFoundError: a named checkpoint does not exist, or `--resume` was given and there is no run.
             ValueError: the named checkpoint is not whole.
         """
-        from .checkpoints import check_checkpoint, last_checkpoint
+        from .checkpoints import check_checkpoint, found_by_first, last_checkpoint
 
         if self.resume_from_checkpoint:
-            return str(check_checkpoint(Path(self.resume_from_checkpoint)))
-        return last_checkpoint(Path(self.output_dir)) if self.resume else None
+            return found_by_first(lambda: str(check_checkpoint(Path(self.resume_from_checkpoint))))
+        return found_by_first(lambda: last_checkpoint(Path(self.output_dir))) if self.resume else None

@@ -1,45 +1,60 @@
-"""Checkpoints that are whole or not there: what happens when the disk is full or the process is killed."""
+"""Checkpoints that are whole or do not count: sealed with a hash of every file, ordered by their step."""
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
 import logging
-import os
-import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 
+from mllm_vision.distributed import is_distributed
+
+from .folders import UNSEALED, list_checkpoints, remove, step_of, to_disk, write_whole
+
+__all__ = ["is_whole", "last_checkpoint", "list_checkpoints", "rotate", "seal"]
 logger = logging.getLogger(__name__)
 
+Found = TypeVar("Found")
 STATE_FILE = "trainer_state.json"
-SEAL = "complete.json"  # names and sizes of all files, written last; a checkpoint whose files differ is torn
-UNSEALED = "INCOMPLETE"  # lies in a checkpoint while it is written
-_NAME = re.compile(r"^checkpoint-(\d+)$")
-# what torch and safetensors say when the disk is full: they do not raise OSError
-_FULL_DISK = ("no space left", "disk quota exceeded", "file write failed", "failed writing file", "unexpected pos")
+SEAL = "complete.json"  # sizes and hashes of all files, written last; a checkpoint whose files differ is torn
+
+
+def damage(checkpoint: Path, *, contents: bool = False) -> str | None:
+    """What is wrong with a checkpoint, or None where it was written to its end, by every process.
+
+    Args:
+        checkpoint: a folder. One without a seal (of the stock Trainer) passes with a readable state and weights.
+        contents: compare the hash of every file too (about a second a gigabyte), not its size alone.
+    """
+    if (checkpoint / UNSEALED).exists():
+        return "the process ended while it was written"
+    try:
+        json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8")) if (checkpoint / SEAL).exists() else None
+        for name, size in (sealed or {"files": {}})["files"].items():
+            if (checkpoint / name).stat().st_size != size:
+                return f"{name} is {(checkpoint / name).stat().st_size} bytes long, it was written with {size}"
+        for name, expected in (sealed or {}).get("sha256", {}).items() if contents else ():
+            if _hash(checkpoint / name) != expected:
+                return f"the content of {name} is not what was written (sha256): the disk or a copy changed it"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{STATE_FILE} or {SEAL} cannot be read ({error})"
+    if sealed is None and not any(checkpoint.rglob("*.safetensors")):
+        return "it holds no weights"
+    return None
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end, by every process: all files are there in their full length.
-
-    One without a seal (of the stock Trainer) passes with a readable trainer state and weights.
-    """
-    if (checkpoint / UNSEALED).exists():
-        return False
-    try:
-        json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        if (checkpoint / SEAL).is_file():
-            sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["files"]
-            return all((checkpoint / name).stat().st_size == size for name, size in sealed.items())
-    except (OSError, ValueError, KeyError):
-        return False
-    return any(checkpoint.glob("*.safetensors")) or any(checkpoint.glob("*/*.safetensors"))
+    """Whether all files of a checkpoint are there in their full length; their contents are not read."""
+    return damage(checkpoint) is None
 
 
 def check_shapes(checkpoint: Path, model: torch.nn.Module) -> None:
@@ -75,45 +90,47 @@ def unsealed(checkpoint: Path) -> None:
 
 
 def seal(checkpoint: Path) -> None:
-    """End a checkpoint: every file is on the disk, and a list of them with their sizes beside it."""
+    """End a checkpoint: every file is on the disk, and a list of them with sizes and hashes beside it."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name not in (SEAL, UNSEALED))
     for path in files:
-        _to_disk(path)
-    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
-    (checkpoint / SEAL).write_text(json.dumps({"files": sizes}, indent=1), encoding="utf-8")
-    _to_disk(checkpoint / SEAL)
+        to_disk(path)
+    names = {str(path.relative_to(checkpoint)): path for path in files}
+    listed = {
+        "files": {name: path.stat().st_size for name, path in names.items()},
+        "sha256": {name: _hash(path) for name, path in names.items()},
+    }
+    write_whole(checkpoint / SEAL, json.dumps(listed, indent=1))
     (checkpoint / UNSEALED).unlink()
-    _to_disk(checkpoint)
+    to_disk(checkpoint)
 
 
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def rotate(run_folder: Path, keep: int | None, best: str | None = None) -> None:
+def rotate(run_folder: Path, keep: int | None, best: str | None = None, step: int | None = None) -> None:
     """Remove torn checkpoints, and whole ones but the last `keep` (None or 0: all stay); the best one stays.
 
-    As in the stock Trainer the best one counts among them, and the last ones are those written last.
+    As in the stock Trainer the best one counts among them. The last ones are those of the highest steps, whatever the
+    clock said when they were written.
+
+    Args:
+        step: of the checkpoint just written. Those of later steps belong to a continuation that was given up by
+            resuming from before them: they go.
     """
-    found = sorted(list_checkpoints(run_folder), key=lambda path: path.stat().st_mtime)
-    whole = [path for path in found if is_whole(path)]
+    found = list_checkpoints(run_folder)
+    left = [path for path in found if step is not None and step_of(path) > step]
+    if left:
+        logger.warning("removed %s: the run was resumed before them", ", ".join(path.name for path in left))
+    whole = [path for path in found if path not in left and is_whole(path)]
     gone = [path for path in found if path not in whole]
     if keep and whole:
         protected = [path for path in whole if path == whole[-1] or (best and path.name == Path(best).name)]
         others = [path for path in whole if path not in protected]
         gone += others[: max(0, len(whole) - max(keep, len(protected)))]
     for path in gone:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def list_checkpoints(run_folder: Path) -> list[Path]:
-    """The `checkpoint-<step>` folders in a run folder, whole or not, by step."""
-    found = [path for path in run_folder.iterdir() if path.is_dir() and _NAME.match(path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+        remove(path, run_folder, strict=False)
 
 
 def last_checkpoint(run_folder: Path) -> str | None:
@@ -125,15 +142,16 @@ def last_checkpoint(run_folder: Path) -> str | None:
     if not run_folder.is_dir() or not any(run_folder.iterdir()):
         raise FileNotFoundError(f"--resume: {run_folder} holds no run to go on with; leave --resume out to start one")
     for checkpoint in reversed(list_checkpoints(run_folder)):
-        if is_whole(checkpoint):
+        wrong = damage(checkpoint, contents=True)
+        if wrong is None:
             return str(checkpoint)
-        logger.warning("%s is torn (the process ended while it was written); it is passed over", checkpoint)
+        logger.warning("%s is torn: %s; it is passed over", checkpoint, wrong)
     logger.warning("%s holds no whole checkpoint yet: the run starts at step 0", run_folder)
     return None
 
 
 def check_checkpoint(checkpoint: Path) -> Path:
-    """`checkpoint` if it is there and whole.
+    """`checkpoint` if it is there and whole, its contents included.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -144,54 +162,26 @@ def check_checkpoint(checkpoint: Path) -> Path:
         raise FileNotFoundError(
             f"--resume_from_checkpoint {checkpoint}: no such folder; beside it are {', '.join(beside) or 'none'}"
         )
-    if not is_whole(checkpoint):
+    wrong = damage(checkpoint, contents=True)
+    if wrong is not None:
         raise ValueError(
-            f"--resume_from_checkpoint {checkpoint} is torn: files of it are missing or cut off; "
+            f"--resume_from_checkpoint {checkpoint} is torn: {wrong}; "
             "use an earlier checkpoint, or --resume to take the newest whole one"
         )
     return checkpoint
 
 
-@contextmanager
-def whole_folder(final: Path) -> Iterator[None]:
-    """Code inside may write the folder `final` step by step; if it fails, what stood there before is back.
-
-    Raises:
-        OSError: the disk is full (or another failure to write); names the path and the remedy.
-    """
-    previous = final.with_name(f".{final.name}.previous")
-    if previous.exists():  # left by a process that was killed
-        if final.exists():
-            shutil.rmtree(previous)
-        else:
-            os.replace(previous, final)
-    if final.exists():
-        os.replace(final, previous)
-    try:
-        yield
-    except BaseException as error:
-        shutil.rmtree(final, ignore_errors=True)
-        if previous.exists():
-            os.replace(previous, final)
-        if isinstance(error, Exception) and is_write_failure(error):
-            raise write_failure(final, error) from error
-        raise
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def is_write_failure(error: Exception) -> bool:
-    """Whether an error, of whatever type, says that writing failed."""
-    return isinstance(error, OSError) or any(words in str(error).lower() for words in _FULL_DISK)
-
-
-def write_failure(path: Path, error: Exception) -> OSError:
-    """The error for a user whose `path` could not be written: what stands, how much is free, what to do."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    free = shutil.disk_usage(folder).free / 2**20
-    whole = [checkpoint.name for checkpoint in list_checkpoints(folder) if is_whole(checkpoint)]
-    kept = f"the earlier {whole[-1]} is whole" if whole else "no earlier checkpoint was there"
-    return OSError(
-        getattr(error, "errno", None) or errno.ENOSPC,
-        f"could not save {path}: {error}. What was half written is removed; {kept}. {free:.0f} MiB are free there: "
-        "make room (or lower --save_total_limit, or choose another --output_dir) and go on with --resume",
-    )
+def found_by_first(find: Callable[[], Found]) -> Found:
+    """What the first process finds, on every process: a folder is judged once. All raise its error."""
+    if not is_distributed():
+        return find()
+    answer: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = find()
+        except (ValueError, OSError) as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]

@@ -305,6 +305,8 @@ class RecipeTrainer(ExactResume):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with samples per second and the rate of each parameter group, and into the run."""
+        if "train_runtime" in logs and self.state.global_step == self._start[0]:
+            return  # no step was trained: the run had all of them, and its own line stands
         if "loss" in logs:
             now, step = time.monotonic(), self.state.global_step
             if self._clock is not None and step > self._clock[1] and now > self._clock[0]:

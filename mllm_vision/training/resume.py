@@ -19,7 +19,8 @@ from mllm_vision.data.stream_loader import StreamLoader
 from mllm_vision.data.streams import StreamDataset
 from mllm_vision.distributed import is_distributed
 
-from .checkpoints import check_shapes, rotate, seal, unsealed, whole_folder
+from .checkpoints import check_shapes, rotate, seal, unsealed
+from .folders import whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +94,24 @@ class ExactResume(Trainer):
         saved = _read_state(checkpoint)
         if saved is not None and not self.args.ignore_data_skip:
             found = self._place(saved, *found)
+        if self.state.global_step >= max_steps > 0:
+            found = self._finished(max_steps, num_train_epochs, checkpoint)
         accumulated = self.args.gradient_accumulation_steps
         self._steps_in_epoch = num_update_steps_per_epoch
         self._start = (self.state.global_step, found[0], found[1] // accumulated)
         return found
+
+    def _finished(self, max_steps: int, num_train_epochs: int, checkpoint: Any) -> tuple[int, int]:
+        """No epoch is left of a run that has all its steps: what follows the training is done (again), and no step."""
+        done = self.state.global_step
+        if done > max_steps:
+            raise ValueError(
+                f"{checkpoint} is at step {done}, and this run has {max_steps} in all: it was trained for longer "
+                f"than that; give --max_steps {done}, or resume from an earlier checkpoint (--resume_from_checkpoint)"
+            )
+        logger.warning("the run has all its %d steps: nothing is trained, what is missing after that is done", done)
+        self._load_rng_state(checkpoint)
+        return num_train_epochs, 0
 
     def _place(self, saved: dict[str, Any], epoch: int, batches: int) -> tuple[int, int]:
         """Epoch and batches of it that are done, from what a checkpoint says of the data."""
@@ -159,7 +174,7 @@ class ExactResume(Trainer):
         folder = run_folder / f"checkpoint-{self.state.global_step}"
         saves = self.args.should_save
         limit = self.args.save_total_limit
-        with whole_folder(folder) if saves else contextlib.nullcontext():
+        with whole_folder(folder, in_place=True) if saves else contextlib.nullcontext():
             if saves:
                 unsealed(folder)
             _wait()  # nobody writes into a folder of an earlier run that is just being put aside
@@ -175,7 +190,7 @@ class ExactResume(Trainer):
             if saves:
                 seal(folder)
         if saves:
-            rotate(run_folder, limit, self.state.best_model_checkpoint)
+            rotate(run_folder, limit, self.state.best_model_checkpoint, self.state.global_step)
 
 
 def _read_state(checkpoint: str | None) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -19,7 +18,7 @@ from mllm_vision.lineage import check_lineage, hash_weights, plain, write_json, 
 
 from . import summary
 from .arguments import RecipeArguments
-from .checkpoints import list_checkpoints, whole_folder
+from .folders import check_name, clean, list_checkpoints, remove, whole_folder, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +51,8 @@ class Run:
             logging.basicConfig(level=level, format="%(message)s")
             for noisy in ("httpx", "httpx2", "httpcore", "filelock", "fsspec", "PIL", "matplotlib", "datasets"):
                 logging.getLogger(noisy).setLevel(logging.WARNING)
+        if recipe.get("artifact_name") is not None:
+            check_name(recipe["artifact_name"], "--artifact_name")
         self.arguments = arguments
         self.folder = Path(arguments.output_dir)
         self.is_main = arguments.process_index == 0
@@ -179,14 +180,20 @@ class Run:
         except OSError as error:
             logger.warning("metrics.jsonl could not be written (%s); the training goes on", error)
 
-    def rewind(self, step: int) -> None:
-        """Drop what was logged after `step`: a resumed run computes it again."""
-        if all(entry["step"] <= step for entry in self.record["history"]):
+    def rewind(self, step: int, *, evaluations: bool = False) -> None:
+        """Drop what was logged after `step`, and with `evaluations` those of that step: they are computed again."""
+
+        def stays(entry: Mapping[str, Any]) -> bool:
+            again = evaluations and any(name.startswith("eval_") for name in entry)
+            return entry["step"] < step or (entry["step"] == step and not again)
+
+        kept = [entry for entry in self.record["history"] if stays(entry)]
+        if len(kept) == len(self.record["history"]):
             return
-        self.record["history"] = [entry for entry in self.record["history"] if entry["step"] <= step]
+        self.record["history"] = kept
         if self.is_main:
             lines = [json.dumps(entry) + "\n" for entry in self.record["history"]]
-            (self.folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+            write_whole(self.folder / "metrics.jsonl", "".join(lines))
 
     # ---- what it leaves behind -----------------------------------------------------------------------------
 
@@ -201,15 +208,14 @@ class Run:
         Raises:
             OSError: the disk is full; the artifact that stood there before is whole.
         """
-        final = self.folder / name
+        final = self.folder / check_name(name, "artifact")
         self.begin()
         if self.is_main:
-            with whole_folder(final):
-                final.mkdir(parents=True)
-                save(final)
-                self._write_recipe(final)
-                weights = hash_weights(final)
-                write_lineage(final, self._lineage(name, kind, weights))
+            with whole_folder(final) as partial:
+                save(partial)
+                self._write_recipe(partial)
+                weights = hash_weights(partial)
+                write_lineage(partial, self._lineage(name, kind, weights))
             entry = {"name": name, "path": str(final), "kind": kind, "weights_sha256": weights}
             self.record["artifacts"] = [old for old in self.record["artifacts"] if old["name"] != name] + [entry]
         if self.arguments.world_size > 1:
@@ -243,6 +249,8 @@ class Run:
         visible = [name for name in present if not name.startswith(".")]
         if visible == ["recipe.yaml"]:  # a start that was refused before its first step: nothing to lose
             visible = []
+        if self.arguments.resuming:
+            clean(self.folder)
         if visible and self.arguments.resuming:
             self._read_history()
         elif visible and not self.arguments.overwrite:
@@ -254,21 +262,22 @@ class Run:
 
     def _clear(self) -> None:
         """Remove what a run of ours leaves, and nothing else that may lie in the folder."""
-        for checkpoint in list_checkpoints(self.folder):
-            shutil.rmtree(checkpoint)
-        for path in self.folder.iterdir():
-            if path.is_dir() and ((path / "lineage.json").is_file() or path.name.endswith(".previous")):
-                shutil.rmtree(path)
-        for name in ("recipe.yaml", "metrics.jsonl", "run.json"):
-            (self.folder / name).unlink(missing_ok=True)
+        clean(self.folder)
+        artifacts = [path for path in self.folder.iterdir() if (path / "lineage.json").is_file()]
+        files = [self.folder / name for name in ("recipe.yaml", "metrics.jsonl", "run.json")]
+        for path in [*list_checkpoints(self.folder), *artifacts, *files]:
+            remove(path, self.folder)
 
     def _read_history(self) -> None:
         file = self.folder / "metrics.jsonl"
-        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        for line in text.splitlines():
             try:
                 self.record["history"].append(json.loads(line))
             except json.JSONDecodeError:  # the last line of a process that was killed
                 continue
+        if text and not text.endswith("\n"):  # what is logged next must not be joined to that line
+            write_whole(file, "".join(json.dumps(entry) + "\n" for entry in self.record["history"]))
         old = self.folder / "recipe.yaml"
         before = yaml.safe_load(old.read_text(encoding="utf-8")) if old.is_file() else {}
         now = self.record["recipe"]
@@ -278,7 +287,7 @@ class Run:
 
     def _write_recipe(self, folder: Path) -> None:
         text = yaml.safe_dump(plain(self.record["recipe"]), sort_keys=False, allow_unicode=True)
-        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        write_whole(folder / "recipe.yaml", text)
 
     def _lineage(self, name: str, kind: str, weights: str) -> dict[str, Any]:
         kept = ("started", "command", "versions", "machine", "parents", "data", "evaluations", "modules", "verdict")

@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 from mllm_vision.training import resume
 from mllm_vision.training.arguments import RecipeArguments
 from mllm_vision.training.callbacks import SaveByMinutes
-from mllm_vision.training.checkpoints import is_whole, last_checkpoint, list_checkpoints, rotate
+from mllm_vision.training.checkpoints import check_checkpoint, is_whole, last_checkpoint, list_checkpoints, rotate
 
 if str(Path(__file__).parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).parent))
@@ -368,7 +368,7 @@ def test_the_state_of_the_data_is_small(numbers: Path, tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-4" / resume.DATA_STATE).stat().st_size < 1000
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "emptied", "unsealed"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "emptied", "unsealed", "flipped"])
 @pytest.mark.parametrize(
     "file",
     ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "data_state.json"],
@@ -386,11 +386,18 @@ def test_any_damage_is_noticed_and_the_checkpoint_before_is_used(
         path.unlink()
     elif damage == "emptied":
         path.write_bytes(b"")
+    elif damage == "flipped":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 3] ^= 1
+        path.write_bytes(content)
     else:  # killed after this file was written
         for later in ("complete.json", *(["trainer_state.json"] if file == "rng_state.pth" else [])):
             (run / "checkpoint-4" / later).unlink()
         (run / "checkpoint-4" / "INCOMPLETE").touch()
-    assert not is_whole(run / "checkpoint-4")
+    if damage != "flipped":  # which only reading all of it tells
+        assert not is_whole(run / "checkpoint-4")
+    with pytest.raises(ValueError, match=rf"torn: .*({file}|{'written' if damage == 'unsealed' else file})"):
+        check_checkpoint(run / "checkpoint-4")
     assert last_checkpoint(run) == str(run / "checkpoint-2")
 
 
@@ -421,9 +428,9 @@ def test_an_older_checkpoint_goes_only_when_the_new_one_is_whole(
 def test_the_last_ones_and_the_best_are_kept_and_torn_ones_go(whole_run: Path, tmp_path: Path) -> None:
     for step in range(1, 7):
         shutil.copytree(whole_run / "checkpoint-4", tmp_path / f"checkpoint-{step}")
-        os.utime(tmp_path / f"checkpoint-{step}", (step, step))
+        os.utime(tmp_path / f"checkpoint-{step}", (100 - step, 100 - step))  # a clock that runs backwards
     (tmp_path / "checkpoint-5" / "optimizer.pt").unlink()
-    os.utime(tmp_path / "checkpoint-5", (5, 5))
+    os.utime(tmp_path / "checkpoint-5", (95, 95))
 
     def left() -> list[str]:
         return [path.name.removeprefix("checkpoint-") for path in list_checkpoints(tmp_path)]
@@ -436,6 +443,26 @@ def test_the_last_ones_and_the_best_are_kept_and_torn_ones_go(whole_run: Path, t
     assert left() == ["2", "6"]
     rotate(tmp_path, 1)
     assert left() == ["6"]
+    shutil.copytree(tmp_path / "checkpoint-6", tmp_path / "checkpoint-3")
+    rotate(tmp_path, 1, step=3)  # the run was resumed before 6, and has just written 3
+    assert left() == ["3"]
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_a_run_that_has_all_its_steps_trains_none(kind: str, numbers: Path, tmp_path: Path) -> None:
+    """In the middle of an epoch and at its end; more steps are gone on to, fewer than done are refused."""
+    shards = numbers if kind == "stream" else None
+    settings = {"per_device_train_batch_size": 4, "save_steps": 7}
+    for steps in (7, 9):
+        seen(tmp_path / f"{steps}", shards, max_steps=steps, **settings)
+        before = {path: path.stat().st_mtime_ns for path in sorted((tmp_path / f"{steps}").rglob("*"))}
+        trainer = resume_work.trainer_of(tmp_path / f"{steps}", shards, resume=True, max_steps=steps, **settings)
+        assert trainer.train().global_step == steps and trainer.model.rows == []
+        assert {path: path.stat().st_mtime_ns for path in sorted((tmp_path / f"{steps}").rglob("*"))} == before
+    with pytest.raises(ValueError, match="checkpoint-9 is at step 9, and this run has 8 in all.*--max_steps 9"):
+        seen(tmp_path / "9", shards, resume=True, max_steps=8, **settings)
+    whole = seen(tmp_path / "whole", shards, max_steps=12, **settings)
+    assert seen(tmp_path / "9", shards, resume=True, max_steps=12, **settings) == whole[9:]
 
 
 def test_saving_by_minutes(numbers: Path, tmp_path: Path) -> None:
