@@ -94,12 +94,14 @@ def main(argv: list[str] | None = None) -> None:
     from mllm_vision.vlm import FreezeProof, HeldOutLoss, add_lora, audit, freeze, learning_rates, load_vlm, save_vlm
     from mllm_vision.vlm.conversation import label_preview, load_stage_data, set_chat_template
     from mllm_vision.vlm.freezing import audit_table
+    from mllm_vision.vlm.tokens import settle_ends
 
     run = Run("stage_two", arguments, recipe_dict(own, arguments, streams))
     run.inherit("vlm", own.model)
     model, processor = load_vlm(own.model, dtype=own.dtype)
     model.blind = model.blind or own.blind
     set_chat_template(processor, own.chat_template)
+    settle_ends(model, processor)
 
     data = load_stage_data(
         model,

@@ -47,17 +47,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens {options.max_new_tokens} must be at least 1")
 
+    import torch
+
     from mllm_vision.data.images import load_image
     from mllm_vision.vlm import answer, load_vlm
 
     image = load_image(options.image)
     model, processor = load_vlm(options.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     messages: list[dict] = []
     for question in options.question or typed_questions():
-        picture = [] if messages else [{"type": "image"}]  # the picture goes before the first question only
-        messages.append({"role": "user", "content": [*picture, {"type": "text", "text": question}]})
+        # The image goes before the first question only, in the form of training (``data.messages.from_pairs``).
+        content = question if messages else [{"type": "image"}, {"type": "text", "text": question}]
+        messages.append({"role": "user", "content": content})
         reply = answer(model, processor, messages, [image], max_new_tokens=options.max_new_tokens)
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
+        messages.append({"role": "assistant", "content": reply})
         print(reply, flush=True)
 
 

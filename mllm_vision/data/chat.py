@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from .prompts import beginning
+
 # The pictures of a message in their order; templates differ in what stands around them.
 _IMAGES = (
     "{% if m['content'] is not string %}{% for part in m['content'] %}{% if part['type'] == 'image' %}"
@@ -103,9 +105,6 @@ class ChatTokenizer:
         if tokenizer(f"a{image_token}b", add_special_tokens=False)["input_ids"].count(token_id) != 1:
             raise ValueError(f"{image_token!r} is not read as one token inside text; add it as a special token")
         self.template, self.image_token_id = template, int(token_id)
-        bos = tokenizer.bos_token_id
-        # As LlavaProcessor does: a beginning the template leaves out is added where the tokenizer adds one.
-        self._adds_bos = bos is not None and bos in tokenizer("")["input_ids"]
 
     def turns(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[int, list[tuple[int, int]]]:
         """Where the turns of a tokenised dialogue lie: the length of what precedes the first question (beginning
@@ -140,9 +139,9 @@ class ChatTokenizer:
             mask = np.zeros(len(tokens), dtype=bool)
             for start, end in marked:
                 mask |= (places[:, 1] > start) & (places[:, 0] < end)
-            if self._adds_bos and not text.startswith(self.tokenizer.bos_token):
-                tokens = np.concatenate([[self.tokenizer.bos_token_id], tokens]).astype(np.int32)
-                mask = np.concatenate([[False], mask])
+            if before := beginning(self.tokenizer, text):
+                tokens = np.concatenate([before, tokens]).astype(np.int32)
+                mask = np.concatenate([[False] * len(before), mask])
             mask &= tokens != self.image_token_id
             out.append((tokens, mask))
         return out

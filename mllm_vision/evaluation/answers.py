@@ -7,25 +7,41 @@ Source: the VQA evaluation (Antol et al. 2015; Goyal et al. 2017) for the normal
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBER_WORDS = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBERS)}
 ARTICLES = {"a", "an", "the"}
-_BETWEEN_DIGITS = re.compile(r"(?<=\d)[,](?=\d)")
-_APOSTROPHE = re.compile(r"['’`]")
-_OTHER = re.compile(r"[^\w\s.]|_|(?<!\d)\.|\.(?!\d)")
+_BETWEEN_DIGITS = re.compile(r"(?<=\d),(?=\d)")
+_APOSTROPHES = dict.fromkeys(map(ord, "'’`"))
+_INVISIBLE = dict.fromkeys((0x00AD, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF))  # joiners carry meaning, these do not
+_POINT = re.compile(r"\.(?!\d)|(?<=[^\W\d])\.")  # a full stop that is no decimal point
+_DASH = re.compile(r"[-‐‑‒–—−]")
+_SIGN = re.compile(r"(?<!\S)[-‐‑‒–−](?=[.\d])")  # a minus before a number
+_FULL_WIDTH = re.compile(r"[\u3000\uff00-\uffef]+")
+_KEPT = "%‰&#@*."  # in Unicode's classes these are punctuation, but an answer without them is another one
+
+
+def _composed(text: str) -> str:
+    """One spelling of each character: composed, without case, full and half width as usual."""
+    text = _FULL_WIDTH.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text.translate(_INVISIBLE))
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, punctuation and articles removed, number words as digits, single spaces.
+    """Composed Unicode without case; punctuation and articles removed, number words as digits, single spaces.
 
-    An answer that consists of an article only ("a") is kept, otherwise nothing would be left to compare.
+    Letters, combining marks, digits and symbols (of currencies, units, arithmetic) are kept, and a minus before a
+    number. Articles and number words are English ones. An answer that consists of nothing but an article ("a") or
+    punctuation ("?") is kept, otherwise nothing would be left to compare.
     """
-    text = _APOSTROPHE.sub("", _BETWEEN_DIGITS.sub("", str(text).lower()))
-    words = _OTHER.sub(" ", text).split()
-    kept = [word for word in words if word not in ARTICLES] or words
+    composed = _composed(str(text))
+    bare = _DASH.sub(" ", _SIGN.sub("\0", _POINT.sub(" ", _BETWEEN_DIGITS.sub("", composed.translate(_APOSTROPHES)))))
+    signs = (" " if unicodedata.category(sign)[0] == "P" and sign not in _KEPT else sign for sign in bare)
+    words = "".join(signs).replace("\0", "-").split()
+    kept = [word for word in words if word not in ARTICLES] or words or composed.split()
     return " ".join(NUMBER_WORDS.get(word, word) for word in kept)
 
 

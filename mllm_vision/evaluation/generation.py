@@ -7,19 +7,10 @@ from typing import Any
 
 import torch
 
+from mllm_vision.data.prompts import chat_template_of, prompt_ids
 from mllm_vision.evaluation.base import batches, unwrap
-
-
-def prompt_text(processor: Any, question: str) -> str:
-    """The chat prompt of one question about one picture, ready for the answer to begin.
-
-    Put together as training conversations are (``data.messages``), so that no word differs between the two.
-    """
-    from mllm_vision.data.messages import from_pairs
-
-    messages = from_pairs([(question, "")], 1)[:1]
-    renderer = processor if getattr(processor, "chat_template", None) else processor.tokenizer
-    return renderer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+from mllm_vision.vlm.measure import greedy, said
+from mllm_vision.vlm.tokens import stop_ids
 
 
 class AnswerGenerator:
@@ -43,24 +34,23 @@ class AnswerGenerator:
 
         self.model, self.processor, self.tokenizer = unwrap(model), processor, processor.tokenizer
         self.batch_size, self.max_new_tokens, self.blind = batch_size, max_new_tokens, blind
-        if not (getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)):
+        if not chat_template_of(processor):
             raise ValueError("the processor has no chat template; set processor.chat_template (see CHAT_TEMPLATES)")
         self.transform = ImageTransform(processor.image_processor, train=False)
         self.image_token_id = self.model.config.image_token_id
-        bos = self.tokenizer.bos_token_id
-        # As in training: a beginning the template leaves out is added where the tokenizer adds one.
-        self._adds_bos = bos is not None and bos in self.tokenizer("")["input_ids"]
+        self.ends = stop_ids(self.model, processor)
         self._prompts: dict[str, list[int]] = {}
 
     def prompt_ids(self, question: str) -> list[int]:
         """Token ids of the prompt, with one image token."""
+        from mllm_vision.data.messages import from_pairs
+
         if question not in self._prompts:
-            text = prompt_text(self.processor, question)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if self._adds_bos and not text.startswith(self.tokenizer.bos_token):
-                ids = [self.tokenizer.bos_token_id, *ids]
+            # Put together as training conversations are, so that no token differs between the two.
+            ids = prompt_ids(self.processor, from_pairs([(question, "")], 1)[:1])
             found = ids.count(self.image_token_id)
             if found != 1:
+                text = self.tokenizer.decode(ids)
                 raise ValueError(f"the prompt {text!r} holds {found} image tokens (id {self.image_token_id}), not one")
             self._prompts[question] = ids
         return self._prompts[question]
@@ -116,20 +106,6 @@ class AnswerGenerator:
         return answers
 
     def _generate(self, embeds: torch.Tensor, mask: torch.Tensor) -> list[str]:
-        from transformers import GenerationConfig
-
-        own = getattr(self.model, "generation_config", None)
-        stops = getattr(own, "eos_token_id", None)
-        ends = {stops} if isinstance(stops, int) else set(stops or [])
-        ends.add(self.tokenizer.eos_token_id)
-        ends.discard(None)
-        padding = self.tokenizer.pad_token_id
-        config = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=padding if padding is not None else (min(ends) if ends else 0),
-        )
+        config = greedy(self.tokenizer, self.ends, self.max_new_tokens)
         output = self.model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)
-        return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
+        return [said(self.tokenizer, row, self.ends) for row in output.tolist()]

@@ -70,6 +70,7 @@ class RecipeTrainer(ExactResume):
         super().__init__(*args, **kwargs)
         if stand_in:
             self.eval_dataset = None
+        self._smooth_in_the_model()
         if run is not None:
             self.add_callback(RunFolder(run))
         self.add_callback(EpochCallback())
@@ -85,6 +86,12 @@ class RecipeTrainer(ExactResume):
                 f"embed_batch_size={self.args.embed_batch_size} is for the objectives of stage zero; here use "
                 "--gradient_accumulation_steps with a smaller --per_device_train_batch_size, which is exact"
             )
+
+    def _smooth_in_the_model(self) -> None:
+        """A model that smooths its labels by itself (``label_smoothing``) does it instead of the Trainer."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # peft's
+        if self.label_smoother is not None and hasattr(model, "label_smoothing"):
+            model.label_smoothing, self.label_smoother = self.args.label_smoothing_factor, None
 
     def _check_best_metric(self) -> None:
         """The stock Trainer finds out at the first evaluation, minutes or hours into the training."""

@@ -24,6 +24,7 @@ from mllm_vision.encoder.features import num_layers
 from mllm_vision.errors import unknown_name
 from mllm_vision.modules.projectors import PROJECTORS, build_projector
 from mllm_vision.vlm.model import VisionLanguageModel
+from mllm_vision.vlm.tokens import pad_left, settle_ends
 
 logger = logging.getLogger(__name__)
 IMAGE_TOKEN = "<image>"
@@ -110,9 +111,6 @@ def build_vlm(
     model.model.multi_modal_projector = build_projector(projector, width, base.config.hidden_size).to(
         model.lm_head.weight
     )
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     processor = LlavaProcessor(
@@ -129,6 +127,9 @@ def build_vlm(
             f"the tokenizer splits {image_token!r} (first id {processor.image_token_id}, its own id {image_token_id}); "
             "choose another image_token"
         )
+    # The language model's settings of sampling stay behind: a LLaVA answers greedily unless told otherwise.
+    model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
+    settle_ends(model, processor, [language_model.config, language_model.generation_config])
     return model.eval(), processor
 
 
@@ -184,7 +185,8 @@ def tower_layout(encoder: VisionEncoder) -> dict[str, Any]:
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE_TOKEN) -> int:
     """Give ``tokenizer`` an image and a padding token where it has none; returns the image token's id.
 
-    Padding goes to the right. The end-of-sequence token is never used for padding: the model must learn it.
+    Padding goes to the left, where generation needs it (training pads its batches by itself). The end-of-sequence
+    token is never used for padding: the model must learn it.
 
     Raises:
         ValueError: no end-of-sequence token, so that no answer could ever end.
@@ -196,7 +198,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, image_token: str = IMA
         tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    tokenizer.padding_side = "right"
+    pad_left(tokenizer)
     return tokenizer.convert_tokens_to_ids(image_token)
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoProcessor, LlavaProcessor
 
 from mllm_vision.vlm.model import VisionLanguageModel
+from mllm_vision.vlm.tokens import pad_left, settle_ends
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,6 +45,8 @@ def save_vlm(
     if hasattr(model, "merge_and_unload"):
         model.save_pretrained(path / ADAPTER)
     merged = merge_lora(model)
+    pad_left(processor.tokenizer)
+    settle_ends(merged, processor)
     merged.save_pretrained(path)
     processor.save_pretrained(path)
     return merged
@@ -72,6 +75,8 @@ def load_vlm(
     hub: dict[str, Any] = {"token": token, "revision": revision}
     model = VisionLanguageModel.from_pretrained(str(path), dtype=dtype, **hub)
     processor = AutoProcessor.from_pretrained(str(path), **hub)
+    pad_left(processor.tokenizer)
+    settle_ends(model, processor)
     if model.blind:
         logger.warning("%s was trained blind: it sees zeros instead of pictures", path)
     return model.eval(), processor

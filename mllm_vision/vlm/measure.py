@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import GenerationConfig
 
+from mllm_vision.data.images import ImageTransform
+from mllm_vision.data.prompts import prompt_ids
 from mllm_vision.distributed import mean_over_ranks, rank, world_size
+from mllm_vision.vlm.tokens import stop_ids
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "labels", "pixel_values")
 PICTURES = ("own", "shuffled", "blank")
@@ -103,13 +107,37 @@ def answer(
     Raises:
         ValueError: no chat template; more or fewer pictures than image parts.
     """
-    if not getattr(processor, "chat_template", None):
-        raise ValueError("the processor has no chat template, so a question cannot be put; see CHAT_TEMPLATES")
-    text = processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    places = text.count(processor.image_token)
+    ids = torch.tensor([prompt_ids(processor, messages)])
+    image_token = model.config.image_token_id
+    places = int((ids == image_token).sum())
     if places != len(images):
-        raise ValueError(f"the dialogue holds {places} pictures ({processor.image_token}), {len(images)} were given")
-    inputs = processor(text=text, images=list(images) or None, return_tensors="pt", add_special_tokens=False)
-    inputs = inputs.to(model.device)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        raise ValueError(f"the dialogue holds {places} images ({processor.image_token}), {len(images)} were given")
+    inputs = {}
+    if images:
+        pixels = ImageTransform(processor.image_processor, train=False)(list(images))
+        dtype = next(weight.dtype for name, weight in model.named_parameters() if "vision_tower." in name)
+        inputs["pixel_values"] = pixels.to(model.device, dtype)
+        repeats = torch.where(ids[0] == image_token, model.config.image_seq_length, 1)
+        ids = ids.repeat_interleave(repeats, dim=1)
+    inputs |= {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids, device=model.device)}
+    ends = stop_ids(model, processor)
+    output = model.generate(**inputs, generation_config=greedy(processor.tokenizer, ends, max_new_tokens))
+    return said(processor.tokenizer, output[0, ids.shape[1] :].tolist(), ends)
+
+
+def greedy(tokenizer: Any, ends: Sequence[int], max_new_tokens: int) -> GenerationConfig:
+    """How answers are generated: the likeliest token, until one of ``ends``."""
+    padding = tokenizer.pad_token_id
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=list(ends) or None,
+        pad_token_id=padding if padding is not None else (min(ends) if ends else 0),
+    )
+
+
+def said(tokenizer: Any, ids: Sequence[int], ends: Collection[int]) -> str:
+    """Generated ids as words, up to the first end."""
+    stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return tokenizer.decode(ids[:stop], skip_special_tokens=True).strip()

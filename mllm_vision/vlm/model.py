@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModel
 from transformers.utils.generic import can_return_tuple
@@ -34,6 +36,37 @@ def settings(config: LlavaConfig) -> dict[str, Any]:
 def is_frozen(module: nn.Module) -> bool:
     """True when no parameter of ``module`` takes a gradient."""
     return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+class _CheckpointedFrozen:
+    """The checkpoint function of a layer that is frozen, but has to pass gradients on to what lies before it.
+
+    transformers checkpoints layers in training mode only, in which a frozen one would apply dropout: it is told that
+    it trains, and computes as in evaluation.
+    """
+
+    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
+        self.layer, self.checkpoint = layer, checkpoint
+
+    def __call__(self, run: Callable[..., Any], *args: Any) -> Any:
+        return self.checkpoint(self._evaluated, run, *args)
+
+    def _evaluated(self, run: Callable[..., Any], *args: Any) -> Any:
+        training = self.layer.training
+        self.layer.training = training and not is_frozen(self.layer)
+        try:
+            return run(*args)
+        finally:
+            self.layer.training = training
+
+
+def _let_checkpoint(part: nn.Module) -> None:
+    """Let the frozen layers of ``part`` be checkpointed where gradient checkpointing is on."""
+    for layer in part.modules():
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+            layer.training = True
+            if not isinstance(layer._gradient_checkpointing_func, _CheckpointedFrozen):
+                layer._gradient_checkpointing_func = _CheckpointedFrozen(layer, layer._gradient_checkpointing_func)
 
 
 def _right_padded(attention_mask: Tensor | None) -> bool:
@@ -104,6 +137,9 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
     """
 
     accepts_loss_kwargs = True  # the Trainer hands over num_items_in_batch: accumulated means weigh every token alike
+    # Of the loss in training (``--label_smoothing_factor``). The Trainer's own smoother would need the logits of every
+    # position, and takes the labels of a class that it does not know for shifted ones (transformers 5.23).
+    label_smoothing: float = 0.0
 
     def __init__(self, config: LlavaConfig) -> None:
         super(LlavaForConditionalGeneration, self).__init__(config)
@@ -127,7 +163,18 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
         for part in (self.model.vision_tower, self.model.multi_modal_projector, self.model.language_model):
             if mode and is_frozen(part):
                 part.eval()
+        if mode and is_frozen(self.model.language_model):
+            _let_checkpoint(self.model.language_model)  # the projector's gradients come through it
         return self
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: initialised on loading as transformers' own classes are.
+
+        Of custom code transformers 5.23 takes a module without weights of its own for initialised, so that the
+        buffers it fills there (Falcon-H1's) would keep what lay in memory.
+        """
+        return False
 
     @can_return_tuple
     def forward(
@@ -213,7 +260,8 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
             supervised = targets != -100
             logits = self.lm_head(hidden[:, :-1][supervised])
             targets = targets[supervised]
-            total = F.cross_entropy(logits.float(), targets, reduction="sum")
+            smoothing = self.label_smoothing if self.training else 0.0
+            total = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
             loss = total / (max(targets.numel(), 1) if num_items_in_batch is None else num_items_in_batch)
         return LlavaCausalLMOutputWithPast(
             loss=loss,

@@ -23,10 +23,31 @@ from mllm_vision.evaluation.answers import MajorityBaseline, consensus, exact_ma
         ("yes!", "yes"),
         ("", ""),
         ("红色。", "红色"),
+        ("cafe\u0301", "caf\u00e9"),  # decomposed and composed are one word, and not "cafe"
+        ("हिन्दी", "हिन्दी"),  # vowel signs and the virama are no punctuation
+        ("STRASSE", "strasse"),
+        ("Straße", "strasse"),
+        ("\uff32\uff45\uff44\uff11\uff12\uff01", "red12"),  # full width
+        ("三\u3000个", "三 个"),
+        ("x\u00b2", "x\u00b2"),  # a superscript is no digit
+        ("-5", "-5"),
+        ("\u22125 °C", "-5 °c"),
+        ("3-5", "3 5"),
+        ("50%", "50%"),
+        ("$5.50.", "$5.50"),
+        (".5", ".5"),
+        ("C++", "c++"),
+        ("?", "?"),
+        ("red\u200b", "red"),
     ],
 )
 def test_normalize(given: str, expected: str) -> None:
     assert normalize_answer(given) == expected
+
+
+def test_answers_that_differ_in_a_sign_or_a_mark_are_different() -> None:
+    for one, other in (("-5", "5"), ("10%", "10"), ("c#", "c"), ("?", ""), ("für", "fur"), ("5 €", "5"), ("की", "का")):
+        assert exact_match(one, [other]) == 0.0, (one, other)
 
 
 def test_consensus_is_the_vqa_formula() -> None:

@@ -31,6 +31,21 @@ for folder in sorted(Path(FOLDER).iterdir()):
     with torch.no_grad():
         logits = model.eval()(**inputs).logits
     words = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    # As the folder says it, with nothing set by hand: a batch of unlike lengths answers as each of its rows alone.
+    asked = ["what?", "how many red stars are there on the left?", "a star"]
+    talks = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]}] for q in asked]
+    prompts = [processor.apply_chat_template(talk, add_generation_prompt=True, tokenize=False) for talk in talks]
+    picture = Image.open(f"{FOLDER}/picture.png")
+
+    def say(texts, **padding):
+        given = processor(
+            text=texts, images=[picture] * len(texts), return_tensors="pt", add_special_tokens=False, **padding
+        )
+        said = model.generate(**given, max_new_tokens=6)[:, given["input_ids"].shape[1]:]
+        return processor.batch_decode(said, skip_special_tokens=True)
+
+    alone = [say([prompt])[0] for prompt in prompts]
+    assert say(prompts, padding=True) == alone, (folder.name, alone)
     torch.save({"text": text, "ids": inputs["input_ids"], "logits": logits, "words": words}, folder / "plain.pt")
 assert "mllm_vision" not in sys.modules or sys.modules["mllm_vision"] is None
 """
@@ -95,6 +110,26 @@ def test_plain_transformers_loads_what_was_trained(build, make_batch, dialogue, 
             assert torch.allclose(again(**inputs).logits, logits, atol=1e-5), name
 
 
+def test_buffers_that_no_file_holds_are_there_after_loading(build, tmp_path):
+    """Falcon-H1 computes some while it is initialised; memory as it was found would be in their place."""
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    from mllm_vision.vlm import load_vlm, save_vlm
+
+    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+    config = FalconH1Config(
+        vocab_size=400, num_key_value_heads=1, ssm_multipliers=[0.5, 2.0, 3.0, 4.0, 5.0], **sizes, **mamba
+    )
+    model, processor = build(llm=FalconH1ForCausalLM(config).eval())
+    save_vlm(model, processor, tmp_path)
+    again, _ = load_vlm(tmp_path)
+    buffers = dict(again.named_buffers())
+    assert any("mup_vector" in name for name in buffers)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+
+
 def test_saving_again_gives_the_same_weights(build, tmp_path):
     from mllm_vision.lineage import hash_weights
     from mllm_vision.vlm import load_vlm, save_vlm
@@ -144,8 +179,8 @@ def test_answer_counts_pictures(build, dialogue):
 
     model, processor = build()
     assert isinstance(answer(model, processor, dialogue.messages, [dialogue.image], max_new_tokens=3), str)
-    with pytest.raises(ValueError, match=r"holds 1 pictures .* 2 were given"):
+    with pytest.raises(ValueError, match=r"holds 1 images .* 2 were given"):
         answer(model, processor, dialogue.messages, [dialogue.image] * 2)
-    processor.chat_template = None
+    processor.chat_template = processor.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         answer(model, processor, dialogue.messages, [dialogue.image])

@@ -87,6 +87,77 @@ def test_accumulated_micro_batches_weigh_every_token_alike(build, make_batch):
     assert not torch.allclose(sum(means) / 3, whole, atol=1e-4)
 
 
+def test_label_smoothing_is_of_the_next_token(build, make_batch):
+    """Against the textbook formula over plain Llava's whole logits; in evaluation the loss stays as it is."""
+    model, _ = build()
+    twin, batch = plain_twin(model), make_batch(model)
+    plain = model(**batch).loss
+    model.label_smoothing = 0.2
+    assert torch.equal(model(**batch).loss, plain)
+    logits = twin(**{name: batch[name] for name in batch if name != "labels"}).logits[:, :-1]
+    targets, chances = batch["labels"][:, 1:], logits.log_softmax(-1)
+    learnt = targets != -100
+    smooth = torch.full_like(chances, 0.2 / chances.shape[-1])
+    smooth.scatter_(2, targets.clamp(min=0)[..., None], 0.8 + 0.2 / chances.shape[-1])
+    expected = -(smooth * chances).sum(-1)[learnt].mean()
+    assert torch.allclose(model.train()(**batch).loss, expected, atol=1e-6)
+
+
+def test_trainer_leaves_smoothing_to_the_model(build, make_batch, tmp_path):
+    from transformers import TrainingArguments
+
+    from mllm_vision.training.recipe_trainer import RecipeTrainer
+    from mllm_vision.vlm import add_lora
+
+    model, _ = build()
+    batch = make_batch(model)
+    arguments = TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=0.3, report_to="none")
+    RecipeTrainer(model=model, args=arguments, train_dataset=[{}] * 8)
+    model.train()
+    expected = model(**batch).loss
+    wrapped = add_lora(build()[0], rank=1)
+    trainer = RecipeTrainer(model=wrapped, args=arguments, train_dataset=[{}] * 8)
+    wrapped.train()
+    assert torch.allclose(trainer.compute_loss(wrapped, dict(batch)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_frozen_language_model_is_checkpointed_and_computes_as_in_evaluation(build, make_batch, family):
+    """OPT's layer has a dropout of its own, which must not wake up: the gradients are those without checkpointing."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    from mllm_vision.vlm import freeze
+
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "dropout": 0.5}
+    llm = None
+    if family == "opt":
+        llm = OPTForCausalLM(OPTConfig(vocab_size=400, word_embed_proj_dim=32, max_position_embeddings=128, **sizes))
+    model, _ = build(llm=llm)
+    freeze(model, ("projector",)).train()
+    batch, weight = make_batch(model), model.model.multi_modal_projector.linear_1.weight
+    runs = []
+    decoder = getattr(model.model.language_model, "decoder", model.model.language_model)
+    for layer in decoder.layers:
+        layer.self_attn.register_forward_hook(lambda *_: runs.append(1))
+    model(**batch).loss.backward()
+    expected, once = weight.grad.clone(), len(runs)
+    model.zero_grad()
+    runs.clear()
+    model.gradient_checkpointing_enable()
+    model.train()
+    model(**batch).loss.backward()
+    assert len(runs) == 2 * once == 4  # every layer's attention runs again in the backward pass
+    assert torch.allclose(weight.grad, expected, atol=1e-6)
+    freeze(model, ("projector", "language_model")).train()
+    assert all(layer.training for layer in decoder.layers)
+    if family == "opt":  # what trains has its dropout
+        first, second = (model(**batch).loss.item() for _ in range(2))
+        assert first != second
+    model.eval()
+    assert not any(module.training for module in model.modules())
+
+
 def test_no_layer_above_the_selected_one_runs(build, make_batch):
     model, _ = build(layers=3)
     calls = []

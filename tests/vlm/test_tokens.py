@@ -1,0 +1,109 @@
+"""What a generation starts from and where it stops: one prompt for training, evaluation and chat, every end known."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+
+import pytest
+import tiny
+import torch
+
+TURN = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + END }}{% endgeneration %}{% else %}{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for part in m['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{% endif %}{{ '<|end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+ROLES = ["<|user|>", "<|assistant|>", "<|end|>"]
+
+
+def with_end(end: str) -> str:
+    return TURN.replace("END", end)
+
+
+@pytest.fixture
+def join(tokenizer_folder):
+    """`join(template, own_ends, bos=False)` -> model and processor of a language model with roles as tokens."""
+    from transformers import AutoTokenizer
+
+    from mllm_vision.encoder import VisionEncoder
+    from mllm_vision.vlm import build_vlm
+
+    def make(template, own_ends=None, bos=False):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, add_bos_token=bos)
+        tokenizer.add_tokens(ROLES, special_tokens=True)
+        llm = tiny.tiny_llama(len(tokenizer))
+        if own_ends is not None:
+            llm.generation_config.eos_token_id = own_ends
+        encoder = VisionEncoder.from_backbone(tiny.tiny_clip_vision(), tiny.tiny_image_processor("clip"))
+        return build_vlm(encoder, llm, tokenizer=tokenizer, chat_template=template)
+
+    return make
+
+
+@pytest.mark.parametrize("end", ["'<|end|>'", "'<|end|>\n'", "'. <|end|>'"])
+def test_the_end_of_a_turn_stops_generation_here_and_in_the_export(join, tmp_path, end):
+    from transformers import LlavaForConditionalGeneration
+
+    from mllm_vision.vlm import answer, save_vlm
+
+    model, processor = join(with_end(end), own_ends=[3, 77])
+    turn = processor.tokenizer.convert_tokens_to_ids("<|end|>")
+    assert model.generation_config.eos_token_id == [3, 77, turn]  # tokenizer's, language model's, template's
+    save_vlm(model, processor, tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [3, 77, turn]
+    plain = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+
+    said = itertools.cycle([60, turn])
+
+    def say(module, _, logits):  # one word, then the end of the turn
+        logits[..., next(said)] = 1e4
+        return logits
+
+    for each in (model, plain):
+        each.lm_head.register_forward_hook(say)
+    ids = torch.randint(100, 200, (1, 9))
+    assert plain.generate(input_ids=ids, max_new_tokens=9, do_sample=False)[0, 9:].tolist() == [60, turn]
+    question = [{"role": "user", "content": "what is it"}]
+    assert answer(model, processor, question, max_new_tokens=9) == processor.tokenizer.decode([60]).strip()
+
+
+def test_a_template_without_an_end_is_warned_about(join, caplog):
+    with caplog.at_level(logging.WARNING, logger="mllm_vision"):
+        model, _ = join(with_end("' ###'"))
+    assert "end with no special token" in caplog.text and model.generation_config.eos_token_id == 3
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("name", ["vicuna", "qa", "plain", "roles"])
+def test_one_prompt_for_training_evaluation_and_chat(join, name, bos, monkeypatch):
+    """Without the answer a training sample is the prompt, whether tokenizer or template begin with <s>."""
+    from mllm_vision.data import CHAT_TEMPLATES
+    from mllm_vision.data.chat import ChatTokenizer
+    from mllm_vision.data.messages import from_pairs
+    from mllm_vision.evaluation.generation import AnswerGenerator
+    from mllm_vision.vlm import answer
+
+    model, processor = join(CHAT_TEMPLATES.get(name, with_end("'<|end|>'")), bos=bos)
+    asked = [("what colour is the star?", "blue"), ("how many stars are there?", "3")]
+    seen, place = [], model.config.image_token_id
+
+    def spy(**inputs):
+        seen.append([int(token) for token in inputs["input_ids"][0]])
+        return torch.cat([inputs["input_ids"], torch.tensor([[3]])], dim=1)
+
+    monkeypatch.setattr(model, "generate", spy)
+    for turns in (1,) if name == "plain" else (1, 2):  # plain has no words between two answers
+        dialogue = from_pairs(asked[:turns], 1)
+        [(ids, mask)] = ChatTokenizer(processor.tokenizer, processor.chat_template)([dialogue])
+        last = max(i for i in range(len(mask)) if mask[i] and not mask[i - 1])  # where the last answer begins
+        expected = ids[:last].tolist()
+        assert answer(model, processor, dialogue[:-1], [tiny.random_image()]) == ""
+        assert [t for i, t in enumerate(seen[-1]) if t != place or seen[-1][i - 1] != place] == expected
+        assert seen[-1].count(place) == model.config.image_seq_length
+        if turns == 1:
+            generator = AnswerGenerator(model, processor, batch_size=1, max_new_tokens=2)
+            assert generator.prompt_ids(asked[0][0]) == expected
+    assert bos is False or expected[0] == processor.tokenizer.bos_token_id
