@@ -118,9 +118,8 @@ def test_buffers_that_no_file_holds_are_there_after_loading(build, tmp_path):
 
     sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
-    config = FalconH1Config(
-        vocab_size=400, num_key_value_heads=1, ssm_multipliers=[0.5, 2.0, 3.0, 4.0, 5.0], **sizes, **mamba
-    )
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "ssm_multipliers": [0.5, 2.0, 3.0, 4.0, 5.0]}
+    config = FalconH1Config(**sizes, **heads, **mamba)
     model, processor = build(llm=FalconH1ForCausalLM(config).eval())
     save_vlm(model, processor, tmp_path)
     again, _ = load_vlm(tmp_path)
