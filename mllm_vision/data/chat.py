@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mllm_vision.errors import short
+
+from .messages import BadConversation
 from .prompts import beginning
+from .text_length import most_characters
+
+_OTHER = "choose another --chat_template, or leave the row out"
 
 # The pictures of a message in their order; templates differ in what stands around them.
 _IMAGES = (
@@ -58,6 +64,14 @@ CHAT_TEMPLATES: dict[str, str] = {
     + "{% endset %}{% if text %}{{ ' question: ' + text + ' ' }}{% endif %}"
     + "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'answer:' }}{% endif %}",
 }
+
+
+class Rendered(NamedTuple):
+    """A conversation in a template's words: (start, end) of what is learnt, and how many characters were cut off."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    cut: int
 
 
 class ChatTokenizer:
@@ -120,28 +134,71 @@ class ChatTokenizer:
         return prefix, turns
 
     def __call__(self, conversations: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids int32 `[T]`, mask bool `[T]`) for each conversation; one image token stands for one picture."""
+        """(ids int32 `[T]`, mask bool `[T]`) for each conversation; one image token stands for one image.
+
+        Raises:
+            BadConversation: template or tokenizer refuse one of them.
+        """
+        rendered = [self.render(conversation) for conversation in conversations]
+        return [encoded if isinstance(encoded, tuple) else _raise(encoded) for encoded in self.encode(rendered)]
+
+    def render(self, conversation: Sequence[dict[str, Any]], max_length: int | None = None) -> Rendered:
+        """A conversation in the template's words, cut where it has more than `max_length` tokens for certain.
+
+        Raises:
+            BadConversation: the template refuses it (roles that do not take turns, a system turn it has no place for),
+                or fails on it; or answers that are not learnt, where the template does not mark each by itself.
+        """
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        texts, spans = render_jinja_template(
-            conversations=list(conversations),
-            chat_template=self.template,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        out = []
-        for text, marked, ids, offsets in zip(
-            texts, spans, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
-            tokens = np.asarray(ids, dtype=np.int32)
-            places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-            mask = np.zeros(len(tokens), dtype=bool)
-            for start, end in marked:
-                mask |= (places[:, 1] > start) & (places[:, 0] < end)
-            if before := beginning(self.tokenizer, text):
-                tokens = np.concatenate([before, tokens]).astype(np.int32)
-                mask = np.concatenate([[False] * len(before), mask])
-            mask &= tokens != self.image_token_id
-            out.append((tokens, mask))
-        return out
+        messages = [{"role": turn["role"], "content": turn["content"]} for turn in conversation]
+        try:
+            [text], [spans] = render_jinja_template(
+                conversations=[messages],
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # a template is a program of its own, and fails on messages as it likes
+            said = f"{error}" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: {error}"
+            raise BadConversation("the chat template refuses the conversation", f"{short(said)}; {_OTHER}") from error
+        answers = [turn for turn in conversation if turn["role"] == "assistant"]
+        if any(turn.get("learnt") is False for turn in answers):
+            if len(spans) != len(answers):
+                raise BadConversation(
+                    "the chat template does not mark each answer by itself",
+                    f"{len(spans)} marks for {len(answers)} answers, some of which are not to be learnt; {_OTHER}",
+                )
+            spans = [span for span, turn in zip(spans, answers, strict=True) if turn.get("learnt") is not False]
+        most = len(text) if max_length is None else most_characters(self.tokenizer, max_length)
+        return Rendered(text[:most], spans, max(0, len(text) - most))
+
+    def encode(self, rendered: Sequence[Rendered]) -> list[tuple[np.ndarray, np.ndarray] | BadConversation]:
+        """What `render` gave as (ids int32 `[T]`, mask bool `[T]`), or why the tokenizer refuses it."""
+        if not rendered:
+            return []
+        options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+        try:
+            encoded = self.tokenizer([each.text for each in rendered], **options)
+        except Exception as error:  # half of a surrogate pair, for one; which of them it is shows one by one
+            if len(rendered) > 1:
+                return [found for each in rendered for found in self.encode([each])]
+            said = f"{type(error).__name__}: {short(str(error))}"
+            return [BadConversation("the text cannot be tokenised", f"{said}: {short(rendered[0].text, 80)}")]
+        return [
+            self._marked(each, np.asarray(ids, dtype=np.int32), np.asarray(offsets, dtype=np.int64).reshape(-1, 2))
+            for each, ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
+
+    def _marked(self, rendered: Rendered, tokens: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        mask = np.zeros(len(tokens), dtype=bool)
+        for start, end in rendered.spans:
+            mask |= (places[:, 1] > start) & (places[:, 0] < end)
+        if before := beginning(self.tokenizer, rendered.text):
+            tokens = np.concatenate([before, tokens]).astype(np.int32)
+            mask = np.concatenate([[False] * len(before), mask])
+        return tokens, mask & (tokens != self.image_token_id)
+
+
+def _raise(error: BadConversation) -> Any:
+    raise error

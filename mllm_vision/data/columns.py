@@ -19,9 +19,15 @@ _NAMES: dict[str, tuple[str, ...]] = {
         *("raw", "alt_text", "title"),
     ),
     "question": ("question", "questions", "query", "prompt", "instruction"),
-    "answer": ("answer", "answers", "response", "output", "multiple_choice_answer"),
+    "answer": ("answer", "answers", "response", "output", "completion", "multiple_choice_answer"),
     "messages": ("messages", "chat", "dialogue"),
     "conversations": ("conversations", "conversation"),
+    "prompt": ("prompt",),
+    "completion": ("completion",),
+    "pairs": ("texts", "qa", "qa_pairs", "pairs"),
+    "input": ("input",),
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
     "label": ("label", "labels", "class", "fine_label", "category", "target", "cls"),
 }
 ROLES = tuple(_NAMES)
@@ -130,9 +136,10 @@ def column_kind(feature: Any) -> str:
         return _list_kind(column_kind(feature.feature))
     if isinstance(feature, dict):
         keys = set(feature)
-        for kind, needed in (("role turn", {"role", "content"}), ("from turn", {"from", "value"})):
-            if needed <= keys:
-                return kind
+        if keys & {"content", "value", "text"} and keys & {"role", "from"}:
+            return "role turn" if "role" in keys else "from turn"
+        if any(pair <= keys for pair in _PAIRS):
+            return "pair turn"
         if keys and keys <= {"bytes", "path"}:
             return "picture"
         return "other"
@@ -153,13 +160,24 @@ def _list_kind(inner: str) -> str:
     return {"text": "texts", "picture": "pictures", "bytes": "pictures", "any": "any"}.get(inner, f"list of {inner}")
 
 
+_PAIRS = ({"user", "assistant"}, {"human", "assistant"}, {"human", "gpt"}, {"question", "answer"})
+_TURNS = ("list of role turn", "list of from turn", "list of pair turn", "role turn", "from turn", "any")
 _ALLOWED = {
     "image": ("picture", "pictures", "bytes", "text", "texts", "any"),
     "caption": ("text", "texts", "any"),
-    "question": ("text", "texts", "any"),
-    "answer": ("text", "texts", "integer", "class", "list of other", "list of integer", "any"),
-    "messages": ("list of role turn", "list of from turn", "role turn", "from turn", "any"),
-    "conversations": ("list of from turn", "list of role turn", "role turn", "from turn", "any"),
+    "question": ("text", "texts", "integer", "class", "other", "list of class", "any"),
+    "answer": (
+        *("text", "texts", "integer", "class", "other", "any"),
+        *("list of other", "list of integer", "list of class", "list of texts", "list of any"),
+    ),
+    "messages": (*_TURNS, "text"),
+    "conversations": (*_TURNS, "text"),
+    "prompt": _TURNS,
+    "completion": (*_TURNS, "text"),
+    "pairs": ("list of pair turn", "pair turn", "any"),
+    "input": ("text", "integer", "class", "other", "any"),
+    "system": ("text",),
+    "history": ("list of texts", "list of pair turn", "list of other", "list of any", "any"),
     "label": ("class", "integer", "text", "any"),
 }
 
@@ -182,8 +200,9 @@ def _by_type(role: str, name: str, feature: Any) -> bool:
         return kind in ("text", "texts") and not odd and not name.startswith("__")
     if role == "label":
         return kind == "class"
-    if role in ("messages", "conversations"):
-        return kind == ("list of role turn" if role == "messages" else "list of from turn")
+    types = {"messages": "role turn", "conversations": "from turn", "pairs": "pair turn"}
+    if role in types:
+        return kind == f"list of {types[role]}"
     return False
 
 

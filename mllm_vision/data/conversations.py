@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .chat import CHAT_TEMPLATES, ChatTokenizer
+from .chat import CHAT_TEMPLATES, ChatTokenizer, Rendered
 from .collate import IGNORED, ConversationCollator, preview_labels
-from .columns import bind_columns
+from .forms import ConversationForm, Dialogue, bind_conversations, image_counts, to_messages
 from .images import ImageTransform, load_image
-from .messages import (
-    BadConversation,
-    caption_texts,
-    from_caption,
-    from_pairs,
-    image_parts,
-    question_pairs,
-    record_images,
-    to_messages,
-)
-from .sampling import BadRow, BadSamples, EpochDataset, draw_key, only_columns, rows_of
+from .messages import BadConversation, image_parts
+from .sampling import BadRow, BadSamples, EpochDataset, draw_key, judge, only_columns, rows_of
 
 __all__ = [
     "CHAT_TEMPLATES",
@@ -36,30 +28,15 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def bind_conversations(records: Any, overrides: dict[str, str] | None = None) -> dict[str, str]:
-    """The columns of a conversation: "messages", else "conversations", else "question" and "answer", else "caption".
+@dataclass
+class _Part:
+    """One sample of a row while it is tokenised: alternatives with their number of images."""
 
-    An "image" column is bound where there is one. What `overrides` names is preferred.
-
-    Raises:
-        ValueError: none of these is there; lists the columns.
-    """
-    rows_of(records)
-    overrides = {role: name for role, name in (overrides or {}).items() if name}
-    forms: list[tuple[str, ...]] = [("messages",), ("conversations",), ("question", "answer"), ("caption",)]
-    forms.sort(key=lambda form: not any(role in overrides for role in form))
-    for form in forms:
-        bound = bind_columns(records, [*(f"{role}?" for role in form), "image?"], overrides)
-        if all(role in bound for role in form):
-            return bound
-    try:
-        bind_columns(records, ("messages",))
-    except ValueError as error:
-        raise ValueError(
-            "no conversation found: neither messages, conversations, question with answer, nor caption. "
-            + str(error).partition(". ")[2]
-        ) from None
-    raise AssertionError("unreachable: messages would have been bound")
+    row: int
+    texts: list[tuple[Rendered, int]]
+    refused: BadRow | None
+    own_images: bool
+    fixed: bool
 
 
 class ConversationDataset(EpochDataset):
@@ -81,6 +58,8 @@ class ConversationDataset(EpochDataset):
         transform: decodes pictures with its own settings; optional.
         seed, bad_samples: as for `PairDataset`.
         progress: show a bar while tokenising.
+        streamed: `records` are the first rows of a stream and only say what its rows are like: they are not tokenised,
+            and `read_record` is what reads.
 
     A row is {"input_ids", "labels" (int64 arrays [T], -100 outside the assistant's words), "images": [PIL],
     "keys", "index"}. `refused` counts what was left out by reason, `lengths` holds the samples' tokens.
@@ -107,6 +86,7 @@ class ConversationDataset(EpochDataset):
         seed: int = 0,
         bad_samples: BadSamples | None = None,
         progress: bool = True,
+        streamed: bool = False,
     ) -> None:
         total = rows_of(records)
         if num_image_tokens < 1:
@@ -121,16 +101,17 @@ class ConversationDataset(EpochDataset):
         if max_turns is not None and max_turns < 1:
             raise ValueError(f"max_turns={max_turns} must be at least 1")
         super().__init__(seed, total, bad_samples)
-        self.columns = dict(columns) if columns else bind_conversations(records)
+        self.form = ConversationForm(records, columns)
+        self.columns = self.form.columns
         self.chat = ChatTokenizer(tokenizer, chat_template, image_token)
         self.num_image_tokens, self.max_length = int(num_image_tokens), int(max_length)
         self.on_truncation, self.max_turns, self.transform = on_truncation, max_turns, transform
-        self._by_question = not {"messages", "conversations"} & set(self.columns) and "question" in self.columns
-        self.shuffle_turns = shuffle_turns and self._by_question
+        self.shuffle_turns = shuffle_turns and self.form.by_question
         self.records = only_columns(records, list(self.columns.values()))
-        names = [self.columns[role] for role in ("image", "messages") if role in self.columns]
-        self._pictures = only_columns(self.records, names)
-        self._tokenise(progress)
+        self.left_out = self.without_image = 0
+        if not streamed:
+            self._images = only_columns(self.records, [self.columns["image"]] if "image" in self.columns else [])
+            self._tokenise(progress)
 
     # -- building ---------------------------------------------------------------------------------------------
 
@@ -138,7 +119,7 @@ class ConversationDataset(EpochDataset):
         """Every conversation once: kept as flat arrays, which worker processes share without copies."""
         from tqdm.auto import tqdm
 
-        samples: list[tuple[int, int, int, int]] = []  # row, part of it, first variant, number of variants
+        samples: list[tuple[int, ...]] = []  # row, part of it, first variant, number of variants, flags
         ids: list[np.ndarray] = []
         masks: list[np.ndarray] = []
         total = rows_of(self.records)
@@ -147,33 +128,26 @@ class ConversationDataset(EpochDataset):
             total=total, desc="tokenising conversations", unit="row", disable=not progress or total < 2000
         ) as bar:
             for chunk in _chunks(self._text_rows(), 256):
-                wanted: list[tuple[int, list[Any]]] = []
-                for row, record in chunk:
-                    found = self.bad_samples.judge_beforehand(f"row {row}", self._variants, record)
-                    if not isinstance(found, BadRow):
-                        wanted += [(row, variants) for variants in found]
-                encoded = iter(self.chat([messages for _, variants in wanted for messages in variants]))
-                for row, variants in wanted:
-                    good, last = [], None
-                    for messages in variants:
-                        tokens, mask = next(encoded)
-                        try:
-                            good.append(self._checked(tokens, mask, image_parts(messages)))
-                        except BadConversation as error:
-                            last = error
+                wanted = [parts for row, record in chunk for parts in self._beforehand(row, record)]
+                encoded = iter(self.chat.encode([text for part in wanted for text, _ in part.texts]))
+                for part in wanted:
+                    good, last = [], part.refused
+                    for rendered, images in part.texts:
+                        found = judge(f"row {part.row}", self._fitting, next(encoded), rendered, images)
+                        if isinstance(found, BadRow):
+                            last = found
+                        else:
+                            good.append(found)
                     if not good:
                         assert last is not None
-                        self.bad_samples.refuse(last.reason, f"row {row}: {last}")
+                        self.bad_samples.refuse(last.reason, str(last))
                         continue
-                    part = samples[-1][1] + 1 if samples and samples[-1][0] == row else 0  # among those kept
-                    samples.append((row, part, len(ids), len(good)))
+                    number = samples[-1][1] + 1 if samples and samples[-1][0] == part.row else 0  # among those kept
+                    samples.append((part.row, number, len(ids), len(good), part.own_images, part.fixed))
                     ids += [tokens for tokens, _ in good]
                     masks += [mask for _, mask in good]
                 bar.update(len(chunk))
-        self.refused = self.bad_samples.reasons
-        if self.bad_samples.refused:
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in self.refused.most_common())
-            logger.warning("%d of %d conversations are refused: %s", self.bad_samples.refused, total, reasons)
+        self._tell(total)
         if not samples:
             listed = "\n".join(f"  - {example}" for example in self.bad_samples.examples)
             raise ValueError(f"no conversation of {total} can be used:\n{listed}")
@@ -185,6 +159,52 @@ class ConversationDataset(EpochDataset):
         self.lengths = long[self._samples[:, 2]]
         self._turns = self._find_turns() if self.shuffle_turns else {}
 
+    def _beforehand(self, row: int, record: dict[str, Any]) -> list[_Part]:
+        """The samples of a row in the template's words; its alternatives that the template refuses left out."""
+        dialogue = self.bad_samples.judge_beforehand(f"row {row}", self._dialogue, record)
+        if isinstance(dialogue, BadRow):
+            return []
+        self.left_out += dialogue.left
+        self.without_image += not dialogue.images
+        own = dialogue.images != self.form.images(record)  # inside the messages, or in an order of their own
+        parts = []
+        for variants in dialogue.samples(self.max_turns):
+            part = _Part(row, [], None, own, not dialogue.free)
+            for messages in variants:
+                rendered = judge(f"row {row}", self.chat.render, messages, self.max_length)
+                if isinstance(rendered, BadRow):
+                    part.refused = rendered
+                else:
+                    part.texts.append((rendered, len(image_parts(messages))))
+            parts.append(part)
+        return parts
+
+    def _dialogue(self, record: dict[str, Any]) -> Dialogue:
+        """What a row says, where the template has a place for all of it."""
+        dialogue = self.form(record)
+        answers = sum(message["role"] == "assistant" for message in dialogue.messages)
+        if self.chat.template == CHAT_TEMPLATES["plain"] and (answers > 1 or dialogue.system or dialogue.history):
+            raise BadConversation(
+                "the template 'plain' writes captions only",
+                f"{answers} answers in one conversation, whose questions it leaves out; choose another --chat_template",
+            )
+        return dialogue
+
+    def _tell(self, total: int) -> None:
+        """What is refused, and what of the rows that are kept is not used."""
+        self.refused = self.bad_samples.reasons
+        if self.bad_samples.refused:
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in self.refused.most_common())
+            logger.warning("%d of %d conversations are refused: %s", self.bad_samples.refused, total, reasons)
+        if self.left_out:
+            logger.warning(
+                "%d images of the column %r are not used: the messages of their rows name images of their own",
+                self.left_out,
+                self.columns.get("image"),
+            )
+        if 0 < self.without_image < total and "image" in self.columns:
+            logger.warning("%d of %d rows have no image and are trained as text alone", self.without_image, total)
+
     def _find_turns(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """row -> (what precedes its questions, (start, end) of each of them), for rows with several questions.
 
@@ -193,7 +213,9 @@ class ConversationDataset(EpochDataset):
         inside it), so this is tried out first; where it fails, every dialogue is tokenised as it is read.
         """
         turns: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        for row, _, first, _ in self._samples:
+        for row, _, first, _, _, fixed in self._samples:
+            if fixed:
+                continue
             start, stop = self._offsets[first], self._offsets[first + 1]
             prefix, places = self.chat.turns(self._ids[start:stop], self._masks[start:stop])
             found = np.asarray(places, dtype=np.int64).reshape(-1, 2) + start
@@ -203,7 +225,7 @@ class ConversationDataset(EpochDataset):
         turns = {row: (prefix, found) for row, (prefix, found) in turns.items() if len(found) > 1}
         self._reorders = True
         for row in list(turns)[:8]:
-            pairs = question_pairs(self.records[row], self.columns)
+            pairs = self.form(self.records[row]).pairs
             if len(pairs) != len(turns[row][1]):
                 continue
             order = np.random.default_rng(row).permutation(len(pairs))
@@ -217,10 +239,8 @@ class ConversationDataset(EpochDataset):
 
     def _anew(self, row: int, order: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """The row's questions in this order through the chat template."""
-        record = self.records[row]
-        pairs = question_pairs(record, self.columns)
-        count = len(record_images(record, self.columns))
-        return self.chat([from_pairs([pairs[turn] for turn in order], count)])[0]
+        dialogue = self.form(self.records[row])
+        return self.chat([dialogue.asking([dialogue.pairs[turn] for turn in order])])[0]
 
     def _text_rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Rows without their pictures; the image column holds as many placeholders as there are pictures."""
@@ -231,28 +251,31 @@ class ConversationDataset(EpochDataset):
         for row, record in enumerate(rows):
             record = {name: record.get(name) for name in texts}
             if image is not None and counts is not None:
-                record[image] = [b"?"] * int(counts[row])
+                record[image] = list(range(int(counts[row])))
             yield row, record
 
-    def _variants(self, record: dict[str, Any]) -> list[list[Any]]:
-        """The samples of a row, each a list of alternative conversations (captions to draw from)."""
-        count = len(record_images(record, self.columns))
-        if self._by_question:
-            pairs = question_pairs(record, self.columns)
-            step = self.max_turns or len(pairs)
-            return [[from_pairs(pairs[at : at + step], count)] for at in range(0, len(pairs), step)]
-        if not {"messages", "conversations"} & set(self.columns) and "caption" in self.columns:
-            return [[from_caption(caption, count) for caption in caption_texts(record, self.columns)]]
-        messages = to_messages(record, self.columns)
-        mentioned = image_parts(messages)
-        if mentioned > count:
-            raise BadConversation("more <image> tokens than images", f"{mentioned} in the text, {count} in the record")
-        if mentioned < count:
-            raise BadConversation(
-                "more images than <image> tokens",
-                f"{count} in the record, {mentioned} in the text; put <image> where each one belongs",
-            )
-        return [[messages]]
+    def _fitting(
+        self, encoded: tuple[np.ndarray, np.ndarray] | BadConversation, rendered: Rendered, images: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Unexpanded ids and mask within `max_length`, or BadConversation."""
+        if isinstance(encoded, BadConversation):
+            raise encoded
+        tokens, mask = encoded
+        if rendered.cut:  # it is longer than max_length for certain, so that it was not read to its end
+            whole = len(rendered.text) + rendered.cut
+            if self.on_truncation == "refuse":
+                raise self._too_long(f"{whole} characters")
+            if int((tokens == self.chat.image_token_id).sum()) < images:
+                raise BadConversation("truncation would cut image tokens", f"{whole} characters")
+            if not mask.any():
+                raise BadConversation("truncation leaves no supervised token", f"{whole} characters")
+        return self._checked(tokens, mask, images)
+
+    def _too_long(self, size: str) -> BadConversation:
+        return BadConversation(
+            "longer than max_length",
+            f"{size}, max_length={self.max_length}; raise --max_length, or set max_turns or on_truncation",
+        )
 
     def _checked(self, tokens: np.ndarray, mask: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:
         """Unexpanded ids and mask within `max_length`, or BadConversation."""
@@ -268,10 +291,7 @@ class ConversationDataset(EpochDataset):
         if ends[-1] <= self.max_length:
             return tokens, mask
         if self.on_truncation == "refuse":
-            raise BadConversation(
-                "longer than max_length",
-                f"{ends[-1]} tokens, max_length={self.max_length}; raise it, or set max_turns or on_truncation",
-            )
+            raise self._too_long(f"{ends[-1]} tokens")
         keep = int((ends <= self.max_length).sum())
         if is_image[keep:].any():
             raise BadConversation(
@@ -297,7 +317,7 @@ class ConversationDataset(EpochDataset):
         return len(self._samples)
 
     def _read(self, index: int, key: int) -> dict[str, Any]:
-        row, part, first, variants = (int(value) for value in self._samples[index])
+        row, part, first, variants, own_images, _ = (int(value) for value in self._samples[index])
         if row in self._turns:
             # The order is the row's, so that the parts of a row share out its questions in every epoch.
             rng = np.random.default_rng(draw_key(self.seed, self.epoch, row, 2))
@@ -310,9 +330,13 @@ class ConversationDataset(EpochDataset):
             chosen = first + key % variants
             span = slice(self._offsets[chosen], self._offsets[chosen + 1])
             tokens, mask = self._ids[span], self._masks[span]
-        # A text-only conversation has no picture to read.
-        record = self._pictures[row] if (tokens == self.chat.image_token_id).any() else {}
-        return self._sample(record, tokens, mask, key, row)
+        if not (tokens == self.chat.image_token_id).any():
+            images = []  # a text-only conversation has no image to read
+        elif own_images:
+            images = self.form(self.records[row]).images
+        else:
+            images = self.form.images(self._images[row])
+        return self._sample(images, tokens, mask, key, row)
 
     def read_record(self, record: dict[str, Any], key: int, index: int) -> dict[str, Any]:
         """A record that is met for the first time (of a stream) as a row; ValueError when it cannot be used.
@@ -320,22 +344,23 @@ class ConversationDataset(EpochDataset):
         One record gives one row: of a record that makes several (`max_turns`), `key` draws one; the questions come
         in an order drawn by `key` where `shuffle_turns` says so, and with `max_turns` so many of them.
         """
-        if self.shuffle_turns:
-            pairs = question_pairs(record, self.columns)
-            drawn = np.random.default_rng(key).permutation(len(pairs))[: self.max_turns]
-            messages = from_pairs([pairs[turn] for turn in drawn], len(record_images(record, self.columns)))
+        dialogue = self._dialogue(record)
+        if self.shuffle_turns and dialogue.free:
+            drawn = np.random.default_rng(key).permutation(len(dialogue.pairs))[: self.max_turns]
+            messages = dialogue.asking([dialogue.pairs[turn] for turn in drawn])
         else:
-            parts = self._variants(record)
+            parts = dialogue.samples(self.max_turns)
             variants = parts[key % len(parts)]
             messages = variants[key // len(parts) % len(variants)]
-        [(tokens, mask)] = self.chat([messages])
-        return self._sample(record, *self._checked(tokens, mask, image_parts(messages)), key, index)
+        rendered = self.chat.render(messages, self.max_length)
+        [encoded] = self.chat.encode([rendered])
+        tokens, mask = self._fitting(encoded, rendered, len(image_parts(messages)))
+        return self._sample(dialogue.images, tokens, mask, key, index)
 
     def _sample(
-        self, record: dict[str, Any], tokens: np.ndarray, mask: np.ndarray, key: int, index: int
+        self, values: Sequence[Any], tokens: np.ndarray, mask: np.ndarray, key: int, index: int
     ) -> dict[str, Any]:
-        """Unexpanded ids with their mask, and the record's pictures, as a row."""
-        values = record_images(record, self.columns) if record else []
+        """Unexpanded ids with their mask, and the images of their image tokens, as a row."""
         load = self.transform.load if self.transform is not None else load_image
         images = [load(value) for value in values]
         repeat = np.where(tokens == self.chat.image_token_id, self.num_image_tokens, 1)
@@ -358,27 +383,3 @@ def _chunks(rows: Iterator[Any], size: int) -> Iterator[list[Any]]:
             chunk = []
     if chunk:
         yield chunk
-
-
-def image_counts(records: Any, column: str) -> np.ndarray:
-    """How many pictures each row's image column holds, without reading them where Arrow can tell."""
-    if not hasattr(records, "with_format"):
-        return np.asarray([len(record_images(record, {"image": column})) for record in records])
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    counts: list[np.ndarray] = []
-    for table in only_columns(records, [column]).with_format("arrow").iter(batch_size=1000):
-        values = table[column]
-        values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-        if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-            number = pc.fill_null(pc.list_value_length(values), 0)
-        elif pa.types.is_struct(values.type):
-            known = [pc.is_valid(pc.struct_field(values, field.name)) for field in values.type]
-            number = pc.and_(pc.is_valid(values), known[0] if len(known) == 1 else pc.or_(*known[:2]))
-        elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-            number = pc.fill_null(pc.not_equal(values, ""), False)
-        else:
-            number = pc.is_valid(values)
-        counts.append(np.asarray(number.to_pylist(), dtype=np.int64))
-    return np.concatenate(counts)

@@ -1,90 +1,60 @@
-"""Conversations of every common form, as one list of Hugging Face `messages`."""
+"""Turns of every common form as Hugging Face `messages`: [{"role", "content"}], images as parts in their places."""
 
 from __future__ import annotations
 
-from collections import Counter
+import json
+import math
 from collections.abc import Sequence
+from numbers import Number
 from typing import Any
+
+from mllm_vision.errors import short
 
 from .sampling import BadRow
 
 IMAGE_MARK = "<image>"
 _ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "system": "system",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "bard", "chatgpt", "chatbot", "bing"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
 }
+_TOOLS = ("tool", "function", "function_call", "function_response", "tool_call", "tool_response", "observation")
+_SAID_BY = ("role", "from")
+_SAID = ("content", "value", "text")
+_SOURCES = ("image", "image_url", "bytes", "path", "url", "base64")  # where a part may hold its image
+_TEXTS, _IMAGES = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
 
 
 class BadConversation(BadRow):
-    """A conversation that cannot be trained on."""
+    """A conversation that cannot be trained on; `reason` is a short phrase that repeats over samples."""
 
 
-def to_messages(record: dict[str, Any], columns: dict[str, str], *, choice: int = 0) -> list[dict[str, Any]]:
-    """A record as `messages`: [{"role", "content"}], content a string or a list of image and text parts.
+def words(value: Any) -> str:
+    """A value as what is said: text as it is, numbers and dates in digits (whole floats without a point).
 
-    Args:
-        record: one row.
-        columns: role -> column. The first of these that is there is read:
-            "messages" (role/content; content a string, in which `<image>` may stand, or a list of parts),
-            "conversations" (LLaVA: from/value with `<image>` in the text),
-            "question" with "answer" (strings, or lists: several questions on one picture become one dialogue;
-            several answers to one question give the most frequent one),
-            "caption" (the picture alone is the question; `choice` picks among several).
-        choice: which of several captions, modulo their number.
+    Tables turn the integers of a column with gaps into floats: 3.0 is taught as "3". Null and NaN are "".
 
     Raises:
-        BadConversation: (a ValueError) for an empty, malformed or unpaired conversation.
+        BadConversation: bytes, lists or other things that nobody says.
     """
-    count = len(record_images(record, columns))
-    if "messages" in columns or "conversations" in columns:
-        return _from_turns(record[columns.get("messages") or columns["conversations"]])
-    if "question" in columns and "answer" in columns:
-        return from_pairs(question_pairs(record, columns), count)
-    if "caption" in columns:
-        captions = caption_texts(record, columns)
-        return from_caption(captions[choice % len(captions)], count)
-    raise ValueError(
-        f"columns={columns} name no conversation: bind 'messages', 'conversations', "
-        "'question' and 'answer', or 'caption'"
-    )
-
-
-def record_images(record: dict[str, Any], columns: dict[str, str]) -> list[Any]:
-    """The record's pictures, undecoded: of the image column (one, a list or none), or inside the messages."""
-    turns = record.get(columns["messages"]) if "messages" in columns else None
-    inline = [
-        found
-        for turn in turns or []
-        if isinstance(turn, dict) and isinstance(turn.get("content"), list | tuple)
-        for part in turn["content"]
-        if isinstance(part, dict)
-        and part.get("type") in ("image", "image_url")
-        and (found := _inline(part)) is not None
-    ]
-    if inline:
-        return inline
-    value = record.get(columns["image"]) if "image" in columns else None
-    values = value if isinstance(value, list | tuple) else [value]
-    return [each for each in values if not _missing(each)]
-
-
-def _inline(part: dict[str, Any]) -> Any:
-    return next((part[name] for name in ("image", "path", "url", "image_url") if part.get(name) is not None), None)
-
-
-def _missing(value: Any) -> bool:
-    if isinstance(value, dict):
-        return value.get("bytes") is None and not value.get("path")
-    return value is None or (isinstance(value, str) and value == "")
+    if isinstance(value, dict):  # VQA files hold an annotator's answer as a dict with more in it than the words
+        found = value.get("answer", value.get("text"))
+        if found is None and value and "answer" not in value and "text" not in value:
+            raise BadConversation("a text is no text", f"a dict with {short(list(value))}")
+        value = found
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, Number) or hasattr(value, "isoformat"):
+        return str(value)
+    raise BadConversation("a text is no text", f"{type(value).__name__} {short(value)}")
 
 
 def from_caption(caption: str, image_count: int) -> list[dict[str, Any]]:
-    """The pictures alone as the question, the caption as the answer."""
+    """The images alone as the question, the caption as the answer."""
     return [
         {"role": "user", "content": [{"type": "image"}] * image_count},
         {"role": "assistant", "content": caption},
@@ -92,7 +62,7 @@ def from_caption(caption: str, image_count: int) -> list[dict[str, Any]]:
 
 
 def from_pairs(pairs: Sequence[tuple[str, str]], image_count: int) -> list[dict[str, Any]]:
-    """Questions and answers in this order, the pictures before the first question."""
+    """Questions and answers in this order, the images before the first question."""
     messages: list[dict[str, Any]] = []
     for number, (question, answer) in enumerate(pairs):
         content: Any = question
@@ -102,102 +72,172 @@ def from_pairs(pairs: Sequence[tuple[str, str]], image_count: int) -> list[dict[
     return messages
 
 
-def caption_texts(record: dict[str, Any], columns: dict[str, str]) -> list[str]:
-    """The captions that have words; BadConversation when there are none."""
-    value = record[columns["caption"]]
-    texts = value if isinstance(value, list | tuple) else [value]
-    captions = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-    if not captions:
-        raise BadConversation("the caption is empty")
-    return captions
+def from_turns(turns: Any) -> list[dict[str, Any]]:
+    """Turns in any of the common spellings as messages; image parts keep what they name under "image".
 
+    Taken are lists of {"role" or "from": ..., "content" or "value" or "text": ...}, of {"user": ..., "assistant": ...},
+    one struct of lists, and any of these as a JSON text.
 
-def question_pairs(record: dict[str, Any], columns: dict[str, str]) -> list[tuple[str, str]]:
-    """(question, answer) pairs of a row; BadConversation when they do not pair up or have no words."""
-    questions, answers = record[columns["question"]], record[columns["answer"]]
-    if not isinstance(questions, list | tuple):
-        questions, answers = [questions], [answers]
-    if not isinstance(answers, list | tuple):
-        answers = [answers]
-    if len(questions) != len(answers):
-        raise BadConversation("questions and answers differ in number", f"{len(questions)} and {len(answers)}")
-    pairs = [(_words(question), _consensus(answer)) for question, answer in zip(questions, answers, strict=True)]
-    if not pairs:
+    Raises:
+        BadConversation: empty or malformed; an unknown role; tools, which no template here writes down.
+    """
+    turns = _as_list(turns)
+    if not turns:
         raise BadConversation("the conversation is empty")
-    for question, answer in pairs:
-        if not question or not answer:
-            raise BadConversation("a question or an answer is empty", f"{question!r} -> {answer!r}")
-    return pairs
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, dict):
-        value = value.get("answer", value.get("text"))
-    return "" if value is None else str(value).strip()
-
-
-def _consensus(value: Any) -> str:
-    """The most frequent of several answers (VQA has ten a question); the first one where they tie."""
-    if not isinstance(value, list | tuple):
-        return _words(value)
-    counted = Counter(words for each in value if (words := _words(each)))
-    return counted.most_common(1)[0][0] if counted else ""
-
-
-def _from_turns(turns: Any) -> list[dict[str, Any]]:
-    if isinstance(turns, dict):  # a struct of lists, as older data sets store a list of structs
-        names = ("role", "content") if "role" in turns else ("from", "value")
-        if not all(isinstance(turns.get(name), list | tuple) for name in names):
-            raise BadConversation("the conversation is malformed", f"{str(turns)[:120]}")
-        turns = [dict(zip(names, values, strict=False)) for values in zip(*(turns[n] for n in names), strict=False)]
-    if not isinstance(turns, list | tuple) or not turns:
-        raise BadConversation("the conversation is empty")
-    messages = []
+    messages: list[dict[str, Any]] = []
     for turn in turns:
         if not isinstance(turn, dict):
             raise BadConversation("the conversation is malformed", f"a turn is {type(turn).__name__}, not a dict")
-        said = turn.get("role") or turn.get("from")
-        role = _ROLES.get(str(said).lower())
-        if role is None:
-            raise BadConversation("unknown role in a conversation", f"{said!r}; known are {', '.join(_ROLES)}")
-        content = _parts(turn.get("content") if turn.get("role") else turn.get("value"))
-        if not content:
-            raise BadConversation("a turn of the conversation is empty", f"the {role}'s")
-        messages.append({"role": role, "content": content})
+        for said, value, learnt in _spoken(turn):
+            role = _role(said)
+            if turn.get("tool_calls"):
+                raise BadConversation(
+                    "calls of tools are not supported", "leave the row out, or write the call as text"
+                )
+            content = _parts(value)
+            if not content:
+                raise BadConversation("a turn of the conversation is empty", f"the {role}'s")
+            messages.append({"role": role, "content": content} | ({} if learnt else {"learnt": False}))
     return messages
 
 
-def _parts(content: Any) -> str | list[dict[str, str]]:
-    """A string without pictures, otherwise a list of parts; `<image>` inside a string is a picture."""
-    items = content if isinstance(content, list | tuple) else [{"type": "text", "text": content}]
-    parts: list[dict[str, str]] = []
+def _as_list(turns: Any) -> Any:
+    if isinstance(turns, str):
+        if not turns.strip():
+            return None
+        try:
+            turns = json.loads(turns)
+        except (ValueError, RecursionError) as error:
+            raise BadConversation("the conversation is no JSON", f"{short(turns)} ({short(str(error))})") from None
+    if isinstance(turns, dict):  # a struct of lists, as older data sets store a list of structs
+        names = [name for name in (*_SAID_BY, *_SAID, "user", "assistant") if turns.get(name) is not None]
+        lists = [turns[name] for name in names]
+        if not names or not all(isinstance(each, list | tuple) for each in lists):
+            raise BadConversation("the conversation is malformed", short(turns))
+        if len({len(each) for each in lists}) > 1:
+            counts = ", ".join(f"{len(each)} x {name}" for name, each in zip(names, lists, strict=True))
+            raise BadConversation("turns lack a role or a text", counts)
+        turns = [dict(zip(names, values, strict=True)) for values in zip(*lists, strict=True)]
+    if turns is not None and not isinstance(turns, list | tuple):
+        raise BadConversation("the conversation is malformed", f"{type(turns).__name__} {short(turns)}")
+    return turns
+
+
+def _spoken(turn: dict[str, Any]) -> list[tuple[Any, Any, bool]]:
+    """(who, what, whether it is to be learnt) of one turn; two of them where it holds question and answer."""
+    who = next((turn[name] for name in _SAID_BY if turn.get(name) is not None), None)
+    if who is None:
+        both = [name for name in turn if isinstance(name, str) and _ROLES.get(name.lower()) and turn[name] is not None]
+        if both:  # {"user": ..., "assistant": ...}, in the order in which they are said
+            order = ("system", "user", "assistant")
+            return [(name, turn[name], True) for name in sorted(both, key=lambda n: order.index(_ROLES[n.lower()]))]
+        raise BadConversation("the conversation is malformed", f"a turn has no role: {short(turn)}")
+    what = next((turn[name] for name in _SAID if turn.get(name) is not None), None)
+    weight = turn.get("weight")  # OpenAI's: 0 for an answer that is read and not learnt
+    if weight is not None and weight not in (0, 1):
+        raise BadConversation("a turn has a weight between 0 and 1", f"{short(weight)}; only 0 and 1 are known")
+    return [(who, what, weight != 0)]
+
+
+def _role(said: Any) -> str:
+    name = str(said).strip().lower()
+    if name in _TOOLS:
+        raise BadConversation(
+            "calls of tools are not supported", f"a turn of {short(said)}; leave the row out, or write it as text"
+        )
+    if name not in _ROLES:
+        raise BadConversation("unknown role in a conversation", f"{short(said)}; known are {', '.join(_ROLES)}")
+    return _ROLES[name]
+
+
+def _parts(content: Any) -> str | list[dict[str, Any]]:
+    """A string without images, otherwise a list of parts; `<image>` inside a string is an image."""
+    items = list(content) if isinstance(content, list | tuple) else [content]
+    parts: list[dict[str, Any]] = []
     for item in items:
-        if isinstance(item, str):
-            item = {"type": "text", "text": item}
         if not isinstance(item, dict):
-            raise BadConversation("the conversation is malformed", f"a part is {type(item).__name__}")
+            item = {"type": "text", "text": item}
+        source = _source(item)
         kind = item.get("type") or ("text" if item.get("text") is not None else "image")
-        if kind in ("image", "image_url"):
-            parts.append({"type": "image"})
-        elif kind == "text":
-            pieces = (item.get("text") or "").split(IMAGE_MARK)
-            for number, piece in enumerate(pieces):
+        if kind in _IMAGES:
+            part = {"type": "image"}
+            if source is not None:
+                part["image"] = source
+            elif isinstance(item.get("index"), int):
+                part["index"] = item["index"]
+            parts.append(part)
+        elif kind in _TEXTS:
+            for number, piece in enumerate(words(item.get("text")).split(IMAGE_MARK)):
                 if number:
                     parts.append({"type": "image"})
                 if piece.strip():
                     parts.append({"type": "text", "text": piece.strip()})
         else:
-            raise BadConversation("unknown kind of content", f"{kind!r}; known are 'text' and 'image'")
+            raise BadConversation("unknown kind of content", f"{short(kind)}; known are 'text' and 'image'")
     if any(part["type"] == "image" for part in parts):
         return parts
     return "\n".join(part["text"] for part in parts)
 
 
-def image_parts(messages: Sequence[dict[str, Any]]) -> int:
-    """How many pictures the messages mention."""
-    return sum(
-        part["type"] == "image"
+def _source(part: dict[str, Any]) -> Any:
+    """The image a part holds: a PIL image, bytes, a path or a URI; None where the image column has it."""
+    name = next((name for name in _SOURCES if not missing(part.get(name))), None)
+    found = part[name] if name else None
+    if isinstance(found, dict) and found.get("url"):
+        found = found["url"]  # OpenAI's {"image_url": {"url": ...}}
+    return f"data:image;base64,{found}" if name == "base64" and isinstance(found, str) else found
+
+
+def missing(value: Any) -> bool:
+    """Whether this is no image at all: null, an empty string, a struct without bytes and path."""
+    if isinstance(value, dict):
+        return value.get("bytes") is None and not value.get("path") and not value.get("url")
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def image_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The image parts of messages, in their order."""
+    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+    return [part for content in contents for part in content if part["type"] == "image"]
+
+
+def place_images(messages: list[dict[str, Any]], given: Sequence[Any]) -> tuple[list[dict[str, Any]], list[Any], int]:
+    """(messages without sources, the image of every image part in order, how many of `given` no part asks for).
+
+    Args:
+        messages: from `from_turns`.
+        given: the images of the row's image column, for the parts that name none.
+
+    Raises:
+        BadConversation: parts and images differ in number. Where parts bring their own images, those of the column
+            may stay unused.
+    """
+    parts = image_parts(messages)
+    bare = [part for part in parts if "image" not in part]
+    order = [part.get("index", place) for place, part in enumerate(bare)]
+    if not all(0 <= place < len(given) for place in order):
+        if not given and len(bare) == len(parts):
+            raise BadConversation(
+                "more <image> tokens than images",
+                f"{len(bare)} in the text, 0 in the record; take the word {IMAGE_MARK} out of rows that are text alone",
+            )
+        raise BadConversation("more <image> tokens than images", f"{len(bare)} in the text, {len(given)} in the record")
+    left = len(given) - len(set(order))
+    if left and len(bare) == len(parts):
+        raise BadConversation(
+            "more images than <image> tokens",
+            f"{len(given)} in the record, {len(bare)} in the text; put {IMAGE_MARK} where each one belongs",
+        )
+    taken = iter(order)
+    images = [part["image"] if "image" in part else given[next(taken)] for part in parts]
+    return without_sources(messages), images, left
+
+
+def without_sources(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose image parts are bare marks."""
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": [{"type": "image"} if p["type"] == "image" else p for p in message["content"]]}
         for message in messages
-        if not isinstance(message["content"], str)
-        for part in message["content"]
-    )
+    ]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mllm_vision.data.forms import ConversationForm
+from mllm_vision.data.sampling import BadRow, BadSamples, only_columns
 from mllm_vision.evaluation.answers import MajorityBaseline, consensus, exact_match
 from mllm_vision.evaluation.base import Evaluation, Evaluator, agree_on_error, batches, gather_items, my_share
 from mllm_vision.evaluation.generation import AnswerGenerator
 from mllm_vision.evaluation.images import as_list, check_columns, data_uri, usable_images
 
+logger = logging.getLogger(__name__)
 IMAGES_AT_ONCE = 256  # projected features of this many pictures are held in memory together
 
 
@@ -27,44 +31,50 @@ class Question:
     annotated: bool = False
 
 
-def read_questions(records: Any, columns: dict[str, str], by: str | None, limit: int | None = None) -> list[Question]:
-    """Flatten rows into questions.
+def read_questions(
+    records: Any,
+    columns: dict[str, str],
+    by: str | None,
+    limit: int | None = None,
+    bad_samples: BadSamples | None = None,
+) -> list[Question]:
+    """Flatten rows into questions, read and judged as in training (`ConversationForm`).
 
     A row holds one question (str) with one answer or a list of annotators' answers, or a list of questions
     with a list as long of answers (each again one or several). ``by`` names the column of question types, of
-    the same form.
+    the same form. A row that cannot be used is counted in ``bad_samples`` by its reason, and told.
 
     Raises:
-        ValueError: lists of different lengths, a question without an answer.
+        ValueError: no row can be used; with the reasons.
     """
+    form = ConversationForm(records, {role: name for role, name in columns.items() if role != "image"})
+    bad = BadSamples() if bad_samples is None else bad_samples
     questions: list[Question] = []
-    asked, answered = records[columns["question"]], records[columns["answer"]]
-    kinds = records[by] if by else None
-    for row in range(min(len(records), limit or len(records))):
-        several = isinstance(asked[row], (list, tuple))
-        texts = as_list(asked[row])
-        answers = list(answered[row]) if several else [answered[row]]
-        types = as_list(kinds[row]) if kinds is not None else ["all"]
-        if len(types) == 1:
-            types = types * len(texts)
-        if not len(texts) == len(answers) == len(types):
-            raise ValueError(
-                f"row {row}: {len(texts)} questions, {len(answers)} answers and {len(types)} types; "
-                "the lists must be of one length"
-            )
-        for text, answer, kind in zip(texts, answers, types, strict=True):
-            given = tuple(_words(value) for value in as_list(answer))
-            if not given:
-                raise ValueError(f"row {row}: the question {text!r} has no answer")
-            questions.append(Question(row, _words(text), given, str(kind), isinstance(answer, (list, tuple))))
+    total = min(len(records), limit or len(records))
+    bad.examine(total)
+    texts = only_columns(records, [*form.columns.values(), *([by] if by else [])])
+    for row in range(total):
+        found = bad.judge_beforehand(f"row {row}", _asked, row, texts[row], form, by)
+        questions += [] if isinstance(found, BadRow) else found
+    if bad.refused:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in bad.reasons.most_common())
+        logger.warning("%d of %d rows are left out of question answering: %s", bad.refused, total, reasons)
+    if not questions:
+        listed = "\n".join(f"  - {example}" for example in bad.examples)
+        raise ValueError(f"no row of {total} holds a question that can be asked:\n{listed}")
     return questions
 
 
-def _words(value: Any) -> str:
-    """VQA files hold an annotator's answer as a dict with more in it than the words."""
-    if isinstance(value, dict):
-        value = value.get("answer", value.get("text"))
-    return "" if value is None else str(value).strip()
+def _asked(row: int, record: dict[str, Any], form: ConversationForm, by: str | None) -> list[Question]:
+    if form.value(record, "system") or form.value(record, "history"):
+        raise BadRow("the question has a system turn or a history", "question answering asks single questions")
+    asked = form.questions(record)
+    kinds = as_list(record[by]) if by else ["all"]
+    if len(kinds) not in (1, len(asked)):
+        raise BadRow("questions and their types differ in number", f"{len(asked)} and {len(kinds)}")
+    kinds = kinds * len(asked) if len(kinds) == 1 else kinds
+    pairs = zip(asked, kinds, strict=True)
+    return [Question(row, each.text, each.answers, str(kind), each.annotated) for each, kind in pairs]
 
 
 def slug(kind: str) -> str:
@@ -96,7 +106,7 @@ class QuestionAnswering(Evaluator):
     and ``no_image``.
 
     Raises:
-        ValueError: missing columns, an empty set, lists of different lengths, no chat template.
+        ValueError: missing columns, an empty set, no row with a question that can be asked, no chat template.
     """
 
     primary_metric = "accuracy"

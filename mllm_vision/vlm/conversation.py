@@ -17,12 +17,14 @@ from mllm_vision.data import (
     PackedConversations,
     StreamArguments,
     StreamDataset,
-    bind_columns,
     bind_conversations,
     load_records,
     preview_labels,
 )
+from mllm_vision.data.forms import FORMS
 from mllm_vision.data.records import UsualSplit
+from mllm_vision.data.sampling import BadRow, judge
+from mllm_vision.data.stream_order import Ref
 from mllm_vision.errors import unknown_name
 
 logger = logging.getLogger(__name__)
@@ -102,7 +104,8 @@ def load_stage_data(
             sequence may be, and how a conversation is written down.
         dataset_name: file, pattern, folder or Hub id.
         eval_dataset_name: held-out data; None holds rows of the training data out (at most a tenth).
-        roles: columns to bind, e.g. ("image", "caption"); None: whatever form of conversation there is.
+        roles: the form a table is asked for first, e.g. ("image", "caption"), instead of turns of any kind; turns
+            (`conversations`, `messages`) are taken too. None: whatever form of conversation there is.
         overrides: role -> column name.
         split, config_name, image_root: see ``load_records``.
         eval_split: of the held-out data; None: "validation", or the only one.
@@ -151,9 +154,11 @@ def load_stage_data(
         records, held = parts["train"], parts["test"]
         logger.info("no --eval_dataset_name: %d of the training rows are held out", count)
 
+    first = tuple(role for role in roles or () if role != "image")
+    forms = (first, ("conversations",), ("messages",)) if first else FORMS
+
     def bind(dataset: Any) -> dict[str, str]:
-        given = {role: name for role, name in (overrides or {}).items() if name}
-        return bind_columns(dataset, roles, given) if roles else bind_conversations(dataset, given)
+        return bind_conversations(dataset, dict(overrides or {}), forms=forms)
 
     columns, eval_columns = bind(records), bind(held)
     # Positions matter to questions and captions: no crops, so training pictures are transformed as all others.
@@ -173,7 +178,9 @@ def load_stage_data(
             raise ValueError(f"pack_turns keeps every question to itself, so max_turns={max_turns} does not go with it")
         options["max_turns"] = 1
         shuffle_turns = False
-    train: Any = ConversationDataset(records, columns, tokenizer, shuffle_turns=shuffle_turns, **options)
+    train: Any = ConversationDataset(
+        records, columns, tokenizer, shuffle_turns=shuffle_turns, streamed=stream is not None, **options
+    )
     evaluation: Any = ConversationDataset(held, eval_columns, tokenizer, shuffle_turns=False, **options)
     if stream is not None:
         train = StreamDataset(stream, train)
@@ -191,6 +198,12 @@ def load_stage_data(
 
 
 def label_preview(data: StageData, processor: Any) -> str:
-    """The first training sample with the words that are learnt between « and »."""
-    first = data.train.reader[0] if isinstance(data.train, StreamDataset) else data.train[0]
-    return preview_labels(data.collator([first]), processor.tokenizer)
+    """The first training sample with the words that are learnt between « and »; "" where a stream begins badly."""
+    if not isinstance(data.train, StreamDataset):
+        return preview_labels(data.collator([data.train[0]]), processor.tokenizer)
+    for number, row in enumerate(data.train.stream.head()):
+        record = data.train.stream.rooted(dict(row), Ref(0, 0, number, 0, 0))
+        first = judge(f"row {number}", data.train.reader.read_record, record, 0, number)
+        if not isinstance(first, BadRow):
+            return preview_labels(data.collator([first]), processor.tokenizer)
+    return ""
