@@ -10,6 +10,10 @@ from typing import Any
 LONGEST_VALUE = 200  # characters of a user's value that a message shows
 
 
+class IncompleteRun(RuntimeError):
+    """What was trained is saved, and something after it (evaluation, samples, a push) failed; exit code 3."""
+
+
 class _Short(reprlib.Repr):
     """`reprlib` with room for a sentence, and bytes by their number: a repr of 10 MB is never built."""
 

@@ -66,12 +66,11 @@ class Arguments(RecipeArguments):
 def main(argv: list[str] | None = None) -> None:
     own, arguments, streams = parse_recipe(AlignArguments, Arguments, StreamArguments, argv=argv, description=__doc__)
 
-    from mllm_vision.data import load_image
     from mllm_vision.encoder import VisionEncoder
-    from mllm_vision.evaluation.images import data_uri
+    from mllm_vision.evaluation.captions import caption_samples
     from mllm_vision.training.recipe_trainer import RecipeTrainer
     from mllm_vision.training.run import Run
-    from mllm_vision.vlm import FreezeProof, HeldOutLoss, answer, audit, build_vlm, freeze, save_vlm
+    from mllm_vision.vlm import FreezeProof, HeldOutLoss, audit, build_vlm, freeze, save_vlm
     from mllm_vision.vlm.conversation import chat_template, label_preview, load_stage_data
     from mllm_vision.vlm.freezing import audit_table
 
@@ -113,7 +112,6 @@ def main(argv: list[str] | None = None) -> None:
     proof = FreezeProof(model, rows)
     heldout = HeldOutLoss("captions", data.evaluation, data.collator, arguments.per_device_eval_batch_size)
     run.record["label_preview"] = label_preview(data, processor)
-    run.record["evaluations"]["captions"] = {"baselines": {"untrained": heldout(model)["loss"]}}
     if run.is_main:
         print(f"what is learnt: {run.record['label_preview']}\n{audit_table(rows)}", flush=True)
 
@@ -126,21 +124,15 @@ def main(argv: list[str] | None = None) -> None:
         bad_samples=data.bad_samples,
         evaluators=[heldout],
     )
+    trainer.measure_before("untrained")
     trainer.train()
-    trainer.final_evaluation()
 
-    run.record["modules"] = proof.close(model)
-    model.eval()
-    for row in data.eval_records.select(range(min(own.sample_count, len(data.eval_records)))):
-        image, caption = load_image(row[data.eval_columns["image"]]), row[data.eval_columns["caption"]]
-        said = answer(model, processor, [{"role": "user", "content": [{"type": "image"}]}], [image])
-        sample = {"evaluation": "captions", "image": data_uri(image, 128), "question": "", "prediction": said}
-        run.record["samples"].append({**sample, "answer": caption if isinstance(caption, str) else caption[0]})
     run.save_artifact(lambda path: save_vlm(model, processor, path), own.artifact_name, "vlm")
-    if run.is_main:
-        print(audit_table(run.record["modules"]), flush=True)
-    run.finish(freeze_problems=proof.problems)
-    proof.check()
+    run.after_training("freeze audit", proof.verify, model, severe=True)
+    trainer.final_evaluation(model, own.artifact_name)
+    samples = (caption_samples, model, processor, data.eval_records, data.eval_columns, own.sample_count)
+    run.record["samples"] += run.after_training("sample captions", *samples) or []
+    run.finish(freeze_problems=proof.problems, modules=proof.rows)
 
 
 if __name__ == "__main__":

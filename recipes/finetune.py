@@ -106,13 +106,12 @@ def main(argv: list[str] | None = None) -> None:
     audit = ModuleAudit.of_children(objective, rates, arguments.learning_rate)
     run.record["modules"] = audit.rows
     trainer.train()
-    trainer.final_evaluation()
-    audit.close()
+
     run.save_artifact(encoder.save_pretrained, "encoder", "encoder")
     padded = [*names, *(f"class {index}" for index in range(len(names), config.classes))]
     run.save_artifact(lambda path: save_classifier(encoder, objective.head, padded, path), "classifier", "classifier")
-    for each in evaluators:
-        each.store(run.record)
+    run.after_training("audit of the parts", audit.close, severe=True)
+    trainer.final_evaluation(objective, "classifier")
     run.finish()
 
 

@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     from mllm_vision.training.run import Run
     from mllm_vision.vlm import FreezeProof, HeldOutLoss, add_lora, audit, freeze, learning_rates, load_vlm, save_vlm
     from mllm_vision.vlm.conversation import label_preview, load_stage_data, set_chat_template
+    from mllm_vision.vlm.export import merge_lora
     from mllm_vision.vlm.freezing import audit_table
     from mllm_vision.vlm.tokens import settle_ends
 
@@ -146,7 +147,6 @@ def main(argv: list[str] | None = None) -> None:
             training_answers=data.train_records if paired else None,
         )
         evaluators.append(asked)
-    run.record["evaluations"]["conversations"] = {"baselines": {"untrained": heldout(model)["loss"]}}
 
     trained = model
     if own.train == "lora":
@@ -176,17 +176,13 @@ def main(argv: list[str] | None = None) -> None:
         bad_samples=data.bad_samples,
         evaluators=evaluators,
     )
+    trainer.measure_before("untrained", [heldout])
     trainer.train()
-    trainer.final_evaluation()
-    for evaluator in evaluators[1:]:
-        evaluator.store(run.record)
 
-    run.record["modules"] = proof.close(trained)
+    run.after_training("freeze audit", proof.verify, trained, severe=True)  # saving folds the adapters in
     run.save_artifact(lambda path: save_vlm(trained, processor, path), own.artifact_name, "vlm")
-    if run.is_main:
-        print(audit_table(run.record["modules"]), flush=True)
-    run.finish(freeze_problems=proof.problems)
-    proof.check()
+    trainer.final_evaluation(merge_lora(trained), own.artifact_name)
+    run.finish(freeze_problems=proof.problems, modules=proof.rows)
 
 
 if __name__ == "__main__":

@@ -111,19 +111,13 @@ def main(argv: list[str] | None = None) -> None:
             eos_token_id=eos,
         )
         model = LlamaForCausalLM(config)
-        evaluator = language.Perplexity(test, batch_size=arguments.per_device_eval_batch_size)
-        run.record["evaluations"]["heldout"] = {
-            "baselines": {
-                "unigram": language.unigram_perplexity(data, test, len(tokenizer)),
-                "untrained": evaluator(model)["perplexity"],
-            }
-        }
+        known = {"unigram": language.unigram_perplexity(data, test, len(tokenizer))}
+        evaluator = language.Perplexity(test, batch_size=arguments.per_device_eval_batch_size, baselines=known)
         trainer = RecipeTrainer(
             model=model, args=arguments, train_dataset=data, data_collator=data.collate, run=run, evaluators=[evaluator]
         )
+        trainer.measure_before("untrained")
         trainer.train()
-        trainer.final_evaluation()
-        run.record["samples"] = language.continuations(model, tokenizer, heldout[:5])
 
         def save(path: Path) -> None:
             model.save_pretrained(path)
@@ -133,6 +127,9 @@ def main(argv: list[str] | None = None) -> None:
                 language.check_tokenizer(path, documents[:200])
 
         run.save_artifact(save, own.artifact_name, "language_model")
+        trainer.final_evaluation(model, own.artifact_name)
+        samples = (language.continuations, model, tokenizer, heldout[:5])
+        run.record["samples"] += run.after_training("sample continuations", *samples) or []
         run.finish()
 
 

@@ -139,21 +139,16 @@ def main(argv: list[str] | None = None) -> None:
     audit = ModuleAudit(groups(dual), peaks)
     run.record["modules"] = audit.rows
     logger.info("%s", audit)
-    before = {each.name: each(objective)[each.primary_metric] for each in evaluators}
+    trainer.measure_before("untrained" if is_model_type(own.encoder) else "before_training")
+    if own.eval_dataset_name:  # not for a verdict: it shows a collapse, and draws the spectrum
+        paired = evaluators[0]
+        evaluators = [*evaluators, Geometry("geometry", paired.records, paired.columns, limit=own.max_eval_samples)]
     trainer.train()
-    trainer.final_evaluation()
-    audit.close()
 
     run.save_artifact(dual.vision.save_pretrained, "encoder", "encoder")
     run.save_artifact(dual.save_pretrained, "dual", "dual")
-    untrained = "untrained" if is_model_type(own.encoder) else "before_training"
-    for each in evaluators:
-        each.store(run.record)
-        run.record["evaluations"][each.name]["baselines"][untrained] = before[each.name]
-    if own.eval_dataset_name:  # not for a verdict: it shows a collapse, and draws the spectrum
-        geometry = Geometry("geometry", evaluators[0].records, evaluators[0].columns, limit=own.max_eval_samples)
-        geometry(objective)
-        geometry.store(run.record)
+    run.after_training("audit of the parts", audit.close, severe=True)
+    trainer.final_evaluation(dual, "dual", evaluators)
     run.finish()
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from mllm_vision.data.picture_flags import PictureArguments
@@ -117,8 +118,6 @@ def main(argv: list[str] | None = None) -> None:
     else:
         dataset = StreamDataset(stream, pictures)
         run.describe_data("train", stream, pictures.columns)
-    column = pictures.columns["image"]
-    run.record["arrays"]["views"] = view_samples(records, column, make_views, encoder.processor, seed=arguments.seed)
     before, after = labelled.build(records, images.columns)
     if after:
         run.describe_data("test", after[0].records, after[0].data.test_columns)
@@ -144,21 +143,19 @@ def main(argv: list[str] | None = None) -> None:
     run.record["modules"], run.record["artifact_is"] = audit.rows, objective.artifact_is
     logger.info("%s", audit)
     audit.warn_of_heavy("encoder")
-    untrained = {each.name: each(objective)[each.primary_metric] for each in after}
-    trainer.train()
-    trainer.evaluators = after
-    trainer.final_evaluation()
-    audit.close()
-
-    run.save_artifact(objective.artifact_encoder.save_pretrained, "encoder", "encoder")
-    for each in after:
-        each.store(run.record)
-        baselines = run.record["evaluations"][each.name]["baselines"]
-        baselines["untrained" if built else "before_training"] = untrained[each.name]
+    trainer.measure_before("untrained" if built else "before_training", after)
     if after:  # not for a verdict: it shows a collapse, and draws the spectrum
-        geometry = Geometry("geometry", after[0].records, {"image": after[0].data.image_column()}, limit=2000)
-        geometry(objective)
-        geometry.store(run.record)
+        image = {"image": after[0].data.image_column()}
+        after = [*after, Geometry("geometry", after[0].records, image, limit=2000)]
+    trainer.train()
+
+    saved = objective.artifact_encoder
+    run.save_artifact(saved.save_pretrained, "encoder", "encoder")
+    run.after_training("audit of the parts", audit.close, severe=True)
+    trainer.final_evaluation(saved, "encoder", after)
+    drawn = (records, pictures.columns["image"], make_views, encoder.processor)
+    draw = partial(view_samples, *drawn, seed=arguments.seed)
+    run.record["arrays"]["views"] = run.after_training("drawing of the views", draw) or []
     run.finish()
     if not after:
         logger.info(

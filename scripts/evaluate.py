@@ -278,6 +278,7 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
+    from mllm_vision.evaluation.base import examine
     from mllm_vision.evaluation.models import load_model, model_kind, reinitialise
 
     kind = model_kind(own.model)
@@ -295,22 +296,23 @@ def main(argv: list[str] | None = None) -> None:
     record |= {"task": [job.name for job in jobs], "evaluations": {}, "samples": [], "arrays": {}}
     record["datasets"] = {job.name: {"path": job.dataset, "rows": len(e.records)} for job, e in evaluators}
     tower = encoder_of(own.model, loaded, device)
-    for job, evaluator in evaluators:
-        evaluator(tower if job.task in OF_THE_ENCODER else loaded.model)
-    results = {job.name: evaluator.last for job, evaluator in evaluators}
+    results = {
+        job.name: examine(evaluator, tower if job.task in OF_THE_ENCODER else loaded.model)
+        for job, evaluator in evaluators
+    }
     compared = [(job, evaluator) for job, evaluator in evaluators if own.untrained and job.task not in LOOKS]
     if compared:
         fresh = reinitialise(load_model(own.model, device).model, own.seed)
         tower = fresh if kind != "vlm" else reinitialise(tower, own.seed)
     for job, evaluator in compared:
-        evaluator(tower if job.task in OF_THE_ENCODER else fresh)
-        results[job.name].add_baseline("untrained", evaluator.last)
-        evaluator.last = results[job.name]
+        untrained = examine(evaluator, tower if job.task in OF_THE_ENCODER else fresh)
+        results[job.name].add_baseline("untrained", untrained)
     for job, evaluator in evaluators:
         results[job.name].store(record, job.name)
         record["evaluations"][job.name]["task"] = job.task
         if own.pictures and main_process and job.task in ("board", "attention"):
-            record["pictures"] = [*record.get("pictures", []), *map(str, evaluator.draw(own.pictures))]
+            drawn = evaluator.draw(results[job.name], own.pictures)
+            record["pictures"] = [*record.get("pictures", []), *map(str, drawn)]
     record["seconds"] = round(time.monotonic() - began, 1)
     if main_process:
         record |= provenance(own.model)

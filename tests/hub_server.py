@@ -200,6 +200,13 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.hub.calls.append(f"{self.command} {path}")
         parts = path.strip("/").split("/")
+        if path == "/api/whoami-v2":
+            role = {TOKEN: "write", READER: "read"}.get(self._token() or "")
+            if role is None:
+                return self._error(401, message="Invalid username or password.")
+            access = {"displayName": "test", "role": role}
+            organisations = [{"name": "owner", "roleInOrg": "write"}, {"name": "readers", "roleInOrg": "read"}]
+            return self._json({"name": "somebody", "orgs": organisations, "auth": {"accessToken": access}})
         if parts[:2] == ["api", "models"]:
             repository = self._readable("/".join(parts[2:4]))
             if repository is None:

@@ -100,6 +100,55 @@ def push_directory(
     return str(commit.commit_url)
 
 
+def prepare_repository(
+    repo_id: str, *, token: str | None = None, private: bool | None = None, state: str = "nothing was uploaded"
+) -> str:
+    """Make the repository, if it is not there, with a token that may write to it; returns its full name.
+
+    Args:
+        repo_id: `owner/name`, or `name` for the token's owner.
+        token, private: as for `push_directory`.
+        state: for the error: how things stand without it.
+
+    Raises:
+        ValueError: an impossible `repo_id`.
+        PermissionError: no token, or one that may not write there.
+        ConnectionError: the Hub is out of reach, or `HF_HUB_OFFLINE` is set.
+    """
+    from huggingface_hub import HfApi, is_offline_mode
+
+    if is_offline_mode():
+        raise ConnectionError(f"HF_HUB_OFFLINE is set: cannot push to {repo_id}; unset it; {state}")
+    api = HfApi(token=token)
+    with _clear_errors(repo_id, state):
+        who = _who(api)
+        access = (who.get("auth") or {}).get("accessToken") or {}
+        if access.get("role") == "read":
+            raise PermissionError(
+                f"the Hub token {access.get('displayName', '')!r} may only read: make one that may write to {repo_id} "
+                f"(https://huggingface.co/settings/tokens) and set HF_TOKEN; {state}"
+            )
+        full = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        owner = full.partition("/")[0]
+        groups = {group.get("name"): group.get("roleInOrg") for group in who.get("orgs") or []}
+        if who and owner != who.get("name") and (owner not in groups or groups[owner] == "read"):
+            known = ", ".join(str(name) for name in [who.get("name"), *groups])
+            raise PermissionError(f"the Hub token is that of {known}, and may not write to {full}; {state}")
+        return str(full)
+
+
+def _who(api: Any) -> dict[str, Any]:
+    """Whose token it is; nothing where the Hub does not say (it limits how often one may ask, and mirrors differ)."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return dict(api.whoami())
+    except HfHubHTTPError as error:
+        if getattr(error.response, "status_code", None) in (404, 429):
+            return {}
+        raise
+
+
 @contextmanager
 def _clear_errors(repo_id: str, state: str) -> Iterator[None]:
     """The Hub client's errors as few kinds, each with what happened to the upload and what to do."""

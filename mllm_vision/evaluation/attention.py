@@ -127,9 +127,6 @@ class Attention(Evaluator):
         self.records, self.count, self.layer = records, count, layer
         self.columns = columns or {"image": "image"}
         check_columns(records, self.columns, ("image",), f"Attention {name!r}")
-        self.pictures: list[Any] = []
-        self.heads: Tensor | None = None
-        self.components: Tensor | None = None
 
     def evaluate(self, model: Any) -> Evaluation:
         from mllm_vision.data.images import ImageTransform
@@ -140,37 +137,36 @@ class Attention(Evaluator):
         if not pictures:
             raise ValueError(f"none of the {len(wanted)} pictures of {self.name!r} could be read")
         pixels = ImageTransform(encoder.processor, train=False)(pictures)
-        self.pictures = [displayed(each, encoder.processor) for each in pixels]
+        shown = [displayed(each, encoder.processor) for each in pixels]
         pixels = pixels.to(next(encoder.parameters()).device)
         heads = attention_heads(encoder, pixels, self.layer)
-        self.heads = None if heads is None else heads.float().cpu()
-        if self.heads is None:
+        heads = None if heads is None else heads.float().cpu()
+        if heads is None:
             kind = encoder.backbone.config.model_type
             logger.warning(
                 "%s has no class token or pooling head whose attention could be shown: components only", kind
             )
-        self.components = patch_components(encoder, pixels).cpu()
-        metrics = {"count": float(len(kept))} | ({} if self.heads is None else head_figures(self.heads))
+        components = patch_components(encoder, pixels).cpu()
+        metrics = {"count": float(len(kept))} | ({} if heads is None else head_figures(heads))
         maps = []
-        for place, picture in enumerate(self.pictures):
+        for place, picture in enumerate(shown):
             items = []
-            if self.heads is not None:
-                grids = {f"head {index + 1}": grid for index, grid in enumerate(self.heads[place])}
-                grids = {"mean of the heads": self.heads[place].mean(dim=0), **grids}
+            if heads is not None:
+                grids = {f"head {index + 1}": grid for index, grid in enumerate(heads[place])}
+                grids = {"mean of the heads": heads[place].mean(dim=0), **grids}
                 items = [{"kind": "attention", "text": key, "grid": rounded(grid)} for key, grid in grids.items()]
             maps.append({"image": data_uri(picture, 224), "items": items})
-        return Evaluation(self.primary_metric, metrics, arrays={"maps": maps} if self.heads is not None else {})
+        parts = {"images": shown, "heads": heads, "components": components}
+        return Evaluation(self.primary_metric, metrics, arrays={"maps": maps} if heads is not None else {}, parts=parts)
 
-    def draw(self, folder: str | Path) -> list[Path]:
-        """Write what was seen last: ``<name>_heads.png`` (where there is attention) and ``<name>_patches.png``."""
+    def draw(self, result: Evaluation, folder: str | Path) -> list[Path]:
+        """Write what a result saw: ``<name>_heads.png`` (where there is attention) and ``<name>_patches.png``."""
         from mllm_vision.evaluation.drawing import draw_heads, draw_patches
 
-        if self.components is None:
-            raise ValueError(f"evaluator {self.name!r} has not been called yet: there is nothing to draw")
-        base = Path(folder) / self.name.replace("/", "_")
-        written = [draw_patches(self.pictures, self.components, base.with_name(f"{base.name}_patches.png"))]
-        if self.heads is not None:
-            written.append(draw_heads(self.pictures, self.heads, base.with_name(f"{base.name}_heads.png")))
+        base, parts = Path(folder) / self.name.replace("/", "_"), result.parts
+        written = [draw_patches(parts["images"], parts["components"], base.with_name(f"{base.name}_patches.png"))]
+        if parts["heads"] is not None:
+            written.append(draw_heads(parts["images"], parts["heads"], base.with_name(f"{base.name}_heads.png")))
         return written
 
 

@@ -1,14 +1,15 @@
 """What every evaluator shares: its result, its calling convention, and its behaviour on several processes.
 
 An evaluator is a callable ``(model, step) -> dict`` of plain floats with a ``name`` and a ``primary_metric``
-(trainers log the items as ``eval_<name>_<metric>``). The full result of the last call, with baselines,
-tables, sample pictures and small arrays, stays in ``evaluator.last``.
+(trainers log the items as ``eval_<name>_<metric>``). `examine` gives the full result, with baselines, tables, sample
+images and small arrays. Nothing of a result stays in the evaluator: what was measured on one model can never be told
+of another.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,8 @@ class Evaluation:
 
     ``metrics`` are floats; ``baselines`` maps a baseline's name ("chance", "majority", ...) to the same
     metrics as far as they make sense for it; ``tables`` are rows by class or question type; ``samples`` and
-    ``arrays`` hold thumbnails and small nested lists for the report.
+    ``arrays`` hold thumbnails and small nested lists for the report; ``parts`` are tensors and images that an
+    evaluator's own ``draw`` needs, and no record holds.
     """
 
     primary_metric: str
@@ -35,6 +37,7 @@ class Evaluation:
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     arrays: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """The JSON entry of ``run.json["evaluations"][name]``: metrics at the top, ``baselines`` as one float
@@ -56,9 +59,12 @@ class Evaluation:
             if key in ("spectrum", "deviations") and key in self.arrays:
                 self.arrays[key][name] = value["values"]
 
-    def store(self, record: dict[str, Any], name: str) -> None:
-        """Put this result under ``name`` into a run.json-like dict: its entry, samples and arrays."""
-        record.setdefault("evaluations", {})[name] = self.record()
+    def store(self, record: dict[str, Any], name: str, **facts: Any) -> None:
+        """Put this result under ``name`` into a run.json-like dict: its entry, samples and arrays.
+
+        ``facts`` (the step, the hash of the weights that were measured) go into the entry.
+        """
+        record.setdefault("evaluations", {})[name] = {**self.record(), **facts}
         others = [sample for sample in record.get("samples", []) if sample.get("evaluation") != name]
         record["samples"] = others + [{"evaluation": name, **sample} for sample in self.samples]
         arrays = record.setdefault("arrays", {})
@@ -79,25 +85,51 @@ class Evaluator(ABC):
         if not name or not all(ch.isalnum() or ch in "_-/" for ch in name):
             raise ValueError(f"evaluator name={name!r} must consist of letters, digits, '_', '-' or '/'")
         self.name = name
-        self.last: Evaluation | None = None
 
     @abstractmethod
     def evaluate(self, model: Any) -> Evaluation:
         """Measure ``model`` and return everything that was found."""
 
-    def __call__(self, model: Any, step: int = 0) -> dict[str, float]:
-        """Measure ``model`` in evaluation mode and return the metrics; training modes come back as they
-        were.
-        """
+    def examine(self, model: Any) -> Evaluation:
+        """Everything about ``model``, measured in evaluation mode; training modes come back as they were."""
         with evaluation_mode(model), torch.no_grad():
-            self.last = self.evaluate(model)
-        return dict(self.last.metrics)
+            return self.evaluate(model)
 
-    def store(self, record: dict[str, Any]) -> None:
-        """Put the last result into a run.json-like dict (see :meth:`Evaluation.store`)."""
-        if self.last is None:
-            raise ValueError(f"evaluator {self.name!r} has not been called yet: there is nothing to store")
-        self.last.store(record, self.name)
+    def __call__(self, model: Any, step: int = 0) -> dict[str, float]:
+        """The metrics of `examine`."""
+        return dict(self.examine(model).metrics)
+
+
+def examine(evaluator: Callable[..., Any], model: Any, step: int = 0) -> Evaluation:
+    """The full result of any evaluator, ours or a plain callable ``(model, step) -> dict``.
+
+    Of a callable's dict the numbers are metrics (the first is the primary one, unless it has a ``primary_metric``);
+    ``baselines`` (name -> the primary metric, or a dict of metrics), ``samples``, ``arrays`` and ``tables`` are taken
+    as they are.
+    """
+    if isinstance(evaluator, Evaluator):
+        return evaluator.examine(model)
+    with evaluation_mode(model), torch.no_grad():
+        given = dict(evaluator(model, step))
+    metrics = {key: float(value) for key, value in given.items() if _is_number(value)}
+    chief = getattr(evaluator, "primary_metric", None) or next(iter(metrics), "")
+    baselines = {
+        name: {chief: float(value)} if _is_number(value) else dict(value)
+        for name, value in (given.get("baselines") or {}).items()
+    }
+    more = {key: given[key] for key in ("tables", "samples", "arrays") if given.get(key)}
+    return Evaluation(chief, metrics, baselines, **more)
+
+
+def name_of(evaluator: Any) -> str:
+    """What an evaluator's figures are called."""
+    return str(getattr(evaluator, "name", type(evaluator).__name__.lower()))
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @contextmanager

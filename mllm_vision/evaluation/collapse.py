@@ -161,19 +161,17 @@ class Geometry(Evaluator):
             result.metrics |= self._against_text(model, features, kept, caption)
         return result
 
-    def draw(self, folder: str | Path) -> list[Path]:
-        """Write ``<name>_board.png`` (of ``board``, ``board.png``): this encoder beside its baselines."""
+    def draw(self, result: Evaluation, folder: str | Path) -> list[Path]:
+        """Write ``<name>_board.png`` (of ``board``, ``board.png``): the encoder of `result` beside its baselines."""
         from mllm_vision.evaluation.drawing import draw_board
 
-        if self.last is None:
-            raise ValueError(f"evaluator {self.name!r} has not been called yet: there is nothing to draw")
         curves = []
         for name in ("spectrum", "deviations"):
-            array = {key: value for key, value in self.last.arrays[name].items() if isinstance(value, list)}
+            array = {key: value for key, value in result.arrays[name].items() if isinstance(value, list)}
             curves.append({"this model" if key == "values" else key: value for key, value in array.items()})
         base = self.name.replace("/", "_")
         path = Path(folder) / (f"{base}.png" if base.endswith("board") else f"{base}_board.png")
-        return [draw_board(*curves, self.last.metrics, path)]
+        return [draw_board(*curves, result.metrics, path)]
 
     def _view_alignment(self, encoder: Any) -> float:
         """Of two crops a picture; which ones, the seed and the picture itself decide."""

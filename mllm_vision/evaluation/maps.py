@@ -88,7 +88,7 @@ def answer_maps(generator: AnswerGenerator, pixel_values: Tensor, question: str,
 
 
 class Maps(Evaluator):
-    """Maps over a few pictures, kept as small arrays in ``last.arrays["maps"]`` for the report.
+    """Maps over a few pictures, kept as small arrays in ``arrays["maps"]`` of the result for the report.
 
     For an image-text model: the class token's attention and one occlusion map a text. For an encoder alone:
     attention only. For a vision-language model (``processor`` given): one occlusion map a question, for the

@@ -46,7 +46,7 @@ class BadSampleLimit(TrainerCallback):
         self.bad_samples.check(getattr(args, "max_bad_fraction", 1.0))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bad_samples.check(getattr(args, "max_bad_fraction", 1.0))
+        # every step was checked; what was read ahead and never trained on is no reason to lose what was trained
         count = int(self.bad_samples.count)
         if count:
             told = "; ".join(dict.fromkeys(self.bad_samples.examples))
@@ -60,7 +60,11 @@ class BadSampleLimit(TrainerCallback):
 
 
 class RunFolder(TrainerCallback):
-    """Keeps `metrics.jsonl` in step with the training: what an interrupted run logged after the checkpoint goes."""
+    """Keeps `metrics.jsonl` in step with the training: what an interrupted run logged after the checkpoint goes.
+
+    After the last step nothing is evaluated: a run saves first, and `final_evaluation` measures what was saved. Where
+    the training itself needs the figure (`metric_for_best_model`) it is taken all the same.
+    """
 
     def __init__(self, run: Any) -> None:
         self.run = run
@@ -69,6 +73,12 @@ class RunFolder(TrainerCallback):
         self.run.begin()
         finished = state.global_step >= state.max_steps > 0
         self.run.rewind(state.global_step, evaluations=finished)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps and args.metric_for_best_model is None:
+            control.should_evaluate = False
+
+    on_epoch_end = on_step_end
 
 
 class SaveByMinutes(TrainerCallback):

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,12 +178,20 @@ class Perplexity:
 
     primary_metric = "perplexity"
 
-    def __init__(self, blocks: PackedBlocks, *, name: str = "heldout", batch_size: int = 32) -> None:
+    def __init__(
+        self,
+        blocks: PackedBlocks,
+        *,
+        name: str = "heldout",
+        batch_size: int = 32,
+        baselines: Mapping[str, float] | None = None,
+    ) -> None:
         self.blocks, self.name, self.batch_size = blocks.blocks, name, batch_size
+        self.baselines = dict(baselines or {})
 
     @torch.no_grad()
-    def __call__(self, model: Any, step: int = 0) -> dict[str, float]:
-        """The loss in nats per token and its exponential."""
+    def __call__(self, model: Any, step: int = 0) -> dict[str, Any]:
+        """The loss in nats per token and its exponential, beside the `baselines` (perplexities) it was given."""
         device, was_training = next(model.parameters()).device, model.training
         model.eval()
         total, tokens = 0.0, 0
@@ -193,7 +201,8 @@ class Perplexity:
             total += model(input_ids=batch, labels=batch).loss.item() * count
             tokens += count
         model.train(was_training)
-        return {"perplexity": math.exp(min(total / tokens, 700)), "loss": total / tokens}
+        found: dict[str, Any] = {"perplexity": math.exp(min(total / tokens, 700)), "loss": total / tokens}
+        return found | ({"baselines": self.baselines} if self.baselines else {})
 
 
 def unigram_perplexity(train: PackedBlocks, heldout: PackedBlocks, vocab_size: int) -> float:

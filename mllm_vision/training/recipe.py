@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from mllm_vision.errors import unknown_name
+from mllm_vision.errors import IncompleteRun, unknown_name
 
 from .flag_types import convert, is_bool, is_list, read_yaml, type_name
 from .launch import tell_failure
@@ -140,6 +140,8 @@ def recipe_dict(*instances: Any) -> dict[str, Any]:
 def run_recipe(main: Callable[[], Any]) -> None:
     """Run a recipe's `main()`: a user's error becomes `error: ...` on stderr and exit code 2, without traceback.
 
+    Exit code 3 says: trained and saved, and something after it failed (`Run.after_training`).
+
     `MLLM_VISION_TRACEBACK=1` shows the traceback all the same.
     """
     try:
@@ -150,6 +152,9 @@ def run_recipe(main: Callable[[], Any]) -> None:
         print(f"error: {error}", file=sys.stderr)
         tell_failure(error)
         raise SystemExit(2) from None
+    except IncompleteRun as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(3) from None
     except KeyboardInterrupt:
         print("interrupted; a run with checkpoints goes on with --resume", file=sys.stderr)
         raise SystemExit(130) from None

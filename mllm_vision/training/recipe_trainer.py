@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,30 +16,31 @@ from mllm_vision.data.sampling import EpochCallback
 from .callbacks import BadSampleLimit, RunFolder, SaveByMinutes
 from .clipping import clip_per_parameter_
 from .ema import WeightAverage
+from .evaluating import Evaluating
 from .muon import MuonAdamW
 from .optimizers import group_flags, group_settings, optimizer_class, parameter_groups, tell_rates
-from .resume import ExactResume
 from .schedules import WeightDecaySchedule, step_schedule, warn_of_warmup
-from .sharding import make_whole, prepare_sharding, whole_parameters
+from .sharding import make_whole, prepare_sharding
 
 logger = logging.getLogger(__name__)
 
 
-class RecipeTrainer(ExactResume):
+class RecipeTrainer(Evaluating):
     """`Trainer` with what every stage here needs; every argument and callback of `Trainer` works as usual.
 
     - Parameter groups by module and without decay where it does not belong (training/optimizers.py).
     - A checkpoint is whole or not there; the one before it stays until the new one is. Resuming checks that every
       weight was found, where the stock Trainer only warns.
     - `train()` resumes by itself as `args.resume` and `args.resume_from_checkpoint` say.
-    - Logs go to `run.log`, with samples per second; evaluators run every `eval_steps` and at the end.
+    - Logs go to `run.log`, with samples per second; evaluators run every `eval_steps`; with a run the last
+      evaluation is `final_evaluation`'s, of what was saved.
 
     Args:
         run: the `Run` whose folder is written; none is needed.
         learning_rates: parameter-name prefix -> learning rate.
         bad_samples: the `BadSamples` counter of the data set, checked at every step.
         evaluators: callables (model, step) -> dict with an attribute `name`; keys are logged as
-            `eval_<name>_<metric>`; `baselines`, `samples` and `arrays` in the dict go to the run's record.
+            `eval_<name>_<metric>`; `baselines`, `samples` and `arrays` in the dict go to the run's record at the end.
 
     Raises:
         ValueError: the training set is empty, or smaller than one batch when the last one is dropped; no evaluator
@@ -65,7 +65,7 @@ class RecipeTrainer(ExactResume):
         self.run = run
         self.learning_rates = dict(learning_rates or {})
         self.evaluators = list(evaluators)
-        self._evaluated_at = -1
+        self._before = {}
         self._clock: tuple[float, int] | None = None
         super().__init__(*args, **kwargs)
         if stand_in:
@@ -92,17 +92,6 @@ class RecipeTrainer(ExactResume):
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # peft's
         if self.label_smoother is not None and hasattr(model, "label_smoothing"):
             model.label_smoothing, self.label_smoother = self.args.label_smoothing_factor, None
-
-    def _check_best_metric(self) -> None:
-        """The stock Trainer finds out at the first evaluation, minutes or hours into the training."""
-        wanted = (self.args.metric_for_best_model or "").removeprefix("eval_")
-        if not wanted or not self.evaluators or self.eval_dataset is not None or self.args.eval_strategy == "no":
-            return
-        names = [getattr(evaluator, "name", type(evaluator).__name__.lower()) for evaluator in self.evaluators]
-        if not any(wanted.startswith(f"{name}_") for name in names):
-            chief = [getattr(evaluator, "primary_metric", "<metric>") for evaluator in self.evaluators]
-            known = ", ".join(f"{name}_{metric}" for name, metric in zip(names, chief))
-            raise ValueError(f"metric_for_best_model={wanted!r} is measured by no evaluator; use e.g. {known}")
 
     def _check_size(self) -> None:
         if self.train_dataset is None or not has_length(self.train_dataset):
@@ -208,7 +197,7 @@ class RecipeTrainer(ExactResume):
     # ---- training and evaluation ---------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`, resuming as the arguments say; a last evaluation where one is due."""
+        """As `Trainer.train`, resuming as the arguments say. Then save, and call `final_evaluation`."""
         if resume_from_checkpoint in (None, True) and hasattr(self.args, "checkpoint_to_resume"):
             self.args.resume = self.args.resume or resume_from_checkpoint is True
             resume_from_checkpoint = self.args.checkpoint_to_resume()
@@ -221,10 +210,6 @@ class RecipeTrainer(ExactResume):
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.is_fsdp_enabled:
             make_whole(self.model)
-        if self.args.load_best_model_at_end:
-            self._evaluated_at = -1  # these are other weights than those evaluated last
-        if self.args.eval_strategy != "no" and self.evaluators:
-            self.final_evaluation()
         return result
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -243,72 +228,6 @@ class RecipeTrainer(ExactResume):
         finally:
             for name, value in given.items():
                 setattr(self.args, name, value)
-
-    def final_evaluation(self) -> None:
-        """Evaluate now, unless that was just done at this step."""
-        if self._evaluated_at != self.state.global_step:
-            self.evaluate()
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """As `Trainer.evaluate` where there is a data set, then the evaluators; returns the metrics of both.
-
-        With `ema_decay` they are those of the averaged weights.
-        """
-        metrics: dict[str, float] = {}
-        averaged = contextlib.nullcontext if self.average is None else self.average.applied
-        if eval_dataset is not None or self.eval_dataset is not None:
-            with averaged():
-                metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if eval_dataset is None and self.evaluators:
-            with averaged():
-                found = self._run_evaluators(metric_key_prefix)
-            self.log(dict(found))
-            if not metrics:
-                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-            metrics = {**metrics, **found}
-        self._evaluated_at = self.state.global_step
-        return metrics
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        try:
-            return super()._determine_best_metric(metrics, trial)
-        except KeyError as error:  # a metric that no evaluator gave: an error of the user's
-            raise ValueError(error.args[0]) from error
-
-    def _run_evaluators(self, prefix: str) -> dict[str, float]:
-        """Every evaluator once; the random state of the training is left as it was."""
-        model, found, began = self.model, {}, time.monotonic()
-        was_training = model.training
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with whole_parameters(model), torch.random.fork_rng(devices=devices), torch.no_grad():
-            model.eval()
-            for evaluator in self.evaluators:
-                name = getattr(evaluator, "name", type(evaluator).__name__.lower())
-                result = dict(evaluator(model, self.state.global_step))
-                numbers = {key: float(value) for key, value in result.items() if _is_number(value)}
-                found.update({f"{prefix}_{name}_{key}": value for key, value in numbers.items()})
-                if self.run is not None:
-                    self._keep(name, evaluator, numbers, result)
-            model.train(was_training)
-        if self._clock is not None:  # throughput is that of training
-            self._clock = (self._clock[0] + time.monotonic() - began, self._clock[1])
-        return found
-
-    def _keep(self, name: str, evaluator: Any, numbers: Mapping[str, float], result: Mapping[str, Any]) -> None:
-        record = self.run.record
-        before = record["evaluations"].get(name, {}).get("baselines", {})
-        entry: dict[str, Any] = {**numbers, "step": self.state.global_step}
-        if getattr(evaluator, "primary_metric", None):
-            entry["primary_metric"] = evaluator.primary_metric
-        entry["baselines"] = {**before, **(result.get("baselines") or {})}
-        record["evaluations"][name] = entry
-        if result.get("samples"):
-            others = [sample for sample in record["samples"] if sample.get("evaluation") != name]
-            record["samples"] = others + [{"evaluation": name, **sample} for sample in result["samples"]]
-        for key, value in (result.get("arrays") or {}).items():
-            record["arrays"][key] = value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with samples per second and the rate of each parameter group, and into the run."""
@@ -384,9 +303,3 @@ def _without_copies(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
             seen.add(key)
             kept[name] = tensor.contiguous()
     return kept
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.numel() == 1
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

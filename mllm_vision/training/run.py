@@ -18,7 +18,9 @@ from mllm_vision.lineage import check_lineage, hash_weights, plain, write_json, 
 
 from . import summary
 from .arguments import RecipeArguments
+from .ending import Ending, Failure, attempt
 from .folders import check_name, clean, list_checkpoints, remove, whole_folder, write_whole
+from .push import Push
 
 logger = logging.getLogger(__name__)
 
@@ -77,17 +79,19 @@ class Run:
             "bad_samples": {"count": 0, "examples": []},
             "verdict": "",
             "artifacts": [],
+            "missing": [],
         }
+        self.ending = Ending()
         self._begun = False
         if self.is_main:
             self._claim()
             if not (self.folder / "recipe.yaml").is_file():  # that of an earlier run stays until this one begins
                 self._write_recipe(self.folder)
-        set_seed(arguments.seed)
         # The artifact is what belongs on the Hub, not every checkpoint of the Trainer: see finish().
-        self._push = (arguments.hub_model_id, arguments.hub_token) if arguments.push_to_hub else None
-        arguments.push_to_hub = False
-        arguments.hub_token = None  # the Trainer writes its arguments into every checkpoint
+        self.push = Push(arguments, self.record["name"])
+        if self.is_main:
+            self.push.check()
+        set_seed(arguments.seed)
 
     # ---- what the run is made of ---------------------------------------------------------------------------
 
@@ -222,22 +226,63 @@ class Run:
             self.arguments.distributed_state.wait_for_everyone()
         return final
 
-    def finish(self, **extra: Any) -> None:
-        """Complete the record with `extra`, write run.json, print the end table, push if asked to.
+    def after_training(
+        self,
+        step: str,
+        work: Callable[..., Any],
+        *arguments: Any,
+        everywhere: bool = False,
+        severe: bool = False,
+        remedy: str = "",
+    ) -> Any:
+        """What `work(*arguments)` returns; None where it fails: then the run goes on, and says so at its end.
 
-        The artifacts' lineage gets the final metrics. A push that fails is reported and ends nothing.
+        All that follows the training goes through here: evaluation, samples, drawing, audits, card and push. A failure
+        is one warning with its cause, an entry of run.json's `missing` and a line of the end table, and `finish`
+        raises at last. Until a step is over run.json has it as missing: a run that is killed in it has told so.
+        Interrupts pass through.
+
+        Args:
+            step: its name in messages, e.g. "evaluation of knn".
+            everywhere: the work holds collectives: every process does it, and it failed if it failed on any. Else the
+                main process alone does it.
+            severe: the run ends with the step's own error, once everything is written.
+            remedy: what makes up for it later.
+        """
+        if not (everywhere or self.is_main):
+            return None
+        if self.is_main and self.record["artifacts"]:
+            attempt("run.json", self._write_record, step)  # the last time, in finish, it has to be written
+        result, error = attempt(step, work, *arguments, everywhere=everywhere)
+        if error is not None:
+            self.ending.note(Failure(step, error, remedy, severe))
+        return result
+
+    def weights_of(self, artifact: str | None) -> dict[str, Any]:
+        """Name and hash of an artifact, for the figures that were measured on it."""
+        known = [entry for entry in self.record["artifacts"] if entry["name"] == artifact]
+        return {"artifact": artifact, "weights_sha256": known[0]["weights_sha256"]} if known else {}
+
+    def finish(self, **extra: Any) -> None:
+        """Complete the record with `extra`, push if asked to, write run.json, print the end table.
+
+        The artifacts' lineage gets the final metrics.
+
+        Raises:
+            Exception: what a severe step after the training raised.
+            IncompleteRun: another step failed; `run_recipe` makes exit code 3 of it.
         """
         self.record.update(extra)
-        self.record["seconds"] = round(time.monotonic() - self._started, 1)
-        self.record["verdict"] = self.record["verdict"] or summary.verdict(self.record["evaluations"])
-        if not self.is_main:
-            return
-        for entry in self.record["artifacts"]:
-            write_lineage(entry["path"], self._lineage(entry["name"], entry["kind"], entry["weights_sha256"]))
-        write_json(self.folder / "run.json", self.record)
-        print(summary.end_table(self.record), flush=True)
-        if self._push is not None:
-            self._push_artifacts(*self._push)
+        if self.is_main:
+            self.after_training("verdict and lineage", self._close_lineages)
+            for position, entry in enumerate(self.record["artifacts"] if self.push.wanted else []):
+                target = self.push.target(position, entry)
+                later = f"push it with: {self.push.command(entry, target)}"
+                step = f"push of {entry['name']} to {target}"
+                self.after_training(step, self.push.upload, entry, target, self.record, remedy=later)
+            self._write_record()
+            print(summary.end_table(self.record), flush=True)
+        self.ending.close()
 
     # ---- inside --------------------------------------------------------------------------------------------
 
@@ -305,19 +350,18 @@ class Run:
             **{key: self.record[key] for key in (*kept, "artifact_is") if key in self.record},
         }
 
-    def _push_artifacts(self, repo_id: str | None, token: str | None) -> None:
-        from mllm_vision.encoder.hub import push_directory
+    def _close_lineages(self) -> None:
+        self.record["verdict"] = self.record["verdict"] or summary.verdict(self.record["evaluations"])
+        for entry in self.record["artifacts"]:
+            write_lineage(entry["path"], self._lineage(entry["name"], entry["kind"], entry["weights_sha256"]))
 
-        given = self.arguments
-        settings = {"token": token, "private": given.hub_private_repo, "revision": given.hub_revision}
-        for position, entry in enumerate(self.record["artifacts"]):
-            base = repo_id or self.record["name"]
-            target = base if position == 0 else f"{base}-{entry['name']}"
-            try:
-                push_directory(entry["path"], target, run=self.record, **settings)
-                logger.info("pushed %s to %s", entry["path"], target)
-            except Exception as error:  # the run itself is done and saved
-                logger.error("could not push %s to %s: %s; try scripts/push_to_hub.py", entry["path"], target, error)
+    def _write_record(self, pending: str = "") -> None:
+        """run.json as things stand; a step that is under way counts as missing until it is over."""
+        self.record["seconds"] = round(time.monotonic() - self._started, 1)
+        missing = [failure.entry() for failure in self.ending.failures]
+        self.record["missing"] = missing
+        under_way = [{"step": pending, "cause": "the run ended before it was over"}] if pending else []
+        write_json(self.folder / "run.json", {**self.record, "missing": [*missing, *under_way]})
 
     def _say(self, message: str, *values: Any) -> None:
         if self.is_main:

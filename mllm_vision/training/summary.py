@@ -132,6 +132,9 @@ def end_table(record: Mapping[str, Any]) -> str:
     if record.get("bad_samples", {}).get("count"):
         lines.append(f"bad samples skipped: {record['bad_samples']['count']}")
     lines += [f"verdict: {line}" for line in str(record.get("verdict") or "").splitlines()]
+    for entry in record.get("missing") or []:
+        remedy = f"; {entry['remedy']}" if entry.get("remedy") else ""
+        lines.append(f"missing: {entry['step']} ({entry['cause']}){remedy}")
     owner = f" ({record['artifact_is']})" if record.get("artifact_is") else ""
     lines += [f"{entry['kind']}: {entry['path']}{owner}" for entry in record.get("artifacts", [])]
     lines.append(f"time: {duration(record.get('seconds', 0))}")

@@ -207,6 +207,11 @@ class FreezeProof:
                 )
         return self.rows
 
+    def verify(self, model: nn.Module) -> None:
+        """`close`, the table for people, and `check`."""
+        print(audit_table(self.close(model)), flush=True)
+        self.check()
+
     def check(self) -> None:
         """Raises ValueError if what was frozen moved or what should train did not. Call after saving."""
         if self.problems:

@@ -46,9 +46,10 @@ def retrieve_and_classify(path: str) -> dict[str, Any]:
     columns = {"image": "image", "caption": "captions", "label": "label"}
     retrieval = Retrieval("r", records, columns, batch_size=2)
     zero_shot = ZeroShot("z", records, templates=("a {}", "one {}"), columns=columns, batch_size=2)
-    found = {"retrieval": retrieval(NumberDual(), 0), "zero_shot": zero_shot(NumberDual(), 0)}
-    found["matrix"] = retrieval.last.arrays["similarity"]["matrix"]
-    found["table"] = zero_shot.last.tables["class"]
+    results = {"retrieval": retrieval.examine(NumberDual()), "zero_shot": zero_shot.examine(NumberDual())}
+    found: dict[str, Any] = {name: result.metrics for name, result in results.items()}
+    found["matrix"] = results["retrieval"].arrays["similarity"]["matrix"]
+    found["table"] = results["zero_shot"].tables["class"]
     return found
 
 
@@ -70,8 +71,8 @@ def answer(path: str, folder: str) -> dict[str, Any]:
     )
     columns = {"image": "image", "question": "questions", "answer": "answers"}
     evaluator = QuestionAnswering("q", load(path), columns, processor, batch_size=2, max_new_tokens=3)
-    metrics = evaluator(model, 0)
-    return {"metrics": metrics, "samples": [(s["question"], s["prediction"]) for s in evaluator.last.samples]}
+    result = evaluator.examine(model)
+    return {"metrics": result.metrics, "samples": [(s["question"], s["prediction"]) for s in result.samples]}
 
 
 def fail(path: str) -> str:

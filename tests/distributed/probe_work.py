@@ -18,7 +18,8 @@ def knn_and_probe(path: str) -> dict[str, Any]:
     data = LabelledImages(rows.select(range(43)), rows.select(range(43, 60)), batch_size=4)
     knn = KnnAccuracy("knn", data, k=[2, 30], temperature=0.5, query_chunk=3)
     probe = LinearProbe("probe", data, regularisation=(1e-2, 1.0), validation=0.2, tolerance=1e-5)
-    found = {"knn": knn(encoder, 0), "probe": probe(encoder, 0)}
+    results = {"knn": knn.examine(encoder), "probe": probe.examine(encoder)}
+    found: dict[str, Any] = {name: result.metrics for name, result in results.items()}
     pixels = LabelledImages(data.train, data.test, feature="pixels")  # more dimensions than rows
     found["pixels"] = LinearProbe("pixels", pixels, regularisation=0.1, tolerance=1e-4)(encoder, 0)
-    return found | {"classes": knn.last.tables["class"], "sweep": probe.last.tables["sweep"]}
+    return found | {"classes": results["knn"].tables["class"], "sweep": results["probe"].tables["sweep"]}

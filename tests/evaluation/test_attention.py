@@ -149,13 +149,11 @@ def test_pictures_are_drawn(tmp_path):
     records = load_records(str(tiny.write_pairs_parquet(tmp_path / "pairs.parquet", n=8)))
     encoder = build("dinov2_with_registers")
     evaluator = Attention("looks/at", records, count=3)
-    with pytest.raises(ValueError, match="nothing to draw"):
-        evaluator.draw(tmp_path)
-    metrics = evaluator(encoder, 0)
-    assert metrics["count"] == 3 and 0 < metrics["entropy"] <= 1
-    items = evaluator.last.arrays["maps"][0]["items"]
+    result = evaluator.examine(encoder)
+    assert result.metrics["count"] == 3 and 0 < result.metrics["entropy"] <= 1
+    items = result.arrays["maps"][0]["items"]
     assert [item["text"] for item in items] == ["mean of the heads", "head 1", "head 2", "head 3", "head 4"]
-    patches, heads = evaluator.draw(tmp_path / "new")
+    patches, heads = evaluator.draw(result, tmp_path / "new")
     assert (patches.name, heads.name) == ("looks_at_patches.png", "looks_at_heads.png")
     sheet = Image.open(heads)
     assert sheet.width > 5 * 128 and sheet.height > 3 * 128
@@ -201,23 +199,22 @@ def test_the_board(tmp_path, caplog):
     records = load_records(str(tiny.write_pairs_parquet(tmp_path / "pairs.parquet", n=12)))
     board = Geometry("board", records, views=True)
     encoder = build("vit")
-    metrics = board(encoder, 0)
+    result = board.examine(encoder)
+    metrics = result.metrics
     assert 0 < metrics["view_alignment"] < 4
     assert metrics["view_alignment"] == board(encoder, 0)["view_alignment"]
     assert metrics["view_alignment"] != Geometry("board", records, views=True, seed=1)(encoder, 0)["view_alignment"]
-    deviations = board.last.arrays["deviations"]["values"]
+    deviations = result.arrays["deviations"]["values"]
     assert len(deviations) == 32 and deviations == sorted(deviations, reverse=True)
     assert sum(deviations) / 32 == pytest.approx(metrics["std"], rel=1e-2)
-    result = board.last
     with torch.no_grad():  # a collapsed one: every picture the same class token
         encoder.backbone.layernorm.weight.zero_()
-    board(encoder, 0)
+    collapsed = board.examine(encoder)
     assert "collapse: the features of all pictures are nearly alike" in caplog.text
-    assert board.last.metrics["view_alignment"] == pytest.approx(0.0, abs=1e-9)
-    result.add_baseline("collapsed", board.last)
-    board.last = result
+    assert collapsed.metrics["view_alignment"] == pytest.approx(0.0, abs=1e-9)
+    result.add_baseline("collapsed", collapsed)
     assert len(result.arrays["deviations"]["collapsed"]) == 32
-    (path,) = board.draw(tmp_path)
+    (path,) = board.draw(result, tmp_path)
     assert Image.open(path).size[0] > 800
     with pytest.raises(ValueError, match="views=True measures an encoder"):
         Geometry("g", records, feature="embedding", views=True)

@@ -167,8 +167,9 @@ def test_the_probe_is_fitted_to_all_training_rows_and_standardised_by_them_alone
     train, test = clusters(120, noise=6.0), clusters(90, noise=6.0, seed=1)
     test = (test[0] * 1.5 + 2.0, test[1])
     probe = LinearProbe("probe", given(train, test, 3), regularisation=(1e-3, 1e-1, 10.0), validation=0.3)
-    metrics = probe(None)
-    accuracies = [row["accuracy"] for row in probe.last.tables["sweep"]]
+    result = probe.examine(None)
+    metrics = result.metrics
+    accuracies = [row["accuracy"] for row in result.tables["sweep"]]
     assert metrics["validation_accuracy"] == max(accuracies) > min(accuracies)
     assert metrics["regularisation"] == (10.0, 1e-1, 1e-3)[accuracies.index(max(accuracies))]
     mean, deviation = train[0].double().mean(0), train[0].double().std(0, unbiased=False)
@@ -210,14 +211,16 @@ def test_both_on_pictures_that_can_be_told_apart(encoder, rows):
     data = LabelledImages(train, test, batch_size=20)
     knn = KnnAccuracy("knn", data, k=[3, 5], raw_pixels=True)
     probe = LinearProbe("probe", data, regularisation=(1e-3, 1e-1), validation=0.25, raw_pixels=True)
-    metrics = knn(encoder, 0)
+    result = knn.examine(encoder)
+    metrics = result.metrics
     assert metrics["accuracy"] > 0.25 and metrics["count"] == 32 and "accuracy_k5" in metrics
-    assert knn.last.baselines["chance"]["accuracy"] == pytest.approx(1 / 16)
-    assert knn.last.baselines["raw_pixels"]["accuracy"] > 0.8
-    found = probe(encoder, 0)
+    assert result.baselines["chance"]["accuracy"] == pytest.approx(1 / 16)
+    assert result.baselines["raw_pixels"]["accuracy"] > 0.8
+    result = probe.examine(encoder)
+    found = result.metrics
     assert found["accuracy"] > 0.25 and found["converged"] == 1.0 and found["regularisation"] in (1e-3, 1e-1)
-    assert [row["name"] for row in probe.last.tables["sweep"]] == ["0.1", "0.001"]
-    assert probe.last.baselines["raw_pixels"]["accuracy"] > 0.8
+    assert [row["name"] for row in result.tables["sweep"]] == ["0.1", "0.001"]
+    assert result.baselines["raw_pixels"]["accuracy"] > 0.8
     # the features are the encoder's own vectors, of all rows in their order
     own = encoder.encode([row["image"] for row in test], feature="pooled")
     torch.testing.assert_close(data.features(encoder)[1].features, own, atol=2e-2, rtol=1e-2)

@@ -23,6 +23,7 @@ def plain_answer(model, processor, messages, picture, max_new_tokens: int) -> st
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
+
 COLUMNS = {"image": "image", "question": "questions", "answer": "answers"}
 
 
@@ -93,7 +94,8 @@ def test_figures_against_hand_counts(pair, records, monkeypatch) -> None:
         AnswerGenerator, "answer", lambda self, pictures, asked: [said.get(text, "nothing") for _, text in asked]
     )
     evaluator = QuestionAnswering("vqa", records, COLUMNS, processor, no_image_baseline=True)
-    metrics = evaluator(model, 0)
+    result = evaluator.examine(model)
+    metrics = result.metrics
     # Pictures 0-3 are circles in red, green, blue, yellow; 4-6 squares: each asked for its colour and its shape.
     answers = [(q, a, t) for row in records for q, a, t in zip(row["questions"], row["answers"], row["question_types"])]
     right = [said.get(q, "nothing").lower().strip(". ").removeprefix("a ") == a for q, a, _ in answers]
@@ -105,16 +107,14 @@ def test_figures_against_hand_counts(pair, records, monkeypatch) -> None:
     shapes = [a for _, a, t in answers if t == "shape"]
     colours = [a for _, a, t in answers if t == "colour"]
     best = max(shapes.count(s) for s in shapes) + max(colours.count(c) for c in colours)
-    assert evaluator.last.baselines["majority_by_type"]["accuracy"] == pytest.approx(best / 14)
+    assert result.baselines["majority_by_type"]["accuracy"] == pytest.approx(best / 14)
     everything = [a for _, a, _ in answers]
-    assert evaluator.last.baselines["majority"]["accuracy"] == pytest.approx(
-        max(map(everything.count, everything)) / 14
-    )
-    assert evaluator.last.baselines["no_image"]["accuracy"] == metrics["accuracy"]
-    table = {row["name"]: row for row in evaluator.last.tables["question_type"]}
+    assert result.baselines["majority"]["accuracy"] == pytest.approx(max(map(everything.count, everything)) / 14)
+    assert result.baselines["no_image"]["accuracy"] == metrics["accuracy"]
+    table = {row["name"]: row for row in result.tables["question_type"]}
     assert table["shape"]["count"] == 7 and table["shape"]["majority_answer"] == max(set(shapes), key=shapes.count)
-    assert {sample["correct"] for sample in evaluator.last.samples} == {True, False}
-    assert all(sample["image"].startswith("data:image/png") for sample in evaluator.last.samples)
+    assert {sample["correct"] for sample in result.samples} == {True, False}
+    assert all(sample["image"].startswith("data:image/png") for sample in result.samples)
 
 
 def test_majority_from_training_answers(pair, records) -> None:

@@ -114,11 +114,12 @@ def test_evaluator_reads_rows_skips_bad_pictures_and_keeps_a_matrix() -> None:
     pictures[4] = {"bytes": b"no picture", "path": None}
     records = Dataset.from_dict({"image": pictures, "captions": [[f"{i} first", f"{i} second"] for i in range(6)]})
     evaluator = Retrieval("retrieval", records, {"image": "image", "caption": "captions"}, batch_size=4)
-    metrics = evaluator(FakeDual(), 0)
+    result = evaluator.examine(FakeDual())
+    metrics = result.metrics
     assert metrics["r1"] == 1.0 and metrics["images"] == 5 and metrics["texts"] == 10 and metrics["skipped"] == 1
-    matrix = evaluator.last.arrays["similarity"]
+    matrix = result.arrays["similarity"]
     assert len(matrix["matrix"]) == len(matrix["images"]) == 5 and matrix["captions"][4] == "5 first"
-    assert evaluator.last.record()["baselines"]["chance"] == pytest.approx(0.2, abs=0.03)
+    assert result.record()["baselines"]["chance"] == pytest.approx(0.2, abs=0.03)
 
     records = Dataset.from_dict({"image": ["x"] * 4, "captions": [["a"], ["b"], ["a"], ["c"]]})
     assert distinct_rows(records, "captions") == [0, 1, 3]

@@ -43,17 +43,19 @@ class FakeDual:
 def test_accuracy_per_class_and_confusion() -> None:
     data = records([0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2], ClassLabel(names=["ape", "bee", "cat"]))
     evaluator = ZeroShot("zs", data, templates=["a {}", "one {}"], columns=COLUMNS, batch_size=4)
-    metrics = evaluator(FakeDual(), 3)
+    result = evaluator.examine(FakeDual())
+    metrics = result.metrics
+    assert evaluator(FakeDual(), 3) == metrics
     assert metrics["accuracy"] == pytest.approx(4 / 6)  # right: rows 0, 1, 3, 5
     assert metrics["mean_class_accuracy"] == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
-    assert evaluator.last.baselines["chance"]["accuracy"] == pytest.approx(1 / 3)
-    assert evaluator.last.baselines["most_frequent_class"]["accuracy"] == pytest.approx(3 / 6)
-    table = {row["name"]: (row["count"], row["accuracy"]) for row in evaluator.last.tables["class"]}
+    assert result.baselines["chance"]["accuracy"] == pytest.approx(1 / 3)
+    assert result.baselines["most_frequent_class"]["accuracy"] == pytest.approx(3 / 6)
+    table = {row["name"]: (row["count"], row["accuracy"]) for row in result.tables["class"]}
     assert table == {"ape": (3, pytest.approx(2 / 3)), "bee": (2, 0.5), "cat": (1, 1.0)}
-    assert evaluator.last.arrays["confusion"]["counts"] == [[2, 1, 0], [0, 1, 1], [0, 0, 1]]
-    wrong = [sample for sample in evaluator.last.samples if not sample["correct"]]
+    assert result.arrays["confusion"]["counts"] == [[2, 1, 0], [0, 1, 1], [0, 0, 1]]
+    wrong = [sample for sample in result.samples if not sample["correct"]]
     assert [(sample["answer"], sample["prediction"]) for sample in wrong] == [("ape", "bee"), ("bee", "cat")]
-    entry = evaluator.last.record()
+    entry = result.record()
     assert entry["primary_metric"] == "accuracy" and entry["baselines"]["chance"] == pytest.approx(1 / 3)
 
 

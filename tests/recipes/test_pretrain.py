@@ -19,6 +19,8 @@ from pairs_for_tests import tokenizer
 from safetensors.torch import load_file, save_file
 from two_ranks import assert_same_run, torchrun
 
+from mllm_vision.errors import IncompleteRun
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64"
 
@@ -250,8 +252,10 @@ def test_it_pushes_what_it_saved_when_asked_to(pretrain, data, tmp_path, monkeyp
             raise ConnectionError("the Hub is away")
 
     monkeypatch.setattr(hub, "push_directory", push)
+    monkeypatch.setattr(hub, "prepare_repository", lambda repo_id, **settings: repo_id)
     asked = {"push_to_hub": "true", "hub_model_id": "me/eyes", "hub_token": "hf_secret", "max_steps": 1}
-    pretrain.main(flags(data, tmp_path / "run", **asked))
+    with pytest.raises(IncompleteRun, match="failed: push of dual to me/eyes-dual"):
+        pretrain.main(flags(data, tmp_path / "run", **asked))
     assert pushed == [(n, r, "stage_zero", "hf_secret") for n, r in (("encoder", "me/eyes"), ("dual", "me/eyes-dual"))]
     assert "the Hub is away" in caplog.text and (tmp_path / "run" / "run.json").is_file()
     for file in (tmp_path / "run").rglob("*"):

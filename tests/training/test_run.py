@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import tiny
 import torch
 import yaml
 
+from mllm_vision.errors import IncompleteRun
 from mllm_vision.lineage import LINEAGE_FILE, check_lineage, hash_parameters, hash_weights, read_lineage
 from mllm_vision.training import summary
 from mllm_vision.training.arguments import RecipeArguments
@@ -107,7 +109,7 @@ def test_run_json_holds_what_the_report_needs(encoder: tuple[Path, Any]) -> None
     record = json.loads((path.parent / "run.json").read_text())
     keys = (
         "schema kind name command started seconds machine versions recipe parents data modules history evaluations "
-        "samples arrays bad_samples verdict artifacts"
+        "samples arrays bad_samples verdict artifacts missing"
     )
     assert set(record) == set(keys.split())
     (artifact,) = record["artifacts"]
@@ -300,7 +302,10 @@ def test_the_end_table_shows_baselines_beside_the_metric_they_are_for() -> None:
 
 
 def test_a_push_that_fails_ends_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     asked = []
 
@@ -308,12 +313,20 @@ def test_a_push_that_fails_ends_nothing(
         asked.append((Path(path).name, repo_id))
         raise PermissionError("wrong token")
 
-    monkeypatch.setitem(__import__("sys").modules, "mllm_vision.encoder.hub", SimpleNamespace(push_directory=refuse))
+    hub = SimpleNamespace(push_directory=refuse, prepare_repository=lambda repo_id, **settings: repo_id)
+    monkeypatch.setitem(__import__("sys").modules, "mllm_vision.encoder.hub", hub)
     given = arguments(tmp_path / "a", push_to_hub=True, hub_model_id="me/eyes")
     run = Run("stage_zero", given, {})
     assert given.push_to_hub is False  # the Trainer must not push every checkpoint
     run.save_artifact(tiny.tiny_vit().save_pretrained, "encoder", "encoder")
     run.save_artifact(tiny.tiny_vit().save_pretrained, "dual", "dual")
-    run.finish()
+    with pytest.raises(IncompleteRun, match="push of encoder to me/eyes, push of dual to me/eyes-dual"):
+        run.finish()
     assert asked == [("encoder", "me/eyes"), ("dual", "me/eyes-dual")]
-    assert "wrong token" in caplog.text and (tmp_path / "a" / "run.json").is_file()
+    assert caplog.text.count("wrong token") == 2
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    entry = record["missing"][1]
+    assert entry["step"] == "push of dual to me/eyes-dual" and entry["cause"] == "PermissionError: wrong token"
+    assert entry["remedy"] in capsys.readouterr().out
+    words = shlex.split(entry["remedy"].removeprefix("push it with: "))
+    assert words[:4] == ["python", "scripts/push_to_hub.py", "--model", str(tmp_path / "a" / "dual")]

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, LlavaConfig, LlavaForConditionalGeneration, TrainerCallback
 from transformers.utils import ModelOutput
 
+from mllm_vision.lineage import hash_weights
 from mllm_vision.training import recipe_trainer as trainer_module
 from mllm_vision.training.arguments import RecipeArguments
 from mllm_vision.training.checkpoints import is_whole, last_checkpoint
@@ -293,16 +294,20 @@ class Counter:
 def test_evaluators_run_on_steps_and_at_the_end(tmp_path: Path) -> None:
     args = arguments(tmp_path / "a", max_steps=7, eval_strategy="steps", eval_steps=3, save_strategy="no")
     run, counter = Run("stage_zero", args, {}), Counter()
-    run.record["evaluations"]["counter"] = {"baselines": {"untrained": 0.05}}
     trainer = RecipeTrainer(llama(), args, train_dataset=text_rows(), run=run, evaluators=[counter])
+    trainer.measure_before("untrained")
     trainer.train()
-    trainer.final_evaluation()  # was just done
-    assert counter.steps == [3, 6, 7]
+    assert run.record["evaluations"] == {}  # nothing was saved yet that it could be of
+    run.save_artifact(trainer.model.save_pretrained, "model", "language_model")
+    trainer.final_evaluation(artifact="model")
+    assert counter.steps == [0, 3, 6, 7]
     assert [e["eval_counter_score"] for e in run.record["history"] if "eval_counter_score" in e] == [0.3, 0.6, 0.7]
     kept = run.record["evaluations"]["counter"]
     assert kept["score"] == 0.7 and kept["primary_metric"] == "score"
-    assert kept["baselines"] == {"untrained": 0.05, "chance": 0.1}
-    assert run.record["samples"] == [{"evaluation": "counter", "step": 7}] and run.record["arrays"] == {"m": [[7]]}
+    assert kept["baselines"] == {"untrained": 0.0, "chance": 0.1}
+    assert (kept["step"], kept["artifact"], kept["weights_sha256"]) == (7, "model", hash_weights(trainer.model))
+    assert run.record["samples"] == [{"evaluation": "counter", "step": 7}]
+    assert run.record["arrays"] == {"counter/m": [[7]]}
 
     alone = RecipeTrainer(
         llama(), arguments(tmp_path / "b", max_steps=7, save_strategy="no"), train_dataset=text_rows()
@@ -397,7 +402,7 @@ def test_too_little_data_is_refused(tmp_path: Path) -> None:
 class Bad:
     """Stands for data's BadSamples: two bad ones a check."""
 
-    count, examples = 0, ["row 3: truncated"]
+    count, examples, reasons = 0, ["row 3: truncated"], {"truncated": 1}
 
     def check(self, max_fraction: float) -> None:
         self.count += 2
@@ -417,8 +422,9 @@ def test_bad_samples_are_in_the_record(tmp_path: Path, caplog: pytest.LogCapture
     args = arguments(tmp_path, max_steps=2, max_bad_fraction=0.5, save_strategy="no")
     run = Run("stage_zero", args, {})
     RecipeTrainer(llama(), args, train_dataset=text_rows(), run=run, bad_samples=Bad()).train()
-    assert run.record["bad_samples"] == {"count": 6, "examples": ["row 3: truncated"]}
-    assert "6 bad samples were skipped, one counts each time it is met: row 3: truncated" in caplog.text
+    bad = {"count": 4, "examples": ["row 3: truncated"], "reasons": {"truncated": 1}}
+    assert run.record["bad_samples"] == bad
+    assert "4 bad samples were skipped, one counts each time it is met: row 3: truncated" in caplog.text
 
 
 def test_learning_rates_are_used_and_logged(tmp_path: Path) -> None:
