@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllm_vision.distributed import all_gather, all_gather_with_grad, row_counts, sum_over_ranks
+from mllm_vision.distributed import all_gather, all_gather_with_grad, row_counts, sum_over_ranks, world_size
 from mllm_vision.functional.image_text import at_least_fp32
 from mllm_vision.functional.tiles import choose_tile, first_row
 
@@ -89,7 +89,12 @@ def centred_softmax(logits: Tensor, centre: Tensor, *, temperature: float) -> Te
 
 
 def sinkhorn_knopp(
-    logits: Tensor, *, temperature: float, iterations: int = 3, group: dist.ProcessGroup | None = None
+    logits: Tensor,
+    *,
+    temperature: float,
+    iterations: int = 3,
+    counted: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Probabilities that use every output equally over the batch of all ranks, without gradient.
 
@@ -100,6 +105,8 @@ def sinkhorn_knopp(
         logits: `[N, K]` of the teacher's head on this rank; ranks may hold different N, also none.
         temperature: > 0.
         iterations: of both divisions; at least one.
+        counted: bool `[N]`, False for rows that are only room: they take no part, and what comes out for them is not
+            to be used. So a number of rows that only the device knows need not be read back from it.
         group: process group; `None` is the default group when initialised, else this process alone.
 
     Returns:
@@ -121,13 +128,18 @@ def sinkhorn_knopp(
     _check_temperature(temperature)
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits must be [N, K] with K > 0, got {list(logits.shape)}")
+    if counted is not None and (counted.shape != logits.shape[:1] or counted.dtype != torch.bool):
+        raise ValueError(f"counted must be bool [{len(logits)}], got {counted.dtype} {list(counted.shape)}")
     if iterations < 1:
         raise ValueError(f"iterations={iterations} must be at least 1; the papers use 3")
     with torch.autocast(device_type=logits.device.type, enabled=False):
         (scores,) = at_least_fp32(logits.detach())
         scores = scores / temperature
         for _ in range(iterations):
-            over_samples = all_gather(scores.logsumexp(0, keepdim=True), group).logsumexp(0)
+            present = scores if counted is None else scores.masked_fill(~counted[:, None], -torch.inf)
+            over_samples = all_gather(present.logsumexp(0, keepdim=True), group, [1] * world_size(group)).logsumexp(0)
+            if counted is not None:  # not one row anywhere: nothing to balance, and no infinities to spread
+                over_samples = over_samples.clamp_min(torch.finfo(scores.dtype).min)
             scores = scores - over_samples
             scores = scores - scores.logsumexp(1, keepdim=True)
         return scores.exp()
@@ -196,7 +208,7 @@ def ibot_loss(
 
     Args:
         student: logits, `[N, P, K]` of all patches, or `[M, K]` of the masked ones alone, in the order of
-            `mask.nonzero()` (the head is wide: this saves most of it).
+            `mask.nonzero()`: fewer, but their number has to be read back from the device.
         teacher: probabilities of the same patches, shaped as `student`.
         mask: bool `[N, P]`, True where the student's patch was masked.
         temperature: the student's, > 0.
@@ -221,21 +233,18 @@ def ibot_loss(
     _check_temperature(temperature)
     if mask.ndim != 2 or mask.dtype != torch.bool or len(mask) == 0:
         raise ValueError(f"mask must be bool [N, P] with N > 0, got {mask.dtype} {list(mask.shape)}")
-    masked = int(mask.sum())
-    if student.shape != teacher.shape or student.shape[:-1] not in (mask.shape, (masked,)):
+    listed = student.ndim == 2
+    if student.shape != teacher.shape or student.shape[:-1] != ((int(mask.sum()),) if listed else mask.shape):
         raise ValueError(
-            f"student and teacher must both be [{mask.shape[0]}, {mask.shape[1]}, K], or [{masked}, K] of the masked "
-            f"patches, got {list(student.shape)} and {list(teacher.shape)}"
+            f"student and teacher must both be [{mask.shape[0]}, {mask.shape[1]}, K], or [{int(mask.sum())}, K] of the "
+            f"masked patches, got {list(student.shape)} and {list(teacher.shape)}"
         )
     with torch.autocast(device_type=student.device.type, enabled=False):
         student, teacher = at_least_fp32(student, teacher.detach())
-        if student.ndim == 3:
-            student, teacher = student[mask], teacher[mask]
         each = -(teacher * (student / temperature).log_softmax(-1)).sum(-1)
-        views = mask.nonzero()[:, 0]
-        share = mask.sum(1)[views]
-        rows = each.new_zeros(len(mask)).index_add(0, views, each / share)
-        return _mean(rows, group)
+        if listed:
+            each = each.new_zeros(mask.shape).masked_scatter(mask, each)
+        return _mean(each.masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp_min(1), group)
 
 
 def koleo(

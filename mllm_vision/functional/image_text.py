@@ -133,7 +133,9 @@ def siglip_loss(
 
 def full_precision(value: Tensor | float, like: Tensor) -> Tensor:
     """`value` as a 0-d tensor of the type and on the device of `like`."""
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(())
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=like.dtype, device=like.device)  # written by the device, not copied to it
+    return value.to(like).reshape(())
 
 
 def at_least_fp32(*features: Tensor) -> list[Tensor]:

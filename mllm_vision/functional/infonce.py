@@ -16,7 +16,7 @@ from torch import Tensor
 from mllm_vision.distributed import Columns, all_gather, all_reduce, mean_gradient, row_counts, sum_over_ranks
 from mllm_vision.functional.image_text import at_least_fp32, full_precision
 from mllm_vision.functional.softmax_tiles import softmax_losses
-from mllm_vision.functional.tiles import Grid, Plan, SparseTargets, choose_tile, diagonal, first_row
+from mllm_vision.functional.tiles import Grid, Plan, choose_tile, diagonal, first_row, rolled
 
 __all__ = ["dcl", "info_nce", "mutual_information_bound", "nt_xent", "sup_con"]
 
@@ -76,14 +76,14 @@ def nt_xent(
         columns = Columns(sizes, group, exchange)
         grid = Grid(len(views), columns.blocks, size)
         offset = first_row(sizes, group)
-        index = torch.arange(len(views), device=views.device)
         plan = Plan(
             columns,
             grid,
             offset=offset,
-            targets=diagonal(len(views), offset, grid, views.device),
-            excluded=SparseTargets(index, offset + index.roll(half), None, grid),
+            targets=diagonal(len(views), offset, grid),
+            excluded=rolled(len(views), offset, [half], grid),
             mirror=half,
+            bound=_bound(temperature, normalize),
         )
         scale = _scale(temperature, views)
         losses, _ = softmax_losses(views, views.detach().roll(half, 0), scale, plan)
@@ -97,6 +97,7 @@ def info_nce(
     *,
     temperature: Tensor | float = 0.07,
     normalize: bool = True,
+    longest: float | None = None,
     group: dist.ProcessGroup | None = None,
     tile_size: int | None = None,
     exchange: str = "gather",
@@ -113,6 +114,8 @@ def info_nce(
             it is filled); or `[N, K, D]`, K of its own for each query.
         temperature: t > 0; a float or a 0-d tensor, which may be learnt.
         normalize: cosines; `False` takes plain inner products.
+        longest: with `normalize=False`, what no row's Euclidean norm exceeds (1 for rows that are of unit length
+            already), where the caller knows: it saves asking the device. It changes time, not the result.
         group: process group; `None` is the default group when initialised, else this process alone.
         tile_size: rows and columns of a tile; `None` chooses. It changes time and memory, not the result.
         exchange: `"gather"` or `"ring"`, as in `clip_loss`; for negatives from the batch.
@@ -144,21 +147,22 @@ def info_nce(
             given = [F.normalize(part, dim=-1) for part in given]
         query, positive = given[:2]
         scale = _scale(temperature, query)
+        bound = _bound(temperature, normalize, longest)
         sizes = row_counts(query, group)
         total = sum(sizes)
         if negatives is None:
             columns = Columns(sizes, group, exchange)
             grid = Grid(len(query), columns.blocks, size)
             offset = first_row(sizes, group)
-            targets = diagonal(len(query), offset, grid, query.device)
-            plan = Plan(columns, grid, offset=offset, targets=targets, by_column=False)
+            targets = diagonal(len(query), offset, grid)
+            plan = Plan(columns, grid, offset=offset, targets=targets, by_column=False, bound=bound)
             losses, _ = softmax_losses(query, positive, scale, plan)
             return sum_over_ranks(losses.sum(), group) / total
         scale = mean_gradient(scale, group)  # half of what follows is this rank's alone
         bank, own = given[2], scale * (query * positive).sum(1)
         if bank.ndim == 2 and bank.shape[1] == query.shape[1] and len(bank) > 0:
             columns = Columns([len(bank)], group, "shared")
-            plan = Plan(columns, Grid(len(query), columns.blocks, size), by_column=False)
+            plan = Plan(columns, Grid(len(query), columns.blocks, size), by_column=False, bound=bound)
             among, _ = softmax_losses(query, bank, scale, plan)
         elif bank.ndim == 3 and bank.shape[::2] == query.shape and bank.shape[1] > 0:
             among = (scale * torch.einsum("nd,nkd->nk", query, bank)).logsumexp(1)
@@ -225,10 +229,8 @@ def dcl(
             z1, z2 = F.normalize(z1, dim=-1), F.normalize(z2, dim=-1)
         scale = mean_gradient(_scale(temperature, z1), group)  # the positives are this rank's alone
         half = len(z1)
-        index = torch.arange(2 * half, device=z1.device)
-        among, total = _among_others(
-            torch.cat([z1, z2]), [index, index.roll(half)], scale, group, size, exchange, "dcl has no negatives"
-        )
+        views, bound = torch.cat([z1, z2]), _bound(temperature, normalize)
+        among, total = _among_others(views, [0, half], scale, bound, group, size, exchange, "dcl has no negatives")
         cosine = (z1 * z2).sum(1)
         positive = scale * cosine
         if sigma is not None:
@@ -292,19 +294,20 @@ def sup_con(
         if normalize:
             rows = F.normalize(rows, dim=-1)
         scale = mean_gradient(_scale(temperature, rows), group)
-        index = torch.arange(len(rows), device=rows.device)
-        among, total = _among_others(rows, [index], scale, group, size, exchange, "sup_con has no other view")
+        bound = _bound(temperature, normalize)
+        among, total = _among_others(rows, [0], scale, bound, group, size, exchange, "sup_con has no other view")
         # The mean score with the positives is the score with their mean: one sum a class does for all pairs.
         sizes = row_counts(rows, group)
         if labels is None:
+            index = torch.arange(len(rows), device=rows.device)
             classes = first_row(sizes, group) + index - index % views  # the number of the sample's first view
         else:
-            classes = labels.to(rows.device).repeat_interleave(views)
-        _, numbers = all_gather(classes, group, sizes).unique(return_inverse=True)
-        members = torch.bincount(numbers)
-        own = numbers[first_row(sizes, group) :][: len(rows)]
-        sums = sum_over_ranks(rows.new_zeros(len(members), rows.shape[1]).index_add(0, own, rows), group)
-        positives = (members[own] - 1).to(rows.dtype)
+            classes = labels.to(rows.device)[:, None].expand(-1, views).flatten()
+        # a class is numbered by its place among all sorted: how many there are need not be asked of the device
+        ordered = all_gather(classes, group, sizes).sort().values
+        own = torch.searchsorted(ordered, classes)
+        positives = (torch.searchsorted(ordered, classes, right=True) - own - 1).to(rows.dtype)
+        sums = sum_over_ranks(rows.new_zeros(len(ordered), rows.shape[1]).index_add(0, own, rows), group)
         score = scale * (rows * (sums[own] - rows)).sum(1) / positives.clamp_min(1)
         return sum_over_ranks(((among - score) * (positives > 0)).sum(), group) / total
 
@@ -345,8 +348,9 @@ def _check_pair(first: str, a: Tensor, second: str, b: Tensor) -> None:
 
 def _among_others(
     views: Tensor,
-    excluded: list[Tensor],
+    excluded: list[int],
     scale: Tensor,
+    bound: float | None,
     group: dist.ProcessGroup | None,
     size: int,
     exchange: str,
@@ -355,7 +359,8 @@ def _among_others(
     """`[n]` log-sum-exp of every view's scores with those of all ranks but some, and the number of views.
 
     Args:
-        excluded: each `[n]`: which of this rank's views a view leaves out, itself first.
+        excluded: how far before a view those of this rank lie that it leaves out: 0 first, itself.
+        bound: of the plan.
         complaint: what is wrong when nothing is left.
     """
     sizes = row_counts(views, group)
@@ -364,11 +369,18 @@ def _among_others(
         raise ValueError(f"{complaint}: the batch of all ranks has {total} views; take more samples")
     columns = Columns(sizes, group, exchange)
     grid = Grid(len(views), columns.blocks, size)
-    rows = torch.arange(len(views), device=views.device).repeat(len(excluded))
     # No `offset` in the plan: it promises a score with the own column, which is left out here.
-    left_out = SparseTargets(rows, offset + torch.cat(excluded), None, grid)
-    among, _ = softmax_losses(views, views.detach(), scale, Plan(columns, grid, excluded=left_out, mirror=0))
+    plan = Plan(columns, grid, excluded=rolled(len(views), offset, excluded, grid), mirror=0, bound=bound)
+    among, _ = softmax_losses(views, views.detach(), scale, plan)
     return among, total
+
+
+def _bound(temperature: Tensor | float, normalize: bool, longest: float | None = None) -> float | None:
+    """What no score exceeds, where the host knows temperature and lengths; a little more, for rounding."""
+    longest = 1.0 if normalize else longest
+    if longest is None or isinstance(temperature, Tensor) or not temperature > 0:
+        return None
+    return longest**2 / temperature * (1 + 1e-5)
 
 
 def _scale(temperature: Tensor | float, like: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_vision.distributed import all_gather, rank, row_counts, world_size
+from mllm_vision.functional.image_text import full_precision
 
 _TILE_ELEMENTS = 1 << 21  # 8 MiB of fp32 a tile: some stay in the cache, and few rows of a long queue suffice
 
@@ -102,7 +103,7 @@ def momentum_contrast(
 
         momentum, keys = (image_momentum, text_momentum), (text_keys, image_keys)
         plan = _Plan(momentum, keys, float(alpha), targets, rows_a_tile, sum(sizes), group)
-        scale = torch.as_tensor(logit_scale, dtype=precision, device=image.device).reshape(())
+        scale = full_precision(logit_scale, image)
         return _MomentumContrast.apply(image, text, scale, plan)
 
 
@@ -189,10 +190,8 @@ def _add_positives(targets: Tensor, ids: Tensor | None, column_ids: Tensor | Non
         own = ids[:, column, None]
         positives |= (own == column_ids[:, column]) & (own >= 0)
     positives[rows, rows + start] = True
-    found, where = positives.nonzero(as_tuple=True)
-    counts = torch.bincount(found, minlength=len(targets))
-    targets[found, where] += (weight / counts.to(targets.dtype))[found]
-    return targets
+    shares = weight / positives.sum(1).to(targets.dtype)
+    return targets.add_(positives * shares[:, None])
 
 
 def _column_ids(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -294,6 +295,7 @@ def _one_clustering(
         scaled = torch.cat([scaled, counts.to(rows).log()[:, None]], dim=1)
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
     columns = Columns([k], group, "shared")
-    plan = Plan(columns, Grid(len(rows), columns.blocks, size), by_column=False)
+    # the concentrations are on the device, and asking how small they are would wait for it
+    plan = Plan(columns, Grid(len(rows), columns.blocks, size), by_column=False, bound=math.inf)
     among, _ = softmax_losses(rows, scaled, rows.new_ones(()), plan)
     return among.sum() - own

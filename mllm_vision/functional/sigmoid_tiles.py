@@ -6,6 +6,7 @@ matrix products in all, the floor, and no second pass. docs/engine.md has the ma
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from mllm_vision.distributed import all_reduce, world_size
 from mllm_vision.functional.products import add_product, product
-from mllm_vision.functional.softmax_tiles import LN2, refuse_double_backward, score_bound, sum_of_products, wide_dtype
+from mllm_vision.functional.softmax_tiles import LN2, longest_rows, refuse_double_backward, sum_of_products, wide_dtype
 from mllm_vision.functional.tiles import Plan
 
 
@@ -68,14 +69,25 @@ def _softplus_then_sigmoid(tile: Tensor, other: Tensor, bound: float) -> Tensor:
     return total
 
 
+def _bound(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, plan: Plan) -> float:
+    """What no score exceeds: up to `BOUND` 2^score cannot overflow, and one exponential gives softplus and sigmoid.
+
+    Infinite anywhere but on a CPU, where asking would stall the device's queue: the other form is right for all.
+    """
+    if x.device.type != "cpu":
+        return math.inf
+    longest = longest_rows(x, y, plan)
+    first, second, t, b = torch.cat([longest, scale[None], bias[None]]).tolist()
+    return abs(t) * first * second * (1 + 1e-5) + b
+
+
 class _SigmoidLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, plan: Plan, recorded: bool) -> Tensor:
         x, y = x.detach(), y.detach()
         need_x, need_y, need_scale, need_bias = (recorded and needed for needed in ctx.needs_input_grad[:4])
-        t, b = float(scale), float(bias)
-        # below this bound 2^score cannot overflow, and one exponential gives both softplus and sigmoid
-        bound = score_bound(x, y, t, plan) + b
+        t, b = scale.detach(), bias.detach()
+        bound = _bound(x, y, t, b, plan)
         bounded = bound <= BOUND
         unit = 1 / LN2 if bounded else 1.0  # a nat, in the unit of the tiles' scores
         grid = plan.grid
@@ -121,10 +133,8 @@ class _SigmoidLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        # a factor of one, the usual case, is not worth another copy of the features; on a GPU the question would wait
-        plain = upstream.device.type == "cpu" and upstream.item() == 1
         found = [
-            None if gradient is None or not wanted else gradient if plain else gradient * upstream
+            None if gradient is None or not wanted else gradient * upstream
             for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
         ]
         return (*found, None, None)

@@ -55,11 +55,11 @@ def softmax_losses(x: Tensor, y: Tensor, scale: Tensor, plan: Plan) -> tuple[Ten
 class _Scores:
     """How scores are turned into numbers a sum can hold.
 
-    Inside the window: 2^(score - shift), one exponential for both directions, nothing lost. Outside it (unit 1):
-    natural exponentials of differences to each row's and each column's own log-sum-exp.
+    Inside the window: 2^(score - shift), one exponential for both directions, nothing lost. Outside it (unit 1), or
+    where only the device knows: natural exponentials of differences to each row's and each column's own log-sum-exp.
     """
 
-    scale: float
+    scale: Tensor
     shift: float
     bounded: bool
 
@@ -74,7 +74,7 @@ class _SoftmaxLosses(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         x, y = x.detach(), y.detach()
         held = plan.columns.hold(y)
-        scores = _choose(x, y, float(scale), plan)
+        scores = _choose(x, y, scale.detach(), plan)
         both = plan.by_column and plan.mirror is None
         row, column, sums = _sums(x, held, scores, plan, both)
         if plan.mirror is not None:
@@ -124,11 +124,9 @@ def row_products(x: Tensor, y: Tensor, size: int) -> Tensor:
     return torch.cat([(a * b).sum(1) for a, b in zip(x.split(size), y.split(size), strict=True)])
 
 
-def score_bound(x: Tensor, y: Tensor, scale: float, plan: Plan) -> float:
-    """|scale| max|x| max|y| over all ranks: no score is larger, whatever its sign."""
-    norms = torch.stack([x.norm(dim=1).amax(), y.norm(dim=1).amax()])
-    norms = all_reduce(norms, plan.group, "max")
-    return abs(scale) * float(norms[0]) * float(norms[1]) * (1 + 1e-5)
+def longest_rows(x: Tensor, y: Tensor, plan: Plan, *more: Tensor) -> Tensor:
+    """The largest norms of a row of `x` and of `y` over all ranks, and the largest of `more`; on the device."""
+    return all_reduce(torch.stack([x.norm(dim=1).amax(), y.norm(dim=1).amax(), *more]), plan.group, "max")
 
 
 def sum_of_products(x: Tensor, y: Tensor, grid: Grid, scratch: Tensor) -> Tensor:
@@ -143,21 +141,26 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def _choose(x: Tensor, y: Tensor, scale: float, plan: Plan) -> _Scores:
+def _choose(x: Tensor, y: Tensor, scale: Tensor, plan: Plan) -> _Scores:
     """The shift that keeps all sums of exponentials inside the window, where there is one.
 
-    No score exceeds `score_bound`; no row's and no column's largest is below the lowest score of a row with
-    its own column. All ranks choose alike.
+    No score exceeds |scale| max|x| max|y|; no row's and no column's largest is below the lowest score of a row with
+    its own column. All ranks choose alike. Where the plan does not say the bound and asking the device would stall
+    its queue (anywhere but on a CPU), the form that needs no window is taken.
     """
     highest, lowest = WINDOWS[x.dtype]
-    bound = score_bound(x, y, scale / LN2, plan)
+    if plan.bound is not None and plan.bound / LN2 <= -lowest:
+        return _Scores(scale, 0.0, True)
+    if plan.bound == math.inf or x.device.type != "cpu":
+        return _Scores(scale, 0.0, False)
+    paired = plan.offset is not None
+    own = [-(row_products(x, y, plan.grid.size) * scale).amin()] if paired else []
+    facts = torch.cat([longest_rows(x, y, plan, *own), scale[None]]).tolist()
+    bound = abs(facts[-1]) / LN2 * facts[0] * facts[1] * (1 + 1e-5)
     if bound <= -lowest:
         return _Scores(scale, 0.0, True)
-    if plan.offset is not None and math.isfinite(bound):
-        own = row_products(x, y, plan.grid.size) * (scale / LN2)
-        floor = -float(all_reduce(-own.amin(), plan.group, "max"))
-        if bound - floor <= highest - lowest:
-            return _Scores(scale, bound - highest, True)
+    if paired and math.isfinite(bound) and bound + facts[2] / LN2 <= highest - lowest:
+        return _Scores(scale, bound - highest, True)
     return _Scores(scale, 0.0, False)
 
 
@@ -211,7 +214,7 @@ def _sums(x: Tensor, held: Tensor, scores: _Scores, plan: Plan, both: bool) -> t
                 column[across] = torch.logaddexp(column[across], tile.logsumexp(0))
     if column is not None and world_size(plan.group) > 1:
         _over_ranks(column, sums, scores, plan)
-    if plan.targets is not None:
+    if plan.targets is not None and not plan.targets.certain:
         _check_positives(sums)
     return row, column, sums
 

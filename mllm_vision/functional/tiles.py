@@ -1,12 +1,16 @@
 """Tiles: what the exact engine of `image_text` and `infonce` cuts the matrix of all pairs into.
 
 A rank owns the rows of its own batch and meets the columns of all ranks. `Grid` cuts that rectangle into tiles;
-`SparseTargets` and `DenseTargets` say which pairs of a tile are positives, and how much. Nothing here, nor in the
-losses built on it, ever holds one number for every pair.
+`Runs`, `SparseTargets` and `DenseTargets` say which pairs of a tile are positives, and how much. Nothing here, nor in
+the losses built on it, ever holds one number for every pair.
+
+What a method needs in a step (its own pairs, equal ids) is laid out without reading a value back from the device,
+which would stall a GPU's queue. Only a sparse matrix of the caller's own is read: how many entries a tile has.
 """
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,8 +27,6 @@ Relations = Tensor | Relation | None
 # Tiles large enough for the matrix products to run at full speed and small enough to stay in the cache.
 # 768 was measured on CPU (docs/engine.md); 4096 for a GPU was not.
 TILE_ON_CPU, TILE_ON_GPU = 768, 4096
-# Positives are listed one by one up to so many a row on average, and compared tile by tile beyond
-LISTED_PER_ROW = 32
 
 
 class Grid:
@@ -68,6 +70,64 @@ class TargetSums:
     column_score: Tensor | None
 
 
+class Runs:
+    """Pairs along diagonals: row r + k and column c + k for all k below a length, for some (r, c, length).
+
+    The host knows them all, so that a tile's share is a view of it and nothing is asked of the device.
+
+    Args:
+        runs: (first row, first column, length) of each; columns are counted over all ranks. No pair occurs twice.
+        grid: the tiles.
+    """
+
+    certain = True  # where they are the positives, every row and every column of all ranks has one
+
+    def __init__(self, runs: list[tuple[int, int, int]], grid: Grid) -> None:
+        self._runs, self._grid = runs, grid
+
+    def _parts(self, tile: Tensor, row: int, column: int) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Rows, columns and the entries, as a view, of each run's part in one tile."""
+        down, across = self._grid.rows[row], self._grid.columns[column]
+        for first, left, length in self._runs:
+            begin = max(first, down.start, first + across.start - left)
+            end = min(first + length, down.stop, first + across.stop - left)
+            if begin < end:
+                columns = slice(begin - first + left, end - first + left)
+                a, b = begin - down.start, columns.start - across.start
+                yield slice(begin, end), columns, tile.diagonal(b - a)[min(a, b) :][: end - begin]
+
+    def add_sums(self, tile: Tensor, row: int, column: int, sums: TargetSums) -> None:
+        """As `SparseTargets.add_sums`."""
+        for rows, columns, score in self._parts(tile, row, column):
+            sums.row_weight[rows] += 1
+            sums.row_score[rows] += score
+            if sums.column_weight is not None and sums.column_score is not None:
+                sums.column_weight[columns] += 1
+                sums.column_score[columns] += score
+
+    def subtract(
+        self, tile: Tensor, row: int, column: int, by_row: Tensor | None = None, by_column: Tensor | None = None
+    ) -> None:
+        """As `SparseTargets.subtract`."""
+        for rows, columns, part in self._parts(tile, row, column):
+            if by_row is None and by_column is None:
+                part -= 1
+            if by_row is not None:
+                part -= by_row[rows]
+            if by_column is not None:
+                part -= by_column[columns]
+
+    def total(self, tile: Tensor, row: int, column: int) -> Tensor | float:
+        """As `SparseTargets.total`."""
+        parts = [part.sum() for _, _, part in self._parts(tile, row, column)]
+        return torch.stack(parts).sum() if parts else 0.0
+
+    def fill(self, tile: Tensor, row: int, column: int, value: float) -> None:
+        """Writes `value` at the pairs."""
+        for _, _, part in self._parts(tile, row, column):
+            part.fill_(value)
+
+
 class SparseTargets:
     """Positives as a list of pairs.
 
@@ -77,6 +137,8 @@ class SparseTargets:
         weights: `[P]` in [0, 1]; `None` is one for each.
         grid: the tiles.
     """
+
+    certain = False
 
     def __init__(self, rows: Tensor, columns: Tensor, weights: Tensor | None, grid: Grid) -> None:
         number = grid.number(rows, columns)
@@ -130,11 +192,6 @@ class SparseTargets:
         score = tile.flatten()[place]
         return score.sum() if weight is None else (score * weight).sum()
 
-    def fill(self, tile: Tensor, row: int, column: int, value: float) -> None:
-        """Writes `value` at the listed pairs."""
-        if (part := self._part(row, column)) is not None:
-            tile.view(-1)[part[2]] = value
-
 
 class DenseTargets:
     """Positives given tile by tile.
@@ -142,10 +199,11 @@ class DenseTargets:
     Args:
         relation: local rows and columns over all ranks to weights `[r, c]` in [0, 1].
         grid: the tiles.
+        certain: every row and every column of all ranks is known to have a positive.
     """
 
-    def __init__(self, relation: Relation, grid: Grid) -> None:
-        self._relation, self._grid = relation, grid
+    def __init__(self, relation: Relation, grid: Grid, *, certain: bool = False) -> None:
+        self._relation, self._grid, self.certain = relation, grid, certain
 
     def _weights(self, tile: Tensor, row: int, column: int) -> Tensor:
         weights = self._relation(self._grid.rows[row], self._grid.columns[column])
@@ -184,7 +242,7 @@ class DenseTargets:
         return (self._weights(tile, row, column) * tile).sum()
 
 
-Targets = SparseTargets | DenseTargets
+Targets = Runs | SparseTargets | DenseTargets
 
 
 @dataclass
@@ -200,15 +258,18 @@ class Plan:
         by_column: whether the softmax runs over rows too, for a loss of each column.
         mirror: rows are the columns in another order, `rows.roll(mirror)`: then the scores are symmetric, what
             holds for a row holds for its column, and half of the gradient is the other half.
+        bound: what no score exceeds in absolute value, in nats, where the host knows that much. Infinite: not to be
+            asked of the device either.
     """
 
     columns: Columns
     grid: Grid
     offset: int | None = None
     targets: Targets | None = None
-    excluded: SparseTargets | None = None
+    excluded: Runs | None = None
     by_column: bool = True
     mirror: int | None = None
+    bound: float | None = None
     sizes: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -259,10 +320,15 @@ def related(ids: Tensor, others: Tensor) -> Tensor:
     return result
 
 
-def diagonal(rows: int, offset: int, grid: Grid, device: torch.device) -> SparseTargets:
+def diagonal(rows: int, offset: int, grid: Grid) -> Runs:
     """Row i belongs to column offset + i, and to no other."""
-    index = torch.arange(rows, device=device)
-    return SparseTargets(index, index + offset, None, grid)
+    return Runs([(0, offset, rows)], grid)
+
+
+def rolled(rows: int, offset: int, shifts: list[int], grid: Grid) -> Runs:
+    """Row i and column offset + (i - shift) mod rows, for each of the shifts (different ones, below `rows`)."""
+    runs = [((0, offset + rows - shift, shift), (shift, offset, rows - shift)) for shift in shifts]
+    return Runs([run for pair in runs for run in pair if run[2]], grid)
 
 
 def find_targets(
@@ -283,7 +349,7 @@ def find_targets(
     """
     start = first_row(sizes, group)
     if relations is None:
-        return diagonal(rows, start, grid, like.device)
+        return diagonal(rows, start, grid)
     if not isinstance(relations, Tensor):
         if not callable(relations):
             raise ValueError(f"relations must be a tensor or a callable, got {type(relations).__name__}")
@@ -305,25 +371,26 @@ def find_targets(
     if not is_ids:
         return DenseTargets(lambda r, c: matrix[r, c], grid)
     everyone = all_gather(matrix, group, sizes)
-    pairs = _pairs_of_equal_ids(matrix, everyone, LISTED_PER_ROW * rows)
-    if pairs is not None:
-        return SparseTargets(*pairs, None, grid)
-    return DenseTargets(lambda r, c: related(matrix[r], everyone[c]), grid)
+    pairs = _places(matrix, everyone, like.dtype)
+
+    def equal(r: slice, c: slice) -> Tensor:
+        # written as the numbers that weights are: made of them afterwards they cost six times as much on a CPU
+        found = [
+            torch.eq(own[r, None], of_all[None, c], out=like.new_empty(r.stop - r.start, c.stop - c.start))
+            for own, of_all in pairs
+        ]
+        return functools.reduce(lambda one, other: torch.maximum(one, other, out=one), found)
+
+    return DenseTargets(equal, grid, certain=True)
 
 
-def _pairs_of_equal_ids(ids: Tensor, others: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
-    """All (row, column) that `related` would mark, without its matrix; `None` where they are more than `most`."""
+def _places(ids: Tensor, others: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Each column of ids, and of the others', as places among the others, in the type that is quickest to compare."""
     ids, others = (value.unsqueeze(1) if value.ndim == 1 else value for value in (ids, others))
+    kind = dtype if len(others) < 1 << 24 else torch.int64  # fp32 tells integers apart up to there
     found = []
     for own, of_all in zip(ids.unbind(1), others.unbind(1), strict=True):
-        ordered, order = of_all.contiguous().sort()
-        own = own.contiguous()
-        left = torch.searchsorted(ordered, own)
-        counts = torch.searchsorted(ordered, own, right=True) - left
-        if int(counts.sum()) > most:
-            return None
-        rows = torch.arange(len(own), device=own.device).repeat_interleave(counts)
-        within = torch.arange(len(rows), device=own.device) - (counts.cumsum(0) - counts)[rows]
-        found.append(rows * len(others) + order[left[rows] + within])
-    places = found[0] if len(found) == 1 else torch.cat(found).unique()
-    return places // len(others), places % len(others)
+        ordered = of_all.sort().values
+        first, second = (torch.searchsorted(ordered, part.contiguous()).to(kind) for part in (own, of_all))
+        found.append((first, second))
+    return found

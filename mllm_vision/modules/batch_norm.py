@@ -35,12 +35,22 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
                     "use a batch of two or more"
                 )
             return super().forward(input)
+        if input.device.type == "cuda":  # the same sums in kernels of torch's own, with one copy of the maps
+            return nn.SyncBatchNorm.forward(self, input)  # type: ignore[arg-type]
         return self._forward_global(input)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """`group`, by the name that nn.SyncBatchNorm looks for."""
+        return self.group
+
+    def _check_non_zero_input_channels(self, input: Tensor) -> None:
+        """What nn.SyncBatchNorm (read in torch 2.13) asks of itself; `_check_input_dim` has looked already."""
 
     def _forward_global(self, input: Tensor) -> Tensor:
         with torch.autocast(device_type=input.device.type, enabled=False):
             values = input.to(torch.promote_types(input.dtype, torch.float32)).transpose(0, 1).flatten(1)  # [C, n]
-            count = values.new_tensor([float(values.shape[1])])
+            count = values.new_full((1,), float(values.shape[1]))
             mean = values.mean(1) if values.shape[1] else values.sum(1)
             squares = (values - mean[:, None]).square().sum(1)
             # every rank's mean and its squares around it: adding plain squares would lose small variances
@@ -58,13 +68,15 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             if self.weight is not None:
                 scale = scale * self.weight
             normalised = (input - mean.view(shape)) * scale.view(shape)
-            return normalised if self.bias is None else normalised + self.bias.view(shape)
+            if self.bias is not None:
+                normalised = normalised + self.bias.view(shape)
+            return normalised.to(input.dtype)  # as the norm of one rank: the number of ranks decides no precision
 
     @torch.no_grad()
     def _keep(self, mean: Tensor, variance: Tensor) -> None:
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         self.num_batches_tracked += 1
-        share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        share = 1 / self.num_batches_tracked.to(mean) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean), share)
         self.running_var.lerp_(variance.to(self.running_var), share)
 

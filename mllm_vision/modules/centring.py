@@ -55,18 +55,29 @@ class Centring(nn.Module):
         self.register_buffer("centre", torch.zeros(width))
         self._pending: Tensor | None = None
 
-    def forward(self, logits: Tensor, temperature: float, group: dist.ProcessGroup | None = None) -> Tensor:
+    def forward(
+        self,
+        logits: Tensor,
+        temperature: float,
+        group: dist.ProcessGroup | None = None,
+        *,
+        counted: Tensor | None = None,
+    ) -> Tensor:
         """`[N, K]` logits of this rank's rows to probabilities; while training the batch's mean waits for `update`.
 
-        Ranks may hold different N, also none.
+        Ranks may hold different N, also none. `counted` bool `[N]`: the rows that are there; the others are room that
+        was not needed, take no part in what the rows share, and what comes out for them is not to be used.
         """
         if self.kind == "sinkhorn":
-            return sinkhorn_knopp(logits, temperature=temperature, iterations=self.iterations, group=group)
+            return sinkhorn_knopp(
+                logits, temperature=temperature, iterations=self.iterations, counted=counted, group=group
+            )
         if self.kind == "centre" and self.training:
             rows = logits.detach().to(self.centre)
-            count = rows.new_tensor([float(len(rows))])
-            sums = all_reduce(torch.cat([rows.sum(0), count]), group)
-            self._pending = sums[:-1] / sums[-1] if sums[-1] > 0 else None
+            there = rows.new_ones(len(rows)) if counted is None else counted.to(rows)
+            sums = all_reduce(torch.cat([there @ rows, there.sum()[None]]), group)
+            mean = sums[:-1] / sums[-1].clamp_min(1)
+            self._pending = torch.where(sums[-1] > 0, mean, self.centre)  # without any row it stays where it is
         return centred_softmax(logits, self.centre, temperature=temperature)
 
     @torch.no_grad()

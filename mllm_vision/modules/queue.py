@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -47,7 +49,11 @@ class FeatureQueue(nn.Module):
             raise ValueError(f"size={size} and width={width} must be at least 1, id_columns={id_columns} at least 0")
         self.register_buffer("features", torch.zeros(size, width))
         self.register_buffer("id_table", torch.full((size, id_columns), -1, dtype=torch.int64) if id_columns else None)
-        self.register_buffer("written", torch.zeros((), dtype=torch.int64))  # rows that ever came in
+        # Rows that ever came in: a buffer for the checkpoint, and an integer beside it, because reading the buffer
+        # would wait for whatever the device has to do, several times a step.
+        self.register_buffer("written", torch.zeros((), dtype=torch.int64))
+        self._written = 0
+        self.register_load_state_dict_post_hook(_read_written)
 
     @property
     def size(self) -> int:
@@ -56,7 +62,7 @@ class FeatureQueue(nn.Module):
 
     def __len__(self) -> int:
         """How many rows it holds."""
-        return min(int(self.written), self.size)
+        return min(self._written, self.size)
 
     @property
     def rows(self) -> Tensor:
@@ -89,11 +95,18 @@ class FeatureQueue(nn.Module):
         rows = all_gather(rows.to(self.features), group, sizes)
         if self.id_table is not None and ids is not None:
             ids = all_gather(ids.to(self.id_table), group, sizes)
-        start, total = int(self.written), len(rows)
-        # where the last `size` of them go; earlier ones would be overwritten at once
-        first = max(0, total - self.size)
-        places = (start + torch.arange(first, total, device=rows.device)) % self.size
-        self.features[places] = rows[first:]
-        if self.id_table is not None:
-            self.id_table[places] = -1 if ids is None else ids[first:]
-        self.written += total
+        total = len(rows)
+        first = max(0, total - self.size)  # of more rows than there is room for, the earlier would be overwritten
+        start = (self._written + first) % self.size
+        before = min(total - first, self.size - start)  # rows up to the end of the ring; the others go to its beginning
+        for place, part in ((start, slice(first, first + before)), (0, slice(first + before, total))):
+            here = slice(place, place + part.stop - part.start)
+            self.features[here] = rows[part]
+            if self.id_table is not None:
+                self.id_table[here] = -1 if ids is None else ids[part]
+        self._written += total
+        self.written.fill_(self._written)
+
+
+def _read_written(queue: FeatureQueue, _: Any) -> None:
+    queue._written = int(queue.written)

@@ -172,7 +172,7 @@ class QueueObjective(MomentumObjective):
             self._pending = keys.flatten(0, 1)  # image by image: the same order on any number of ranks
         negatives = self.queue.rows if len(self.queue) else None
         losses = [
-            info_nce(_unit(query), key, negatives, temperature=self.config.temperature, normalize=False)
+            info_nce(_unit(query), key, negatives, temperature=self.config.temperature, normalize=False, longest=1.0)
             for query, key in zip(queries.unbind(1), keys.unbind(1), strict=True)
         ]
         loss = torch.stack(losses).sum()

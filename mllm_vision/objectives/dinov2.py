@@ -182,10 +182,11 @@ class DinoV2(DinoObjective):
         head = self.head if self.patch_head is None else self.patch_head
         with torch.no_grad():
             teacher_head = self.teacher.module["head" if self.patch_head is None else "patch_head"]
-            logits = teacher_head(embeddings["teacher_patches"][masked])
-            targets = self.patch_centring(logits, self.teacher_temperature)
-        said = head(embeddings["student_patches"][masked])
-        patches = ibot_loss(said, targets, masked.flatten(0, 1), temperature=config.student_temperature)
+            # with the room that is left over: how many patches are masked only the device knows
+            logits = teacher_head(embeddings["teacher_patches"]).flatten(0, 2)
+            targets = self.patch_centring(logits, self.teacher_temperature, counted=masked.flatten())
+        said = head(embeddings["student_patches"]).flatten(0, 1)
+        patches = ibot_loss(said, targets.view_as(said), masked.flatten(0, 1), temperature=config.student_temperature)
         vectors = embeddings["student"][:, :crops]
         spread = torch.stack([koleo(vector) for vector in vectors.unbind(1)]).sum()
         metrics = {**found.metrics, "dino": found.loss.detach(), "ibot": patches.detach(), "koleo": spread.detach()}

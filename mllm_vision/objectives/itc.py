@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,9 @@ class Itc(ImageTextObjective):
         self.teacher = MomentumTeacher(dual, self.config.momentum)
         size = self.config.queue_size
         self.queue = FeatureQueue(size, 2 * dual.embed_dim, id_columns=2) if size else None
-        self.register_buffer("alpha_share", torch.tensor(0.0 if self.config.alpha_ramp_epochs else 1.0))
+        self._alpha_share = 0.0 if self.config.alpha_ramp_epochs else 1.0  # for the host; the buffer for checkpoints
+        self.register_buffer("alpha_share", torch.tensor(self._alpha_share))
+        self.register_load_state_dict_post_hook(_read_alpha_share)
         self.epoch: float | None = None
         self._pending: tuple[Tensor, Tensor | None] | None = None
         if self.queue is not None:  # equal on every rank by itself: DistributedDataParallel need not send it each step
@@ -96,7 +98,7 @@ class Itc(ImageTextObjective):
     @property
     def alpha(self) -> float:
         """Weight of the soft targets at this step."""
-        return self.config.alpha * float(self.alpha_share)
+        return self.config.alpha * self._alpha_share
 
     def embed(  # type: ignore[override]
         self,
@@ -159,7 +161,8 @@ class Itc(ImageTextObjective):
         self.teacher.update(self.dual)
         if self.config.alpha_ramp_epochs:
             done = progress if self.epoch is None else self.epoch
-            self.alpha_share.fill_(min(1.0, done / self.config.alpha_ramp_epochs))
+            self._alpha_share = min(1.0, done / self.config.alpha_ramp_epochs)
+            self.alpha_share.fill_(self._alpha_share)
 
     def negatives(self, batch_size: int) -> int:
         """The rest of the batch, and the queue once it is full."""
@@ -172,6 +175,10 @@ class Itc(ImageTextObjective):
     @property
     def scale_limits(self) -> tuple[float, float]:
         return MIN_LOGIT_SCALE, self.config.max_logit_scale
+
+
+def _read_alpha_share(objective: Itc, _: Any) -> None:
+    objective._alpha_share = float(objective.alpha_share)
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -83,6 +83,8 @@ class Pcl(QueueObjective):
         if config.kmeans_restarts < 1:
             raise ValueError(f"kmeans_restarts={config.kmeans_restarts} must be at least 1; the official code has 5")
         self.register_buffer("clustered", torch.zeros((), dtype=torch.bool))
+        self._clustered = False  # the same for the host, which would wait for the device to read it every step
+        self.register_load_state_dict_post_hook(_read_clustered)
 
     def build_head(self, width: int) -> nn.Module:
         """Two layers without BatchNorm: `[N, width]` to `[N, dim]`."""
@@ -144,6 +146,7 @@ class Pcl(QueueObjective):
             told = f"{k} clusters of {rows} images, mean cosine {found.similarity:.3f}, temperatures"
             logger.info("%s %.3f to %.3f", told, phi.min().item(), phi.max().item())
         self.clustered.fill_(True)
+        self._clustered = True
 
     def embed(  # type: ignore[override]
         self, views: Tensor, index: Tensor, seeds: Tensor | None = None
@@ -155,7 +158,7 @@ class Pcl(QueueObjective):
     def loss(self, embeddings: dict[str, Tensor]) -> ObjectiveOutput:
         """`embeddings` as `embed` returns them."""
         found = super().loss(embeddings)
-        if not bool(self.clustered):
+        if not self._clustered:
             return found
         numbers = range(len(self.config.num_clusters))
         clusters = [
@@ -169,4 +172,8 @@ class Pcl(QueueObjective):
 
     def chance_loss(self, batch_size: int, positives: float = 1.0) -> float | None:
         """As MoCo's; None once there are prototypes, whose temperatures differ."""
-        return None if bool(self.clustered) else super().chance_loss(batch_size, positives)
+        return None if self._clustered else super().chance_loss(batch_size, positives)
+
+
+def _read_clustered(objective: Pcl, _: Any) -> None:
+    objective._clustered = bool(objective.clustered)

@@ -16,6 +16,27 @@ from mllm_vision.distributed import is_distributed
 logger = logging.getLogger(__name__)
 
 
+class SkippedSteps:
+    """Whether fp16's loss scaling skipped a step, fused optimizer or not; asked once after each.
+
+    Accelerate sees that an optimizer was not called. A fused one (torch 2.13: `_step_supports_amp_scaling`) is called
+    always and leaves the weights alone in its own kernel; that the scale went down is the one sign of it.
+    """
+
+    def __init__(self) -> None:
+        self._scale: float | None = None
+
+    def last(self, optimizer: Any) -> bool:
+        """Of the step that was just taken; `optimizer` is accelerate's."""
+        skipped = bool(getattr(optimizer, "step_was_skipped", False))
+        scaler = getattr(optimizer, "scaler", None)
+        if scaler is None or not getattr(optimizer.optimizer, "_step_supports_amp_scaling", False):
+            return skipped
+        before = scaler._init_scale if self._scale is None else self._scale
+        self._scale = scaler.get_scale()
+        return skipped or self._scale < before
+
+
 class AfterStep(TrainerCallback):
     """Calls `objective.after_step(progress)` once per optimizer step, never per micro-batch.
 
@@ -26,9 +47,10 @@ class AfterStep(TrainerCallback):
 
     def __init__(self, objective: Any) -> None:
         self.objective = objective
+        self._skipped = SkippedSteps()
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        if getattr(optimizer, "step_was_skipped", False):
+        if self._skipped.last(optimizer):
             return
         if hasattr(self.objective, "epoch"):
             self.objective.epoch = state.epoch

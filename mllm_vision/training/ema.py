@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from .callbacks import SkippedSteps
 from .optimizers import plain_name
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class WeightAverage(TrainerCallback):
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay = model, decay
         self._average: dict[str, Tensor] | None = None
+        self._skipped = SkippedSteps()
 
     def _live(self) -> dict[str, Tensor]:
         tensors = {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
@@ -82,8 +84,10 @@ class WeightAverage(TrainerCallback):
             self._average = {name: tensor.float().clone() for name, tensor in self._live().items()}
 
     @torch.no_grad()
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         assert self._average is not None
+        if self._skipped.last(optimizer):  # nothing moved but perhaps norms' statistics, to infinity
+            return
         step = state.global_step
         decay = min(self.decay, (1 + step) / (10 + step))
         live = self._live()

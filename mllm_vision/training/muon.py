@@ -54,6 +54,9 @@ class MuonAdamW(torch.optim.AdamW):
 
     def __init__(self, params: Any, *, muon_momentum: float = 0.95, **kwargs: Any) -> None:
         super().__init__(params, **kwargs)
+        # With `fused` AdamW's kernel would look for overflows by itself (torch 2.13), and the Muon half would not: the
+        # loss scaler has to unscale the gradients and skip the step for both, as for any other optimizer.
+        self._step_supports_amp_scaling = False
         for group in self.param_groups:
             group.setdefault("muon", False)
             group.setdefault("muon_momentum", muon_momentum)

@@ -141,6 +141,8 @@ class RecipeTrainer(Evaluating):
             if rates["muon_learning_rate"] is not None:
                 cls = MuonAdamW
             self.optimizer = cls(groups, **{**settings, "lr": rates["learning_rate"]})
+            if args.fp16:  # a fused optimizer that skips in its own kernel (torch 2.13) tells nobody that it did
+                self.optimizer._step_supports_amp_scaling = False
             if self.is_fsdp_enabled:
                 prepare_sharding(self.accelerator, target, self.optimizer)
         return self.optimizer

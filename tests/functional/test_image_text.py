@@ -23,7 +23,6 @@ cases = st.fixed_dictionaries(
         "bias": st.floats(-12.0, 4.0),
         "seed": st.integers(0, 2**16),
         "tile": st.one_of(st.none(), st.integers(1, 10)),
-        "listed": st.sampled_from([0, 32]),  # ids as a list of pairs, or compared tile by tile
         "relations": st.sampled_from(["none", "ids", "two ids", "bool", "soft", "callable", "sparse", "sparse bool"]),
     }
 )
@@ -61,20 +60,11 @@ def close(ours, reference, size=1.0):
     np.testing.assert_allclose(ours.detach().numpy(), reference, rtol=1e-8, atol=1e-10 * max(1.0, size))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _few_listed():
-    """`listed` of a case, set and taken back."""
-    before = tiles.LISTED_PER_ROW
-    yield
-    tiles.LISTED_PER_ROW = before
-
-
 @settings(max_examples=600, deadline=None)
 @given(cases)
 def test_clip_loss_and_gradients_are_the_oracles(case):
     image, text, relations, dense = make(case)
     i, t, s = leaves(image, text, case["scale"])
-    tiles.LISTED_PER_ROW = case["listed"]
     loss = clip_loss(i, t, s, relations=relations, tile_size=case["tile"])
     loss.backward()
     value, by_image, by_text, by_scale = oracle.clip(image, text, case["scale"], dense)
@@ -89,7 +79,6 @@ def test_clip_loss_and_gradients_are_the_oracles(case):
 def test_siglip_loss_and_gradients_are_the_oracles(case):
     image, text, relations, dense = make(case)
     i, t, s, b = leaves(image, text, case["scale"], case["bias"])
-    tiles.LISTED_PER_ROW = case["listed"]
     loss = siglip_loss(i, t, s, b, relations=relations, tile_size=case["tile"])
     loss.backward()
     value, by_image, by_text, by_scale, by_bias = oracle.siglip(image, text, case["scale"], case["bias"], dense)
@@ -339,18 +328,19 @@ def test_wrong_flags_are_refused(flags, words):
         clip_loss(torch.randn(4, 2), torch.randn(4, 2), 1.0, **flags)
 
 
-def test_ids_are_listed_while_equal_ones_are_few():
-    """The list has every pair once, also where two columns of ids agree; beyond the limit it is not made."""
-    grid = tiles.Grid(6, [(0, 6)], 4)
-    ids = torch.tensor([[5, 1], [5, 1], [6, 1], [7, 2], [8, 2], [9, 3]])
-    pairs = tiles._pairs_of_equal_ids(ids, ids, 100)
-    listed = sorted(zip(*(part.tolist() for part in pairs), strict=True))
-    assert listed == [tuple(place) for place in related(ids, ids).nonzero().tolist()]
-    assert tiles._pairs_of_equal_ids(ids, ids, 5) is None
-    like = torch.ones(1)
-    tiles.LISTED_PER_ROW = 3
-    for each, kind in ((ids, tiles.SparseTargets), (torch.zeros(6).long(), tiles.DenseTargets)):
-        assert isinstance(tiles.find_targets(each, 6, [6], grid, like, None), kind)
+def test_ids_are_compared_tile_by_tile_with_nothing_read_back():
+    """The tiles of equal ids are those of `related`, for ids of any size, also where two columns agree."""
+    torch.manual_seed(0)
+    ids = torch.tensor([[5, 1], [5, 1], [-6, 1], [2**62, 2], [2**62, 2], [9, -3]])
+    targets = tiles.find_targets(ids, 6, [6], tiles.Grid(6, [(0, 6)], 4), torch.ones(1), None)
+    assert targets.certain
+    whole = torch.zeros(6, 6)
+    for r, rows in enumerate(targets._grid.rows):
+        for c, columns in enumerate(targets._grid.columns):
+            tile = torch.zeros(rows.stop - rows.start, columns.stop - columns.start)
+            targets.subtract(tile, r, c)
+            whole[rows, columns] = -tile
+    assert torch.equal(whole, related(ids, ids).float())
 
 
 def test_both_routes_of_the_products_are_fp64_to_rounding(monkeypatch):
