@@ -44,14 +44,14 @@ class ConversationCollator:
             attention[number, :size] = 1
         batch = {"input_ids": ids, "attention_mask": attention, "labels": labels}
         if any("turns" in row for row in rows):
-            batch |= self._separate(rows, length)
+            batch |= self.separate(rows, length)
         images = [image for row in rows for image in row["images"]]
         if images:
             batch["pixel_values"] = self.transform(images, keys=[key for row in rows for key in row["keys"]])
         return batch
 
     @staticmethod
-    def _separate(rows: Sequence[dict[str, Any]], length: int) -> dict[str, Tensor]:
+    def separate(rows: Sequence[dict[str, Any]], length: int) -> dict[str, Tensor]:
         """Mask and positions that keep packed conversations apart: each sees the shared beginning and itself."""
         turns = torch.full((len(rows), length), -1, dtype=torch.int64)  # -1: padding, which sees only padding
         positions = torch.zeros(len(rows), length, dtype=torch.int64)

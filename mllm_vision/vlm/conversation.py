@@ -26,6 +26,7 @@ from mllm_vision.data.records import UsualSplit
 from mllm_vision.data.sampling import BadRow, judge
 from mllm_vision.data.stream_order import Ref
 from mllm_vision.errors import unknown_name
+from mllm_vision.vlm.packing import check_packing
 
 logger = logging.getLogger(__name__)
 LONGEST = 2048  # the default limit where the language model itself allows more
@@ -119,7 +120,8 @@ def load_stage_data(
 
     Raises:
         FileNotFoundError: no such data.
-        ValueError: columns that are not there, an empty set, a length the language model does not allow.
+        ValueError: columns that are not there, an empty set, a length the language model does not allow, a language
+            model that cannot be trained on packed conversations.
     """
     limit = getattr(model.config.text_config, "max_position_embeddings", None)
     if max_length is None:
@@ -185,6 +187,7 @@ def load_stage_data(
     if stream is not None:
         train = StreamDataset(stream, train)
     if pack_turns:
+        check_packing(model, int(max(train.lengths.max(), evaluation.lengths.max())))
         train, evaluation = (PackedConversations(each, max_length=max_length) for each in (train, evaluation))
     return StageData(
         train=train,

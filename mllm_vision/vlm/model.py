@@ -26,6 +26,7 @@ from transformers.utils.generic import can_return_tuple
 
 from mllm_vision.encoder.features import extract_features
 from mllm_vision.modules.projectors import build_projector
+from mllm_vision.vlm.packing import check_packing
 
 
 def settings(config: LlavaConfig) -> dict[str, Any]:
@@ -148,6 +149,8 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
         self.loss_type = "ForCausalLM"  # tells the Trainer that labels are shifted in forward
         self.post_init()
 
+    packing_checked = False  # whether the language model gives packed conversations the numbers of separate ones
+
     @property
     def blind(self) -> bool:
         """Whether pictures are replaced by zeros."""
@@ -208,7 +211,8 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
                 divided by it, otherwise the mean over S.
 
         Raises:
-            ValueError: image tokens and image features differ in number.
+            ValueError: image tokens and image features differ in number; packed conversations that this language
+                model does not keep apart (``check_packing``).
         """
         if labels is not None:
             use_cache = bool(use_cache)
@@ -216,6 +220,8 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
                 # Causal attention never looks right: without the mask the result is the same, and cheaper.
                 attention_mask = None
         if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
+            if not self.packing_checked:
+                check_packing(self, attention_mask.shape[-1])
             attention_mask = self._additive(attention_mask)
         extra = {
             name: value

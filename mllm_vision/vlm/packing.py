@@ -1,0 +1,89 @@
+"""Whether a language model can be trained on packed conversations: a trial with numbers, not a list of names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm_vision.data.collate import IGNORED, ConversationCollator
+
+_TRIED = 48  # tokens of a conversation in the trial, where no window makes more of them necessary
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+_HALF = 0.1  # of logits in 16 bits; what a model that cannot be packed gets wrong is a multiple of it
+
+
+def check_packing(model: Any, longest: int) -> None:
+    """Refuse ``pack_turns`` where packed conversations do not give the logits of separate ones.
+
+    Two conversations of random ids behind a shared beginning are run both ways, in the form ``PackedConversations``
+    gives them. Attention with a mask and positions of its own is exact. What looks at its neighbours in the sequence
+    instead is not: sliding windows (where a conversation is longer than one), ALiBi, recurrent and convolutional
+    layers, a cache that is kept although nothing is generated.
+
+    Args:
+        model: a ``VisionLanguageModel``.
+        longest: tokens of the longest conversation that is going to be packed.
+
+    Raises:
+        ValueError: the numbers differ, or the language model takes no such mask.
+    """
+    windows = [window for window in _windows(model.config.text_config) if window < longest]
+    size = max(min(longest, max([_TRIED, *(window + _TRIED // 2 for window in windows)])), 6)
+    was_training = model.training
+    model.eval()
+    model.packing_checked = True  # the trial's own passes need none
+    try:
+        with torch.no_grad():
+            packed, separate = _trial(model, size)
+    except Exception as error:
+        model.packing_checked = False
+        if "pack_turns" in str(error):
+            raise
+        raise _refusal(model, f"it takes no such mask ({type(error).__name__}: {error})") from error
+    finally:
+        model.train(was_training)
+    tolerance = _TOLERANCE.get(packed.dtype, _HALF)
+    difference, scale = (packed - separate).float(), separate.float()
+    off = float((difference.norm(dim=-1) / scale.norm(dim=-1).mean().clamp(min=1e-12)).max())
+    if not off <= tolerance:
+        model.packing_checked = False
+        raise _refusal(model, f"the logits differ by up to {off:.1%} in conversations of {size} tokens")
+
+
+def _refusal(model: Any, why: str) -> ValueError:
+    kind = getattr(model.config.text_config, "model_type", "the language model")
+    return ValueError(
+        f"pack_turns: packed conversations are not what separate ones are with {kind!r}: {why}. Its layers look at "
+        "neighbours in the sequence beside the attention mask (a sliding window, ALiBi, recurrent or convolutional "
+        "layers); train without --pack_turns"
+    )
+
+
+def _windows(config: Any) -> list[int]:
+    """Every setting that may be how far a layer looks, whatever the model calls it."""
+    words = ("window", "chunk", "local")
+    settings = config.to_dict().items()
+    return [v for k, v in settings if type(v) is int and v > 0 and any(word in k for word in words)]
+
+
+def _trial(model: Any, size: int) -> tuple[Tensor, Tensor]:
+    """Logits ``[S, V]`` of the same tokens, packed and separate."""
+    device = model.get_input_embeddings().weight.device
+    shared = size // 3
+    tail = size - shared
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.text_config.vocab_size - 1, (shared + 2 * tail,), generator=draw)
+    ids += ids >= model.config.image_token_id  # any token but the image's
+    labels = ids.clone()
+    # A conversation's first token is no one's next token, in the data as here.
+    labels[: shared + 1] = labels[shared + tail] = IGNORED
+    turns = torch.tensor([0] * shared + [1] * tail + [2] * tail)
+    inputs = ConversationCollator.separate([{"input_ids": ids, "turns": turns}], len(ids))
+    inputs |= {"input_ids": ids[None], "labels": labels[None]}
+    packed = model(**{name: value.to(device) for name, value in inputs.items()}).logits
+    rows = [torch.cat([torch.arange(shared), torch.arange(shared, shared + tail) + tail * k]) for k in range(2)]
+    apart = {"input_ids": torch.stack([ids[row] for row in rows]), "labels": torch.stack([labels[row] for row in rows])}
+    apart["attention_mask"] = torch.ones_like(apart["input_ids"])
+    return packed, model(**{name: value.to(device) for name, value in apart.items()}).logits
