@@ -12,7 +12,7 @@ from .sampling import rows_of
 _NAMES: dict[str, tuple[str, ...]] = {
     "image": (
         *("image", "images", "img", "picture", "photo", "pixel_values", "jpg", "jpeg", "png", "webp"),
-        *("image_path", "image_file", "file_name", "filename", "filepath", "path", "image_bytes"),
+        *("image_path", "image_file", "file_name", "filename", "filepath", "path", "image_bytes", "image_url"),
     ),
     "caption": (
         *("caption", "captions", "text", "texts", "txt", "sentence", "sentences", "description", "descriptions"),
@@ -31,7 +31,11 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "label": ("label", "labels", "class", "fine_label", "category", "target", "cls"),
 }
 ROLES = tuple(_NAMES)
+ROLE_NAMES = frozenset(name for names in _NAMES.values() for name in names)
 IMAGE_NAMES = _NAMES["image"]
+TEXT_NAMES = frozenset(
+    name for role in ("caption", "question", "answer", "label") for name in _NAMES[role]
+)  # what stands there is a text, even where it ends like a file
 _PATH_NAMES = IMAGE_NAMES[IMAGE_NAMES.index("image_path") :]
 
 

@@ -1,40 +1,29 @@
-"""Records: loading tables of pictures and text from anything `datasets` reads, and finding their columns.
+"""Records: the rows of files, folders, patterns and Hub ids as one map-style data set.
 
-Pictures are never decoded here: they stay encoded bytes or paths, and are decoded where they are transformed
-(twenty times as many rows a second go by undecoded).
+Images are never decoded here: they stay encoded bytes or paths, and are decoded where they are transformed (twenty
+times as many rows a second go by undecoded).
 """
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .columns import IMAGE_NAMES, bind_columns, column_kind
+from .arrow import undecoded, values_of
+from .columns import bind_columns
+from .files import LeftOut, find
+from .folders import Contents, contents, image_table
+from .table_cache import fingerprint, read_tables
+from .tables import may_hold_paths
 
-__all__ = ["bind_columns", "load_records"]
+__all__ = ["UsualSplit", "bind_columns", "load_records"]
 
 logger = logging.getLogger(__name__)
-
-_BUILDERS = {
-    ".parquet": "parquet",
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".arrow": "arrow",
-    ".tar": "webdataset",
-}
-_SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -58,47 +47,55 @@ def load_records(
     max_rows: int | None = None,
     image_root: str | Path | None = None,
 ) -> Any:
-    """A map-style `datasets.Dataset` from a file, a glob, a folder or a Hub id; pictures stay undecoded.
+    """A map-style `datasets.Dataset` from a file, a pattern, a folder or a Hub id; images stay undecoded.
 
     Args:
-        name_or_path: a Parquet, JSONL, JSON (LLaVA's list too), CSV/TSV or Arrow file, a WebDataset `.tar`; a glob
-            of such files; a folder of them, of pictures (class folders, or `metadata.jsonl` with `file_name`), or
-            one written by `save_to_disk`; or a Hub data set id.
-        split: as in `datasets`, slices included ("train[:1000]"). A file or glob is one split and only takes the
-            slice. In a folder `<split>.parquet` (or .jsonl ...) is taken where it exists. A `UsualSplit` gives way to
-            the only split of a folder that has another one.
+        name_or_path: a Parquet, JSONL, JSON, CSV/TSV or Arrow file (texts also packed: .gz), an uncompressed
+            WebDataset `.tar`; a pattern of such files; a folder of them, of images (in class folders or not), or one
+            written by `save_to_disk`; or a Hub data set id. docs/data.md has the rules.
+        split: as in `datasets`, slices and sums included ("train[:1000]", "train+validation"). A file or a pattern is
+            one split and only takes the slice. A `UsualSplit` gives way to the only split of a folder that has
+            another one.
         config_name: the configuration of a Hub data set.
         max_rows: only the first rows.
-        image_root: what relative picture paths start from; otherwise the folder of the file that names them.
+        image_root: what relative image paths start from; otherwise the folder of the file that names them.
+
+    What is left out (other files, links, rows that cannot be parsed) is told in one line.
 
     Raises:
-        FileNotFoundError: no such path, split file or picture; ConnectionError: the Hub is out of reach.
+        FileNotFoundError: no such path, split file or image; ConnectionError: the Hub is out of reach.
         ValueError: an empty data set, an unknown split or file type, a file that cannot be parsed.
     """
-    if not str(name_or_path).strip():
-        raise ValueError("no data set was named: pass a file, a folder or a Hub id (--dataset_name)")
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows={max_rows} must be at least 1")
+    root = Path(image_root).expanduser() if image_root is not None else None
+    if root is not None and not root.is_dir():
+        raise FileNotFoundError(f"image_root={image_root} is no folder")
     _count_no_downloads()
-    usual = split if isinstance(split, UsualSplit) else None
-    split = usual.name if usual is not None else split
-    base = re.split(r"[\[+]", split, maxsplit=1)[0]
-    path = Path(name_or_path).expanduser()
-    files = _local_files(path, str(name_or_path), base)
-    if files is None:
-        dataset = _from_hub(str(name_or_path), config_name, split)
-        folder: Path | None = None
-    elif not files:
-        dataset, folder = _from_folder(path, split, usual), path
+    left_out = LeftOut()
+    path = Path(str(name_or_path).strip()).expanduser()
+    if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        dataset = _undecoded(_saved(path, split))
     else:
-        dataset, folder = _from_files(files, base, split), files[0].parent
+        found = find(name_or_path, left_out)
+        if found is None:
+            dataset = _undecoded(_from_hub(str(name_or_path), config_name, split))
+        elif not found.files:
+            but = " but for hidden files" if left_out.counts else ""
+            raise FileNotFoundError(f"the folder {found.root} is empty{but}")
+        else:
+            dataset = _from_files(found, split, root, left_out)
+    left_out.tell(name_or_path)
     if len(dataset) == 0:
-        raise ValueError(f"{name_or_path} (split {split!r}) is empty: it has no rows")
+        raise ValueError(f"{name_or_path} (split {_name(split)!r}) is empty: it has no rows")
     if max_rows is not None and max_rows < len(dataset):
         dataset = dataset.select(range(max_rows))
-    dataset = _hoist_json(dataset)
-    dataset = _undecoded(dataset)
-    return _resolve_paths(dataset, folder, Path(image_root).expanduser() if image_root is not None else None)
+    dataset.left_out = dict(left_out.counts)
+    return dataset
+
+
+def _name(split: str | UsualSplit) -> str:
+    return split.name if isinstance(split, UsualSplit) else split
 
 
 def _count_no_downloads() -> None:
@@ -109,93 +106,105 @@ def _count_no_downloads() -> None:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 
-# -- finding and reading ------------------------------------------------------------------------------------------
+def _from_files(found: Any, split: str | UsualSplit, root: Path | None, left_out: LeftOut) -> Any:
+    from datasets import concatenate_datasets
+
+    bases = [re.split(r"\[", part, maxsplit=1)[0].strip() for part in _name(split).split("+")]
+    there = contents(found, bases[0], left_out)
+    if isinstance(split, UsualSplit):
+        chosen = _usual_split(found.root, there.splits, split) if "" not in there.splits else ""
+        if chosen == "" and not found.named and split.name != "train":
+            logger.warning("%s has no split %r; its only one, 'train', is taken", found.root, split.name)
+        return _read(there, chosen, root, left_out)
+    splits: dict[str, Any] = {}
+    for base in dict.fromkeys(bases):
+        key = "" if "" in there.splits else base
+        if key not in there.splits or (key == "" and not found.named and base != "train"):
+            known = [each or "train" for each in there.splits]
+            raise ValueError(
+                f"{found.root} has no split {base!r}; it has {', '.join(map(repr, known))}. Name it with the flag that "
+                "ends in _split."
+            )
+        splits[base] = _read(there, key, root, left_out)
+    if _name(split) in splits:
+        return splits[_name(split)]
+    from datasets import ReadInstruction
+
+    wanted = ReadInstruction.from_spec(_name(split)).to_absolute({base: len(rows) for base, rows in splits.items()})
+    parts = [splits[part.splitname].select(range(part.from_ or 0, part.to or 0)) for part in wanted]
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
-def _local_files(path: Path, name: str, base: str) -> list[Path] | None:
-    """The data files to read; [] when the folder is for `datasets` to make out; None for a Hub id."""
-    if glob.has_magic(name):
-        files = sorted(Path(found) for found in glob.glob(str(path), recursive=True) if Path(found).is_file())
-        if not files:
-            raise FileNotFoundError(f"no file matches {name!r} (working folder: {Path.cwd()})")
-        return files
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        for word in _SPLITS.get(base, (base,)):
-            for suffix in _BUILDERS:
-                if (path / f"{word}{suffix}").is_file():
-                    return [path / f"{word}{suffix}"]
-        tars = sorted(path.glob("*.tar"))
+def _read(there: Contents, split: str, root: Path | None, left_out: LeftOut) -> Any:
+    """The rows of one split."""
+    from datasets import Dataset, DatasetInfo
 
-        def of(*words: str) -> list[Path]:
-            return [tar for tar in tars if re.search(rf"(^|[^a-z])({'|'.join(words)})", tar.stem)]
-
-        # Shards that are named for other splits are not this one: `datasets` says which there are.
-        others = of(*(word for words in _SPLITS.values() for word in words))
-        return of(*_SPLITS.get(base, (base,))) or ([] if others else tars)
-    looks_local = (
-        name.startswith((".", "/", "~", "\\")) or path.suffix in (*_BUILDERS, *_PICTURES) or name.count("/") > 1
-    )
-    if looks_local:
-        raise FileNotFoundError(f"{name!r} does not exist (working folder: {Path.cwd()})")
-    return None
+    files = there.splits[split]
+    if there.images:
+        table, features = image_table(there, split, left_out)
+        mark = fingerprint([file.encode() for file in files])
+        return Dataset(table, info=DatasetInfo(features=features), fingerprint=mark)
+    dataset = read_tables(there.root, files, root, left_out)
+    _tell_unnamed(there, dataset, left_out)
+    return dataset
 
 
-def _from_files(files: list[Path], base: str, split: str) -> Any:
-    from datasets import load_dataset
-
-    kinds = {file.suffix.lower() for file in files}
-    builders = {_BUILDERS.get(kind) for kind in kinds}
-    if len(builders) != 1 or None in builders:
-        raise ValueError(
-            f"{files[0]}: cannot read files of type {', '.join(sorted(kinds))}; "
-            f"give one of {', '.join(_BUILDERS)} or a folder of pictures"
-        )
-    options = {"sep": "\t"} if kinds == {".tsv"} else {}
-    for file in files:
-        if file.stat().st_size == 0:
-            raise ValueError(f"{file} is empty (0 bytes)")
-    with _explained(f"{files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")):
-        return load_dataset(builders.pop(), data_files={base: [str(f) for f in files]}, split=split, **options)
+def _tell_unnamed(there: Contents, dataset: Any, left_out: LeftOut) -> None:
+    """Counts the images beside the tables that no row names."""
+    if not there.loose or len(there.splits) > 1 or len(dataset) > 500_000:
+        return
+    named: set[str] = set()
+    for column in dataset.data.table.columns:
+        _gather(values_of(column) if may_hold_paths(column.type, "") else [], named)
+    for file in there.loose:
+        if os.path.join(os.path.abspath(there.root), file) not in named:
+            left_out.add("images that no row names", file)
 
 
-def _from_folder(path: Path, split: str, usual: UsualSplit | None) -> Any:
-    from datasets import load_dataset, load_from_disk
-
-    if not any(path.iterdir()):
-        raise FileNotFoundError(f"the folder {path} is empty")
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        with _explained(str(path)):
-            saved = load_from_disk(str(path))
-        if hasattr(saved, "column_names") and not isinstance(saved.column_names, dict):
-            return saved
-        if usual is None and split not in saved:
-            raise ValueError(f"{path} has no split {split!r}; it has {', '.join(map(repr, saved))}")
-        return saved[split] if usual is None else _usual_split(path, saved, usual)
-    with _explained(str(path)):
-        loaded = load_dataset(str(path), split=None if usual else split)
-    return loaded if usual is None else _usual_split(path, loaded, usual)
+def _gather(value: Any, found: set[str]) -> None:
+    """Every string in a value."""
+    if isinstance(value, str):
+        found.add(value)
+    elif isinstance(value, list | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            _gather(each, found)
 
 
-def _usual_split(path: Path, splits: Any, usual: UsualSplit) -> Any:
+def _saved(path: Path, split: str | UsualSplit) -> Any:
+    """What `save_to_disk` wrote."""
+    from datasets import load_from_disk
+
+    try:
+        saved = load_from_disk(str(path))
+    except Exception as error:  # whatever its files hold
+        raise ValueError(f"{path} cannot be read as a data set: {type(error).__name__}: {error}") from error
+    if not isinstance(saved, Mapping):
+        return saved
+    if isinstance(split, UsualSplit):
+        return saved[_usual_split(path, saved, split)]
+    if split not in saved:
+        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(map(repr, saved))}")
+    return saved[split]
+
+
+def _usual_split(path: Path, splits: Mapping[str, Any], usual: UsualSplit) -> str:
     """The split of that name, or the only one, which is told: it may be what was trained on."""
     if usual.name in splits:
-        return splits[usual.name]
+        return usual.name
     if len(splits) > 1:
         raise ValueError(
             f"{path} has no split {usual.name!r}; it has {', '.join(map(repr, splits))}: name one with {usual.flag}"
         )
     (only,) = splits
     logger.warning("%s has no split %r; its only one, %r, is taken", path, usual.name, only)
-    return splits[only]
+    return only
 
 
-def _from_hub(name: str, config_name: str | None, split: str) -> Any:
+def _from_hub(name: str, config_name: str | None, split: str | UsualSplit) -> Any:
     from datasets import load_dataset
 
     try:
-        return load_dataset(name, config_name, split=split)
+        return load_dataset(name, config_name, split=_name(split))
     except ValueError:
         raise  # names the configurations or splits there are
     except (FileNotFoundError, OSError) as error:
@@ -207,78 +216,9 @@ def _from_hub(name: str, config_name: str | None, split: str) -> Any:
         raise kind(message) from error
 
 
-class _explained:
-    """Turns the errors of `datasets` about a local path into a ValueError that names it."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, Exception):
-            return
-        if "corresponds to no data" in str(error):
-            raise ValueError(f"{self.what} is empty: it has no rows") from error
-        cause = error.__cause__ or error
-        detail = f"{cause}" if cause is error else f"{error} {cause}"
-        remedy = " Name it with the flag that ends in _split." if "unknown split" in detail.lower() else ""
-        raise ValueError(f"{self.what} cannot be read as a data set: {detail}{remedy}") from error
-
-
-# -- pictures stay as they are ------------------------------------------------------------------------------------
-
-
-def _hoist_json(dataset: Any) -> Any:
-    """A WebDataset's `json` column becomes columns of its own, unless the name is taken."""
-    if not isinstance(dataset.features.get("json"), dict):
-        return dataset
-    fields = [name for name in dataset.features["json"] if name not in dataset.column_names]
-    column = dataset.select_columns(["json"])["json"]
-    for name in fields:
-        dataset = dataset.add_column(name, [row[name] if row else None for row in column])
-    return dataset.remove_columns("json")
-
-
 def _undecoded(dataset: Any) -> Any:
-    from datasets import Image, List
-
     for name, feature in dataset.features.items():
-        if isinstance(feature, Image) and feature.decode:
-            dataset = dataset.cast_column(name, Image(decode=False))
-        elif isinstance(feature, List) and isinstance(feature.feature, Image) and feature.feature.decode:
-            dataset = dataset.cast_column(name, List(Image(decode=False)))
-    return dataset
-
-
-def _resolve_paths(dataset: Any, folder: Path | None, image_root: Path | None) -> Any:
-    """Relative picture paths in text columns become absolute; the first one must exist."""
-    root = image_root or folder
-    if root is None:
-        return dataset
-    if image_root is not None and not image_root.is_dir():
-        raise FileNotFoundError(f"image_root={image_root} is no folder")
-    for name, feature in dataset.features.items():
-        if name.lower() not in IMAGE_NAMES:
-            continue
-        kind = column_kind(feature)
-        if kind not in ("text", "texts"):
-            continue
-        values = dataset.select_columns([name])[name][:]
-        paths = [value if isinstance(value, list) else [value] for value in values]
-        first = next((path for row in paths for path in row if path), None)
-        if first is None or "://" in first:
-            continue
-        if not (root / first).is_file():
-            if name.lower() not in ("image", "images"):
-                continue  # a column of names that mean something else
-            raise FileNotFoundError(
-                f"column {name!r} names the picture {first!r}, but {root / first} does not exist; "
-                "set --image_root to the folder that the paths start from"
-            )
-        joined = [[str(root / path) if path else path for path in row] for row in paths]
-        column = [row if isinstance(value, list) else row[0] for row, value in zip(joined, values, strict=True)]
-        order = dataset.column_names
-        dataset = dataset.remove_columns(name).add_column(name, column).select_columns(order)
+        plain = undecoded(feature)
+        if plain != feature:
+            dataset = dataset.cast_column(name, plain)
     return dataset

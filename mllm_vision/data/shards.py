@@ -1,28 +1,21 @@
 """Shards of a streamed data set: Parquet files and WebDataset tars, read a group of rows at a time.
 
-Nothing here imports torch. A shard knows how many rows each of its groups holds before any of them is read (a
+A shard knows how many rows each of its groups holds before any of them is read (a
 Parquet footer, a pass over a tar's headers), which is what makes the order of a stream a matter of numbers alone.
 """
 
 from __future__ import annotations
 
-import glob
-import json
-import re
-import tarfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = {".parquet": "parquet", ".tar": "webdataset"}
-TAR_GROUP = 256  # samples of a tar that are read at once
-_SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-_TEXTS = ("txt", "text", "caption", "transcript")
+from .arrow import plain_types
+from .files import LeftOut, find, kind_of, table_splits
+from .tars import TarFile
+
+SUFFIXES = (".parquet", ".tar")
 
 
 class Shard:
@@ -38,12 +31,13 @@ class Shard:
 
     def __init__(self, path: str | Path, *, repo_id: str | None = None, revision: str | None = None) -> None:
         self.path, self.repo_id, self.revision = str(path), repo_id, revision
-        self.kind = SUFFIXES.get(Path(self.path).suffix.lower(), "")
-        if not self.kind:
+        self.kind = kind_of(self.path)
+        if self.kind not in ("parquet", "tar"):
             raise ValueError(
                 f"{self.path}: only Parquet files and uncompressed WebDataset tars can be streamed "
                 f"({', '.join(SUFFIXES)}); train on it without --streaming, or write it as Parquet"
             )
+        self.left_out = LeftOut()
         self._opened: Any = None
 
     @property
@@ -71,7 +65,8 @@ class Shard:
     def opened(self) -> ParquetFile | TarFile:
         """The reader of the file's groups."""
         if self._opened is None:
-            self._opened = (ParquetFile if self.kind == "parquet" else TarFile)(self.file())
+            self._opened = ParquetFile(self.file()) if self.kind == "parquet" else TarFile(self.file(), self.left_out)
+            self.left_out.tell(self.name)
         return self._opened
 
     @property
@@ -85,8 +80,22 @@ class Shard:
         return sum(self.groups)
 
     def read(self, group: int, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """The rows of one group as dicts, pictures undecoded; only `columns` where they are named."""
-        return self.opened.read(group, columns)
+        """The rows of one group as dicts, images undecoded; only `columns` where they are named.
+
+        A column that the shard does not have is None in its rows; a value that cannot be read is a `BadRow`.
+        """
+        rows = self.opened.read(group, columns)
+        return rows if columns is None else [{name: row.get(name) for name in columns} for row in rows]
+
+    def head(self, count: int) -> Any:
+        """The first rows as an Arrow table; a value that cannot be read is null."""
+        import pyarrow as pa
+
+        if self.kind == "parquet":
+            return self.opened.head(count)
+        from .tables import arrow_of
+
+        return arrow_of(self.opened.read(0)[:count], LeftOut()) if self.groups else pa.table({})
 
 
 class ParquetFile:
@@ -116,33 +125,24 @@ class ParquetFile:
 
     def read(self, group: int, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """The rows of a row group."""
+        wanted = None if columns is None else [name for name in columns if name in self.columns]
         try:
-            table = self._file.read_row_group(
-                group, columns=None if columns is None else list(columns), use_threads=False
-            )
+            table = self._file.read_row_group(group, columns=wanted, use_threads=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.path}: row group {group} cannot be read: {error}") from error
-        rows = table.to_pylist()
+        rows = plain_types(table).to_pylist() if table.num_columns else [{} for _ in range(self.groups[group])]
         if self._features is not None:
             given = type(self._features)({name: self._features[name] for name in table.column_names})
             rows = [given.decode_example(row) for row in rows]
         return rows
 
     def head(self, count: int) -> Any:
-        """The first rows as a `datasets.Dataset` with undecoded pictures, for binding columns."""
-        from datasets import Dataset, Features, Image
-        from datasets import List as ListFeature
-
-        batch = next(self._file.iter_batches(batch_size=count))
-        features = Features.from_arrow_schema(batch.schema)
-        for name, feature in features.items():
-            if isinstance(feature, Image):
-                features[name] = Image(decode=False)
-            elif isinstance(feature, ListFeature) and isinstance(feature.feature, Image):
-                features[name] = ListFeature(Image(decode=False))
+        """The first rows as an Arrow table; no rows where the file has none."""
         import pyarrow as pa
 
-        return Dataset(pa.Table.from_batches([batch]).replace_schema_metadata(None)).cast(features)
+        batch = next((each for each in self._file.iter_batches(batch_size=count) if each.num_rows), None)
+        table = self._file.schema_arrow.empty_table() if batch is None else pa.Table.from_batches([batch])
+        return plain_types(table)
 
 
 def _features(schema: Any) -> Any:
@@ -161,82 +161,6 @@ def _features(schema: Any) -> Any:
     return Features({name: undecoded(feature) for name, feature in Features.from_arrow_schema(schema).items()})
 
 
-class TarFile:
-    """The samples of a WebDataset tar: files that share a name up to the first dot, one after the other.
-
-    A sample is a row whose columns are the extensions: pictures as bytes, `.txt` as text, `.cls` as a number, and
-    the fields of `.json` as columns of their own unless the name is taken.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
-        try:
-            with tarfile.open(path, "r:") as archive:
-                for member in archive:
-                    if not member.isfile():
-                        continue
-                    folder, _, file = member.name.rpartition("/")
-                    stem, dot, extension = file.partition(".")
-                    if not dot or not stem:
-                        continue
-                    key = f"{folder}/{stem}" if folder else stem
-                    if not self._samples or self._samples[-1][0] != key:
-                        self._samples.append((key, {}))
-                    self._samples[-1][1][extension.lower()] = (member.offset_data, member.size)
-        except tarfile.TarError as error:
-            raise ValueError(
-                f"{path} cannot be read as a tar: {error}; a stream needs it whole and uncompressed"
-            ) from error
-        if not self._samples:
-            raise ValueError(f"{path} holds no sample (files named <key>.<extension>)")
-        last = max(-(-(offset + length) // 512) * 512 for offset, length in self._samples[-1][1].values())
-        with path.open("rb") as stream:
-            stream.seek(last)
-            if stream.read(512).strip(b"\0") or path.stat().st_size < last + 512:
-                raise ValueError(
-                    f"{path} is cut off: its {path.stat().st_size} bytes end without the mark of a tar's end"
-                )
-        count = len(self._samples)
-        self.groups = [min(TAR_GROUP, count - start) for start in range(0, count, TAR_GROUP)]
-
-    def read(self, group: int, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """The samples of a group; `columns` spares reading the others' bytes."""
-        wanted = None if columns is None else set(columns)
-        rows = []
-        with self.path.open("rb") as stream:
-            for key, members in self._samples[group * TAR_GROUP : (group + 1) * TAR_GROUP]:
-                row: dict[str, Any] = {"__key__": key}
-                for extension, (offset, size) in members.items():
-                    if wanted is not None and extension not in wanted and extension != "json":
-                        continue
-                    stream.seek(offset)
-                    row[extension] = self._value(stream.read(size), key, extension)
-                fields = row.pop("json", None)
-                row = {**fields, **row} if isinstance(fields, dict) else row | ({"json": fields} if fields else {})
-                rows.append(row if wanted is None else {name: row.get(name) for name in wanted})
-        return rows
-
-    def _value(self, data: bytes, key: str, extension: str) -> Any:
-        kind = extension.rpartition(".")[2]
-        try:
-            if kind in _TEXTS:
-                return data.decode("utf-8")
-            if kind == "json":
-                return json.loads(data)
-            if kind in ("cls", "index"):
-                return int(data)
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {key}.{extension} cannot be read: {error}") from error
-        return data
-
-    def head(self, count: int) -> list[dict[str, Any]]:
-        """The first rows, for binding columns."""
-        rows = self.read(0)[:count]
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        return [{name: row.get(name) for name in names} for row in rows]
-
-
 def find_shards(name: str | Path, split: str = "train", *, revision: str | None = None) -> list[Shard]:
     """The shards of a local file, pattern or folder, or of a Hub data set, in order of their names.
 
@@ -248,28 +172,27 @@ def find_shards(name: str | Path, split: str = "train", *, revision: str | None 
     Raises:
         FileNotFoundError: nothing is there. ValueError: a file that cannot be streamed, an empty name.
     """
-    text = str(name).strip()
-    if not text:
-        raise ValueError("no data set was named: pass a file, a pattern, a folder or a Hub id (--dataset_name)")
     if "[" in split:
         raise ValueError(f"split={split!r}: a stream takes whole splits; use --max_steps to read less of one")
-    path = Path(text).expanduser()
-    if "{" in text or glob.has_magic(text):
-        found = [file for pattern in _braces(str(path)) for file in glob.glob(pattern, recursive=True)]
-        files = sorted({file for file in found if Path(file).is_file()})
-        if not files:
-            raise FileNotFoundError(f"no file matches {text!r} (working folder: {Path.cwd()})")
-        return [Shard(file) for file in files]
-    if path.is_file():
-        return [Shard(path)]
-    if path.is_dir():
-        files = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        if not files:
-            raise FileNotFoundError(f"the folder {path} holds no {' or '.join(SUFFIXES)} file to stream")
-        return [Shard(file) for file in _of_split(files, split, str(path))]
-    if text.startswith((".", "/", "~")) or path.suffix or text.count("/") > 1:
-        raise FileNotFoundError(f"{text!r} does not exist (working folder: {Path.cwd()})")
-    return _on_hub(text, split, revision)
+    left_out = LeftOut()
+    found = find(name, left_out)
+    if found is None:
+        return _on_hub(str(name).strip(), split, revision)
+    if found.named and len(found.files) == 1:
+        return [Shard(found.root / found.files[0])]
+    files = [file for file in found.files if kind_of(file) in ("parquet", "tar")]
+    for file in found.files:
+        if kind_of(file) not in ("parquet", "tar"):
+            left_out.add("files that cannot be streamed", file)
+    if not files:
+        raise FileNotFoundError(f"{name} holds no {' or '.join(SUFFIXES)} file to stream")
+    if not found.named:
+        files = _of_split(files, split, str(found.root), left_out)
+    left_out.tell(name)
+    shards = [Shard(found.root / file) for file in files if (found.root / file).stat().st_size]
+    if len(shards) < len(files):
+        raise ValueError(f"{len(files) - len(shards)} of the {len(files)} shards of {name} are empty (0 bytes)")
+    return shards
 
 
 def _on_hub(repo_id: str, split: str, revision: str | None) -> list[Shard]:
@@ -283,37 +206,24 @@ def _on_hub(repo_id: str, split: str, revision: str | None) -> list[Shard]:
             f"{repo_id!r} is no file or folder here (working folder: {Path.cwd()}), and as a Hub data set it could not "
             f"be listed: {error}"
         ) from error
-    files = sorted(file for file in listed if Path(file).suffix.lower() in SUFFIXES)
+    files = sorted(file for file in listed if kind_of(file) in ("parquet", "tar"))
     if not files:
         raise FileNotFoundError(f"the Hub data set {repo_id!r} holds no {' or '.join(SUFFIXES)} file to stream")
-    return [Shard(file, repo_id=repo_id, revision=revision) for file in _of_split(files, split, repo_id)]
+    left_out = LeftOut()
+    files = _of_split(files, split, repo_id, left_out)
+    left_out.tell(repo_id)
+    return [Shard(file, repo_id=repo_id, revision=revision) for file in files]
 
 
-def _of_split(files: list[str], split: str, where: str) -> list[str]:
-    """The files whose path (below `where`) names the split; all of them where no file names any split."""
-
-    def named(word: str) -> list[str]:
-        pattern = re.compile(rf"(^|[^a-z]){re.escape(word)}([^a-z]|$)")
-        return [file for file in files if pattern.search(file.removeprefix(where).lower())]
-
-    for word in _SPLITS.get(split, (split,)):
-        if named(word):
-            return named(word)
-    known = [word for words in _SPLITS.values() for word in words if named(word)]
-    if known or split not in _SPLITS:
-        raise ValueError(f"{where} has no file of the split {split!r}; its files name {', '.join(known) or 'no split'}")
-    return files
-
-
-def _braces(pattern: str) -> list[str]:
-    """`{000..127}` and `{a,b}` as WebDataset's users write them, spelled out."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if found is None:
-        return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-    if span:
-        words = [str(number).zfill(len(span[1])) for number in range(int(span[1]), int(span[2]) + 1)]
-    else:
-        words = found[1].split(",")
-    before, after = pattern[: found.start()], pattern[found.end() :]
-    return [spelled for word in words for spelled in _braces(f"{before}{word}{after}")]
+def _of_split(files: list[str], split: str, where: str, left_out: LeftOut) -> list[str]:
+    """The files of the split by their names; all of them, as its only split "train", where no name tells of any."""
+    splits, others = table_splits(files, split)
+    if not splits and split == "train":
+        return files
+    if split not in splits:
+        raise ValueError(
+            f"{where} has no file of the split {split!r}; its files name {', '.join(splits) or 'no split'}"
+        )
+    for file in others:
+        left_out.add("shards whose names tell of no split", file)
+    return splits[split]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .sampling import BadRow
 from .shards import Shard
 
 Keep = Callable[[dict[str, Any]], bool]
@@ -85,6 +86,8 @@ class Source:
         if self.keep is None:
             return rows
         texts = self.shards[shard].read(group, self.filter_columns)
+        for text in texts:
+            text.update({name: None for name, value in text.items() if isinstance(value, BadRow)})
         return rows[np.fromiter((bool(self.keep(text)) for text in texts), dtype=bool, count=len(texts))]
 
 

@@ -13,19 +13,25 @@ from __future__ import annotations
 import logging
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .columns import IMAGE_NAMES
+from .arrow import united
+from .files import LeftOut
+from .paths import ImagePaths
 from .sampling import BadRow, BadSamples, draw_key
 from .shards import find_shards
 from .stream_order import Ref, Source, StreamOrder, deal
+from .tables import with_paths
 
 __all__ = ["RowReader", "Stream", "StreamDataset", "row_filter"]
 logger = logging.getLogger(__name__)
+
+_HEADS = 8  # shards that are looked at for their columns
+_ROWS_TRIED, _SHARDS_TRIED = 200, 8  # in place of a row that cannot be used
 
 _CONDITION = re.compile(r"\s*(?:(length|words)\((\w+)\)|(\w+))\s*(>=|<=|==|!=|>|<)\s*(.+?)\s*$")
 _SIGNS = {
@@ -59,6 +65,7 @@ class Stream:
         self.sources = list(sources)
         self.image_root = Path(image_root).expanduser() if image_root is not None else None
         self.settings = {"seed": seed, "buffer": shuffle_buffer, "lanes": lanes}
+        self.left_out = LeftOut()
         self.total = self.order().total
 
     @classmethod
@@ -95,8 +102,31 @@ class Stream:
         return StreamOrder(self.sources, **self.settings)
 
     def head(self, count: int = 16) -> Any:
-        """The first rows of the first shard, undecoded: what columns are bound by."""
-        return self.sources[0].shards[0].opened.head(count)
+        """The first rows of the first source as a data set, images undecoded: what columns are bound by."""
+        return self._head(self.sources[0], count)
+
+    def _head(self, source: Source, count: int) -> Any:
+        """The first rows of the first shard that has any, and one of each of the next few that has other columns.
+
+        Raises:
+            ValueError: no shard has rows.
+        """
+        from datasets import Dataset, DatasetInfo
+
+        tables: list[tuple[str, Any]] = []
+        for shard in source.shards:
+            if tables and (not shard.local or len(tables) == _HEADS):
+                break
+            table = shard.head(1 if tables else count)
+            if table.num_rows:
+                root = self.image_root or Path(shard.path).parent
+                tables.append((shard.name, with_paths(table, ImagePaths(root, self.left_out))))
+        if not tables:
+            raise ValueError(f"{source.shards[0].name} and all other shards of its data set are empty: no rows")
+        known = set(tables[0][1].column_names)
+        others = [(name, table) for name, table in tables[1:] if not known.issuperset(table.column_names)]
+        table, features = united([tables[0], *others], LeftOut())
+        return Dataset(table, info=DatasetInfo(features=features))
 
     @property
     def bounded(self) -> bool:
@@ -111,21 +141,27 @@ class Stream:
 
         return hashlib.sha256(json.dumps(self.order().identity, sort_keys=True).encode()).hexdigest()[:16]
 
-    def rooted(self, row: dict[str, Any], ref: Ref) -> dict[str, Any]:
-        """The row with picture paths that start from `image_root` or from the folder of its shard."""
-        root = self.image_root or Path(self.sources[ref.source].shards[ref.shard].path).parent
-        for name, value in row.items():
-            if name.lower() in IMAGE_NAMES:
-                row[name] = [_joined(root, each) for each in value] if isinstance(value, list) else _joined(root, value)
-        return row
+    def read(
+        self, source: int, shard: int, group: int, columns: Sequence[str], images: Sequence[str] = ()
+    ) -> list[dict[str, Any]]:
+        """The rows of a group; relative image paths start from `image_root` or from the folder of the shard.
 
-
-def _joined(root: Path, value: Any) -> Any:
-    if isinstance(value, str) and value and "://" not in value:
-        return str(root / value)
-    if isinstance(value, dict) and value.get("bytes") is None and isinstance(value.get("path"), str):
-        return {**value, "path": str(root / value["path"])}
-    return value
+        Args:
+            source, shard, group: which.
+            columns: those to read.
+            images: columns that are of images, whatever they are called.
+        """
+        file = self.sources[source].shards[shard]
+        rows = file.read(group, columns)
+        paths = ImagePaths(self.image_root or Path(file.path).parent, self.left_out, images)
+        for name in columns:
+            values = [row[name] for row in rows]
+            changed = paths.column(name, values)
+            if changed is not values:
+                for row, value in zip(rows, changed, strict=True):
+                    row[name] = value
+        self.left_out.tell(file.name)
+        return rows
 
 
 class StreamDataset:
@@ -152,13 +188,14 @@ class StreamDataset:
         self.reader.bad_samples = BadSamples(stream.total)  # without those met among the first rows, which come again
         self.columns = list(dict.fromkeys(columns or reader.columns.values()))
         self.seed = stream.settings["seed"]
+        self._images = [name for role, name in reader.columns.items() if role == "image"]
         for source in stream.sources:
-            first = source.shards[0]
-            head = first.opened.head(16)
-            names = list(getattr(head, "column_names", None) or head[0])
+            names = stream._head(source, 1).column_names
             missing = [name for name in [*self.columns, *source.filter_columns] if name not in names]
             if missing:
-                raise ValueError(f"{first.name} has no column {', '.join(missing)}; its columns are {', '.join(names)}")
+                raise ValueError(
+                    f"{source.shards[0].name} has no column {', '.join(missing)}; its columns are {', '.join(names)}"
+                )
 
     @property
     def bad_samples(self) -> BadSamples:
@@ -176,17 +213,37 @@ class StreamDataset:
         last = self._judge(row, ref, key)
         if not isinstance(last, BadRow):
             return last
-        source = self.stream.sources[ref.source]
-        group = source.group_of(ref.shard, ref.row)
-        start = int(source.starts(ref.shard)[group])
-        kept = (source.kept(ref.shard, group) - start).tolist()
-        rows = source.shards[ref.shard].read(group, self.columns)
-        after = [number for number in kept if number > ref.row - start] + [n for n in kept if n < ref.row - start]
-        for number in after[:99]:
-            last = self._judge(rows[number], ref._replace(row=start + number), key)
+        tried = 1
+        for other, row in self._instead(ref):
+            last = self._judge(row, other, key)
             if not isinstance(last, BadRow):
                 return last
-        raise ValueError(f"{len(after[:99]) + 1} rows in a row from {ref} cannot be used; the last one, {last}")
+            tried += 1
+        raise ValueError(f"{tried} rows from {ref} on cannot be used; the last one, {last}")
+
+    def _instead(self, ref: Ref) -> Iterator[tuple[Ref, dict[str, Any]]]:
+        """Rows to take in place of one: those of its group, then of the groups and shards behind it."""
+        source = self.stream.sources[ref.source]
+        count = 0
+        shards = [*range(ref.shard, len(source.shards)), *range(ref.shard)]
+        for shard in shards[:_SHARDS_TRIED]:
+            groups = range(len(source.shards[shard].groups))
+            own = source.group_of(shard, ref.row) if shard == ref.shard else 0
+            for group in [*groups[own:], *groups[:own]]:
+                start = int(source.starts(shard)[group])
+                kept = source.kept(shard, group).tolist()
+                if (shard, group) == (ref.shard, own):
+                    kept = [row for row in kept if row > ref.row] + [row for row in kept if row < ref.row]
+                rows = self.read(ref.source, shard, group) if kept else []
+                for row in kept:
+                    yield ref._replace(shard=shard, row=row), rows[row - start]
+                    count += 1
+                    if count == _ROWS_TRIED:
+                        return
+
+    def read(self, source: int, shard: int, group: int) -> list[dict[str, Any]]:
+        """The rows of a group with the columns that are needed."""
+        return self.stream.read(source, shard, group, self.columns, self._images)
 
     def _judge(self, row: dict[str, Any], ref: Ref, key: int) -> dict[str, Any] | BadRow:
         """The sample, or why there is none."""
@@ -194,7 +251,10 @@ class StreamDataset:
         return self.bad_samples.judge(where, self._sample, row, ref, key)
 
     def _sample(self, row: dict[str, Any], ref: Ref, key: int) -> dict[str, Any]:
-        return self.reader.read_record(self.stream.rooted(row, ref), key, ref.row)
+        for value in row.values():
+            if isinstance(value, BadRow):
+                raise value
+        return self.reader.read_record(row, key, ref.row)
 
 
 class RowReader:
@@ -245,7 +305,7 @@ class RowReader:
 
     def _read(self, file: _File, group: int) -> list[dict[str, Any]]:
         self.groups_read += 1
-        return self.order.sources[file.source].shards[file.shard].read(group, self.dataset.columns)
+        return self.dataset.read(file.source, file.shard, group)
 
     def _look_ahead(self) -> None:
         """Start reading the groups that the rank's own lanes stand in."""

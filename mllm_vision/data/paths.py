@@ -1,0 +1,134 @@
+"""Relative image paths in tables: they start from the folder of the file that names them, whatever the column."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from .columns import IMAGE_NAMES, TEXT_NAMES
+from .files import IMAGES, LeftOut
+
+_TRIED = 32  # values of a column, spread over it, that are looked for on the disk
+_SURE = frozenset(("image", "images", "image_path", "image_paths"))  # what else could such a column mean?
+_HINTS = ("image", "img", "photo", "picture", "file", "path")
+
+
+class ImagePaths:
+    """Makes the relative image paths of one file's columns absolute.
+
+    A column holds image paths when its name says so or its values end like images, and at least one of some values
+    spread over it is a file below `root`. Then all its relative paths start from there; one that does not exist is
+    met, and counted, like any other bad row.
+
+    Args:
+        root: the folder relative paths start from.
+        left_out: is told of paths outside `root` and of addresses on the net.
+        sure: columns that are of images, as the user or their binding says; their missing files are no error here.
+    """
+
+    def __init__(self, root: Path, left_out: LeftOut, sure: Collection[str] = ()) -> None:
+        self.left_out, self.sure = left_out, sure
+        self._base = os.path.abspath(root)
+        self._decided: dict[str, bool] = {}
+
+    def column(self, name: str, values: Sequence[Any]) -> Sequence[Any]:
+        """The values with absolute paths; the very same object where there is nothing to do.
+
+        Raises:
+            FileNotFoundError: a column that can only mean images, of which no file is found.
+        """
+        if name not in self._decided:
+            decided = self._holds_paths(name, values)
+            if decided is None:
+                return values
+            self._decided[name] = decided
+        if not self._decided[name]:
+            return values
+        return [_mapped(value, name, self._joined) for value in values]
+
+    def _holds_paths(self, name: str, values: Sequence[Any]) -> bool | None:
+        """Whether the column holds paths; None where there is no saying yet."""
+        relative: list[str] = []
+        absolute = False
+        for value in values if len(values) <= 4096 else values[:: len(values) // 4096]:
+            for text in _candidates(value, name):
+                if "://" in text and not text.startswith("file://"):
+                    if holds_images(name):
+                        self.left_out.note(
+                            f"column {name!r} holds addresses on the net ({text[:80]!r}): nothing is fetched; download "
+                            "the images beforehand and name their files"
+                        )
+                elif text.startswith("file://") or os.path.isabs(text):
+                    absolute = True
+                else:
+                    relative.append(text)
+        if not relative or name in self.sure:
+            return True if absolute or relative else None
+        tried = relative[:: -(-len(relative) // _TRIED)]
+        if any(os.path.isfile(os.path.join(self._base, text)) for text in tried):
+            return True
+        if name.lower() in _SURE:
+            others = f", nor do {len(tried) - 1} others that were tried" if len(tried) > 1 else ""
+            raise FileNotFoundError(
+                f"column {name!r} names the image {tried[0]!r}, but {os.path.join(self._base, tried[0])} does not exist"
+                f"{others}; set --image_root to the folder that the paths start from"
+            )
+        return absolute
+
+    def _joined(self, text: str) -> str:
+        if text.startswith("file://"):
+            text = unquote(urlparse(text).path)
+        if "://" in text or text.startswith("data:"):
+            return text
+        path = text if os.path.isabs(text) else os.path.join(self._base, text)
+        if not path.startswith(self._base) or ".." in text:
+            normal = os.path.normpath(path)
+            if os.path.commonpath([normal, self._base]) != self._base:
+                self.left_out.note(f"some images lie outside {self._base} and are read as asked: {normal} ...")
+        return path
+
+
+def _mapped(value: Any, key: str, change: Callable[[str], str]) -> Any:
+    """The value with every string that may be an image path changed; containers are copied."""
+    if isinstance(value, str):
+        return change(value) if _may_be_path(value, key) else value
+    if isinstance(value, list | tuple):
+        return [_mapped(each, key, change) for each in value]
+    if isinstance(value, dict) and value.get("bytes") is None:
+        return {name: _mapped(each, _inner(name, key), change) for name, each in value.items()}
+    return value
+
+
+def _candidates(value: Any, key: str) -> Iterator[str]:
+    """Every string in a value that may be an image path."""
+    if isinstance(value, str):
+        if _may_be_path(value, key):
+            yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _candidates(each, key)
+    elif isinstance(value, dict) and value.get("bytes") is None:
+        for name, each in value.items():
+            yield from _candidates(each, _inner(name, key))
+
+
+def _inner(name: str, key: str) -> str:
+    """What a field of a struct is called for our purpose: the url of an image_url is an image."""
+    return key if name in ("url", "path") and holds_images(key) else name
+
+
+def holds_images(name: str) -> bool:
+    """Whether a column or field is called like one of images or of their files."""
+    name = name.lower()
+    return name in IMAGE_NAMES or (name not in TEXT_NAMES and any(hint in name for hint in _HINTS))
+
+
+def _may_be_path(text: str, key: str) -> bool:
+    if not text or len(text) > 1024 or "\n" in text or text.startswith("data:"):
+        return False
+    if key.lower() in TEXT_NAMES:
+        return False
+    return holds_images(key) or PurePosixPath(text.lower()).suffix in IMAGES
