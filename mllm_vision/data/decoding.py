@@ -1,20 +1,24 @@
-"""Decoding: whatever users bring becomes an upright 8-bit RGB picture, or a `BadImage` that says why not."""
+"""Decoding: whatever users bring becomes an upright 8-bit RGB image, or a `BadImage` that says why not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from .sampling import BadRow
+from .image_files import ORIENTED, BadImage, describe, eight_bits, open_image, orientation_of
 
-MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb
-_EXIF_ORIENTATION = 0x0112
-_ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where the orientation may stand
+__all__ = ["MAX_BYTES", "BadImage", "load_image"]
+
+MAX_BYTES = 224 * 2**20  # of memory while an image is decoded: 58 million RGB pixels
+_STRIP = 2**18  # pixels that are converted at once where a conversion needs several times the image
+_SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
+_STORED = {"1": 1, "L": 1, "P": 1} | dict.fromkeys(_SIXTEEN, 2)  # bytes a pixel in Pillow, of other modes 4
+_FACTORS = (1, 2, 4, 8)  # by which a large grey image is reduced before it becomes RGB
+_BESIDE = {"WEBP": 12, "JPEG2000": 12, "AVIF": 8}  # bytes a pixel that a decoder keeps beside the image
+_DEAREST = 24  # bytes a pixel that nothing exceeds
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -26,128 +30,148 @@ _TRANSPOSE = {
 }
 
 
-class BadImage(BadRow):
-    """An image that cannot be decoded: corrupt, truncated, empty, missing or beyond the size limit."""
-
-    def __init__(self, message: str, reason: str = "the image cannot be decoded") -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
 def load_image(
     value: Any,
     *,
     draft: tuple[int, int] | Callable[[int, int], tuple[int, int]] | None = None,
-    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
 ) -> Image.Image:
-    """Decode `value` to an upright 8-bit RGB picture.
+    """Decode `value` to an upright 8-bit RGB image.
 
     Args:
-        value: a PIL image, a path, encoded bytes, an `[H, W]` or `[H, W, 3]` uint8 array, or
-            `{"bytes": ..., "path": ...}` as `datasets.Image(decode=False)` gives.
-        draft: (height, width), or what gives it for the upright picture's width and height. A JPEG at least twice
+        value: a PIL image, a path, a `file://` address or a data URI, encoded bytes, an `[H, W]` or `[H, W, C]`
+            array (uint8, uint16, bool, or floats from 0 to 1), or `{"bytes": ..., "path": ...}` as
+            `datasets.Image(decode=False)` gives. Formats: `FORMATS`.
+        draft: (height, width), or what gives it for the upright image's width and height. A JPEG at least twice
             as large is decoded at a half, a quarter or an eighth, never below this size: faster, but not what a
             full decode and resize would give to the last grey level.
-        max_pixels: pictures with more pixels are refused before they are decoded.
+        max_bytes: memory that decoding may take. A JPEG that would take more is decoded at a half, a quarter or an
+            eighth, a grey image is reduced before it becomes RGB; any other is refused before it is decoded.
 
-    Transparency is laid over white (as transformers does), 16-bit grey is scaled to 8 bits, CMYK, palette and
-    grey become RGB, the EXIF orientation is applied, and an animation gives its first frame.
+    Transparency is laid over white (as transformers does), CMYK, palette and grey become RGB, the EXIF orientation is
+    applied, and an animation gives its first frame. More than 8 bits are scaled by the mode, whatever the values are:
+    16 bits by 65535 (and Pillow's 32-bit integers, in which it gives such files), floats by 1.0.
 
     Raises:
-        BadImage: naming the picture and what is wrong with it.
+        BadImage: naming the image and what is wrong with it.
     """
-    name = _describe(value)
     try:
-        image = _open(value)
+        image = open_image(value)
         width, height = image.size
         if width < 1 or height < 1:
-            raise BadImage(f"{name} is {width}x{height}: it has no pixels", "the image is empty")
-        if width * height > max_pixels:
+            raise BadImage(f"{describe(value)} is {width}x{height}: it has no pixels", "the image is empty")
+        turned = orientation_of(image)
+        cost = _Cost(image, turned in _TRANSPOSE) if width * height * _DEAREST > max_bytes else None
+        if image is not value and image.format in ("JPEG", "MPO"):
+            if callable(draft):
+                draft = draft(height, width) if turned >= 5 else draft(width, height)
+            if draft is not None and turned >= 5:  # the file's rows are the image's columns
+                draft = draft[::-1]
+            _scale_jpeg(image, draft, cost, max_bytes)
+        factor = 1
+        if cost is not None:
+            factor = next((each for each in _FACTORS if cost.bytes(image.size, each) <= max_bytes), 0)
+        if cost is not None and not factor:
             raise BadImage(
-                f"{name} is {width}x{height} = {width * height} pixels, above the limit of {max_pixels}; "
-                "shrink it beforehand or leave it out",
+                f"{describe(value)} is {width}x{height} = {width * height} pixels of mode {image.mode}: decoding takes "
+                f"{cost.bytes(image.size) / 2**20:.3g} MiB, above the limit of {max_bytes / 2**20:.3g}; shrink it "
+                "beforehand or leave it out",
                 "the image is too large",
             )
-        if draft is not None and image.format == "JPEG":
-            turned = _orientation(image) >= 5  # the file's rows are the picture's columns
-            if callable(draft):
-                draft = draft(height, width) if turned else draft(width, height)
-            image.draft("RGB", draft if turned else draft[::-1])
         image.load()
-        return _to_rgb(_upright(image))
+        return _upright(_to_rgb(image, factor))
     except BadImage:
         raise
     except Exception as error:  # the decoders raise nearly anything on broken files (struct.error, SyntaxError...)
-        raise BadImage(f"{name} cannot be decoded: {type(error).__name__}: {error}") from error
+        raise BadImage(f"{describe(value)} cannot be decoded: {type(error).__name__}: {str(error)[:200]}") from error
 
 
-def _describe(value: Any) -> str:
-    if isinstance(value, str | Path):
-        return f"image {str(value)[:200]!r}"
-    if isinstance(value, bytes | bytearray | memoryview):
-        return f"image of {len(value)} bytes"
-    if isinstance(value, dict):
-        size = f" ({len(value['bytes'])} bytes)" if value.get("bytes") is not None else ""
-        return f"image {value.get('path')!r}{size}"
-    if isinstance(value, Image.Image):
-        return f"{value.mode} image {getattr(value, 'filename', '') or ''!r}"
-    return f"image of type {type(value).__name__}"
+class _Cost:
+    """The memory that decoding an opened image takes at its height, by its size and mode.
+
+    Args:
+        image: opened, not yet decoded.
+        turns: whether it must be turned upright, which takes a copy.
+    """
+
+    def __init__(self, image: Image.Image, turns: bool) -> None:
+        self.stored = _STORED.get(image.mode, 4)
+        self.beside = _BESIDE.get(image.format or "", 0)
+        self.rgb = image.mode == "RGB" and "transparency" not in image.info
+        self.grey = image.mode in ("L", *_SIXTEEN)
+        self.turns = turns
+        # libjpeg keeps all coefficients of a progressive JPEG, two bytes each, at whatever scale it decodes.
+        progressive = image.info.get("progressive")
+        self.fixed = image.width * image.height * 2 * len(getattr(image, "layer", "YCC")) if progressive else 0
+
+    def bytes(self, size: tuple[int, int], factor: int = 1) -> float:
+        """At this (width, height) of the file, and reduced by a factor before it becomes RGB (grey images alone)."""
+        if factor > 1 and not self.grey:
+            return float("inf")
+        pixels = size[0] * size[1]
+        decoding = self.stored + self.beside
+        converting = self.stored if self.rgb else self.stored + (self.stored != 1) * self.grey + 4 / factor**2
+        turning = 8 / factor**2 if self.turns else 0
+        return self.fixed + pixels * max(decoding, converting, turning)
 
 
-def _open(value: Any) -> Image.Image:
-    if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-    if value is None:
-        raise BadImage("the image is missing (null)", "the image is missing")
-    if isinstance(value, Image.Image):
-        return value
-    if isinstance(value, str | Path):
-        if not Path(value).is_file():
-            raise BadImage(f"image {str(value)!r} does not exist (folder: {Path.cwd()})", "the image does not exist")
-        return Image.open(value)
-    if isinstance(value, bytes | bytearray | memoryview):
-        if len(value) == 0:
-            raise BadImage("the image has no bytes", "the image is empty")
-        return Image.open(BytesIO(value))
-    if isinstance(value, np.ndarray):
-        return Image.fromarray(value)
-    raise BadImage(
-        f"{type(value).__name__} is no image: expected a PIL image, a path, bytes or {{'bytes', 'path'}}",
-        "the value is no image",
-    )
-
-
-def _orientation(image: Image.Image) -> int:
-    """1 for upright, 2 to 4 mirrored or upside down, 5 to 8 lying on a side."""
-    if image.format == "JPEG" and not any(name in image.info for name in _ORIENTED):
-        return 1  # without parsing what is not there
-    found = image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info or image.format else 1
-    return found if isinstance(found, int) else 1
+def _scale_jpeg(image: Any, wanted: tuple[int, int] | None, cost: _Cost | None, max_bytes: int) -> None:
+    """Have a JPEG decoded at a half, a quarter or an eighth: where that leaves (height, width), or where it must be."""
+    width, height = image.size
+    scale = 1
+    if wanted is not None:
+        room = min(width // max(1, wanted[1]), height // max(1, wanted[0]))
+        scale = next(each for each in (8, 4, 2, 1) if room >= each or each == 1)
+    while scale < 8 and cost is not None and cost.bytes((-(-width // scale), -(-height // scale))) > max_bytes:
+        scale *= 2
+    if scale > 1:
+        image.draft("RGB", (max(1, width // scale), max(1, height // scale)))
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    method = _TRANSPOSE.get(_orientation(image))
+    method = _TRANSPOSE.get(orientation_of(image))
     if method is None:
         return image
     turned = image.transpose(method)
-    # The tag goes, so that a picture that passes here a second time is left alone.
-    turned.info = {name: value for name, value in turned.info.items() if name not in _ORIENTED}
+    # The tag goes, so that an image that passes here a second time is left alone.
+    turned.info = {name: value for name, value in turned.info.items() if name not in ORIENTED}
     return turned
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
+def _to_rgb(image: Image.Image, factor: int) -> Image.Image:
+    transparent = "transparency" in image.info
+    if image.mode == "RGB" and not transparent:
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        low, high = float(values.min()), float(values.max())
-        if image.mode == "F" and low >= 0.0 and high <= 1.0:
-            values = values * 255.0
-        elif high > 255.0:
-            values = values / 257.0  # 16 bits: 65535 becomes 255
-        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        image, transparent = _to_grey(image), False
+    if factor > 1:
+        image = image.reduce(factor)
+    if transparent or "A" in image.getbands() or "a" in image.getbands():
+        return _over_white(image)
     return image.convert("RGB")
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float images as 8-bit grey, white where they are transparent."""
+    width, height = image.size
+    out, clear = np.empty((height, width), np.uint8), image.info.get("transparency")
+    rows = max(1, _STRIP // width)
+    for top in range(0, height, rows):
+        values = np.asarray(image.crop((0, top, width, min(height, top + rows))))
+        out[top : top + rows] = eight_bits(values, whole=True)
+        if isinstance(clear, int):
+            out[top : top + rows][values == clear] = 255
+    grey = Image.fromarray(out)
+    grey.info = {name: value for name, value in image.info.items() if name in ORIENTED}
+    return grey
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    out, (width, height) = Image.new("RGB", image.size), image.size
+    out.info = {name: value for name, value in image.info.items() if name in ORIENTED}
+    rows = max(1, _STRIP // width)
+    for top in range(0, height, rows):
+        part = image.crop((0, top, width, min(height, top + rows))).convert("RGBA")
+        white = Image.new("RGBA", part.size, (255, 255, 255, 255))
+        out.paste(Image.alpha_composite(white, part).convert("RGB"), (0, top))
+    return out

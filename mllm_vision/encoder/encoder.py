@@ -234,7 +234,8 @@ class VisionEncoder(nn.Module):
         """Encode pictures, in batches, without gradient and in evaluation mode.
 
         Args:
-            images: PIL images, paths or bytes of image files (a sequence; a single one is a batch of one).
+            images: PIL images, paths, bytes of image files or arrays [H, W, C] (see `load_image`): a sequence or an
+                array [N, H, W, C]; a single one is a batch of one.
             batch_size: pictures at a time.
             feature: `tokens` for `[N, T, D]`, `pooled` for `[N, P]`.
             progress: show a bar.
@@ -252,6 +253,7 @@ class VisionEncoder(nn.Module):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is no number of pictures; use 1 or more")
         one = isinstance(images, (str, bytes, os.PathLike, dict)) or hasattr(images, "convert")
+        one = one or 0 < getattr(images, "ndim", 4) < 4  # an array [H, W] or [H, W, C] is one image, [N, H, W, C] are N
         images = [images] if one else list(images)
         was_training = self.training
         self.eval()
@@ -292,9 +294,11 @@ class VisionEncoder(nn.Module):
             self.processor.save_pretrained(aside)
             carry_lineage(self, aside)
             target.mkdir(exist_ok=True)
-            for stale in ("lineage.json", "recipe.yaml", "model.safetensors.index.json"):
-                # Of the model that was here before: keeping it would lie about the one that comes.
-                (target / stale).unlink(missing_ok=True)
+            # Of the model that was here before: keeping them would lie about the one that comes.
+            written = {file.name for file in aside.iterdir()}
+            old = ("lineage.json", "recipe.yaml", "model.safetensors.index.json", "model*.safetensors")
+            for stale in [file for pattern in old for file in target.glob(pattern) if file.name not in written]:
+                stale.unlink()
             for file in sorted(aside.iterdir()):
                 os.replace(file, target / file.name)
 

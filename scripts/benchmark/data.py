@@ -40,6 +40,7 @@ from step import OurStep, build_clip, clip_tokenizer
 from timing import Timing, header, side_by_side, speedup, table
 
 from mllm_vision.data import ImageTransform, load_image
+from mllm_vision.data.image_files import FORMATS
 from mllm_vision.encoder.dual import DualEncoder
 
 SIZES = ((640, 480), (320, 240))
@@ -65,7 +66,7 @@ def jpegs(pictures: Sequence[Image.Image], size: tuple[int, int], count: int, qu
 
 def usual_crop(data: bytes, side: int, mean: torch.Tensor, std: torch.Tensor, rng: random.Random) -> torch.Tensor:
     """One picture as the usual transforms make it: a crop of 90 to 100 % of its area, `[3, side, side]`."""
-    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    picture = Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB")
     for _ in range(10):
         area = picture.width * picture.height * rng.uniform(0.9, 1.0)
         aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -96,7 +97,7 @@ def decoding(pictures: Sequence[Image.Image], args: argparse.Namespace) -> list[
         batch, rng = jpegs(pictures, size, args.count, args.quality), random.Random(0)
         contenders = {
             "stock": lambda batch=batch: processor(
-                images=[Image.open(io.BytesIO(data)) for data in batch], return_tensors="pt"
+                images=[Image.open(io.BytesIO(data), formats=FORMATS) for data in batch], return_tensors="pt"
             )["pixel_values"],
             "PIL": lambda batch=batch, rng=rng: torch.stack([usual_crop(data, side, mean, std, rng) for data in batch]),
             "ours, training": lambda batch=batch: training(batch, keys=keys),
