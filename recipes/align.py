@@ -10,6 +10,7 @@ that of the untrained projector, of shuffled pictures and of none. Next: recipes
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from mllm_vision.data.stream_flags import StreamArguments
 from mllm_vision.training.arguments import RecipeArguments
@@ -56,6 +57,8 @@ class AlignArguments:
 @dataclass
 class Arguments(RecipeArguments):
     """Defaults of LLaVA-1.5's first stage (arXiv:2310.03744, table 9); any TrainingArguments name works."""
+
+    recipe_name: ClassVar[str] = "align"
 
     learning_rate: float | None = 1e-3
     per_device_train_batch_size: int = 32

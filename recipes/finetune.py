@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from mllm_vision.data.picture_flags import PictureArguments
 from mllm_vision.training.arguments import RecipeArguments
@@ -40,6 +40,8 @@ class FinetuneArguments:
 @dataclass
 class Arguments(RecipeArguments):
     """Defaults of fine-tuning a ViT (MAE, appendix A.1); any TrainingArguments name works."""
+
+    recipe_name: ClassVar[str] = "finetune"
 
     learning_rate: float | None = 1e-3
     weight_decay: float = 0.05

@@ -9,7 +9,7 @@ plain transformers loads (LoRA merged into it), with the answer accuracy by ques
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mllm_vision.data.stream_flags import StreamArguments
 from mllm_vision.training.arguments import RecipeArguments
@@ -76,6 +76,8 @@ class InstructArguments:
 @dataclass
 class Arguments(RecipeArguments):
     """Defaults of LLaVA-1.5's second stage (arXiv:2310.03744, table 9); any TrainingArguments name works."""
+
+    recipe_name: ClassVar[str] = "instruct"
 
     learning_rate: float | None = 2e-5
     per_device_train_batch_size: int = 32

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from mllm_vision.training.arguments import RecipeArguments
 from mllm_vision.training.recipe import parse_recipe, recipe_dict, run_recipe
@@ -52,6 +53,8 @@ class LanguageModelArguments:
 @dataclass
 class Arguments(RecipeArguments):
     """Defaults for a small model from scratch; any TrainingArguments name works."""
+
+    recipe_name: ClassVar[str] = "language_model"
 
     learning_rate: float | None = 2e-3
     per_device_train_batch_size: int = 32

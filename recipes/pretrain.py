@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from mllm_vision.data.stream_flags import StreamArguments
 from mllm_vision.training.arguments import RecipeArguments
@@ -66,6 +66,8 @@ class PretrainArguments:
 @dataclass
 class Arguments(RecipeArguments):
     """Defaults of the CLIP paper; any TrainingArguments name works."""
+
+    recipe_name: ClassVar[str] = "pretrain"
 
     learning_rate: float | None = 5e-4
     weight_decay: float = 0.2

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from mllm_vision.data.picture_flags import PictureArguments
 from mllm_vision.data.stream_flags import StreamArguments
@@ -54,6 +54,8 @@ class ImageArguments:
 @dataclass
 class Arguments(RecipeArguments):
     """Any TrainingArguments name works; the method chooses optimizer, rate and schedule."""
+
+    recipe_name: ClassVar[str] = "pretrain_images"
 
     num_train_epochs: float = 100
     per_device_train_batch_size: int = 256

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from mllm_vision.encoder.encoder import VisionEncoder
@@ -27,6 +30,21 @@ class ObjectiveOutput(ModelOutput):
 
     loss: Tensor | None = None
     metrics: dict[str, Tensor] | None = None
+
+
+def reportable(config: Any) -> Any:
+    """`config` with the `to_dict` and `to_json_string` that reporters (tensorboard, wandb) call on `model.config`."""
+
+    def to_dict() -> dict[str, Any]:
+        return dataclasses.asdict(config)
+
+    def to_json_string() -> str:
+        return json.dumps(to_dict(), indent=2, default=str)
+
+    for name, method in (("to_dict", to_dict), ("to_json_string", to_json_string)):
+        if not hasattr(config, name):
+            setattr(config, name, method)
+    return config
 
 
 class Objective(nn.Module, ABC):
@@ -148,6 +166,33 @@ class Objective(nn.Module, ABC):
         """
         return None
 
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **settings: Any
+    ) -> None:
+        """Each trained tower computes its layers anew in the backward pass; the Trainer calls this.
+
+        Args:
+            activation_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
+            settings: `every_n_layers` and `offload`, as in `PreTrainedModel.activation_checkpointing_enable`.
+
+        Raises:
+            ValueError: a tower whose layers cannot be computed anew, or whose BatchNorm would then count every batch
+                twice.
+        """
+        models = [module for module in self.modules() if isinstance(module, PreTrainedModel)]
+        inner = {child for model in models for child in model.modules() if child is not model}
+        towers = [model for model in models if model not in inner and any(p.requires_grad for p in model.parameters())]
+        for tower in towers:
+            name = type(tower).__name__
+            norms = any(isinstance(module, _BatchNorm) for module in tower.modules())
+            if norms or not tower.supports_gradient_checkpointing:
+                why = "its BatchNorm would count every batch twice" if norms else "transformers cannot do it there"
+                raise ValueError(
+                    f"activation checkpointing of {name}: {why}; leave --activation_checkpointing out, and where "
+                    "memory is short take a smaller --per_device_train_batch_size, --bf16, or more processes"
+                )
+            tower.activation_checkpointing_enable(activation_checkpointing_kwargs, **settings)
+
     @property
     def scale_limits(self) -> tuple[float, float] | None:
         """Between which the logit scale is clamped after each step, where it is."""
@@ -185,7 +230,7 @@ class ImageObjective(Objective):
     def __init__(self, encoder: VisionEncoder, config: Any = None) -> None:
         super().__init__()
         self.encoder = encoder  # type: ignore[misc]  # registers the module; the property below reads it
-        self.config = config if config is not None else self.Config()
+        self.config = reportable(config if config is not None else self.Config())
         self.progress, self.epoch = 0.0, 0.0
         for name, parameter in encoder.backbone.named_parameters():
             if name.endswith("mask_token"):  # no pass reads it (DDP would wait for it); who masks turns it on again

@@ -15,7 +15,7 @@ from mllm_vision.encoder.encoder import VisionEncoder
 from mllm_vision.encoder.features import check_patch_dropout
 from mllm_vision.errors import unknown_name
 from mllm_vision.functional.geometry import participation_ratio, spread
-from mllm_vision.objectives.base import Objective, ObjectiveOutput
+from mllm_vision.objectives.base import Objective, ObjectiveOutput, reportable
 
 
 @dataclass
@@ -77,7 +77,7 @@ class ImageTextObjective(Objective):
     def __init__(self, dual: DualEncoder, config: Any = None) -> None:
         super().__init__()
         self.dual = dual
-        self.config = config if config is not None else self.Config()
+        self.config = reportable(config if config is not None else self.Config())
         self.patch_dropout: float = self.config.patch_dropout
         check_patch_dropout(self.patch_dropout, dual.vision.backbone)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
+from .flags import check_flags, check_resolved
 from .launch import check_joined, check_launch, watch_ranks
 from .optimizer_arguments import OptimizerArguments
 
@@ -17,8 +19,11 @@ class RecipeArguments(OptimizerArguments):
     `resume_from_checkpoint` takes a path or "true" (the newest whole checkpoint in `output_dir`).
 
     Raises:
-        ValueError: `overwrite` with `resume`, a batch size or a fraction out of range, no `output_dir`.
+        ValueError: a flag that would take no effect (training/flags.py), `overwrite` with `resume`, a batch size or a
+            fraction out of range, no `output_dir`.
     """
+
+    recipe_name: ClassVar[str | None] = None  # which recipe's flags these are, for `training.flags`
 
     report_to: str | list[str] | None = field(
         default="none", metadata={"help": "Where metrics go besides the run folder: wandb, tensorboard..."}
@@ -62,8 +67,10 @@ class RecipeArguments(OptimizerArguments):
             raise ValueError(f"save_minutes={self.save_minutes} must be positive; leave it out to save by steps alone")
         if self.embed_batch_size is not None and self.embed_batch_size < 1:
             raise ValueError(f"embed_batch_size={self.embed_batch_size} must be at least 1; leave it out for no chunks")
+        check_flags(self)
         check_launch(self)
         super().__post_init__()
+        check_resolved(self)
         check_joined(self)
         watch_ranks(self.ddp_timeout)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partialmethod
 from typing import Any
 
 import torch
@@ -55,6 +56,39 @@ class AfterStep(TrainerCallback):
         if hasattr(self.objective, "epoch"):
             self.objective.epoch = state.epoch
         self.objective.after_step(state.global_step / max(state.max_steps, 1))
+
+
+class GuardedReporter(TrainerCallback):
+    """A reporter of transformers (tensorboard, wandb...) whose failure is told once and ends nothing.
+
+    After a failure the reporter hears nothing more: metrics.jsonl of the run has every figure.
+    """
+
+    def __init__(self, reporter: TrainerCallback) -> None:
+        self.reporter, self.failed = reporter, False
+
+    def _hear(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.failed:
+            return None
+        try:
+            return getattr(self.reporter, event)(args, state, control, **kwargs)
+        except Exception as error:
+            self.failed = True
+            name = type(self.reporter).__name__.removesuffix("Callback")
+            logger.warning("reporting to %s failed in %s (%s); the training goes on without it", name, event, error)
+            return None
+
+
+for _event in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
+    setattr(GuardedReporter, _event, partialmethod(GuardedReporter._hear, _event))
+
+
+def guard_reporters(handler: Any) -> None:
+    """Puts a `GuardedReporter` in the place of each reporter among the callbacks of a `CallbackHandler`."""
+    home = "transformers.integrations"
+    handler.callbacks = [
+        GuardedReporter(each) if type(each).__module__.startswith(home) else each for each in handler.callbacks
+    ]
 
 
 class BadSampleLimit(TrainerCallback):

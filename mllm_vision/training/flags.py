@@ -126,7 +126,14 @@ REFUSALS = (
         "rows of this recipe have no lengths to group by; give random or sequential",
         recipes=("language_model", *OBJECTIVES),
         unless=lambda arguments: _value(arguments.train_sampling_strategy) in ("random", "sequential"),
-        condition="random and sequential",
+        condition="random, sequential",
+    ),
+    Refusal(
+        ("train_sampling_strategy",),
+        "batches of unlike sizes could not be resumed exactly; give random, sequential or group_by_length",
+        recipes=("align", "instruct"),
+        unless=lambda arguments: _value(arguments.train_sampling_strategy) != "batch_rebalance",
+        condition="random, sequential, group_by_length",
     ),
     Refusal(
         ("label_smoothing_factor",),
@@ -195,6 +202,50 @@ def check_resolved(arguments: Any) -> None:
                 f"--accelerator_config {key}={getattr(given, key)}: which rows a batch holds, and exact resume, depend "
                 f"on {key}={getattr(usual, key)}; leave it out"
             )
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuses the flags that this model, these data or these evaluators give no effect.
+
+    Raises:
+        ValueError: with the flag and the remedy.
+    """
+    from mllm_vision.data.streams import StreamDataset
+
+    args, model, dataset = trainer.args, trainer.model, trainer.train_dataset
+    strategy = _value(args.train_sampling_strategy)
+    if isinstance(dataset, StreamDataset):
+        if strategy != "random":
+            raise ValueError(f"--train_sampling_strategy {strategy}: a stream has its own order; leave it out")
+        if args.data_seed not in (None, args.seed):
+            raise ValueError(f"--data_seed {args.data_seed}: the order of a stream comes from --seed; leave it out")
+    elif strategy == "group_by_length" and not hasattr(dataset, "lengths"):
+        raise ValueError(
+            f"--train_sampling_strategy {strategy}: {type(dataset).__name__} knows no lengths; give random or "
+            "sequential (with --pack_turns all rows are of one length already)"
+        )
+    if args.eval_on_start and not trainer.evaluators and trainer.eval_dataset is None:
+        raise ValueError("--eval_on_start: there is nothing to evaluate on; name --eval_dataset_name, or leave it out")
+    if args.neftune_noise_alpha is not None:
+        training = model.training
+        learns = model.train().get_input_embeddings().training  # a frozen language model stays in evaluation mode
+        model.train(training)
+        if not learns:
+            raise ValueError(
+                f"--neftune_noise_alpha {args.neftune_noise_alpha}: the language model is frozen, and gets no noise; "
+                "leave it out, or let it learn (--train full or lora)"
+            )
+
+
+def length_sampler(dataset: Any, args: Any) -> Any:
+    """For `--train_sampling_strategy group_by_length`, a sampler by the tokens of each row (`dataset.lengths`)."""
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    lengths = getattr(dataset, "lengths", None)
+    if lengths is None or _value(args.train_sampling_strategy) != "group_by_length":
+        return None
+    rows = args.train_batch_size * args.gradient_accumulation_steps
+    return LengthGroupedSampler(rows, lengths=[int(length) for length in lengths])
 
 
 def _check_reporters(report_to: Any) -> None:

@@ -16,6 +16,8 @@ from transformers.utils import ExplicitEnum
 
 from mllm_vision.errors import unknown_name
 
+from .flags import takes_betas
+
 
 class OwnOptimizer(ExplicitEnum):
     """What `--optim` takes besides the names of transformers."""
@@ -176,6 +178,8 @@ class OptimizerArguments(TrainingArguments):
                 kept.pop(f"base_{name}", None)
             if given.get(f"base_{name}") is not None:
                 kept.pop(name, None)
+        if not takes_betas(_value({**kept, **given}.get("optim", cls.default_optim))):
+            kept = {name: value for name, value in kept.items() if not name.startswith("adam_")}
         if all({**kept, **given}.get(f"base_{name}") is None for name in _RATES):
             kept.pop("lr_scaling", None)
         return kept

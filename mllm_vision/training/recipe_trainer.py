@@ -13,10 +13,11 @@ from transformers.trainer_utils import has_length
 
 from mllm_vision.data.sampling import EpochCallback
 
-from .callbacks import BadSampleLimit, RunFolder, SaveByMinutes
+from .callbacks import BadSampleLimit, RunFolder, SaveByMinutes, guard_reporters
 from .clipping import clip_per_parameter_
 from .ema import WeightAverage
 from .evaluating import Evaluating
+from .flags import check_trainer, length_sampler
 from .muon import MuonAdamW
 from .optimizers import group_flags, group_settings, optimizer_class, parameter_groups, tell_rates
 from .schedules import WeightDecaySchedule, step_schedule, warn_of_warmup
@@ -71,6 +72,8 @@ class RecipeTrainer(Evaluating):
         if stand_in:
             self.eval_dataset = None
         self._smooth_in_the_model()
+        guard_reporters(self.callback_handler)
+        check_trainer(self)
         if run is not None:
             self.add_callback(RunFolder(run))
         self.add_callback(EpochCallback())
@@ -186,6 +189,11 @@ class RecipeTrainer(Evaluating):
             self.average.resume(self.state.best_model_checkpoint)
 
     # ---- data ----------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As `Trainer._get_train_sampler` (5.23), which would read every row for the lengths that are known here."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return length_sampler(dataset, self.args) or super()._get_train_sampler(train_dataset)
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """`dataloader_drop_last` is for training: the stock Trainer leaves the rest of an evaluation set out too."""

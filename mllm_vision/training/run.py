@@ -48,13 +48,16 @@ class Run:
             raise ValueError(f"kind={kind!r} is none of {', '.join(KINDS)}")
         from transformers import set_seed
 
+        level = arguments.get_process_log_level() if arguments.log_level != "passive" else logging.INFO
+        level = level if arguments.should_log else arguments.get_process_log_level()
         if not logging.getLogger().handlers:  # a recipe as a program: say what happens; a library user decides alone
-            level = logging.INFO if arguments.process_index == 0 else logging.WARNING
             logging.basicConfig(level=level, format="%(message)s")
             for noisy in ("httpx", "httpx2", "httpcore", "filelock", "fsspec", "PIL", "matplotlib", "datasets"):
-                logging.getLogger(noisy).setLevel(logging.WARNING)
+                logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
         if recipe.get("artifact_name") is not None:
             check_name(recipe["artifact_name"], "--artifact_name")
+        if arguments.log_level != "passive" or not arguments.should_log:
+            logging.getLogger("mllm_vision").setLevel(level)
         self.arguments = arguments
         self.folder = Path(arguments.output_dir)
         self.is_main = arguments.process_index == 0
