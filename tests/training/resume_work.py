@@ -107,7 +107,7 @@ def trainer_of(output: Path, shards: Path | None, stop: int | None = None, **set
             if state.global_step == stop:
                 raise KeyboardInterrupt
 
-    defaults = {"use_cpu": True, "disable_tqdm": True, "save_steps": 2, "logging_steps": 100, "data_seed": 5}
+    defaults = {"use_cpu": True, "disable_tqdm": True, "save_steps": 2, "logging_steps": 100, "seed": 5}
     arguments = RecipeArguments(output_dir=str(output), **{**defaults, **settings})
     return RecipeTrainer(Seen(), arguments, train_dataset=data, callbacks=[Stop()])
 
