@@ -35,6 +35,10 @@ class AlignArguments:
     image_root: str | None = field(default=None, metadata={"help": "Folder that relative picture paths start from."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the pictures, if not found by name."})
     caption_column: str | None = field(default=None, metadata={"help": "Column of the captions, if not found by name."})
+    conversations_column: str | None = field(
+        default=None, metadata={"help": "Column of LLaVA conversations (LLaVA-Pretrain), likewise."}
+    )
+    messages_column: str | None = field(default=None, metadata={"help": "Column of `messages`, likewise."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
     max_eval_samples: int = field(default=200, metadata={"help": "Rows of the held-out data, at most."})
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, if it does not lie beside the model."})
@@ -94,7 +98,12 @@ def main(argv: list[str] | None = None) -> None:
         own.dataset_name,
         own.eval_dataset_name,
         roles=("image", "caption"),
-        overrides={"image": own.image_column, "caption": own.caption_column},
+        overrides={
+            "image": own.image_column,
+            "caption": own.caption_column,
+            "conversations": own.conversations_column,
+            "messages": own.messages_column,
+        },
         split=own.dataset_split,
         eval_split=own.eval_split,
         config_name=own.dataset_config_name,
@@ -106,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         streams=streams,
         max_steps=arguments.max_steps,
     )
-    data.bad_samples.check(arguments.max_bad_fraction)
+    data.check(arguments.max_bad_fraction)
     run.describe_data("train", data.train_records, data.columns)
     run.describe_data("validation", data.eval_records, data.eval_columns)
 

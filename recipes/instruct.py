@@ -132,12 +132,12 @@ def main(argv: list[str] | None = None) -> None:
         streams=streams,
         max_steps=arguments.max_steps,
     )
-    data.bad_samples.check(arguments.max_bad_fraction)
+    data.check(arguments.max_bad_fraction)
     run.describe_data("train", data.train_records, data.columns)
     run.describe_data("validation", data.eval_records, data.eval_columns)
     heldout = HeldOutLoss("conversations", data.evaluation, data.collator, arguments.per_device_eval_batch_size)
     evaluators: list = [heldout]
-    if {"question", "answer", "image"} <= set(data.eval_columns):
+    if data.asks_single_questions:
         paired = {"question", "answer"} <= set(data.columns) and data.columns == data.eval_columns
         paired = paired and not streams.streaming  # the most frequent answer is not known before a pass
         asked = QuestionAnswering(

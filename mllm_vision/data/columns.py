@@ -54,7 +54,7 @@ def bind_columns(dataset: Any, roles: Sequence[str], overrides: dict[str, str] |
         ValueError: an empty data set, an unknown role, a missing, ambiguous or wrong column; lists what there is.
     """
     rows_of(dataset)
-    features = _features(dataset)
+    features = features_of(dataset)
     found = ", ".join(f"{name} ({_type_name(feature)})" for name, feature in features.items())
     bound: dict[str, str] = {}
     wanted = [role.rstrip("?") for role in roles]
@@ -109,7 +109,8 @@ def bind_columns(dataset: Any, roles: Sequence[str], overrides: dict[str, str] |
     return {role: bound[role] for role in wanted if role in bound}
 
 
-def _features(dataset: Any) -> dict[str, Any]:
+def features_of(dataset: Any) -> dict[str, Any]:
+    """Column -> its `datasets` feature, or the first value that is no null in a list of dicts."""
     if hasattr(dataset, "features") and dataset.features is not None:
         return dict(dataset.features)
     first = dataset[0]

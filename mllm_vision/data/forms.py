@@ -12,7 +12,7 @@ import numpy as np
 
 from mllm_vision.errors import short
 
-from .columns import bind_columns, column_kind
+from .columns import bind_columns, column_kind, features_of
 from .messages import (
     BadConversation,
     from_caption,
@@ -53,27 +53,26 @@ def bind_conversations(
     `overrides` names is preferred. Columns that say something and are not used are told in one warning.
 
     Raises:
-        ValueError: none of these is there; lists the columns.
+        ValueError: none of these is there; lists the columns, and as remedy the flags of the roles in `overrides`.
     """
     rows_of(records)
+    flags = [f"--{role}_column" for role in overrides or {} if role != "image"]
     overrides = {role: name for role, name in (overrides or {}).items() if name}
     for form in sorted(forms, key=lambda form: not any(role in overrides for role in form)):
         bound = bind_columns(records, [*(f"{role}?" for role in form), *_BESIDE], overrides)
         if all(role in bound for role in form) and _readable(records, bound, form, overrides):
             return _told(records, _fitting(bound, form, overrides))
+    why = "its texts are no JSON"
     try:
-        bind_columns(records, (forms[0][0],))
+        bind_columns(records, forms[0], overrides)
     except ValueError as error:
-        flags = ", ".join(f"--{role}_column" for form in forms for role in form if role in _FLAGS)
-        raise ValueError(
-            f"no conversation found: neither {', '.join(' with '.join(form) for form in forms)}. "
-            + str(error).partition(". ")[2].partition(" Name it with")[0]
-            + f" Name it with {flags}"
-        ) from None
-    raise AssertionError("unreachable: the first form would have been bound")
-
-
-_FLAGS = ("messages", "conversations", "question", "answer", "caption")
+        why = str(error).partition(". The columns")[0]
+    found = ", ".join(f"{name} ({column_kind(feature)})" for name, feature in features_of(records).items())
+    remedy = f"Name it with {', '.join(flags)}" if flags else "Name it: columns={'messages': ...}"
+    raise ValueError(
+        f"no conversation found: neither {', '.join(' with '.join(form) for form in forms)} ({why}). "
+        f"The columns are: {found}. {remedy}"
+    )
 
 
 def _fitting(bound: dict[str, str], form: tuple[str, ...], overrides: dict[str, str]) -> dict[str, str]:

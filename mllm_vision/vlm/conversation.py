@@ -75,6 +75,20 @@ class StageData:
         """The counter of the training set."""
         return self.train.bad_samples
 
+    @property
+    def asks_single_questions(self) -> bool:
+        """Whether question answering can ask what is held out: questions on an image, with nothing said before."""
+        bound = set(self.eval_columns)
+        return {"question", "answer", "image"} <= bound and not {"system", "history"} & bound
+
+    def check(self, max_bad_fraction: float) -> None:
+        """Raise ValueError where more rows were refused than may be, of the training or of the held-out data."""
+        self.train.bad_samples.check(max_bad_fraction)
+        try:
+            self.evaluation.bad_samples.check(max_bad_fraction)
+        except ValueError as error:
+            raise ValueError(f"of the held-out data, {error}") from None
+
 
 def load_stage_data(
     model: Any,

@@ -279,5 +279,5 @@ def test_which_columns_are_taken(caplog):
         assert bind_conversations([both]) == {"messages": "messages"}
     assert "not used: 'conversations'" in caplog.text
     with pytest.raises(ValueError, match="no conversation found.*prompt with completion.*columns are: image") as found:
-        bind_conversations([{"image": PICTURE}])
+        bind_conversations([{"image": PICTURE}], {"image": None, "messages": None})
     assert "--messages_column" in str(found.value)
