@@ -6,7 +6,8 @@ one process otherwise, so the same code runs alone and under ``torchrun``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,40 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
 def rank(group: dist.ProcessGroup | None = None) -> int:
     """This process's rank in `group` (0 without a process group)."""
     return dist.get_rank(group) if is_distributed() else 0
+
+
+def own_device(name: str | None = None) -> torch.device:
+    """The device of this process, made the current one: of several of a kind the one of its LOCAL_RANK.
+
+    Args:
+        name: "cpu", "cuda", "cuda:1", ...; None takes the accelerator where there is one, else the CPU.
+
+    Raises:
+        ValueError: a kind that this machine or this torch does not have, or a number beyond those there are.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = torch.device(name) if name is not None else found or torch.device("cpu")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if found is None or device.type != found.type:
+        has = "none" if found is None else found.type
+        raise ValueError(f"there is no {device.type} device here (accelerator: {has}); use cpu, or leave --device out")
+    index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+    if index >= torch.accelerator.device_count():
+        raise ValueError(
+            f"{device.type}:{index} of {torch.accelerator.device_count()} devices; start one process a device"
+        )
+    torch.accelerator.set_device_index(index)
+    return torch.device(device.type, index)
+
+
+def communication_device() -> torch.device:
+    """Where a tensor must lie for the default group's collectives: NCCL takes its accelerator's, gloo the CPU's."""
+    if not is_distributed() or dist.get_backend() == "gloo" or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    return torch.device(kind.type, torch.accelerator.current_device_index())
 
 
 def _collective(name: str, before: str) -> Any:
@@ -84,14 +119,43 @@ def reduce_scatter(rows: Tensor, sizes: list[int], group: dist.ProcessGroup | No
     return local[: sizes[rank(group)]]
 
 
+_host_groups: dict[Any, dist.ProcessGroup] = {}
+
+
+def _host_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The same ranks over gloo, made where it is first asked for, by all of them."""
+    known = dist.group.WORLD if group is None else group
+    if known not in _host_groups:
+        ranks = None if group is None else dist.get_process_group_ranks(group)
+        _host_groups[known] = dist.new_group(ranks, backend="gloo", use_local_synchronization=ranks is not None)
+    return _host_groups[known]
+
+
 def row_counts(rows: Tensor, group: dist.ProcessGroup | None = None) -> list[int]:
-    """Number of rows every rank holds, in rank order."""
+    """Number of rows every rank holds, in rank order.
+
+    The hosts know their own and tell each other over gloo: nothing waits for an accelerator's queue.
+    """
     if world_size(group) == 1:
         return [rows.shape[0]]
-    local = torch.tensor([rows.shape[0]], device=rows.device)
+    local = torch.tensor([rows.shape[0]])
     counts = local.new_empty(world_size(group))
+    if dist.get_backend(group) != "gloo":
+        group = _host_group(group)
     _collective("all_gather_single", "all_gather_into_tensor")(counts, local, group=group)
     return counts.tolist()
+
+
+def total_over_ranks(values: Sequence[float]) -> list[float]:
+    """Sums over ranks of numbers that the host has, in double where the device knows it; the same on every rank.
+
+    For counts: a float32 sum of tokens stops growing at 16 million.
+    """
+    if world_size() == 1:
+        return [float(value) for value in values]
+    device = communication_device()
+    kind = torch.float32 if device.type == "mps" else torch.float64
+    return all_reduce(torch.tensor(values, dtype=kind, device=device)).tolist()
 
 
 def all_gather(rows: Tensor, group: dist.ProcessGroup | None = None, sizes: list[int] | None = None) -> Tensor:

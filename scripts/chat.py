@@ -26,6 +26,9 @@ class ChatArguments:
         default=None, metadata={"help": "One or more questions; without it, a dialogue."}
     )
     max_new_tokens: int = field(default=60, metadata={"help": "Length limit of an answer, in tokens."})
+    device: str | None = field(
+        default=None, metadata={"help": "cpu, cuda, ...; default: the accelerator where there is one."}
+    )
 
 
 def typed_questions() -> Iterator[str]:
@@ -47,14 +50,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens {options.max_new_tokens} must be at least 1")
 
-    import torch
-
     from mllm_vision.data.images import load_image
+    from mllm_vision.distributed import own_device
     from mllm_vision.vlm import answer, load_vlm
 
     image = load_image(options.image)
     model, processor = load_vlm(options.model)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(own_device(options.device))
     messages: list[dict] = []
     for question in options.question or typed_questions():
         # The image goes before the first question only, in the form of training (``data.messages.from_pairs``).

@@ -93,7 +93,9 @@ class EvaluateArguments:
     training_split: str = field(default="train", metadata={"help": "Its split."})
     max_new_tokens: int = field(default=16, metadata={"help": "Longest answer."})
     batch_size: int = field(default=64, metadata={"help": "Pictures or questions at once, on each process."})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; default: cuda where there is one."})
+    device: str | None = field(
+        default=None, metadata={"help": "cpu, cuda, ...; default: the accelerator where there is one."}
+    )
     seed: int = field(default=0, metadata={"help": "Of the untrained weights."})
 
 
@@ -276,8 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     began = time.monotonic()
     jobs = read_tasks(own.task, own.dataset_name)
 
-    import torch
-
+    from mllm_vision.distributed import own_device
     from mllm_vision.evaluation.base import examine
     from mllm_vision.evaluation.models import load_model, model_kind, reinitialise
 
@@ -286,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     for job in jobs:
         if kind not in FIT.get(job.task, (kind,)):
             raise ValueError(f"--task {job.task} needs a {FIT[job.task][0]} model; {own.model} is a {kind}")
-    device = own.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device(own.device)
     main_process = join_processes(device)
     loaded = load_model(own.model, device)
     bench = Bench(own, kind, loaded.processor)
@@ -321,7 +322,7 @@ def main(argv: list[str] | None = None) -> None:
             write(Path(own.output), record)
 
 
-def encoder_of(path: str, loaded: Any, device: str) -> Any:
+def encoder_of(path: str, loaded: Any, device: Any) -> Any:
     """The model itself, or the vision tower of a VLM, read apart from it."""
     if loaded.kind != "vlm":
         return loaded.model
@@ -330,14 +331,15 @@ def encoder_of(path: str, loaded: Any, device: str) -> Any:
     return VisionEncoder.from_pretrained(path).to(device).eval()
 
 
-def join_processes(device: str) -> bool:
+def join_processes(device: Any) -> bool:
     """Under torchrun, join the others; True on the process that writes."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        backend = dist.get_default_backend_for_device(device)
+        dist.init_process_group(backend, device_id=None if device.type == "cpu" else device)
     atexit.register(dist.destroy_process_group)
     return dist.get_rank() == 0
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from mllm_vision.distributed import all_gather, all_reduce, communication_device, row_counts
 
 COUNTS = ("count", "images", "texts", "skipped", "dimensions")  # metrics that say how much was measured, not how well
 
@@ -242,19 +244,60 @@ def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield items[start : start + size]
 
 
+def gather_rows(parts: Sequence[torch.Tensor], indices: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+    """All ranks' rows in the order of their indices: as tensors, never as pickled objects.
+
+    Args:
+        parts: this rank's rows in pieces ``[n, ...]``, possibly none; other ranks have the same shape behind n.
+        indices: of each row, over all pieces.
+
+    Returns:
+        (rows ``[N, ...]`` float32 on the CPU, their indices), the same on every rank.
+    """
+    own = torch.cat([part.detach().float().cpu() for part in parts]) if parts else torch.empty(0)
+    places = torch.tensor(list(indices), dtype=torch.int64)
+    if world()[1] > 1:
+        device = communication_device()
+        # a rank without rows does not know their shape: the others tell
+        shape = torch.zeros(8, dtype=torch.int64)
+        if parts:
+            shape[: own.ndim] = torch.tensor([own.ndim, *own.shape[1:]])
+        found = all_reduce(shape.to(device), op="max").tolist()
+        if found[0] == 0:  # nobody has any
+            return own, []
+        own = own.view(len(places), *found[1 : found[0]])
+        sizes = row_counts(places)
+        own, places = (all_gather(value.to(device), sizes=sizes).cpu() for value in (own, places))
+    order = places.argsort(stable=True)
+    return own[order], places[order].tolist()
+
+
 def encode_rows(items: Sequence[Any], encode: Any, batch_size: int) -> torch.Tensor:
     """Encode ``items`` shared out over the ranks and return all rows ``[N, D]`` (float32, CPU) on every rank.
 
     ``encode`` maps a list of items to a tensor ``[n, D]``.
     """
     share = my_share(len(items))
-    rows: list[tuple[int, torch.Tensor]] = []
+    rows: list[torch.Tensor] = []
     error: Exception | None = None
     try:
         for chunk in batches(share, batch_size):
-            encoded = encode([items[index] for index in chunk]).detach().float().cpu()
-            rows.extend(zip(chunk, encoded, strict=True))
+            rows.append(encode([items[index] for index in chunk]).detach().float().cpu())
     except Exception as problem:
         error = problem
     agree_on_error(error)
-    return torch.stack(gather_items(rows))
+    return gather_rows(rows, share)[0]
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Outside of any autocast, on the CPU and on the accelerator: figures are computed in the precision of features.
+
+    Models are called in the precision of their training; what is made of their features is not.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    kinds = {"cpu", *([] if accelerator is None else [accelerator.type])}
+    with ExitStack() as stack:
+        for kind in sorted(kinds):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

@@ -23,11 +23,13 @@ from mllm_vision.evaluation.base import (
     agree_on_error,
     batches,
     evaluation_mode,
+    exact_arithmetic,
     image_model,
     my_share,
 )
 from mllm_vision.evaluation.images import check_columns, draw_rows, usable_images
 from mllm_vision.evaluation.loading import finite_rows
+from mllm_vision.functional.softmax_tiles import wide_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ class LabelledImages:
         test_limit: likewise of the test rows.
         seed: of the draws.
         cache: keep the decoded pictures (one byte a value) so that the next evaluation need not read them again.
+        cache_gb: what each set may keep on each process, in GiB; pictures beyond it are decoded anew each time.
 
     Attributes: ``class_names``; ``train_labels`` and ``test_labels``, one index a row of the data.
 
@@ -87,13 +90,16 @@ class LabelledImages:
         test_limit: int | None = None,
         seed: int = 0,
         cache: bool = True,
+        cache_gb: float = 4.0,
     ) -> None:
         if feature not in FEATURES:
             raise ValueError(f"feature={feature!r} is none of {', '.join(map(repr, FEATURES))}")
         for name, limit in (("train_limit", train_limit), ("test_limit", test_limit), ("batch_size", batch_size)):
             if limit is not None and limit < 1:
                 raise ValueError(f"{name}={limit} leaves no pictures; use 1 or more")
-        self.feature, self.batch_size, self.cache = feature, batch_size, cache
+        if not cache_gb >= 0:
+            raise ValueError(f"cache_gb={cache_gb} must not be negative; 0 keeps no picture")
+        self.feature, self.batch_size, self.cache = feature, batch_size, int(cache_gb * 2**30) if cache else 0
         self._train = _Part("training", train, columns, train_limit, seed)
         self._test = _Part("test", test, columns, test_limit, seed)
         self.train, self.test = train, test
@@ -203,7 +209,7 @@ class _Part:
         self.told = ["" if no_label(v) else str(v) if names is None else names[v] for v in self.raw]
         self.labels: list[int] = []  # places in the class names of the training set, -1 for none
         self.wanted = [self.labelled[place] for place in draw_rows(len(self.labelled), limit, seed)]
-        self._kept: tuple[str, list[tuple[list[int], Tensor]]] | None = None
+        self._kept: tuple[str, dict[int, tuple[list[int], Tensor]]] | None = None  # processor, batch -> its pixels
 
     def names(self) -> list[str]:
         """Class names, of a ClassLabel column in its own order, else of the values found."""
@@ -211,19 +217,21 @@ class _Part:
             return self.class_names
         return [str(value) for value in sorted({self.raw[row] for row in self.labelled})]
 
-    def pixel_values(self, processor: Any, batch_size: int, cache: bool) -> Iterator[tuple[list[int], Tensor]]:
-        """This rank's rows in batches, with their pixel values ``[B, 3, H, W]``."""
+    def pixel_values(self, processor: Any, batch_size: int, cache: int) -> Iterator[tuple[list[int], Tensor]]:
+        """This rank's rows in batches, with their pixel values ``[B, 3, H, W]``; up to `cache` bytes are kept."""
         from mllm_vision.data.images import ImageTransform
 
         transform = ImageTransform(processor, train=False)
-        key = repr(processor)
-        if self._kept is not None and self._kept[0] == key:
-            for rows, pixels in self._kept[1]:
-                yield rows, transform.normalise(pixels)
-            return
+        if self._kept is None or self._kept[0] != repr(processor):
+            self._kept = (repr(processor), {})
+        kept = self._kept[1]
+        room = cache - sum(pixels.nbytes for _, pixels in kept.values())
         share = [self.wanted[place] for place in my_share(len(self.wanted))]
-        keeping: list[tuple[list[int], Tensor]] = []
-        for chunk in batches(share, batch_size):
+        for number, chunk in enumerate(batches(share, batch_size)):
+            if number in kept:
+                rows, pixels = kept[number]
+                yield rows, transform.normalise(pixels)
+                continue
             pictures, rows = usable_images(self.records, self.columns["image"], chunk)
             if not pictures:
                 continue
@@ -231,11 +239,10 @@ class _Part:
             if pixels is None:
                 yield rows, transform(pictures)
                 continue
-            if cache:
-                keeping.append((rows, pixels))
+            if pixels.nbytes <= room:
+                kept[number] = (rows, pixels)
+                room -= pixels.nbytes
             yield rows, transform.normalise(pixels)
-        if keeping:
-            self._kept = (key, keeping)
 
 
 def _same_classes(train: _Part, test: _Part) -> tuple[list[str], list[int], list[int]]:
@@ -266,7 +273,8 @@ def _features_of(encoder: Any, pixels: Tensor, feature: str) -> Tensor:
 @torch.no_grad()
 def _fingerprint(model: nn.Module) -> Tensor:
     """A sum over every weight and buffer: a training step does not leave them as they were."""
-    sums = [value.double().sum() + value.double().square().sum() for value in model.state_dict().values()]
+    kind = wide_dtype(next(model.parameters()))
+    sums = [value.to(kind).sum() + value.to(kind).square().sum() for value in model.state_dict().values()]
     return torch.stack(sums).cpu()
 
 
@@ -277,7 +285,7 @@ def _device(model: nn.Module) -> torch.device:
 def sum_counts(*counts: Tensor) -> list[Tensor]:
     """Tensors of counts summed over ranks, in one collective."""
     sizes = [count.numel() for count in counts]
-    whole = all_reduce(torch.cat([count.flatten().double() for count in counts]))
+    whole = all_reduce(torch.cat([count.flatten() for count in counts]))
     return [part.view_as(count) for part, count in zip(whole.split(sizes), counts, strict=True)]
 
 
@@ -303,11 +311,15 @@ class LabelledEvaluator(Evaluator):
 
     def evaluate(self, model: Any) -> Evaluation:
         if self._pixels == {}:  # first, so that the features stay for the next evaluator
-            self._pixels = _accuracies(self.measure(*self.data.features(model, "pixels")))
-        result = self.measure(*self.data.features(model))
+            self._pixels = _accuracies(self._measure(*self.data.features(model, "pixels")))
+        result = self._measure(*self.data.features(model))
         if self._pixels:
             result.baselines["raw_pixels"] = self._pixels
         return result
+
+    def _measure(self, train: Labelled, test: Labelled) -> Evaluation:
+        with exact_arithmetic():
+            return self.measure(train, test)
 
 
 def _accuracies(result: Evaluation) -> dict[str, float]:

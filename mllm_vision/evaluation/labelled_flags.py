@@ -35,6 +35,9 @@ class LabelledArguments:
     raw_pixels: bool = field(default=False, metadata={"help": "Also kNN and probe on the pixels themselves (slow)."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Test images, at most, drawn at random."})
     max_eval_train_samples: int | None = field(default=None, metadata={"help": "Labelled training images, at most."})
+    eval_cache_gb: float = field(
+        default=4.0, metadata={"help": "Decoded images that each of the two sets may keep on a process, in GiB."}
+    )
 
     def __post_init__(self) -> None:
         for name in [*self.evaluators, *self.final_evaluators]:
@@ -85,6 +88,7 @@ class LabelledArguments:
         bank = load_records(self.eval_train_dataset_name) if self.eval_train_dataset_name else training
         test = load_records(self.eval_dataset_name, split=self.eval_split or UsualSplit("test", "--eval_split"))
         limits = {"train_limit": self.max_eval_train_samples, "test_limit": self.max_eval_samples}
+        limits["cache_gb"] = self.eval_cache_gb
         data = LabelledImages(bank, test, dict(columns), **limits)
         knn = {"k": self.knn_k, "temperature": self.knn_temperature}
         build = {

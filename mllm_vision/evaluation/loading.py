@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mllm_vision.distributed import rank
-from mllm_vision.evaluation.base import agree_on_error, batches, gather_items, my_share
+from mllm_vision.distributed import total_over_ranks
+from mllm_vision.evaluation.base import agree_on_error, batches, gather_rows, my_share
 from mllm_vision.evaluation.images import usable_images
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ def encode_records(
         ValueError: not one picture could be read, or none has finite features.
     """
     indices = list(indices)
-    rows: list[tuple[int, tuple[int, torch.Tensor]]] = []
+    rows: list[torch.Tensor] = []
+    of: list[int] = []
     error: Exception | None = None
     read = 0
     try:
@@ -48,18 +49,19 @@ def encode_records(
                 features = encode(pictures).detach().float().cpu()
                 sound = finite_rows(features, kept, f"column {column!r}")
                 read += len(kept)
-                rows.extend((kept[place], (kept[place], features[place])) for place in sound)
+                rows.append(features[sound])
+                of.extend(kept[place] for place in sound)
     except Exception as problem:
         error = problem
     agree_on_error(error)
-    merged = gather_items(rows)
-    if not merged:
-        read = sum(gather_items([(rank(), read)]))
+    merged, found = gather_rows(rows, of)
+    if not found:
+        (read,) = total_over_ranks([read])
         raise ValueError(
             f"none of the {len(indices)} pictures in column {column!r} "
             + ("has finite features; look at the model's weights" if read else "could be read")
         )
-    return torch.stack([row for _, row in merged]), [index for index, _ in merged]
+    return merged, found
 
 
 def finite_rows(features: torch.Tensor, rows: Sequence[int], where: str) -> list[int]:

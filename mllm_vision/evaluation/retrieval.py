@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mllm_vision.evaluation.base import Evaluation, Evaluator, dual_model, encode_rows
+from mllm_vision.evaluation.base import Evaluation, Evaluator, dual_model, encode_rows, exact_arithmetic
 from mllm_vision.evaluation.images import as_list, check_columns
 from mllm_vision.evaluation.loading import encode_pictures
 
@@ -122,7 +122,8 @@ class Retrieval(Evaluator):
         distinct = list(dict.fromkeys(text for _, text in pairs))
         vector = dict(zip(distinct, F.normalize(encode_rows(distinct, dual.encode_texts, 256), dim=-1), strict=True))
         texts = torch.stack([vector[text] for _, text in pairs])
-        result = retrieval_metrics(images, texts, pairs, self.ks)
+        with exact_arithmetic():
+            result = retrieval_metrics(images, texts, pairs, self.ks)
         if len(kept) < len(self.rows):
             result.metrics["skipped"] = float(len(self.rows) - len(kept))
         result.arrays.update(self._matrix(images, kept, vector))

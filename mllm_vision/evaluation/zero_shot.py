@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mllm_vision.evaluation.base import Evaluation, Evaluator, dual_model, encode_rows
+from mllm_vision.evaluation.base import Evaluation, Evaluator, dual_model, encode_rows, exact_arithmetic
 from mllm_vision.evaluation.images import check_columns, column_of, data_uri
 from mllm_vision.evaluation.loading import encode_pictures
 
@@ -119,7 +119,8 @@ class ZeroShot(Evaluator):
         images, kept = encode_pictures(
             dual, self.records, self.columns["image"], range(len(self.records)), self.batch_size
         )
-        scores = images @ classes.T  # [N, C]
+        with exact_arithmetic():
+            scores = images @ classes.T  # [N, C]
         truth = torch.tensor([self.labels[index] for index in kept])
         return self._summary(scores, truth, kept)
 

@@ -14,7 +14,7 @@ from mllm_vision.evaluation.base import Evaluation, examine, name_of
 
 from .ending import Failure, attempt, cause_of
 from .resume import ExactResume
-from .sharding import whole_parameters
+from .sharding import is_sharded, whole_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -106,13 +106,31 @@ class Evaluating(ExactResume):
 
     @contextlib.contextmanager
     def _aside(self, model: Any) -> Iterator[None]:
-        """Looking changes nothing: the random state and the clock of the training are left as they were."""
+        """Looking changes nothing: the random state and the clock of the training are left as they were.
+
+        The model is where it will train, and computes in the precision of the training (bf16, fp16): before a sharded
+        training it lies on the CPU yet, and attention kernels of half precision take nothing else.
+        """
         began = time.monotonic()
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), self._placed(model), self.accelerator.autocast():
             yield
         if self._clock is not None:  # throughput is that of training
             self._clock = (self._clock[0] + time.monotonic() - began, self._clock[1])
+
+    @contextlib.contextmanager
+    def _placed(self, model: Any) -> Iterator[None]:
+        """The model on the training's device, and afterwards where it was."""
+        parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+        where = next((parameter.device for parameter in parameters), self.args.device)
+        away = where.type == "cpu" and self.args.device.type != "cpu" and not is_sharded(model)
+        if away:
+            model.to(self.args.device)
+        try:
+            yield
+        finally:
+            if away:
+                model.to(where)
 
     def _on_the_way(self, prefix: str) -> tuple[dict[str, float], tuple[str, Exception] | None]:
         """Metrics of every evaluator, and the one that failed although the training needs it."""

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from mllm_vision.data.images import ImageTransform
 from mllm_vision.data.prompts import prompt_ids
-from mllm_vision.distributed import mean_over_ranks, rank, world_size
+from mllm_vision.distributed import rank, total_over_ranks, world_size
 from mllm_vision.vlm.tokens import stop_ids
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "labels", "pixel_values")
@@ -35,21 +35,23 @@ def supervised_loss(model: Any, batches: Iterable[Mapping[str, Tensor]], picture
     if pictures not in PICTURES:
         raise ValueError(f"pictures={pictures!r} is none of {', '.join(PICTURES)}")
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    # summed on the device in double, so that a batch waits for none before it (MPS knows no double)
+    kind = torch.float32 if device.type == "mps" else torch.float64
+    total, count = torch.zeros((), dtype=kind, device=device), 0
     for batch in batches:
-        inputs = {name: batch[name].to(device) for name in INPUTS if name in batch}
+        tokens = int((batch["labels"][:, 1:] != -100).sum())  # where the collator made them: on the CPU
+        inputs = {name: batch[name].to(device, non_blocking=True) for name in INPUTS if name in batch}
         if "pixel_values" in inputs and pictures != "own":
             values = inputs["pixel_values"]
             shuffled = pictures == "shuffled"
             inputs["pixel_values"] = values.roll(1, dims=0) if shuffled else torch.zeros_like(values)
-        tokens = int((inputs["labels"][:, 1:] != -100).sum())
         if tokens:
-            total += float(model(**inputs).loss) * tokens
+            total += model(**inputs).loss.to(kind) * tokens
             count += tokens
-    sums = mean_over_ranks({"total": torch.tensor(total), "count": torch.tensor(float(count))})
-    if not sums["count"]:
+    loss, tokens = total_over_ranks([float(total), count])
+    if not tokens:
         raise ValueError("no supervised token in the evaluation data: nothing to measure")
-    return float(sums["total"] / sums["count"])
+    return loss / tokens
 
 
 class HeldOutLoss:
