@@ -50,6 +50,7 @@ class Arguments(RecipeArguments):
     lr_scheduler_type: str = "cosine"
     num_train_epochs: float = 50
     per_device_train_batch_size: int = 256
+    per_device_eval_batch_size: int = 256
     eval_strategy: str = "epoch"
     ddp_find_unused_parameters: bool = False
 
@@ -87,9 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     evaluators = []
     if own.eval_dataset_name:
         test = load_records(own.eval_dataset_name, split=own.eval_split or UsualSplit("test", "--eval_split"))
-        evaluators = [
-            ClassifierAccuracy("test", LabelledImages(records, test, images.columns, test_limit=own.max_eval_samples))
-        ]
+        limits = {"test_limit": own.max_eval_samples, "batch_size": arguments.per_device_eval_batch_size}
+        evaluators = [ClassifierAccuracy("test", LabelledImages(records, test, images.columns, **limits))]
         run.describe_data("test", test, evaluators[0].data.test_columns)
     else:
         arguments.eval_strategy = "no"

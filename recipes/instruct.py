@@ -81,6 +81,7 @@ class Arguments(RecipeArguments):
 
     learning_rate: float | None = 2e-5
     per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 32
     num_train_epochs: float = 1.0
     warmup_steps: float = 0.03
 
@@ -146,6 +147,7 @@ def main(argv: list[str] | None = None) -> None:
             data.eval_columns,
             processor,
             max_new_tokens=own.max_new_tokens,
+            batch_size=arguments.per_device_eval_batch_size,
             training_answers=data.train_records if paired else None,
         )
         evaluators.append(asked)

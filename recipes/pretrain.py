@@ -75,6 +75,7 @@ class Arguments(RecipeArguments):
     adam_epsilon: float = 1e-6
     warmup_steps: float = 0.05
     per_device_train_batch_size: int = 256
+    per_device_eval_batch_size: int = 64
     max_grad_norm: float = 1.0
     eval_strategy: str = "steps"
     eval_steps: float = 0.2
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
             run.inherit(role, source)
     dual = build_pair(own, method)
     objective = method(dual, config)
-    evaluators = build_evaluators(own, overrides, run)
+    evaluators = build_evaluators(own, overrides, run, arguments.per_device_eval_batch_size)
     if not evaluators:
         if arguments.load_best_model_at_end:
             raise ValueError("--load_best_model_at_end needs --eval_dataset_name or --zero_shot_dataset_name")
@@ -144,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer.measure_before("untrained" if is_model_type(own.encoder) else "before_training")
     if own.eval_dataset_name:  # not for a verdict: it shows a collapse, and draws the spectrum
         paired = evaluators[0]
-        evaluators = [*evaluators, Geometry("geometry", paired.records, paired.columns, limit=own.max_eval_samples)]
+        limits = {"limit": own.max_eval_samples, "batch_size": paired.batch_size}
+        evaluators = [*evaluators, Geometry("geometry", paired.records, paired.columns, **limits)]
     trainer.train()
 
     run.save_artifact(dual.vision.save_pretrained, "encoder", "encoder")
@@ -171,7 +173,7 @@ def build_pair(own: PretrainArguments, method: Any) -> Any:
     )
 
 
-def build_evaluators(own: PretrainArguments, overrides: dict[str, str], run: Any) -> list:
+def build_evaluators(own: PretrainArguments, overrides: dict[str, str], run: Any, batch_size: int) -> list:
     """Retrieval and zero-shot, each where its data set is named."""
     from mllm_vision.data import bind_columns, load_records
     from mllm_vision.data.records import UsualSplit
@@ -183,13 +185,14 @@ def build_evaluators(own: PretrainArguments, overrides: dict[str, str], run: Any
         records = load_records(own.eval_dataset_name, split=split)
         columns = bind_columns(records, ("image", "caption"), overrides)
         run.describe_data("validation", records, columns)
-        evaluators.append(Retrieval("retrieval", records, columns, distinct=True, limit=own.max_eval_samples))
+        limits = {"limit": own.max_eval_samples, "batch_size": batch_size}
+        evaluators.append(Retrieval("retrieval", records, columns, distinct=True, **limits))
     if own.zero_shot_dataset_name:
         split = own.zero_shot_split or UsualSplit("test", "--zero_shot_split")
         records = load_records(own.zero_shot_dataset_name, split=split)
         columns = bind_columns(records, ("image", "label"), overrides)
         run.describe_data("zero_shot", records, columns)
-        evaluators.append(ZeroShot("zero_shot", records, templates=own.templates, columns=columns))
+        evaluators.append(ZeroShot("zero_shot", records, None, own.templates, columns, batch_size))
     return evaluators
 
 

@@ -59,6 +59,7 @@ class Arguments(RecipeArguments):
 
     num_train_epochs: float = 100
     per_device_train_batch_size: int = 256
+    per_device_eval_batch_size: int = 256
     eval_strategy: str = "steps"
     eval_steps: float = 0.2
     ddp_find_unused_parameters: bool = False
@@ -120,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         dataset = StreamDataset(stream, pictures)
         run.describe_data("train", stream, pictures.columns)
-    before, after = labelled.build(records, images.columns)
+    before, after = labelled.build(records, images.columns, arguments.per_device_eval_batch_size)
     if after:
         run.describe_data("test", after[0].records, after[0].data.test_columns)
     if not before and arguments.load_best_model_at_end:

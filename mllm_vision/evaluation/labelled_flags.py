@@ -65,12 +65,13 @@ class LabelledArguments:
                 "measured"
             )
 
-    def build(self, training: Any, columns: Mapping[str, str]) -> tuple[list[Any], list[Any]]:
+    def build(self, training: Any, columns: Mapping[str, str], batch_size: int = 256) -> tuple[list[Any], list[Any]]:
         """(evaluators while training, those before and after it); none without a labelled set.
 
         Args:
             training: records of the training set, the bank where no other is named.
             columns: role -> column for "image" and "label", where their names do not tell.
+            batch_size: images encoded at once, on each rank.
 
         Raises:
             ValueError: a set without labels, one with several splits of which none is called test, or what kNN cannot
@@ -87,8 +88,8 @@ class LabelledArguments:
 
         bank = load_records(self.eval_train_dataset_name) if self.eval_train_dataset_name else training
         test = load_records(self.eval_dataset_name, split=self.eval_split or UsualSplit("test", "--eval_split"))
-        limits = {"train_limit": self.max_eval_train_samples, "test_limit": self.max_eval_samples}
-        limits["cache_gb"] = self.eval_cache_gb
+        limits: dict[str, Any] = {"train_limit": self.max_eval_train_samples, "test_limit": self.max_eval_samples}
+        limits |= {"batch_size": batch_size, "cache_gb": self.eval_cache_gb}
         data = LabelledImages(bank, test, dict(columns), **limits)
         knn = {"k": self.knn_k, "temperature": self.knn_temperature}
         build = {
