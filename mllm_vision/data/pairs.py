@@ -12,6 +12,7 @@ from torch import Tensor
 from .columns import bind_columns
 from .images import BadImage, ImageTransform, load_image
 from .sampling import BadRow, BadSamples, EpochDataset, bytes_id, draw_key, only_columns, rows_of, text_id
+from .text_length import cut_text
 
 
 class PairDataset(EpochDataset):
@@ -108,7 +109,7 @@ class PairCollator:
         images = [row["image"] for row in rows]
         keys = [row["key"] for row in rows] if all("key" in row for row in rows) else None
         text = self.tokenizer(
-            captions,
+            [cut_text(caption, self.tokenizer, self.max_length) for caption in captions],
             padding=self.padding,
             truncation=True,
             max_length=self.max_length,

@@ -21,5 +21,8 @@ def most_characters(tokenizer: Any, max_length: int) -> int:
 
 
 def cut_text(text: str, tokenizer: Any, max_length: int) -> str:
-    """The text, without what lies beyond its first `max_length` tokens for certain."""
-    return text[: most_characters(tokenizer, max_length)]
+    """The text without what a truncation to `max_length` tokens would drop for certain, on the tokenizer's side."""
+    most = most_characters(tokenizer, max_length)
+    if len(text) <= most:
+        return text
+    return text[-most:] if getattr(tokenizer, "truncation_side", "right") == "left" else text[:most]

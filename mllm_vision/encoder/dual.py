@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mllm_vision.data.text_length import cut_text
 from mllm_vision.encoder.encoder import VisionEncoder
 from mllm_vision.encoder.families import family_of
 from mllm_vision.encoder.files import Source, read_json
@@ -150,9 +151,8 @@ class DualEncoder(nn.Module):
 
         Texts are padded to the longest; where the tower wants more (SigLIP), `text_features` sees to it.
         """
-        encoded = self.tokenizer(
-            list(texts), padding=True, truncation=True, return_attention_mask=True, return_tensors="pt"
-        )
+        texts = [cut_text(text, self.tokenizer, self.max_text_length) for text in texts]
+        encoded = self.tokenizer(texts, padding=True, truncation=True, return_attention_mask=True, return_tensors="pt")
         device = self.logit_scale.device
         return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mllm_vision.data.images import ImageTransform
+from mllm_vision.data.text_length import cut_text
 from mllm_vision.encoder.build import build_processor
 from mllm_vision.modules.text import CLIP_TEXT, SIGLIP_TEXT, text_positions
 
@@ -75,7 +76,7 @@ def check_texts(dual: Any, sample: PairSample, *, tower_tokenizer: Any = None) -
     """
     found, tokenizer, limit = [], dual.tokenizer, dual.max_text_length
     config = dual.text.config
-    captions = sample.captions[:2000]
+    captions = [cut_text(caption, tokenizer, 16 * limit) for caption in sample.captions[:2000]]
     encoded = list(tokenizer(captions, truncation=False, verbose=False)["input_ids"])
     lengths = sorted(len(ids) for ids in encoded)
     cut = sum(length > limit for length in lengths) / max(len(lengths), 1)
