@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     LlavaConfig,
@@ -23,6 +22,13 @@ from mllm_vision.encoder.families import family_of
 from mllm_vision.encoder.features import num_layers
 from mllm_vision.errors import unknown_name
 from mllm_vision.modules.projectors import PROJECTORS, build_projector
+from mllm_vision.vlm.language_model import (
+    check_generation,
+    decoder_of,
+    fold_factor,
+    load_language_model,
+    logit_factor,
+)
 from mllm_vision.vlm.model import VisionLanguageModel
 from mllm_vision.vlm.tokens import pad_left, settle_ends
 
@@ -76,16 +82,17 @@ def build_vlm(
             raise ValueError("llm is a model, which carries no tokenizer: pass tokenizer=, or the path of the model")
     else:
         source, hub = str(llm), {"token": token, "revision": revision}
-        if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-            raise ValueError(f"llm={source} has no config.json, so it is no language model; give the folder that has")
-        language_model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **hub)
+        language_model = load_language_model(source, dtype, **hub)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
-    base = _checked_base(language_model)
+    base = decoder_of(language_model)
+    factor = logit_factor(language_model, base)
     image_token_id = prepare_tokenizer(tokenizer, image_token)
     grow_embeddings(language_model, len(tokenizer))
+    if factor != 1:
+        fold_factor(language_model, factor)
     tied = _settle_tying(language_model, base)
 
     base.config.pad_token_id = tokenizer.pad_token_id
@@ -130,7 +137,8 @@ def build_vlm(
     # The language model's settings of sampling stay behind: a LLaVA answers greedily unless told otherwise.
     model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
     settle_ends(model, processor, [language_model.config, language_model.generation_config])
-    return model.eval(), processor
+    check_generation(model.eval(), type(language_model).__name__)
+    return model, processor
 
 
 def tower_layout(encoder: VisionEncoder) -> dict[str, Any]:
@@ -214,23 +222,6 @@ def grow_embeddings(language_model: PreTrainedModel, size: int) -> int:
         layer.weight[old:] = layer.weight[:old].mean(dim=0)
     logger.info("embeddings grown from %d to %d rows (new rows: the mean)", old, size)
     return size - old
-
-
-def _checked_base(language_model: PreTrainedModel) -> PreTrainedModel:
-    """The language model below its head; ValueError where LLaVA's layout cannot hold the head."""
-    name = type(language_model).__name__
-    head, base = language_model.get_output_embeddings(), language_model.base_model
-    if head is None or base is language_model:
-        raise ValueError(f"{name} is no causal language model with a separate head; give e.g. a LlamaForCausalLM")
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise ValueError(f"{name} has an output layer with a bias, which LLaVA's layout cannot hold; use another llm")
-    width = getattr(base.config, "hidden_size", None)
-    if width != head.in_features:
-        raise ValueError(
-            f"{name} projects its hidden states ({width} wide) to {head.in_features} before the output layer, "
-            "which LLaVA's layout cannot hold; use another llm"
-        )
-    return base
 
 
 def _settle_tying(language_model: PreTrainedModel, base: PreTrainedModel) -> bool:

@@ -81,11 +81,12 @@ def add_lora(
         raise ValueError(f"lora_rank={rank} must be at least 1")
     # GPT-2 calls its linear layers Conv1D. The names are taken from the language model, and the expression is
     # bound to it, because a plain list of suffixes would also hit the vision tower.
-    leaves = {
-        name.rpartition(".")[2]
-        for name, module in model.model.language_model.named_modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    }
+    linear: set[str] = set()
+    other: set[str] = set()  # a router may be a Linear that gives more than one output, to which nothing can be added
+    for name, module in model.model.language_model.named_modules():
+        plain = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+        (linear if plain else other).add(name.rpartition(".")[2])
+    leaves = linear - other
     if not leaves:
         raise ValueError(f"{type(model.model.language_model).__name__} has no linear layers for LoRA; use --train full")
     config = LoraConfig(

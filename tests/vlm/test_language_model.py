@@ -1,0 +1,166 @@
+"""Language models of many families: joined exactly, or refused in one line before anything is trained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+from causal_lms import tiny_causal_lm
+
+FAMILIES = ["bloom", "cohere", "falcon", "gemma", "gemma3_text", "gpt_neox", "granite", "mpt", "olmo", "opt", "phi3"]
+
+
+def own_logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_joined_model_computes_and_generates_what_the_language_model_did(family, build, tmp_path):
+    """Own logits beforehand are the oracle; a left-padded batch answers as each row alone, also after loading."""
+    from transformers import LlavaForConditionalGeneration
+
+    from mllm_vision.vlm import save_vlm
+
+    llm = tiny_causal_lm(family, initializer_range=0.3) if family != "mpt" else tiny_causal_lm(family)
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(20, 300, (2, 12), generator=generator)
+    expected = own_logits(llm, ids)
+    model, processor = build(llm=llm)
+    save_vlm(model, processor, tmp_path)
+    plain = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    short = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids[1:, :7]], dim=1)
+    padded, mask = torch.cat([ids[:1], short]), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    few = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    for each in (model, plain):
+        joined = own_logits(each, ids)[..., : expected.shape[-1]]
+        assert torch.allclose(joined, expected, atol=1e-5 * float(expected.abs().max()) + 1e-6)
+        together = each.generate(input_ids=padded, attention_mask=mask, **few)[:, 12:]
+        alone = [each.generate(input_ids=row, attention_mask=torch.ones_like(row), **few)[0, row.shape[1] :]
+                 for row in (ids[:1], ids[1:, :7])]  # fmt: skip
+        assert torch.equal(together, torch.stack(alone))
+
+
+def test_a_factor_is_folded_into_an_output_layer_of_its_own():
+    """Granite divides by logits_scaling; its head was tied, and its embeddings stay as they are."""
+    from mllm_vision.vlm.language_model import decoder_of, fold_factor, logit_factor
+
+    llm = tiny_causal_lm("granite", logits_scaling=6.0, embedding_multiplier=3.0, tie_word_embeddings=True)
+    table = llm.get_input_embeddings().weight
+    before = table.clone()
+    assert llm.lm_head.weight is table
+    factor = logit_factor(llm, decoder_of(llm))
+    assert factor == 1 / 6.0  # the configuration's own number, not a measured one
+    fold_factor(llm, factor)
+    assert torch.equal(table, before) and torch.equal(llm.lm_head.weight, before * factor)
+    half = tiny_causal_lm("cohere", logit_scale=0.25).to(torch.bfloat16)
+    assert logit_factor(half, decoder_of(half)) == 0.25
+    for exact in (tiny_causal_lm("llama"), tiny_causal_lm("qwen2").to(torch.bfloat16)):
+        assert logit_factor(exact, decoder_of(exact)) == 1.0
+
+
+REFUSED = {
+    "a cap, though the untrained logits are far below it": (
+        "gemma2",
+        {"final_logit_softcapping": 30.0},
+        r"bends its logits .*final_logit_softcapping=30.0",
+    ),
+    "embeddings multiplied on the way from token ids only": (
+        "falcon_h1",
+        {"embedding_multiplier": 5.0},
+        "something else from embeddings than from token ids",
+    ),
+    "attention in both directions": ("gemma3_text", {"use_bidirectional_attention": True}, "see the ones after it"),
+    "no attention": ("mamba", {}, "no key-value attention"),
+    "nor here": ("rwkv", {}, "no key-value attention"),
+    "a decoder out of an encoder-decoder": ("mbart", {}, "which transformers does not load by itself"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.replace(" ", "_"))
+def test_what_does_not_fit_is_refused_in_words(case, build):
+    family, fields, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        build(llm=tiny_causal_lm(family, **fields))
+    assert "--llm" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_cap_that_is_off_is_no_cap(build):
+    build(llm=tiny_causal_lm("gemma2", final_logit_softcapping=None))
+
+
+def folder_of(path, **config):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_folders_that_hold_something_else(build, tmp_path, tokenizer_folder):
+    from transformers import LlamaForSequenceClassification, LlamaModel
+
+    from mllm_vision.vlm.language_model import load_language_model
+
+    llama = tiny.tiny_llama(300)
+    quantised = {**llama.config.to_dict(), "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    cases = {
+        folder_of(tmp_path / "t5", model_type="t5"): r"encoder-decoder \(t5\)",
+        folder_of(tmp_path / "vlm", model_type="qwen2_vl"): r"vision-language model already \(qwen2_vl\)",
+        folder_of(tmp_path / "tower", model_type="clip_vision_model"): "no causal language model",
+        folder_of(tmp_path / "quantised", **quantised): r"quantised \(gptq\)",
+    }
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "adapter_config.json").write_text("{}")
+    cases[tmp_path / "adapters"] = "merge_and_unload"
+    LlamaModel(llama.config).save_pretrained(tmp_path / "headless")
+    cases[tmp_path / "headless"] = r"lacks 1 weights .*lm_head\.weight"
+    LlamaForSequenceClassification(llama.config).save_pretrained(tmp_path / "classifier")
+    cases[tmp_path / "classifier"] = r"lacks 1 weights .*lm_head\.weight"
+    for folder, message in cases.items():
+        with pytest.raises(ValueError, match=message):
+            load_language_model(str(folder), torch.float32)
+    llama.save_pretrained(tmp_path / "llama")
+    assert type(load_language_model(str(tmp_path / "llama"), torch.float32)) is type(llama)
+
+
+def test_lora_leaves_routers_alone(build, make_batch):
+    """A router is a linear layer with several outputs: the mixture trains, and its router keeps to itself."""
+    from mllm_vision.vlm import add_lora
+
+    for family in ("phimoe", "granitemoe"):
+        model, _ = build(llm=tiny_causal_lm(family))
+        wrapped = add_lora(model, rank=2).train()
+        wrapped(**make_batch(model)).loss.backward()
+        learnt = {name for name, weight in wrapped.named_parameters() if "lora_B" in name and weight.grad is not None}
+        assert any("q_proj" in name for name in learnt) and not any("router" in name for name in learnt)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_lora_and_padded_vocabularies_survive_saving(tied, build, make_batch, dialogue, tmp_path):
+    """The vocabulary is padded to a multiple of 64 beyond the tokenizer's; adapters are merged on saving."""
+    from mllm_vision.vlm import add_lora, answer, load_vlm, save_vlm
+
+    llm = tiny.tiny_llama(448, tie_word_embeddings=tied, initializer_range=0.3)
+    model, processor = build(llm=llm)
+    assert model.lm_head.weight.shape[0] == 448 > len(processor.tokenizer)
+    wrapped = add_lora(model, rank=4).train()
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):  # LoRA's B is zero at first: after two steps both of its matrices have moved
+        optimizer.zero_grad()
+        wrapped(**make_batch(model)).loss.backward()
+        optimizer.step()
+    wrapped.eval()
+    batch = make_batch(model, rows=1)
+    inputs = {"input_ids": batch["input_ids"][:, :-4], "pixel_values": batch["pixel_values"]}
+    few = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad():
+        logits, words = wrapped(**inputs).logits, wrapped.generate(**inputs, **few)
+    save_vlm(wrapped, processor, tmp_path)
+    again, processor = load_vlm(tmp_path)
+    assert (again.lm_head.weight is again.get_input_embeddings().weight) is tied
+    with torch.no_grad():
+        assert torch.allclose(again(**inputs).logits, logits, atol=1e-4)
+    assert torch.equal(again.generate(**inputs, **few), words)
+    assert isinstance(answer(again, processor, dialogue.messages, [dialogue.image], max_new_tokens=3), str)
