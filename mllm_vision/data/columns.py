@@ -36,6 +36,7 @@ IMAGE_NAMES = _NAMES["image"]
 TEXT_NAMES = frozenset(
     name for role in ("caption", "question", "answer", "label") for name in _NAMES[role]
 )  # what stands there is a text, even where it ends like a file
+TURN_NAMES = frozenset(name for role in ("messages", "conversations") for name in _NAMES[role])
 _PATH_NAMES = IMAGE_NAMES[IMAGE_NAMES.index("image_path") :]
 
 

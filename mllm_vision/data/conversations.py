@@ -62,7 +62,8 @@ class ConversationDataset(EpochDataset):
             and `read_record` is what reads.
 
     A row is {"input_ids", "labels" (int64 arrays [T], -100 outside the assistant's words), "images": [PIL],
-    "keys", "index"}. `refused` counts what was left out by reason, `lengths` holds the samples' tokens.
+    "keys", "index"}. `refused` counts what was left out by reason, `lengths` holds the samples' tokens, `has_images`
+    is False where no sample has an image.
 
     Raises:
         ValueError: an empty data set, nothing left after refusals (with the reasons), an impossible setting, and
@@ -156,7 +157,7 @@ class ConversationDataset(EpochDataset):
         self._offsets = np.concatenate([[0], np.cumsum([len(tokens) for tokens in ids])])
         images = np.add.reduceat(self._ids == self.chat.image_token_id, self._offsets[:-1])
         long = np.diff(self._offsets) + images * (self.num_image_tokens - 1)
-        self.lengths = long[self._samples[:, 2]]
+        self.lengths, self.has_images = long[self._samples[:, 2]], bool(images.any())
         self._turns = self._find_turns() if self.shuffle_turns else {}
 
     def _beforehand(self, row: int, record: dict[str, Any]) -> list[_Part]:

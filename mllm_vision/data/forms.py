@@ -13,13 +13,13 @@ import numpy as np
 from mllm_vision.errors import short
 
 from .columns import bind_columns, column_kind, features_of
+from .image_files import images_of
 from .messages import (
     BadConversation,
     from_caption,
     from_pairs,
     from_turns,
     image_parts,
-    missing,
     place_images,
     without_sources,
     words,
@@ -70,7 +70,8 @@ def bind_conversations(
     found = ", ".join(f"{name} ({column_kind(feature)})" for name, feature in features_of(records).items())
     remedy = f"Name it with {', '.join(flags)}" if flags else "Name it: columns={'messages': ...}"
     raise ValueError(
-        f"no conversation found: neither {', '.join(' with '.join(form) for form in forms)} ({why}). "
+        f"no conversation found: neither {', '.join(' with '.join(form) for form in forms if form != ('pairs',))} "
+        f"({why}). "
         f"The columns are: {found}. {remedy}"
     )
 
@@ -183,13 +184,7 @@ class ConversationForm:
 
     def images(self, record: dict[str, Any]) -> list[Any]:
         """The images of the row's image column, undecoded: one, several or none; nulls among them do not count."""
-        return self.present(record.get(self.columns["image"]) if "image" in self.columns else None)
-
-    @staticmethod
-    def present(value: Any) -> list[Any]:
-        """The images of one value of an image column."""
-        values = value if isinstance(value, list | tuple) else [value]
-        return [each for each in values if not missing(each)]
+        return images_of(record.get(self.columns["image"]) if "image" in self.columns else None)
 
     def __call__(self, record: dict[str, Any]) -> Dialogue:
         """What the row says.
@@ -298,7 +293,7 @@ def image_counts(records: Any, column: str) -> np.ndarray:
     """How many images each row's image column holds (nulls do not count), without reading them where Arrow can tell."""
     kind = column_kind(records.features[column]) if hasattr(records, "features") else "any"
     if kind == "any":
-        return np.asarray([len(ConversationForm.present(record[column])) for record in only_columns(records, [column])])
+        return np.asarray([len(images_of(record[column])) for record in only_columns(records, [column])])
     import pyarrow as pa
     import pyarrow.compute as pc
 

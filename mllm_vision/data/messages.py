@@ -10,6 +10,7 @@ from typing import Any
 
 from mllm_vision.errors import short
 
+from .image_files import image_source, is_missing
 from .sampling import BadRow
 
 IMAGE_MARK = "<image>"
@@ -181,18 +182,13 @@ def _parts(content: Any) -> str | list[dict[str, Any]]:
 
 def _source(part: dict[str, Any]) -> Any:
     """The image a part holds: a PIL image, bytes, a path or a URI; None where the image column has it."""
-    name = next((name for name in _SOURCES if not missing(part.get(name))), None)
+    name = next((name for name in _SOURCES if not is_missing(part.get(name))), None)
     found = part[name] if name else None
     if isinstance(found, dict) and found.get("url"):
         found = found["url"]  # OpenAI's {"image_url": {"url": ...}}
+    if isinstance(found, str) and found.startswith(("http://", "https://")):
+        image_source(found)  # refused in its words, before the training
     return f"data:image;base64,{found}" if name == "base64" and isinstance(found, str) else found
-
-
-def missing(value: Any) -> bool:
-    """Whether this is no image at all: null, an empty string, a struct without bytes and path."""
-    if isinstance(value, dict):
-        return value.get("bytes") is None and not value.get("path") and not value.get("url")
-    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def image_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

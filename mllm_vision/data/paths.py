@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from .columns import IMAGE_NAMES, TEXT_NAMES
+from .columns import IMAGE_NAMES, TEXT_NAMES, TURN_NAMES
 from .files import IMAGES, LeftOut
 
 _TRIED = 32  # values of a column, spread over it, that are looked for on the disk
@@ -94,6 +95,9 @@ class ImagePaths:
 def _mapped(value: Any, key: str, change: Callable[[str], str]) -> Any:
     """The value with every string that may be an image path changed; containers are copied."""
     if isinstance(value, str):
+        if (turns := _json_turns(value, key)) is not None:
+            mapped = _mapped(turns, "", change)
+            return value if mapped == turns else json.dumps(mapped, ensure_ascii=False)
         return change(value) if _may_be_path(value, key) else value
     if isinstance(value, list | tuple):
         return [_mapped(each, key, change) for each in value]
@@ -105,7 +109,9 @@ def _mapped(value: Any, key: str, change: Callable[[str], str]) -> Any:
 def _candidates(value: Any, key: str) -> Iterator[str]:
     """Every string in a value that may be an image path."""
     if isinstance(value, str):
-        if _may_be_path(value, key):
+        if (turns := _json_turns(value, key)) is not None:
+            yield from _candidates(turns, "")
+        elif _may_be_path(value, key):
             yield value
     elif isinstance(value, list | tuple):
         for each in value:
@@ -113,6 +119,16 @@ def _candidates(value: Any, key: str) -> Iterator[str]:
     elif isinstance(value, dict) and value.get("bytes") is None:
         for name, each in value.items():
             yield from _candidates(each, _inner(name, key))
+
+
+def _json_turns(text: str, key: str) -> Any:
+    """The turns of a conversation that stands in its column as a JSON text; None for any other text."""
+    if key.lower() not in TURN_NAMES or text.lstrip()[:1] not in ("[", "{"):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _inner(name: str, key: str) -> str:

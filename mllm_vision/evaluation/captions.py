@@ -7,10 +7,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from mllm_vision.data.forms import ConversationForm
 from mllm_vision.data.images import load_image
+from mllm_vision.data.messages import image_parts
 from mllm_vision.data.sampling import BadRow, judge
 from mllm_vision.evaluation.base import evaluation_mode
-from mllm_vision.evaluation.images import as_list, data_uri
+from mllm_vision.evaluation.images import data_uri
 from mllm_vision.vlm.measure import answer
 
 logger = logging.getLogger(__name__)
@@ -23,26 +25,27 @@ def caption_samples(
 
     Args:
         model, processor: a LLaVA model and its processor, with a chat template.
-        records: rows with an image and a caption or several.
-        columns: roles ``image`` and ``caption`` to column names.
+        records: rows with an image and a caption or several, or conversations that begin with the image.
+        columns: role to column name, as ``bind_conversations`` gives it.
         count: rows wanted; those that cannot be used are passed over, counted and told.
     """
     samples: list[dict[str, Any]] = []
     reasons: Counter[str] = Counter()
+    form = ConversationForm(records, dict(columns))
     with evaluation_mode(model):
         for index in range(len(records)):
             if len(samples) == count:
                 break
-            found = judge(f"row {index}", _image_and_caption, records, index, columns)
+            found = judge(f"row {index}", _images_and_caption, form, records, index)
             if isinstance(found, BadRow):
                 reasons[found.reason] += 1
                 continue
-            image, caption = found
-            said = answer(model, processor, [{"role": "user", "content": [{"type": "image"}]}], [image])
+            question, images, caption = found
+            said = answer(model, processor, question, images)
             samples.append(
                 {
                     "evaluation": "captions",
-                    "image": data_uri(image, 128),
+                    "image": data_uri(images[0], 128),
                     "question": "",
                     "prediction": said,
                     "answer": caption,
@@ -54,12 +57,17 @@ def caption_samples(
     return samples
 
 
-def _image_and_caption(records: Any, index: int, columns: Mapping[str, str]) -> tuple[Any, str]:
-    row = records[index]
-    images, captions = as_list(row[columns["image"]]), as_list(row[columns["caption"]])
-    captions = [caption for caption in captions if isinstance(caption, str) and caption.strip()]
-    if len(images) != 1:
-        raise BadRow("not one image", f"{len(images)} images")
-    if not captions:
-        raise BadRow("no caption")
-    return load_image(images[0]), captions[0]
+def _images_and_caption(
+    form: ConversationForm, records: Any, index: int
+) -> tuple[list[dict[str, Any]], list[Any], str]:
+    """What is asked, about which images, and what the row itself answers first."""
+    dialogue = form(records[index])
+    if not dialogue.images:
+        raise BadRow("no image")
+    messages = dialogue.samples()[0][0]
+    first = next((place for place, turn in enumerate(messages) if turn["role"] == "assistant"), None)
+    asked = image_parts(messages[:first])
+    if first is None or len(asked) != len(image_parts(messages)):
+        raise BadRow("no answer to a question about all images")
+    caption = messages[first]["content"]
+    return messages[:first], [load_image(image) for image in dialogue.images], caption

@@ -200,6 +200,11 @@ def load_stage_data(
     evaluation: Any = ConversationDataset(held, eval_columns, tokenizer, shuffle_turns=False, **options)
     if stream is not None:
         train = StreamDataset(stream, train)
+    elif not train.has_images:
+        raise ValueError(
+            f"none of the {len(train)} conversations of {dataset_name} has an image, so the projector has nothing to "
+            "learn from: name the images with --image_column, or put them into the messages"
+        )
     if pack_turns:
         check_packing(model, int(max(train.lengths.max(), evaluation.lengths.max())))
         train, evaluation = (PackedConversations(each, max_length=max_length) for each in (train, evaluation))
