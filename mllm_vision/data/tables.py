@@ -96,11 +96,11 @@ def _csv_table(path: Path, paths: ImagePaths, left_out: LeftOut) -> pa.Table:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     lines = _lines(path, left_out)
     first = next((line for line in lines if line.strip()), "")
-    comma = _separator(first, path, left_out)
-    reader = csv.reader(_chain(first, lines), delimiter=comma, skipinitialspace=comma != "\t")
-    names = _unique(next(reader, []), path, left_out)
+    rows_of_cells = _cells(_chain(first, lines), _separator(first, path, left_out), path, left_out)
+    names = _unique(next(rows_of_cells, (0, []))[1], path, left_out)
     pieces: dict[str, list[pa.Array]] = {name: [] for name in names}
-    while rows := list(islice(_csv_rows(reader, len(names), path, left_out), _CHUNK)):
+    every = _csv_rows(rows_of_cells, len(names), path, left_out)
+    while rows := list(islice(every, _CHUNK)):
         for place, name in enumerate(names):
             values = paths.column(name, [row[place] or None for row in rows])
             pieces[name].append(pa.array(values, pa.string()))
@@ -112,9 +112,34 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
     yield from rest
 
 
-def _csv_rows(reader: Any, width: int, path: Path, left_out: LeftOut) -> Iterator[list[str]]:
-    """Rows of `width` cells; one with fewer or more of them has no values, and is told."""
+def _cells(lines: Iterable[str], comma: str, path: Path, left_out: LeftOut) -> Iterator[tuple[int, list[str]]]:
+    """(number of its last line, cells) of every row. A quote that nothing closes would swallow all rows up to the next
+    one: where the quotes of a row of several lines are odd in number, its lines are read one by one.
+    """
+    dialect: dict[str, Any] = {"delimiter": comma, "skipinitialspace": comma != "\t"}
+    taken: list[str] = []
+
+    def noted() -> Iterator[str]:
+        for line in lines:
+            taken.append(line)
+            yield line
+
+    reader = csv.reader(noted(), **dialect)
     for row in reader:
+        if len(taken) > 1 and sum(line.count('"') for line in taken) % 2:
+            left_out.note(f"a quote in line {reader.line_num - len(taken) + 1} of {path.name} is never closed")
+            for place, line in enumerate(taken, reader.line_num - len(taken) + 1):
+                yield from ((place, [cell.rstrip("\r\n") for cell in each]) for each in csv.reader([line], **dialect))
+        else:
+            yield reader.line_num, row
+        taken.clear()
+
+
+def _csv_rows(
+    rows: Iterable[tuple[int, list[str]]], width: int, path: Path, left_out: LeftOut
+) -> Iterator[list[str]]:
+    """Rows of `width` cells; one with fewer or more of them has no values, and is told."""
+    for number, row in rows:
         if not row:
             continue
         if len(row) > width and not any(row[width:]):
@@ -122,7 +147,7 @@ def _csv_rows(reader: Any, width: int, path: Path, left_out: LeftOut) -> Iterato
         if len(row) != width:
             left_out.add(
                 f"rows of {path.name} with another number of cells than the {width} of its first line",
-                f"line {reader.line_num} has {len(row)}",
+                f"line {number} has {len(row)}",
             )
             row = [""] * width
         yield row
@@ -189,12 +214,13 @@ def _json_rows(path: Path, left_out: LeftOut) -> Iterable[dict[str, Any]]:
     if start == "[" or suffix.lower() == ".json":
         text = first + "".join(lines)
         try:
-            return _rows_of(_loads(text), path, left_out)
-        except json.JSONDecodeError as error:
-            if "Extra data" not in str(error) and start == "[":
+            value = _loads(text)
+        except ValueError as error:
+            if "Extra data" not in str(error):
                 raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-            lines = iter(text.splitlines(keepends=True))
-            first = ""
+        else:
+            return _rows_of(value, path, left_out)
+        first, lines = "", iter(text.splitlines(keepends=True))  # an object a line, under the name of .json
     return _line_rows(_chain(first, lines), path, left_out)
 
 

@@ -151,6 +151,7 @@ def _samples(members: list[Member], path: Path, left_out: LeftOut) -> list[tuple
         left_out.note(f"the keys of {path.name} hold dots: a name's last dot ends its key")
     samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
     place: dict[str, int] = {}
+    twice = 0
     for name, offset, size in members:
         key, extension = split(name)
         if not extension or not key.rpartition("/")[2]:
@@ -158,11 +159,12 @@ def _samples(members: list[Member], path: Path, left_out: LeftOut) -> list[tuple
             continue
         extension = extension.lower()
         if key not in place or extension in samples[place[key]][1]:
-            if key in place:
-                left_out.note(f"{path.name} has {key}.{extension} twice: both are read, as samples of one key")
+            twice += key in place
             place[key] = len(samples)
             samples.append((key, {}))
         samples[place[key]][1][extension] = (offset, size)
+    if twice:
+        left_out.note(f"{twice} keys of {path.name} come again with files they had: these are samples of their own")
     return [(key, _columns(parts)) for key, parts in samples]
 
 
