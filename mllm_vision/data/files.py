@@ -26,8 +26,9 @@ TABLES = {
     ".tar": "tar",
 }
 PACKED = (".gz", ".bz2", ".xz")  # of texts (JSON, CSV); a packed tar cannot be read from its middle
-IMAGES = frozenset(
-    (*(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"), ".ppm", ".pgm", ".avif")
+IMAGES = frozenset(  # what files of `image_files.FORMATS` are called
+    f".{end}"
+    for end in "png jpg jpeg jpe jfif mpo webp bmp gif tif tiff ppm pgm pbm pnm jp2 j2k avif".split()  # noqa: SIM905
 )
 SPLITS = {
     "train": ("train", "training"),
@@ -45,6 +46,7 @@ class LeftOut:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
         self.notes: list[str] = []
+        self.outside: list[str] = []
         self._told: set[str] = set()
 
     def add(self, what: str, example: object, count: int = 1) -> None:
@@ -57,12 +59,21 @@ class LeftOut:
         if text not in self.notes:
             self.notes.append(text)
 
+    def lies_outside(self, path: str) -> None:
+        """An image outside of the data's folder: read as asked, and listed once, the first few by name."""
+        if len(self.outside) < 4 and path not in self.outside:
+            self.outside.append(path)
+
     def tell(self, where: object) -> None:
         """A line for each note, and one for all that is left out; nothing that was told before."""
         lines = list(self.notes)
         if self.counts:
             each = (f"{count} {what} ({self.examples[what]})" for what, count in self.counts.most_common())
             lines.append("not read: " + ", ".join(each))
+        if self.outside and "outside" not in self._told:
+            self._told.add("outside")
+            more = ", ..." if len(self.outside) > 3 else ""
+            lines.append(f"images outside of its folder are read as asked: {', '.join(self.outside[:3])}{more}")
         for line in lines:
             if line not in self._told:
                 logger.warning("%s: %s", where, line)

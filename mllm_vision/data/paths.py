@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote, urlsplit
 
 from .columns import IMAGE_NAMES, TEXT_NAMES, TURN_NAMES
 from .files import IMAGES, LeftOut
+from .image_files import is_path
 
 _TRIED = 32  # values of a column, spread over it, that are looked for on the disk
 _SURE = frozenset(("image", "images", "image_path", "image_paths"))  # what else could such a column mean?
+_ADDRESS = re.compile(r"(?i)https?://")
+_FILE = re.compile(r"(?i)file://")
 _HINTS = ("image", "img", "photo", "picture", "file", "path")
 
 
@@ -52,17 +56,17 @@ class ImagePaths:
 
     def _holds_paths(self, name: str, values: Sequence[Any]) -> bool | None:
         """Whether the column holds paths; None where there is no saying yet."""
+        address = next((value for value in values if isinstance(value, str) and _ADDRESS.match(value)), None)
+        if address is not None and holds_images(name):
+            self.left_out.note(
+                f"column {name!r} holds addresses on the net ({address[:80]!r}): nothing is fetched; download the "
+                "images beforehand and name their files"
+            )
         relative: list[str] = []
         absolute = False
         for value in values if len(values) <= 4096 else values[:: len(values) // 4096]:
             for text in _candidates(value, name):
-                if "://" in text and not text.startswith("file://"):
-                    if holds_images(name):
-                        self.left_out.note(
-                            f"column {name!r} holds addresses on the net ({text[:80]!r}): nothing is fetched; download "
-                            "the images beforehand and name their files"
-                        )
-                elif text.startswith("file://") or os.path.isabs(text):
+                if _FILE.match(text) or os.path.isabs(text):
                     absolute = True
                 else:
                     relative.append(text)
@@ -80,15 +84,13 @@ class ImagePaths:
         return absolute
 
     def _joined(self, text: str) -> str:
-        if text.startswith("file://"):
-            text = unquote(urlparse(text).path)
-        if "://" in text or text.startswith("data:"):
-            return text
+        if _FILE.match(text):
+            text = unquote(urlsplit(text).path)
         path = text if os.path.isabs(text) else os.path.join(self._base, text)
         if not path.startswith(self._base) or ".." in text:
             normal = os.path.normpath(path)
             if os.path.commonpath([normal, self._base]) != self._base:
-                self.left_out.note(f"some images lie outside {self._base} and are read as asked: {normal} ...")
+                self.left_out.lies_outside(normal)
         return path
 
 
@@ -143,8 +145,8 @@ def holds_images(name: str) -> bool:
 
 
 def _may_be_path(text: str, key: str) -> bool:
-    if not text or len(text) > 1024 or "\n" in text or text.startswith("data:"):
+    if not text or len(text) > 1024 or "\n" in text or key.lower() in TEXT_NAMES:
         return False
-    if key.lower() in TEXT_NAMES:
-        return False
+    if not is_path(text) and not _FILE.match(text):
+        return False  # an address, or the image itself
     return holds_images(key) or PurePosixPath(text.lower()).suffix in IMAGES

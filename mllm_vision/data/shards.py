@@ -84,7 +84,13 @@ class Shard:
 
         A column that the shard does not have is None in its rows; a value that cannot be read is a `BadRow`.
         """
-        rows = self.opened.read(group, columns)
+        opened = self.opened
+        if self.kind == "parquet" and columns is not None:
+            for name in columns:
+                if name not in opened.columns:
+                    self.left_out.note(f"its {self.rows} rows have no column {name!r}")
+            self.left_out.tell(self.name)
+        rows = opened.read(group, columns)
         return rows if columns is None else [{name: row.get(name) for name in columns} for row in rows]
 
     def head(self, count: int) -> Any:

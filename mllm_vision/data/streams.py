@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
@@ -65,7 +66,7 @@ class Stream:
         self.sources = list(sources)
         self.image_root = Path(image_root).expanduser() if image_root is not None else None
         self.settings = {"seed": seed, "buffer": shuffle_buffer, "lanes": lanes}
-        self.left_out = LeftOut()
+        self._told = LeftOut()
         self.total = self.order().total
 
     @classmethod
@@ -120,13 +121,22 @@ class Stream:
             table = shard.head(1 if tables else count)
             if table.num_rows:
                 root = self.image_root or Path(shard.path).parent
-                tables.append((shard.name, with_paths(table, ImagePaths(root, self.left_out))))
+                tables.append((shard.name, with_paths(table, ImagePaths(root, self._told))))
         if not tables:
             raise ValueError(f"{source.shards[0].name} and all other shards of its data set are empty: no rows")
         known = set(tables[0][1].column_names)
         others = [(name, table) for name, table in tables[1:] if not known.issuperset(table.column_names)]
         table, features = united([tables[0], *others], LeftOut())
         return Dataset(table, info=DatasetInfo(features=features))
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """What is not read of the shards that were opened so far: how many of each kind."""
+        found: Counter[str] = Counter()
+        for source in self.sources:
+            for shard in source.shards:
+                found.update(shard.left_out.counts)
+        return dict(found)
 
     @property
     def bounded(self) -> bool:
@@ -153,14 +163,14 @@ class Stream:
         """
         file = self.sources[source].shards[shard]
         rows = file.read(group, columns)
-        paths = ImagePaths(self.image_root or Path(file.path).parent, self.left_out, images)
+        paths = ImagePaths(self.image_root or Path(file.path).parent, self._told, images)
         for name in columns:
             values = [row[name] for row in rows]
             changed = paths.column(name, values)
             if changed is not values:
                 for row, value in zip(rows, changed, strict=True):
                     row[name] = value
-        self.left_out.tell(file.name)
+        self._told.tell(file.name)
         return rows
 
 

@@ -135,9 +135,7 @@ def _cells(lines: Iterable[str], comma: str, path: Path, left_out: LeftOut) -> I
         taken.clear()
 
 
-def _csv_rows(
-    rows: Iterable[tuple[int, list[str]]], width: int, path: Path, left_out: LeftOut
-) -> Iterator[list[str]]:
+def _csv_rows(rows: Iterable[tuple[int, list[str]]], width: int, path: Path, left_out: LeftOut) -> Iterator[list[str]]:
     """Rows of `width` cells; one with fewer or more of them has no values, and is told."""
     for number, row in rows:
         if not row:

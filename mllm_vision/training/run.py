@@ -136,6 +136,8 @@ class Run:
         if not columns:
             wanted = [name for name in getattr(dataset, "column_names", None) or ["text"] if "image" not in name]
         view = dataset.head() if hasattr(dataset, "head") else dataset  # of a stream, its first rows
+        names = getattr(view, "column_names", None) or []
+        unused = [name for name in names if columns and name not in columns.values() and not name.startswith("__")]
         count = len(view) if hasattr(view, "__len__") else 0
         if hasattr(view, "select_columns"):  # so that no image is decoded for three sentences
             wanted = [name for name in wanted if name in view.column_names]
@@ -152,10 +154,13 @@ class Run:
             "fingerprint": fingerprint,
             "rows": rows,
             "columns": columns,
+            "unused_columns": unused,
+            "left_out": dict(getattr(dataset, "left_out", None) or {}),
             "samples": samples,
             **more,
         }
-        self._say("%s data: %s rows, columns %s", role, rows, columns or "as they are")
+        told = f"; not used: {', '.join(unused)}"[:200] if unused else ""
+        self._say("%s data: %s rows, columns %s%s", role, rows, columns or "as they are", told)
 
     def begin(self) -> None:
         """The training starts: what it overwrites goes now, and not while a flag of its could still be refused."""
