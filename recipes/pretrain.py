@@ -85,14 +85,21 @@ class Arguments(RecipeArguments):
 def main(argv: list[str] | None = None) -> None:
     from mllm_vision.objectives import ImageTextObjective, load_objective
 
-    method = load_objective(peek_recipe("objective", "clip", argv=argv))
+    name = peek_recipe("objective", "clip", argv=argv)
+    method = load_objective(name)
+    if not issubclass(method, ImageTextObjective):
+        raise ValueError(f"objective {name!r} takes no image-text pairs, and this recipe trains on pairs")
     own, arguments, config, streams = parse_recipe(
-        PretrainArguments, Arguments, method.Config, StreamArguments, argv=argv, description=__doc__
+        PretrainArguments,
+        Arguments,
+        method.Config,
+        StreamArguments,
+        argv=argv,
+        description=__doc__,
+        defaults=method.defaults_beside(peek_recipe("optim", argv=argv)),
     )
     steps, rows = arguments.gradient_accumulation_steps, arguments.per_device_train_batch_size
     method.check_accumulation(steps, rows, arguments.embed_batch_size)
-    if not issubclass(method, ImageTextObjective):
-        raise ValueError(f"objective {own.objective!r} takes no image-text pairs, and this recipe trains on pairs")
 
     from mllm_vision.data import ImageTransform, PairCollator, PairDataset, StreamDataset, bind_columns, load_records
     from mllm_vision.encoder.build import is_model_type
@@ -139,7 +146,9 @@ def main(argv: list[str] | None = None) -> None:
         evaluators=evaluators,
     )
     peaks = {name: rate or arguments.learning_rate for name, rate in rates.items()}
-    audit = ModuleAudit(groups(dual), peaks)
+    parts = groups(dual)
+    parts["head"] |= dict(objective.named_parameters(recurse=False))  # ITC's temperature
+    audit = ModuleAudit(parts, peaks)
     run.record["modules"] = audit.rows
     logger.info("%s", audit)
     trainer.measure_before("untrained" if is_model_type(own.encoder) else "before_training")

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         StreamArguments,
         argv=argv,
         description=__doc__,
-        defaults=method.defaults_beside(peek_recipe("optim", argv=argv)),
+        defaults=method.defaults_beside(peek_recipe("optim", argv=argv), peek_recipe("encoder", "vit", argv=argv)),
     )
     steps, rows = arguments.gradient_accumulation_steps, arguments.per_device_train_batch_size
     method.check_accumulation(steps, rows, arguments.embed_batch_size)

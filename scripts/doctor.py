@@ -45,16 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = load_recipe()
     words = list(sys.argv[1:] if argv is None else argv)
     check_config(peek_recipe("config", argv=words))
-    method = load_objective(peek_recipe("objective", "clip", argv=words))
+    name = peek_recipe("objective", "clip", argv=words)
+    method = load_objective(name)
+    if not issubclass(method, ImageTextObjective):
+        raise ValueError(f"objective {name!r} takes no image-text pairs: there is nothing to examine here")
     with tempfile.TemporaryDirectory() as folder:
         if peek_recipe("output_dir", argv=words) is None:
             words += ["--output_dir", folder]
         look, own, arguments, config, streams = parse_recipe(
             DoctorArguments, recipe.PretrainArguments, recipe.Arguments, method.Config, StreamArguments,
-            argv=words, description=__doc__ or "",
+            argv=words, description=__doc__ or "", defaults=method.defaults_beside(peek_recipe("optim", argv=words)),
         )  # fmt: skip
-        if not issubclass(method, ImageTextObjective):
-            raise ValueError(f"objective {own.objective!r} takes no image-text pairs: there is nothing to examine here")
 
         from mllm_vision.training.doctor import report
 

@@ -43,6 +43,14 @@ def is_model_type(source: str | Path) -> bool:
     return False
 
 
+def is_convolutional(source: str | Path) -> bool:
+    """Whether a model type, or the config.json of a folder, is of a convolutional network; False if unknown."""
+    file = Path(source) / "config.json"
+    model_type = read_json(file).get("model_type") if file.is_file() else str(source)
+    family = FAMILIES.get(ALIASES.get(model_type, model_type))
+    return family is not None and family.convolutional
+
+
 def _refuse_misspelt(name: str) -> None:
     """Said here, or "vitt" would be told of as a parent on the Hub, and its overrides be refused as a checkpoint's."""
     if "/" in name or os.path.exists(os.path.expanduser(name)):

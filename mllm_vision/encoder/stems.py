@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.resnet.modeling_resnet import ResNetBasicLayer, ResNetBottleNeckLayer
 
 from mllm_vision.errors import unknown_name
 
 STEMS = ("imagenet", "cifar")
+
+
+@torch.no_grad()
+def zero_last_norms(backbone: nn.Module) -> int:
+    """Starts every residual block of a ResNet as the identity: the gain of its last BatchNorm is zero, in place.
+
+    Returns:
+        How many blocks there are; 0 for other networks, which it leaves alone.
+
+    Reference:
+        Goyal et al., 2017, "Accurate, Large Minibatch SGD", section 5.1 (https://arxiv.org/abs/1706.02677).
+    """
+    blocks = [module for module in backbone.modules() if isinstance(module, (ResNetBasicLayer, ResNetBottleNeckLayer))]
+    for block in blocks:
+        block.layer[-1].normalization.weight.zero_()
+    return len(blocks)
 
 
 def check_stem(stem: str, model_type: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,13 +12,15 @@ from torch import Tensor
 from mllm_vision.distributed import all_gather, rank, row_counts
 
 
-def in_groups(function: Callable[[Tensor], Tensor], rows: Tensor, groups: int = 1) -> Tensor:
+def in_groups(function: Callable[[Tensor], Tensor], rows: Tensor, groups: int = 1, norms: Sequence[Any] = ()) -> Tensor:
     """`function` of the rows in their order, in so many calls: a BatchNorm inside sees one group at a time.
 
     Args:
         function: `[n, ...]` to `[n, ...]`.
         rows: `[N, ...]`.
         groups: how many; their sizes differ by one at most.
+        norms: BatchNorms inside `function`. Their running statistics move once for all groups, by the mean of what the
+            groups have, as those of the `SplitBatchNorm` in MoCo's notebook; not once for each.
 
     Raises:
         ValueError: groups of fewer than two rows, which have no variance.
@@ -29,7 +32,19 @@ def in_groups(function: Callable[[Tensor], Tensor], rows: Tensor, groups: int = 
         )
     if groups == 1:
         return function(rows)
-    return torch.cat([function(group) for group in rows.tensor_split(groups)])
+    moving = [(norm, norm.momentum) for norm in norms if norm.training and norm.momentum is not None]
+    outputs = []
+    try:
+        for number, part in enumerate(rows.tensor_split(groups)):
+            for norm, momentum in moving:  # so that in the end each group has moved them by momentum / groups
+                norm.momentum = momentum / (groups - (groups - 1 - number) * momentum)
+            outputs.append(function(part))
+    finally:
+        for norm, momentum in moving:
+            norm.momentum = momentum
+    for norm, _ in moving:
+        norm.num_batches_tracked -= groups - 1
+    return torch.cat(outputs)
 
 
 def shuffled(
@@ -38,6 +53,7 @@ def shuffled(
     keys: Tensor,
     *,
     groups: int = 1,
+    norms: Sequence[Any] = (),
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """`function` of the rows without gradient, after they were dealt anew over ranks and groups; in the old order.
@@ -50,6 +66,7 @@ def shuffled(
         rows: `[N, ...]` of this rank; ranks may hold different N, and each gets as many back.
         keys: `[N]` numbers drawn for each row; the rows are dealt in their order, which every rank finds alike.
         groups: how many groups each rank makes of what it was dealt: one rank with eight is eight with one.
+        norms: as in `in_groups`.
         group: process group; `None` is the default group when initialised, else this process alone.
 
     Returns:
@@ -73,5 +90,5 @@ def shuffled(
         start = sum(sizes[: rank(group)])
         own = slice(start, start + len(rows))
         dealt = all_gather(rows, group, sizes)[order[own]]
-        outputs = all_gather(in_groups(function, dealt, groups), group, sizes)
+        outputs = all_gather(in_groups(function, dealt, groups, norms), group, sizes)
         return outputs[order.argsort()[own]]

@@ -55,6 +55,9 @@ class BarlowTwins(ImageObjective):
         head_hidden: int = field(default=8192, metadata={"help": "Width in the projector."})
         head_out: int = field(default=8192, metadata={"help": "Width that it projects to; wide is better here."})
         head_layers: int = field(default=3, metadata={"help": "Layers of the projector."})
+        zero_init_residual: bool = field(
+            default=True, metadata={"help": "Residual blocks of a built ResNet start as the identity, as there."}
+        )
 
     def __init__(self, encoder: VisionEncoder, config: Config | None = None) -> None:
         super().__init__(encoder, config)

@@ -16,7 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from mllm_vision.encoder.build import is_convolutional
 from mllm_vision.encoder.encoder import VisionEncoder
+from mllm_vision.encoder.stems import zero_last_norms
 from mllm_vision.functional.geometry import participation_ratio, spread
 
 # names of a transformer's tokens and positions, for `Objective.also_decays`
@@ -213,16 +215,19 @@ class ImageObjective(Objective):
     Attributes:
         views: name of the view policy (data/views.py).
         training_defaults: the paper's values of `TrainingArguments` and `OptimizerArguments`; flags and YAML win.
+        convolutional_defaults: those that differ with a convolutional network.
         needs_features: whether the trainer passes over the data before each epoch and calls `before_epoch` with
             `epoch_features` of every row.
         features_due: whether the epoch that begins needs that pass.
         least_views: how many views of a sample a loss needs.
         progress: share of the training that is done, in [0, 1], told before each step.
         epoch: epochs done, with their fraction, told before each step.
+        epochs_a_step: how much of an epoch a step is, told likewise; 0 before the first.
     """
 
     views: ClassVar[str] = "simclr"
     training_defaults: ClassVar[dict[str, Any]] = {}
+    convolutional_defaults: ClassVar[dict[str, Any]] = {}
     needs_features: ClassVar[bool] = False
     features_due: bool = True
     least_views: ClassVar[int] = 2
@@ -231,7 +236,9 @@ class ImageObjective(Objective):
         super().__init__()
         self.encoder = encoder  # type: ignore[misc]  # registers the module; the property below reads it
         self.config = reportable(config if config is not None else self.Config())
-        self.progress, self.epoch = 0.0, 0.0
+        self.progress, self.epoch, self.epochs_a_step = 0.0, 0.0, 0.0
+        if getattr(self.config, "zero_init_residual", False) and not getattr(encoder, "pretrained", False):
+            zero_last_norms(encoder.backbone)
         for name, parameter in encoder.backbone.named_parameters():
             if name.endswith("mask_token"):  # no pass reads it (DDP would wait for it); who masks turns it on again
                 parameter.requires_grad_(False)
@@ -241,11 +248,19 @@ class ImageObjective(Objective):
         return self._modules["encoder"]  # type: ignore[return-value]
 
     @classmethod
-    def defaults_beside(cls, optim: str | None) -> dict[str, Any]:
-        """`training_defaults`, less what belongs to the optimizer they name where `optim` names another."""
-        other = optim is not None and optim != cls.training_defaults.get("optim")
+    def defaults_beside(cls, optim: str | None, encoder: str | None = None) -> dict[str, Any]:
+        """`training_defaults`, less what belongs to the optimizer they name where `optim` names another.
+
+        Args:
+            optim: the optimizer that is asked for, if any.
+            encoder: model type or path of the encoder: for a convolutional one, `convolutional_defaults` come on top.
+        """
+        defaults = dict(cls.training_defaults)
+        if cls.convolutional_defaults and encoder is not None and is_convolutional(encoder):
+            defaults |= cls.convolutional_defaults
+        other = optim is not None and optim != defaults.get("optim")
         left = ("optim_args", "base_bias_learning_rate") if other else ()
-        return {name: value for name, value in cls.training_defaults.items() if name not in left}
+        return {name: value for name, value in defaults.items() if name not in left}
 
     @classmethod
     def columns(cls) -> list[str]:
@@ -336,7 +351,7 @@ class ImageObjective(Objective):
 
         A number is a factor on the learning rate. `"constant"` holds the rate at its peak, without warm-up and decay.
         `"frozen:1"` leaves the parameters as they are for so many epochs: they get no gradient, so the optimizer
-        skips them.
+        skips them. `"still:1"` gives them a rate of zero for so many epochs: the optimizer sees their gradients.
         """
         return {}
 

@@ -40,6 +40,7 @@ class DinoConfig:
         default=30.0, metadata={"help": "epochs in which it rises; less for short trainings, 0 for at once"}
     )
     momentum: float = field(default=0.996, metadata={"help": "of the teacher at the start; rises to 1 by a cosine"})
+    momentum_rises: bool = field(default=True, metadata={"help": "to 1 by a cosine; false: it stays"})
     centring: str = field(
         default="centre",
         metadata={"help": "of the teacher's logits: centre (moving average), sinkhorn, or none (which collapses)"},
@@ -55,11 +56,10 @@ class DinoObjective(MomentumObjective):
     """A student that sees all crops learns what a teacher says of the global ones.
 
     What a run saves and evaluates is the teacher's encoder, as in the official codes; `artifact="student"` keeps the
-    student's.
-    The temperature of the teacher rises linearly with every step (the official code of DINO moves it once an epoch,
-    and only where its flags ask for it: without them it stays at 0.04). The centre is a buffer and moves after the
-    step with the mean of all ranks. Their drop path (0.1 in DINO, 0.3 in DINOv2; of the student alone) is the
-    encoder's `drop_path_rate`, where its config has one.
+    student's. The temperature of the teacher rises linearly over the warm-up, whose last step has all of it; DINO moves
+    it once an epoch (and the flags of its code leave it at 0.04 unless asked), DINOv2 with every step. The centre is a
+    buffer and moves after the step with the mean of all ranks. Their drop path (0.1 in DINO, 0.3 in DINOv2; of the
+    student alone) is the encoder's `drop_path_rate`, where its config has one.
 
     Args:
         encoder: to train.
@@ -68,6 +68,7 @@ class DinoObjective(MomentumObjective):
     Attributes:
         head: prototypes over the student's image vector; the teacher has its own, `teacher.module["head"]`.
         centring: makes probabilities of the teacher's logits.
+        temperature_by_epoch: the temperature rises once an epoch, where the warm-up is a whole number of them.
 
     Raises:
         ValueError: a temperature that is not positive, a size below one, an unknown centring or artifact, a
@@ -75,6 +76,7 @@ class DinoObjective(MomentumObjective):
     """
 
     learn_prototype_norm = False
+    temperature_by_epoch: ClassVar[bool] = False
     # the official codes leave out biases and what has one dimension, and nothing else
     also_decays: ClassVar[tuple[str, ...]] = (*TOKENS, *POSITIONS)
 
@@ -143,9 +145,12 @@ class DinoObjective(MomentumObjective):
     def teacher_temperature(self) -> float:
         """Of this step."""
         config = self.config
-        done = self.epoch / config.teacher_temperature_warmup_epochs if config.teacher_temperature_warmup_epochs else 1
-        start = config.teacher_temperature_start
-        return start + (config.teacher_temperature - start) * min(done, 1.0)
+        epochs, start = config.teacher_temperature_warmup_epochs, config.teacher_temperature_start
+        now, last = self.epoch, epochs - self.epochs_a_step  # the last step of the warm-up has the whole of it
+        if self.temperature_by_epoch and epochs == int(epochs):
+            now, last = float(math.floor(self.epoch + 1e-9)), epochs - 1
+        done = now >= epochs or (last > 0 and now / last)
+        return start + (config.teacher_temperature - start) * min(float(done), 1.0)
 
     def embed(self, views: Tensor, local_views: Tensor | None = None) -> dict[str, Tensor]:  # type: ignore[override]
         """Image vectors, before the heads.

@@ -33,15 +33,13 @@ class MomentumObjective(ImageObjective):
 
     Args:
         encoder: to train; any backbone.
-        config: with a field `momentum`.
+        config: with a field `momentum`, and `momentum_rises` where it may rise to one along a cosine over the training.
 
     Attributes:
-        raises_momentum: whether the momentum rises to one along a cosine over the training.
         momentum_of_next_step: the momentum after step t is that of step t + 1, for codes whose copy follows when the
             next step begins; else that of step t, for codes whose copy follows when a step ends.
     """
 
-    raises_momentum: ClassVar[bool] = True
     momentum_of_next_step: ClassVar[bool] = False
 
     def __init__(self, encoder: VisionEncoder, config: Any = None) -> None:
@@ -68,7 +66,8 @@ class MomentumObjective(ImageObjective):
 
     def momentum_at(self, progress: float) -> float:
         """The momentum when this share of the training is done."""
-        return cosine_momentum(self.config.momentum, progress) if self.raises_momentum else self.config.momentum
+        rises = getattr(self.config, "momentum_rises", False)
+        return cosine_momentum(self.config.momentum, progress) if rises else self.config.momentum
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
@@ -95,8 +94,6 @@ class QueueObjective(MomentumObjective):
     Raises:
         ValueError: a size below one, a temperature that is not positive, a momentum out of range.
     """
-
-    raises_momentum = False
 
     @dataclass
     class Config:
@@ -141,7 +138,7 @@ class QueueObjective(MomentumObjective):
         sides, norms = 2 if self.config.symmetric else 1, self._norms()
         groups = self.config.batch_norm_groups if norms else 1
         self.check_views(views)
-        queries = in_groups(lambda rows: self._project(self, rows), views[:, :sides], groups)
+        queries = in_groups(lambda rows: self._project(self, rows), views[:, :sides], groups, norms)
         if self.replaying:
             return {"query": queries}
         others = views[:, :2].flip(1)[:, :sides]
@@ -157,7 +154,8 @@ class QueueObjective(MomentumObjective):
             if seeds is None:
                 raise ValueError(f"{type(self).__name__} needs the column 'seeds' to shuffle what BatchNorm sees")
             order = uniform(seeds, _DEALING, 1)[:, 0]
-            return {"query": queries, "key": shuffled(project, others, order, groups=groups)}
+            own = [module for module in slow["encoder"].modules() if isinstance(module, _BatchNorm)]
+            return {"query": queries, "key": shuffled(project, others, order, groups=groups, norms=own)}
 
     def _project(self, side: Any, rows: Tensor) -> Tensor:
         return side.head(self.features(side.encoder, rows, least=1, apart=True))

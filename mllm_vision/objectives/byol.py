@@ -58,6 +58,7 @@ class Byol(MomentumObjective):
         momentum: float = field(
             default=0.996, metadata={"help": "of the target at the start; rises to 1 (the paper's 300 epochs: 0.99)"}
         )
+        momentum_rises: bool = field(default=True, metadata={"help": "to 1 by a cosine; false: it stays"})
         head_hidden: int = field(default=4096, metadata={"help": "width in projector and predictor"})
         head_out: int = field(default=256, metadata={"help": "width of projections and predictions"})
 

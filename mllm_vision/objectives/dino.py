@@ -28,14 +28,15 @@ class Dino(DinoObjective):
     """
 
     views: ClassVar[str] = "dino"
+    temperature_by_epoch: ClassVar[bool] = True
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "adamw_torch",
         "base_learning_rate": 5e-4,
         "lr_scaling": "linear",
         "weight_decay": 0.04,
         "weight_decay_end": 0.4,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr": 1e-6},
+        "lr_scheduler_type": "exact_cosine",
+        "lr_scheduler_kwargs": {"min_lr": 1e-6, "inclusive_warmup": True},
         "warmup_steps": 0.1,  # the paper's 10 epochs, of 100
         "gradient_clipping": "per_parameter",
         "max_grad_norm": 3.0,

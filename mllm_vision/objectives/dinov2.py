@@ -54,8 +54,8 @@ class DinoV2(DinoObjective):
         "patch_embedding_lr_scale": 0.2,
         "weight_decay": 0.04,
         "weight_decay_end": 0.4,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr": 1e-6},
+        "lr_scheduler_type": "exact_cosine",
+        "lr_scheduler_kwargs": {"min_lr": 1e-6, "inclusive_warmup": True},
         "warmup_steps": 0.1,  # the official 10 epochs, of 100
         "max_grad_norm": 3.0,
     }
@@ -115,11 +115,9 @@ class DinoV2(DinoObjective):
         self._add_patch_side()
 
     def rates(self) -> dict[str, float | str]:
-        """The prototypes, the patches' too, stand still for the first epoch."""
-        rates = super().rates()
-        if rates and self.patch_head is not None:
-            rates["patch_head.last_layer"] = rates["head.last_layer"]
-        return rates
+        """The prototypes, the patches' too, have no rate for the first epoch; the optimizer sees their gradients."""
+        epochs, heads = self.config.freeze_last_layer_epochs, ["head"] + ["patch_head"] * (self.patch_head is not None)
+        return {f"{head}.last_layer": f"still:{epochs:g}" for head in heads} if epochs else {}
 
     def masks(self, seeds: Tensor, crops: int) -> Tensor:
         """Which patches the student does not see: bool `[B, crops, N]`, from the rows' `seeds` `[B]` alone."""

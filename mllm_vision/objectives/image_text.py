@@ -66,6 +66,7 @@ class ImageTextObjective(Objective):
 
     Attributes:
         has_bias: whether the pair must be made with a logit bias.
+        training_defaults: the method's values of `TrainingArguments` where they differ from CLIP's, the recipe's own.
         patch_dropout: share of the patches that training leaves out.
 
     Raises:
@@ -73,6 +74,17 @@ class ImageTextObjective(Objective):
     """
 
     has_bias: ClassVar[bool] = False
+    training_defaults: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def defaults_beside(cls, optim: str | None) -> dict[str, Any]:
+        """`training_defaults`: the method's own values of `TrainingArguments`, where they are not CLIP's.
+
+        What belongs to AdamW goes where `optim` names another optimizer.
+        """
+        other = optim is not None and not str(optim).startswith("adamw")
+        left = ("adam_beta2", "adam_epsilon", "learning_rate", "weight_decay") if other else ()
+        return {name: value for name, value in cls.training_defaults.items() if name not in left}
 
     def __init__(self, dual: DualEncoder, config: Any = None) -> None:
         super().__init__()

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mllm_vision.encoder.dual import DualEncoder
 from mllm_vision.functional.momentum_contrast import momentum_contrast
 from mllm_vision.modules.momentum import MomentumTeacher
 from mllm_vision.modules.queue import FeatureQueue
-from mllm_vision.objectives.base import ObjectiveOutput
+from mllm_vision.objectives.base import POSITIONS, TOKENS, ObjectiveOutput
 from mllm_vision.objectives.image_text import ImageTextConfig, ImageTextObjective
 
 MIN_LOGIT_SCALE = 2.0  # the official code keeps the temperature below 0.5
@@ -35,6 +35,7 @@ class Itc(ImageTextObjective):
         config: see `Config`.
 
     Attributes:
+        temperature: learnt in place of `dual.logit_scale`, which follows it; None with `learn_temperature=False`.
         teacher: the momentum copy of the pair; part of checkpoints, not of the saved pair.
         queue: the last momentum features of images and texts, side by side in a row, with caption and image ids.
         epoch: how many epochs are done; the trainer keeps it up to date. None (a loop that does not) makes the
@@ -48,6 +49,16 @@ class Itc(ImageTextObjective):
         (https://arxiv.org/abs/2107.07651); Li et al., 2022, "BLIP" (https://arxiv.org/abs/2201.12086).
     """
 
+    also_decays: ClassVar[tuple[str, ...]] = ("temperature", *TOKENS, *POSITIONS)
+    # of ALBEF's Pretrain.yaml; its warm-up is 2000 iterations of 30 epochs
+    training_defaults: ClassVar[dict[str, Any]] = {
+        "learning_rate": 1e-4,
+        "weight_decay": 0.02,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "max_grad_norm": 0.0,
+    }
+
     @dataclass
     class Config(ImageTextConfig):
         """Flags of the method."""
@@ -58,9 +69,12 @@ class Itc(ImageTextObjective):
         )
         momentum: float = field(default=0.995, metadata={"help": "of the momentum towers, in [0, 1]"})
         queue_size: int = field(
-            default=57600,
-            metadata={"help": "momentum features kept from earlier batches; any number, 0 for none"},
+            default=65536,
+            metadata={"help": "momentum features kept from earlier batches (BLIP: 57600); any number, 0 for none"},
         )  # fmt: skip
+        learn_temperature: bool = field(
+            default=True, metadata={"help": "the temperature itself is learnt, as there; else the log of the scale"}
+        )
         max_logit_scale: float = field(
             default=1000.0, metadata={"help": "the logit scale is clamped to [2, this] after each step"}
         )
@@ -71,6 +85,10 @@ class Itc(ImageTextObjective):
         super().__init__(dual, config)
         self._check()
         self._start_softmax(MIN_LOGIT_SCALE, self.config.max_logit_scale)
+        self.temperature: nn.Parameter | None = None
+        if self.config.learn_temperature:
+            self.temperature = nn.Parameter(dual.logit_scale.detach().neg().exp())
+            dual.logit_scale.requires_grad_(False)  # follows after each step: what is saved and evaluated
         self.teacher = MomentumTeacher(dual, self.config.momentum)
         size = self.config.queue_size
         self.queue = FeatureQueue(size, 2 * dual.embed_dim, id_columns=2) if size else None
@@ -137,7 +155,7 @@ class Itc(ImageTextObjective):
             embeddings["text"],
             image_keys,
             text_keys,
-            self.dual.logit_scale.exp(),
+            self.dual.logit_scale.exp() if self.temperature is None else 1 / self.temperature,
             alpha=self.alpha,
             image_queue=image_queue,
             text_queue=text_queue,
@@ -154,7 +172,11 @@ class Itc(ImageTextObjective):
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """Clamps the scale, puts the step's momentum features into the queue, lets the momentum towers follow."""
-        self.dual.logit_scale.clamp_(math.log(MIN_LOGIT_SCALE), math.log(self.config.max_logit_scale))
+        if self.temperature is None:
+            self.dual.logit_scale.clamp_(math.log(MIN_LOGIT_SCALE), math.log(self.config.max_logit_scale))
+        else:
+            self.temperature.clamp_(1 / self.config.max_logit_scale, 1 / MIN_LOGIT_SCALE)
+            self.dual.logit_scale.copy_(-self.temperature.log())
         if self.queue is not None and self._pending is not None:
             self.queue.enqueue(*self._pending)
         self._pending = None

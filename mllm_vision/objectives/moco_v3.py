@@ -58,14 +58,30 @@ class MoCoV3(MomentumObjective):
         "max_grad_norm": 0.0,
     }
 
+    # the official code's own defaults, which are for ResNets: 100 epochs, 10 of warm-up
+    convolutional_defaults: ClassVar[dict[str, Any]] = {
+        "optim": "lars",
+        "optim_args": "variant=barlow_twins",
+        "base_learning_rate": 0.6,
+        "weight_decay": 1e-6,
+        "weight_decay_on": "method",
+        "warmup_steps": 0.1,
+    }
+
     @dataclass
     class Config:
         """Flags of the method."""
 
-        temperature: float = field(default=0.2, metadata={"help": "of the softmax; the paper's ResNet-50 has 1.0"})
+        temperature: float | None = field(
+            default=None, metadata={"help": "of the softmax; default 0.2, and 1.0 with a convolutional network"}
+        )
         momentum: float = field(default=0.99, metadata={"help": "of the key encoder at the start; rises to 1"})
+        momentum_rises: bool = field(default=True, metadata={"help": "to 1 by a cosine; false: it stays"})
         head_hidden: int = field(default=4096, metadata={"help": "width in projector and predictor"})
         head_out: int = field(default=256, metadata={"help": "width of queries and keys"})
+        zero_init_residual: bool = field(
+            default=True, metadata={"help": "residual blocks of a built ResNet start as the identity, as there"}
+        )
         freeze_patch_embedding: bool = field(
             default=True, metadata={"help": "a ViT's patch embedding stays as it is at the start"}
         )
@@ -78,9 +94,11 @@ class MoCoV3(MomentumObjective):
 
     def __init__(self, encoder: VisionEncoder, config: Config | None = None) -> None:
         config = config if config is not None else self.Config()
+        self._convolutional = family_of(encoder.backbone).convolutional
+        if config.temperature is None:
+            config.temperature = 1.0 if self._convolutional else 0.2
         if not config.temperature > 0:
             raise ValueError(f"temperature={config.temperature} must be positive; the paper's is 0.2 (ResNet: 1.0)")
-        self._convolutional = family_of(encoder.backbone).convolutional
         if not self._convolutional:  # before the teacher is copied
             if encoder.pretrained:
                 logger.info(

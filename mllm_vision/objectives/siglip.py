@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,13 @@ class SigLip(ImageTextObjective):
         )
 
     has_bias = True
+    # section 4 of the paper; big_vision's decay of 1e-4 is not times the rate, AdamW's is
+    training_defaults: ClassVar[dict[str, Any]] = {
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-8,
+    }
 
     def __init__(self, dual: DualEncoder, config: Config | None = None) -> None:
         super().__init__(dual, config)

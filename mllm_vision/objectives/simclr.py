@@ -19,8 +19,9 @@ class SimClr(ImageObjective):
     """NT-Xent over the 2N views of the whole batch, over all ranks, behind a projection head.
 
     The head is the official code's: a BatchNorm (of all ranks) after every layer, the last one without bias; the
-    evaluation uses h, before the head. The temperature is the paper's for CIFAR-10 and for small batches; the official
-    code's flag says 0.1, which suits ImageNet and long trainings.
+    evaluation uses h, before the head. The loss is the mean over the first views plus that over the second, as there:
+    twice equation 3, which LARS does not see in matrices, but in biases and norms. The temperature is the paper's for
+    CIFAR-10 and for small batches; the official code's flag says 0.1, which suits ImageNet and long trainings.
 
     Args:
         encoder: to train; any backbone.
@@ -54,6 +55,14 @@ class SimClr(ImageObjective):
         head_hidden: int | None = field(default=None, metadata={"help": "Width in the head; default: the encoder's."})
         head_out: int = field(default=128, metadata={"help": "Width that the head projects to."})
         head_layers: int = field(default=2, metadata={"help": "Layers of the head; SimCLR v2 has 3."})
+        head_last_norm: str = field(
+            default="batch_no_bias",
+            metadata={"help": "After the last layer: batch_no_bias, batch or batch_no_affine."},
+        )
+        sum_of_views: bool = field(
+            default=True,
+            metadata={"help": "The losses of the two views are added, as in the official code."},
+        )
 
     def __init__(self, encoder: VisionEncoder, config: Config | None = None) -> None:
         super().__init__(encoder, config)
@@ -65,7 +74,7 @@ class SimClr(ImageObjective):
             self.config.head_hidden or width,
             self.config.head_out,
             self.config.head_layers,
-            last_norm="batch_no_bias",
+            last_norm=self.config.head_last_norm,
         )
 
     def embed(self, views: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
@@ -76,17 +85,21 @@ class SimClr(ImageObjective):
         """`embeddings` as `embed` returns them."""
         h = embeddings["h"]
         z1, z2 = self.head(h).unbind(1)
-        loss = nt_xent(z1, z2, temperature=self.config.temperature)
+        mean = nt_xent(z1, z2, temperature=self.config.temperature)
         metrics = self.collapse_metrics(h=h[:, 0], z=z1)
         negatives = 2 * len(z1) * world_size() - 2
         if negatives > 0:
-            metrics["information_bound"] = mutual_information_bound(loss.detach(), negatives)
-        return ObjectiveOutput(loss=loss, metrics=metrics)
+            metrics["information_bound"] = mutual_information_bound(mean.detach(), negatives)
+        return ObjectiveOutput(loss=self._terms * mean, metrics=metrics)
+
+    @property
+    def _terms(self) -> int:
+        return 2 if self.config.sum_of_views else 1
 
     def negatives(self, batch_size: int) -> int:
         """Both views of every other image."""
         return 2 * batch_size - 2
 
     def chance_loss(self, batch_size: int, positives: float = 1.0) -> float:
-        """ln(2N - 1): every other view equally likely."""
-        return math.log(2 * batch_size - 1)
+        """2 ln(2N - 1), once for each view's mean: every other view equally likely."""
+        return self._terms * math.log(2 * batch_size - 1)

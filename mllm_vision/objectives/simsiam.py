@@ -58,6 +58,13 @@ class SimSiam(ImageObjective):
         head_out: int = field(default=2048, metadata={"help": "width of projections and predictions"})
         head_layers: int = field(default=3, metadata={"help": "layers of the projector; the paper's CIFAR runs: 2"})
         predictor_hidden: int = field(default=512, metadata={"help": "width in the predictor, the narrower part"})
+        zero_init_residual: bool = field(
+            default=True, metadata={"help": "residual blocks of a built ResNet start as the identity, as there"}
+        )
+        head_last_norm: str = field(
+            default="batch_no_affine",
+            metadata={"help": "after the projector: batch_no_affine, batch or batch_no_bias"},
+        )
         fixed_predictor_rate: bool = field(
             default=True, metadata={"help": "the predictor's learning rate does not decay"}
         )
@@ -65,9 +72,8 @@ class SimSiam(ImageObjective):
     def __init__(self, encoder: VisionEncoder, config: Config | None = None) -> None:
         super().__init__(encoder, config)
         config = self.config
-        self.head = MLPHead(
-            encoder.pooled_size, config.head_hidden, config.head_out, config.head_layers, last_norm="batch_no_affine"
-        )
+        sizes = (encoder.pooled_size, config.head_hidden, config.head_out, config.head_layers)
+        self.head = MLPHead(*sizes, last_norm=config.head_last_norm)
         self.predictor: nn.Module = MLPHead(config.head_out, config.predictor_hidden, config.head_out, 2)
 
     def rates(self) -> dict[str, float | str]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mllm_vision.encoder.build import build_encoder
 from mllm_vision.encoder.encoder import VisionEncoder
+from mllm_vision.encoder.stems import zero_last_norms
 from mllm_vision.functional.redundancy import vicreg_terms
 from mllm_vision.modules.heads import MLPHead
 from mllm_vision.objectives.base import ImageObjective, ObjectiveOutput
@@ -62,6 +63,9 @@ class VicReg(ImageObjective):
         head_hidden: int = field(default=8192, metadata={"help": "Width in the expander."})
         head_out: int = field(default=8192, metadata={"help": "Width that it expands to."})
         head_layers: int = field(default=3, metadata={"help": "Layers of the expander."})
+        zero_init_residual: bool = field(
+            default=True, metadata={"help": "Residual blocks of a built ResNet start as the identity, as there."}
+        )
         shared_expander: bool = field(default=True, metadata={"help": "One expander for both branches."})
         second_encoder: str | None = field(
             default=None,
@@ -83,6 +87,8 @@ class VicReg(ImageObjective):
             self.second_encoder = build_encoder(
                 config.second_encoder, image_size=encoder.image_size, overrides=config.second_encoder_overrides
             )
+            if config.zero_init_residual and not self.second_encoder.pretrained:
+                zero_last_norms(self.second_encoder.backbone)
         elif config.second_encoder_overrides:
             raise ValueError("second_encoder_overrides without second_encoder; name the model type to build")
         self.head = self._expander(encoder)

@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 class TellProgress(TrainerCallback):
-    """Sets `objective.progress` (0 to 1) and `objective.epoch` before each step and each epoch.
+    """Sets `objective.progress` (0 to 1), `epoch` and `epochs_a_step` before each step and each epoch.
 
-    Both are functions of the step, so that a resumed run goes on with the same temperatures and schedules.
+    All are functions of the step, so that a resumed run goes on with the same temperatures and schedules.
     """
 
     def __init__(self, objective: Any) -> None:
@@ -29,6 +29,7 @@ class TellProgress(TrainerCallback):
     def _tell(self, state: Any) -> None:
         self.objective.progress = state.global_step / max(state.max_steps, 1)
         self.objective.epoch = float(state.epoch or 0.0)
+        self.objective.epochs_a_step = self.objective.epoch / max(state.global_step, 1)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._tell(state)
@@ -90,7 +91,8 @@ def dataset_features(trainer: Any) -> torch.Tensor:
         try:
             for batch in loader:
                 with trainer.compute_loss_context_manager():
-                    found.append(objective.epoch_features(prepare(batch)["views"]).float())
+                    features = objective.epoch_features(prepare(batch)["views"])
+                    found.append(features.to(torch.promote_types(features.dtype, torch.float32)))
         finally:
             objective.train(was_training)
     return all_gather(torch.cat(found))  # no rank is without rows: a batch of all ranks needs as many

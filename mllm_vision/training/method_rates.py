@@ -15,7 +15,7 @@ from .optimizers import _under, plain_name
 
 logger = logging.getLogger(__name__)
 
-CONSTANT, FROZEN = "constant", "frozen:"
+CONSTANT, FROZEN, STILL = "constant", "frozen:", "still:"
 
 
 class MethodRates:
@@ -27,7 +27,8 @@ class MethodRates:
     Attributes:
         factors: parameter-name prefix -> factor on the learning rate.
         constant: prefixes whose rate stays at its peak.
-        frozen: prefix -> epochs without an update.
+        frozen: prefix -> epochs without a gradient.
+        still: prefix -> epochs at a rate of zero, in which the optimizer sees the gradients all the same.
 
     Raises:
         ValueError: a prefix that matches no parameter, a negative factor, or an unknown word.
@@ -37,6 +38,7 @@ class MethodRates:
         self.factors: dict[str, float] = {}
         self.constant: list[str] = []
         self.frozen: dict[str, float] = {}
+        self.still: dict[str, float] = {}
         names = [plain_name(name) for name, _ in objective.named_parameters()]
         rates = getattr(objective, "rates", None)
         for prefix, value in (rates() if callable(rates) else {}).items():
@@ -49,17 +51,19 @@ class MethodRates:
                 self.constant.append(prefix)
             elif isinstance(value, str) and value.startswith(FROZEN):
                 self.frozen[prefix] = float(value.removeprefix(FROZEN))
+            elif isinstance(value, str) and value.startswith(STILL):
+                self.still[prefix] = float(value.removeprefix(STILL))
             else:
                 raise ValueError(
                     f"rates of {type(objective).__name__}: {prefix!r} has {value!r}; use a factor of 0 or more, "
-                    "'constant', or 'frozen:<epochs>'"
+                    "'constant', 'frozen:<epochs>' or 'still:<epochs>'"
                 )
 
     def learning_rates(self, learning_rate: float) -> dict[str, float]:
         """Parameter-name prefix -> learning rate, of those that need a group of their own."""
         return {
             **{prefix: factor * learning_rate for prefix, factor in self.factors.items()},
-            **dict.fromkeys(self.constant, learning_rate),
+            **dict.fromkeys([*self.constant, *self.still], learning_rate),
         }
 
     def hold(self, scheduler: Any) -> None:
@@ -84,6 +88,27 @@ class MethodRates:
 
 def _one(step: int) -> float:
     return 1.0
+
+
+class StillAtFirst(TrainerCallback):
+    """The rate of some parameters is zero until so many epochs are done: their momenta gather what comes meanwhile.
+
+    It sets the rate for the step alone; the schedule sets it anew after it. Resuming needs no state.
+
+    Args:
+        still: name of a parameter group (the prefix of its own rate) -> epochs.
+
+    Reference:
+        Oquab et al., 2023, "DINOv2" (https://arxiv.org/abs/2304.07193): the last layer's schedule in the official code.
+    """
+
+    def __init__(self, still: dict[str, float]) -> None:
+        self.still = still
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            if (state.epoch or 0.0) < self.still.get(group.get("group_name"), 0.0) - 1e-9:
+                group["lr"] = 0.0
 
 
 class FrozenAtFirst(TrainerCallback):

@@ -30,6 +30,7 @@ class OwnScheduler(ExplicitEnum):
     """What `--lr_scheduler_type` takes besides the names of transformers."""
 
     STEP = "step"
+    EXACT_COSINE = "exact_cosine"
 
 
 @dataclass
@@ -52,7 +53,8 @@ class OptimizerArguments(TrainingArguments):
         default=None, metadata={"help": "Settings of the optimizer, e.g. momentum=0.9,variant=simclr for lars."}
     )
     lr_scheduler_type: str = field(
-        default="cosine", metadata={"help": "step, or a name of transformers: cosine, linear, cosine_with_min_lr..."}
+        default="cosine",
+        metadata={"help": "step, exact_cosine, or a name of transformers: cosine, linear, cosine_with_min_lr..."},
     )
     learning_rate: float | None = field(
         default=5e-5, metadata={"help": "Peak rate, used as given; base_learning_rate is the one that is scaled."}
@@ -180,6 +182,8 @@ class OptimizerArguments(TrainingArguments):
                 kept.pop(name, None)
         if not takes_betas(_value({**kept, **given}.get("optim", cls.default_optim))):
             kept = {name: value for name, value in kept.items() if not name.startswith("adam_")}
+        if given.get("lr_scheduler_type", kept.get("lr_scheduler_type")) != kept.get("lr_scheduler_type"):
+            kept.pop("lr_scheduler_kwargs", None)  # settings of another schedule
         if all({**kept, **given}.get(f"base_{name}") is None for name in _RATES):
             kept.pop("lr_scaling", None)
         return kept
@@ -255,10 +259,11 @@ def _named(flag: str, given: Any, *enums: Any) -> Any:
 
 def _check_scheduler_settings(scheduler: Any, settings: dict[str, Any] | None) -> None:
     """A schedule's settings by name: transformers finds a wrong one when the training starts, with a TypeError."""
-    from .schedules import check_step_settings
+    from .schedules import check_cosine_settings, check_step_settings
 
     if isinstance(scheduler, OwnScheduler):
-        check_step_settings(**check_keys("step", settings or {}, ("milestones", "gamma")))
+        check = check_step_settings if scheduler is OwnScheduler.STEP else check_cosine_settings
+        check(**check_keys(scheduler.value, settings or {}, inspect.signature(check).parameters))
     elif settings:
         from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 

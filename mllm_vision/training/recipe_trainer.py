@@ -20,7 +20,7 @@ from .evaluating import Evaluating
 from .flags import check_trainer, length_sampler
 from .muon import MuonAdamW
 from .optimizers import group_flags, group_settings, optimizer_class, parameter_groups, tell_rates
-from .schedules import WeightDecaySchedule, step_schedule, warn_of_warmup
+from .schedules import WeightDecaySchedule, exact_cosine, step_schedule, warn_of_warmup
 from .sharding import make_whole, prepare_sharding
 
 logger = logging.getLogger(__name__)
@@ -151,18 +151,21 @@ class RecipeTrainer(Evaluating):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As `Trainer.create_scheduler`, with the step schedule."""
+        """As `Trainer.create_scheduler`, with the schedules of our own."""
         if self.lr_scheduler is None:
             warmup = self.args.get_warmup_steps(num_training_steps)
             if self.is_world_process_zero():
                 warn_of_warmup(warmup, num_training_steps)
-            if str(getattr(self.args.lr_scheduler_type, "value", "")) == "step":
-                self.lr_scheduler = step_schedule(
-                    self.optimizer if optimizer is None else optimizer,
-                    num_warmup_steps=warmup,
-                    num_training_steps=num_training_steps,
-                    **(self.args.lr_scheduler_kwargs or {}),
-                )
+            kind = str(getattr(self.args.lr_scheduler_type, "value", ""))
+            if kind in ("step", "exact_cosine"):
+                chosen = self.optimizer if optimizer is None else optimizer
+                steps = {"num_warmup_steps": warmup, "num_training_steps": num_training_steps}
+                given = self.args.lr_scheduler_kwargs or {}
+                if kind == "step":
+                    self.lr_scheduler = step_schedule(chosen, **steps, **given)
+                else:
+                    epochs = self.args.num_train_epochs if self.args.max_steps <= 0 else None
+                    self.lr_scheduler = exact_cosine(chosen, **steps, epochs=epochs, **given)
                 self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 

@@ -85,6 +85,83 @@ def step_schedule(
     return LambdaLR(optimizer, factor)
 
 
+def check_cosine_settings(
+    min_lr: float | None = None,
+    min_lr_rate: float | None = None,
+    inclusive_warmup: bool = False,
+    by_epoch: bool = False,
+) -> None:
+    """Whether the settings of the exact cosine make sense, before anything is loaded.
+
+    Args:
+        min_lr, min_lr_rate: what it ends at, itself or over the peak; one of them, default 0.
+        inclusive_warmup: the last step of the warm-up has the peak rate; else the first step after it.
+        by_epoch: after the warm-up the rate stands still within an epoch.
+
+    Raises:
+        ValueError: both ends, one out of range, or a setting that is no boolean.
+    """
+    if min_lr is not None and min_lr_rate is not None:
+        raise ValueError(f"min_lr={min_lr} and min_lr_rate={min_lr_rate}: give one of them")
+    for name, value in (("min_lr", min_lr), ("min_lr_rate", min_lr_rate)):
+        if value is not None and not (isinstance(value, (int, float)) and value >= 0):
+            raise ValueError(f"{name}={value!r} must not be negative")
+    for name, value in (("inclusive_warmup", inclusive_warmup), ("by_epoch", by_epoch)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be true or false")
+
+
+def cosine_factor(step: int, *, warmup: int, steps: int, end: float, inclusive: bool, per_epoch: float | None) -> float:
+    """The rate at a step over the peak: linear warm-up from 0, then a cosine to `end`.
+
+    The warm-up is t / W, and with `inclusive` t / (W - 1), as numpy's `linspace` makes it in DINO and DINOv2. With
+    `per_epoch` steps an epoch the cosine of a step is that of the first one of its epoch, as `CosineAnnealingLR` that
+    steps once an epoch: MoCo, SimSiam, and the benchmarks of lightly.
+    """
+    if step < warmup:
+        return step / max(warmup - inclusive, 1)
+    if per_epoch:
+        step = max(math.floor(math.floor(step / per_epoch + 1e-9) * per_epoch + 1e-9), warmup)
+    return cosine_between(1.0, end, (step - warmup) / max(steps - warmup, 1))
+
+
+def exact_cosine(
+    optimizer: Any,
+    *,
+    num_warmup_steps: int,
+    num_training_steps: int,
+    epochs: float | None = None,
+    **settings: Any,
+) -> Any:
+    """The cosine whose ends are those of a method's own code, as torch's `LambdaLR`.
+
+    Args:
+        optimizer: its groups keep their ratios.
+        num_warmup_steps, num_training_steps: in optimizer steps.
+        epochs: of the training, for `by_epoch`; None where it is given in steps.
+        **settings: see `check_cosine_settings`.
+
+    Raises:
+        ValueError: `by_epoch` in a training that is given in steps, or a setting out of range.
+    """
+    from torch.optim.lr_scheduler import LambdaLR
+
+    check_cosine_settings(**settings)
+    if settings.get("by_epoch") and not epochs:
+        raise ValueError("by_epoch needs --num_train_epochs: with --max_steps no epoch has a rate of its own")
+    peak, least = optimizer.defaults["lr"], settings.get("min_lr")
+    end = settings.get("min_lr_rate") or 0.0 if least is None else least / peak if peak else 0.0
+    factor = partial(
+        cosine_factor,
+        warmup=num_warmup_steps,
+        steps=num_training_steps,
+        end=end,
+        inclusive=settings.get("inclusive_warmup", False),
+        per_epoch=num_training_steps / epochs if settings.get("by_epoch") and epochs else None,
+    )
+    return LambdaLR(optimizer, factor)
+
+
 def warn_of_warmup(warmup_steps: int, steps: int) -> None:
     """Says so when the training ends before the learning rate reached its peak."""
     if warmup_steps >= steps:

@@ -23,7 +23,7 @@ from .epoch_pass import FeaturesBeforeEpoch, TellProgress
 from .finite import stop_if_not_finite
 from .gradient_cache import cached_backward, count_rows
 from .health import Health
-from .method_rates import FrozenAtFirst, MethodRates
+from .method_rates import FrozenAtFirst, MethodRates, StillAtFirst
 from .recipe_trainer import RecipeTrainer
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,8 @@ class ObjectiveTrainer(RecipeTrainer):
         self.learning_rates = {**self.rates.learning_rates(self.args.learning_rate), **self.learning_rates}
         if self.rates.frozen:
             self.add_callback(FrozenAtFirst(self.objective, self.rates.frozen))
+        if self.rates.still:
+            self.add_callback(StillAtFirst(self.rates.still))
         self._prepare_method()
         self.add_callback(AfterStep(self.objective))
         self.add_callback(Health(self.objective, lambda: self.negatives_batch, self.run))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from torch import nn
 from transformers import AutoModel
 
 from mllm_vision.encoder.build import build_backbone, build_encoder
 from mllm_vision.encoder.encoder import VisionEncoder
+from mllm_vision.encoder.stems import zero_last_norms
 
 SMALL = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
 
@@ -29,6 +31,18 @@ def test_it_is_saved_and_restored(tmp_path):
     assert built.embedder.embedder.convolution.kernel_size == (3, 3)
     with pytest.raises(RuntimeError, match="mismatch"):  # plain transformers does not guess
         AutoModel.from_pretrained(tmp_path / "encoder")
+
+
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+def test_residual_blocks_may_start_as_the_identity(layer_type):
+    encoder = build_encoder("resnet", image_size=32, overrides={**SMALL, "layer_type": layer_type, "depths": [2, 1]})
+    assert zero_last_norms(encoder.backbone) == 3
+    second = encoder.backbone.encoder.stages[0].layers[1].train()  # no shortcut convolution: the identity
+    rows = torch.rand(4, 8, 6, 6)
+    torch.testing.assert_close(second(rows), rows)
+    zeros = [norm for norm in encoder.modules() if isinstance(norm, nn.BatchNorm2d) and not norm.weight.any()]
+    assert len(zeros) == 3
+    assert zero_last_norms(tiny.tiny_vit()) == 0
 
 
 def test_the_usual_stem_stays():

@@ -55,7 +55,7 @@ def test_steps_are_those_of_algorithm_one():
     batches = [{"views": torch.randn(4, 2, 3, 2, 2, dtype=torch.float64)} for _ in range(6)]
     expected = []
     for step, batch in enumerate(batches):
-        paper.cold = [0.2, 0.225, 0.25, 0.275, 0.3, 0.3][step]
+        paper.cold = [0.2, 0.7 / 3, 0.8 / 3, 0.3, 0.3, 0.3][step]
         paper.momentum = 1 - 0.3 * (math.cos(math.pi * step / 6) + 1) / 2
         expected.append(paper.step(*(batch["views"][:, side].flatten(1).numpy() for side in (0, 1))))
     assert sgd_steps(objective, batches, rate=0.5) == pytest.approx(expected, rel=1e-9)
@@ -70,6 +70,7 @@ def test_steps_are_those_of_algorithm_one():
 def test_the_teacher_follows_along_a_cosine():
     objective = make_method("dino", **SMALL)
     assert [round(objective.momentum_at(share), 6) for share in (0.0, 0.5, 1.0)] == [0.996, 0.998, 1.0]
+    assert make_method("dino", **SMALL, momentum_rises=False).momentum_at(0.5) == 0.996
     before = objective.teacher.module["head"].last_layer.weight.clone()
     nn.init.zeros_(objective.head.last_layer.weight)
     objective.progress = 0.5  # the step that ends is the one in the middle
@@ -101,10 +102,18 @@ def test_the_centre_moves_after_the_step_and_not_before():
 def test_the_teachers_temperature_warms_up():
     objective = make_method("dino", **SMALL)
     found = []
-    for epoch in (0.0, 15.0, 30.0, 80.0):
+    for epoch in (0.0, 0.9, 1.0, 15.5, 29.0, 30.0, 80.0):
         objective.epoch = epoch
         found.append(objective.teacher_temperature)
-    assert found == pytest.approx([0.04, 0.055, 0.07, 0.07])
+    official = np.linspace(0.04, 0.07, 30)  # the code's, an entry an epoch
+    assert found == pytest.approx([*official[[0, 0, 1, 15, 29]], 0.07, 0.07])
+    short = make_method("dino", **SMALL, teacher_temperature_warmup_epochs=0.5)  # less than an epoch: with every step
+    short.epochs_a_step = 0.125
+    found = []
+    for epoch in (0.0, 0.125, 0.25, 0.375, 0.5, 2.0):
+        short.epoch = epoch
+        found.append(short.teacher_temperature)
+    assert found == pytest.approx([*np.linspace(0.04, 0.07, 4), 0.07, 0.07])
     at_once = make_method("dino", **SMALL, teacher_temperature_warmup_epochs=0)
     assert at_once.teacher_temperature == 0.07
 

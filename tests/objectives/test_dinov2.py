@@ -123,7 +123,7 @@ def test_the_second_pass_of_gradient_caching_leaves_the_teacher_out():
 
 def test_the_papers_settings():
     objective = dinov2(separate_patch_head=True)
-    assert objective.rates() == {"head.last_layer": "frozen:1", "patch_head.last_layer": "frozen:1"}
+    assert objective.rates() == {"head.last_layer": "still:1", "patch_head.last_layer": "still:1"}
     config, defaults = DinoV2.Config(), DinoV2.training_defaults
     assert (config.momentum, config.koleo_weight, config.mask_probability) == (0.992, 0.1, 0.5)
     assert (config.mask_ratio_min, config.mask_ratio_max, config.centring) == (0.1, 0.5, "sinkhorn")

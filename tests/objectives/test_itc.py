@@ -170,7 +170,8 @@ def test_saved_and_loaded_it_goes_on_exactly():
 
 def test_the_momentum_towers_are_a_copy_that_neither_trains_nor_drops():
     objective = make_objective("itc").train()
-    assert {name.partition(".")[0] for name, value in objective.named_parameters() if value.requires_grad} == {"dual"}
+    trained = {name for name, value in objective.named_parameters() if value.requires_grad}
+    assert {name.partition(".")[0] for name in trained} == {"dual", "temperature"} and "dual.logit_scale" not in trained
     assert not any(module.training for module in objective.teacher.modules())
     batch = pair_batches(1, 4)[0]
     found = objective.embed(**batch)
@@ -203,12 +204,15 @@ def test_chance_is_the_loss_of_features_that_say_nothing():
     assert objective.loss(rows).loss.item() == pytest.approx(objective.chance_loss(8), rel=1e-5)
 
 
-def test_the_scale_stays_within_the_official_codes_clamp():
-    objective = make_objective("itc")
+@pytest.mark.parametrize("direct", [True, False])
+def test_the_scale_stays_within_the_official_codes_clamp(direct):
+    """Whichever is learnt; the pair's own log scale, which is saved and evaluated, says the same."""
+    objective = make_objective("itc", learn_temperature=direct)
     assert objective.dual.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+    learnt = objective.temperature if direct else objective.dual.logit_scale
     for value, expected in ((9.0, 1000.0), (-1.0, 2.0)):
         with torch.no_grad():
-            objective.dual.logit_scale.fill_(value)
+            learnt.fill_(math.exp(-value) if direct else value)
         objective.after_step(0.5)
         assert objective.dual.logit_scale.exp().item() == pytest.approx(expected)
         assert objective.scale_limits == (2.0, 1000.0)

@@ -137,7 +137,7 @@ def test_batch_norm_of_the_key_encoder_sees_other_company_than_the_queries():
     assert queries == [set(range(4)), set(range(4, 8))]
     assert set.union(*keys) == set(range(8)) and keys[0] not in queries
     norm = slow.backbone.embedder.embedder.normalization
-    assert norm.training and norm.num_batches_tracked == 2  # statistics of its own, of two groups
+    assert norm.training and norm.num_batches_tracked == 1  # statistics of its own, moved once by two groups
     for rows in keys:  # each group's keys are those that the key encoder gives it alone
         alone = objective._project(objective.teacher.module, batch["views"][sorted(rows), 1:])
         torch.testing.assert_close(embeddings["key"][sorted(rows)], nn.functional.normalize(alone, dim=-1))
@@ -212,7 +212,12 @@ def test_v3_has_the_heads_of_the_official_code():
     assert layout(resnet.head) == [(16, 24, False), "norm", (24, 12, False), "norm without affine"]
     assert layout(resnet.predictor) == [(12, 24, False), "norm", (24, 12, False)]
     config = type(vit).Config()
-    assert (config.temperature, config.momentum, config.head_hidden, config.head_out) == (0.2, 0.99, 4096, 256)
+    assert (config.momentum, config.head_hidden, config.head_out) == (0.99, 4096, 256)
+    assert (vit.config.temperature, resnet.config.temperature) == (0.2, 1.0)
+    of_vit, of_resnet = (type(vit).defaults_beside(None, name) for name in ("vit", "resnet"))
+    assert (of_vit["optim"], of_vit["base_learning_rate"], of_vit["weight_decay_on"]) == ("adamw_torch", 1.5e-4, "all")
+    assert (of_resnet["optim"], of_resnet["base_learning_rate"], of_resnet["weight_decay"]) == ("lars", 0.6, 1e-6)
+    assert "optim_args" not in type(vit).defaults_beside("sgd", "resnet")
 
 
 def test_v3_fixes_what_takes_the_pixels(tmp_path):

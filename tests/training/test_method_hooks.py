@@ -112,6 +112,21 @@ def test_frozen_for_an_epoch(tmp_path):
     assert not torch.equal(made.head.weight, began)
 
 
+def test_still_for_an_epoch(tmp_path):
+    """No update in the first epoch, but the optimizer has seen the gradients; the schedule goes on from there."""
+    made = Watched(Watched.Config({"head": "still:1"}))
+    began = made.head.weight.detach().clone()
+    trainer = trainer_of(made, tmp_path, max_steps=STEPS)
+    trainer.train()
+    assert torch.equal(made.head.weight, began)
+    assert trainer.optimizer.state[made.head.weight]
+    made = Watched(Watched.Config({"head": "still:1"}))
+    trainer = trainer_of(made, tmp_path, max_steps=STEPS + 1)
+    trainer.train()
+    assert not torch.equal(made.head.weight, began)
+    assert len({group["lr"] for group in trainer.optimizer.param_groups}) == 1
+
+
 @pytest.mark.parametrize(
     ("rates", "told"),
     [

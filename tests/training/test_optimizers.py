@@ -9,6 +9,7 @@ import tiny
 import torch
 from torch import nn
 
+from mllm_vision.modules.heads import NormalizedLinear
 from mllm_vision.training.optimizers import decays, parameter_groups, plain_name
 
 
@@ -63,6 +64,24 @@ def test_class_and_position_embeddings_do_not_decay(model, free: list[str]) -> N
         assert parameters[name].ndim > 1 and not decays(name, parameters[name])
     assert decays("embeddings.patch_embeddings.weight", torch.zeros(2, 3, 4, 4))
     assert decays("model.embed_tokens.weight", torch.zeros(3, 4))
+
+
+def test_what_decays_beside_matrices_where_it_is_asked_for() -> None:
+    """A method names tokens or the norms of its prototypes; `all` means every parameter, `matrices` none of these."""
+    model = nn.ModuleDict({"tower": tiny.tiny_vit(), "last_layer": NormalizedLinear(4, 3, learn_norm=True)})
+
+    def decayed(where: str) -> set[str]:
+        names = {id(value): name for name, value in model.named_parameters()}
+        also = ("cls_token", "last_layer.norm")
+        groups = parameter_groups(
+            model, weight_decay=0.1, learning_rate=1.0, weight_decay_on=where, also_decays=also, muon_learning_rate=2.0
+        )
+        assert not any(group["muon"] and value.ndim != 2 for group in groups for value in group["params"])
+        return {names[id(value)] for group in groups if group["weight_decay"] for value in group["params"]}
+
+    matrices, method = decayed("matrices"), decayed("method")
+    assert method - matrices == {"tower.embeddings.cls_token", "last_layer.norm"}
+    assert decayed("all") == {name for name, _ in model.named_parameters()} > method
 
 
 def test_the_longest_prefix_wins_and_frozen_ones_are_left_out() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,13 @@ from transformers.training_args import OptimizerNames
 from mllm_vision.training.arguments import RecipeArguments
 from mllm_vision.training.clipping import clip_per_parameter_
 from mllm_vision.training.recipe import parse_recipe, recipe_dict
-from mllm_vision.training.schedules import WeightDecaySchedule, cosine_between, step_schedule, warn_of_warmup
+from mllm_vision.training.schedules import (
+    WeightDecaySchedule,
+    cosine_between,
+    exact_cosine,
+    step_schedule,
+    warn_of_warmup,
+)
 
 
 def rates(steps: int, warmup: int, base: tuple[float, ...] = (1.0, 0.1), **settings) -> list[list[float]]:
@@ -38,6 +45,49 @@ def test_step_schedule_by_hand() -> None:
         rates(10, 3, milestones=[2, 8])
     with pytest.raises(ValueError, match=r"within the training \(10 steps\)"):
         rates(10, 0, milestones=[20])
+
+
+def cosine_rates(steps: int, warmup: int, epochs: float | None = None, **settings) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler = exact_cosine(optimizer, num_warmup_steps=warmup, num_training_steps=steps, epochs=epochs, **settings)
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_the_exact_cosine_is_that_of_the_codes_it_names() -> None:
+    """DINO's `cosine_scheduler` in numpy, and torch's `CosineAnnealingLR` with a step an epoch."""
+    warm = np.linspace(0, 0.5, 4)
+    rest = 0.01 + 0.5 * (0.5 - 0.01) * (1 + np.cos(np.pi * np.arange(8) / 8))
+    assert cosine_rates(12, 4, min_lr=0.01, inclusive_warmup=True) == pytest.approx([*warm, *rest])
+    assert cosine_rates(3, 1, inclusive_warmup=True) == pytest.approx([0.0, 0.5, 0.25])  # a warm-up of one step
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+    wanted = []
+    for _ in range(5):
+        wanted += [optimizer.param_groups[0]["lr"]] * 3
+        optimizer.step()
+        annealing.step()
+    assert cosine_rates(15, 0, epochs=5, by_epoch=True) == pytest.approx(wanted)
+    with pytest.raises(ValueError, match="--num_train_epochs"):
+        cosine_rates(15, 0, by_epoch=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_lr": 0.1, "min_lr_rate": 0.1}, "give one of them"),
+        ({"min_lr": -1.0}, "min_lr=-1.0 must not be negative"),
+        ({"by_epoch": "yes"}, "by_epoch='yes' must be true or false"),
+        ({"warmup": 3}, "unknown setting of exact_cosine 'warmup'"),
+    ],
+)
+def test_settings_of_the_exact_cosine_are_checked_at_once(settings, message, tmp_path) -> None:
+    with pytest.raises(ValueError, match=message):
+        RecipeArguments(output_dir=str(tmp_path), lr_scheduler_type="exact_cosine", lr_scheduler_kwargs=settings)
 
 
 def test_weight_decay_follows_a_cosine_where_there_is_any() -> None:

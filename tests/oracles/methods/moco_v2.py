@@ -1,0 +1,10 @@
+"""MoCo v2: a head of two layers, and a cosine."""
+
+from __future__ import annotations
+
+from . import cosine, mlp, moco
+
+
+def train(start, batches, given):
+    head = mlp(given["width"], given["head_hidden"], given["dim"], biases=(True, True), norm=False)
+    return moco.train(start, batches, given, head, lambda step, steps: cosine(given["rate"], 0.0, step / steps))
