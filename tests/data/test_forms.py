@@ -8,6 +8,8 @@ import logging
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny import image_bytes, random_image, tiny_tokenizer
 
 from mllm_vision.data import ConversationDataset, bind_conversations
@@ -281,3 +283,69 @@ def test_which_columns_are_taken(caplog):
     with pytest.raises(ValueError, match="no conversation found.*prompt with completion.*columns are: image") as found:
         bind_conversations([{"image": PICTURE}], {"image": None, "messages": None})
     assert "--messages_column" in str(found.value)
+
+
+# -- random conversations ---------------------------------------------------------------------------------------------
+
+WORDS = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=30).map(str.strip).filter(
+    lambda text: text and "<" not in text
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    pairs=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4),
+    count=st.integers(0, 2),
+    system=st.one_of(st.just(""), WORDS),
+    template=st.sampled_from(["vicuna", "qa"]),
+    arrow=st.booleans(),
+)
+def test_random_conversations_are_the_same_in_every_form(tokenizer, pairs, count, system, template, arrow):
+    images = [image_bytes(random_image(k)) for k in range(count)]
+    question, answer = [q for q, _ in pairs], [a for _, a in pairs]
+    marked = ["<image>\n" * count + question[0], *question[1:]]
+    before = [{"role": "system", "content": system}] if system else []
+    said = list(before)
+    for asked, replied in zip(marked, answer, strict=True):
+        said += [{"role": "user", "content": asked}, {"role": "assistant", "content": replied}]
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    llava = [{"from": names[turn["role"]], "value": turn["content"]} for turn in said]
+    parts = [dict(turn) for turn in said]
+    first = len(before)
+    parts[first]["content"] = [{"type": "image", "text": None}] * count + [{"type": "text", "text": question[0]}]
+    inline = [dict(turn) for turn in parts]
+    inline[first]["content"] = [{"type": "image", "image": image} for image in images] + parts[first]["content"][count:]
+    column = {"image": images, **({"system": system} if system else {})}
+    forms = {
+        "questions": column | {"questions": question, "answers": answer},
+        "pairs": column | {"texts": [{"user": q, "assistant": a} for q, a in pairs]},
+        "messages": {"image": images, "messages": said},
+        "llava": {"image": images, "conversations": llava},
+        "parts": {"image": images, "messages": parts},
+        "inline": {"messages": inline},
+        "json": {"image": images, "messages": json.dumps(said)},
+        "lists": {
+            "image": images,
+            "conversations": {name: [turn[name] for turn in llava] for name in ("from", "value")},
+        },
+        "beside": column | {"conversations": llava[first:]},
+        "trl": {"image": images, "prompt": said[:-1], "completion": said[-1:]},
+    }
+    found = {}
+    for name, record in forms.items():
+        records = Dataset.from_list([record]) if arrow and name not in ("inline", "parts") else [record]
+        columns = bind_conversations(records)
+        dataset = build(records, tokenizer, columns, chat_template=template, shuffle_turns=False, max_length=2000)
+        sample, streamed = dataset[0], dataset.read_record(records[0], 3, 0)
+        for one in (sample, streamed):
+            assert len(one["images"]) == count, name
+            assert np.array_equal(one["input_ids"], sample["input_ids"]), name
+        found[name] = sample
+    for name, sample in found.items():
+        assert np.array_equal(sample["input_ids"], found["messages"]["input_ids"]), name
+        if name != "trl" or len(pairs) == 1:
+            assert np.array_equal(sample["labels"], found["messages"]["labels"]), name
+    learnt = [text for text in supervised(found["messages"], tokenizer).split("</s>") if text]
+    assert len(learnt) == len(pairs)
+    assert supervised(found["trl"], tokenizer).count("</s>") == 1
