@@ -10,7 +10,7 @@ that of the untrained projector, of shuffled pictures and of none. Next: recipes
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from mllm_vision.data.stream_flags import StreamArguments
 from mllm_vision.training.arguments import RecipeArguments
@@ -52,6 +52,9 @@ class AlignArguments:
     image_size: int | None = field(default=None, metadata={"help": "Side of the pictures, if not the encoder's own."})
     chat_template: str = field(default="plain", metadata={"help": "plain, vicuna, qa, or a Jinja file."})
     max_length: int | None = field(default=None, metadata={"help": "Longest sequence in tokens, pictures included."})
+    on_truncation: Literal["refuse", "truncate"] = field(
+        default="refuse", metadata={"help": "Longer ones are left out (refuse), or cut at their end (truncate)."}
+    )
     dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16 or auto."})
     blind: bool = field(default=False, metadata={"help": "Zeros instead of pictures: what text alone can reach."})
     sample_count: int = field(default=8, metadata={"help": "Held-out pictures that are captioned at the end."})
@@ -111,6 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         max_rows=own.max_train_samples,
         eval_rows=own.max_eval_samples,
         max_length=own.max_length,
+        on_truncation=own.on_truncation,
         seed=arguments.seed,
         streams=streams,
         max_steps=arguments.max_steps,

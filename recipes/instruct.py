@@ -47,6 +47,9 @@ class InstructArguments:
     max_eval_samples: int = field(default=200, metadata={"help": "Rows of the held-out data, at most."})
     chat_template: str = field(default="vicuna", metadata={"help": "plain, vicuna, qa, or a Jinja file."})
     max_length: int | None = field(default=None, metadata={"help": "Longest sequence in tokens, pictures included."})
+    on_truncation: Literal["refuse", "truncate"] = field(
+        default="refuse", metadata={"help": "Longer ones are left out (refuse), or cut at their end (truncate)."}
+    )
     max_turns: int | None = field(default=None, metadata={"help": "Questions a sample, at most; more become several."})
     shuffle_turns: bool = field(
         default=True, metadata={"help": "A picture's questions come in a new order each epoch."}
@@ -126,6 +129,7 @@ def main(argv: list[str] | None = None) -> None:
         max_rows=own.max_train_samples,
         eval_rows=own.max_eval_samples,
         max_length=own.max_length,
+        on_truncation=own.on_truncation,
         max_turns=own.max_turns,
         shuffle_turns=own.shuffle_turns,
         pack_turns=own.pack_turns,

@@ -109,7 +109,7 @@ class ConversationDataset(EpochDataset):
         self.on_truncation, self.max_turns, self.transform = on_truncation, max_turns, transform
         self.shuffle_turns = shuffle_turns and self.form.by_question
         self.records = only_columns(records, list(self.columns.values()))
-        self.left_out = self.without_image = 0
+        self.left_out = self.without_image = self.truncated = 0
         if not streamed:
             self._images = only_columns(self.records, [self.columns["image"]] if "image" in self.columns else [])
             self._tokenise(progress)
@@ -197,6 +197,8 @@ class ConversationDataset(EpochDataset):
         if self.bad_samples.refused:
             reasons = ", ".join(f"{count} x {reason}" for reason, count in self.refused.most_common())
             logger.warning("%d of %d conversations are refused: %s", self.bad_samples.refused, total, reasons)
+        if self.truncated:
+            logger.warning("%d conversations are cut at max_length=%d tokens", self.truncated, self.max_length)
         if self.left_out:
             logger.warning(
                 "%d images of the column %r are not used: the messages of their rows name images of their own",
@@ -275,7 +277,7 @@ class ConversationDataset(EpochDataset):
     def _too_long(self, size: str) -> BadConversation:
         return BadConversation(
             "longer than max_length",
-            f"{size}, max_length={self.max_length}; raise --max_length, or set max_turns or on_truncation",
+            f"{size}, max_length={self.max_length}; raise --max_length, or cut it with --on_truncation truncate",
         )
 
     def _checked(self, tokens: np.ndarray, mask: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:
@@ -300,6 +302,7 @@ class ConversationDataset(EpochDataset):
             )
         if not mask[:keep].any():
             raise BadConversation("truncation leaves no supervised token", f"max_length={self.max_length}")
+        self.truncated += 1
         return tokens[:keep], mask[:keep]
 
     # -- reading ----------------------------------------------------------------------------------------------

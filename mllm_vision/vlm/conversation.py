@@ -105,6 +105,7 @@ def load_stage_data(
     max_rows: int | None = None,
     eval_rows: int = 200,
     max_length: int | None = None,
+    on_truncation: str = "refuse",
     max_turns: int | None = None,
     shuffle_turns: bool = True,
     pack_turns: bool = False,
@@ -126,7 +127,7 @@ def load_stage_data(
         eval_split: of the held-out data; None: "validation", or the only one.
         max_rows: of the training data; ``eval_rows``: of the held-out data.
         max_length: in tokens, image tokens included; None: what the language model allows, at most 2048.
-        max_turns, shuffle_turns: see ``ConversationDataset``.
+        on_truncation, max_turns, shuffle_turns: see ``ConversationDataset``.
         pack_turns: questions on one picture are independent samples, packed as ``PackedConversations`` says.
         seed: decides which rows are held out, which caption is drawn and in which order questions come.
         streams: with `streaming`, the training data is read as a stream (`train_records` is the stream then);
@@ -184,6 +185,7 @@ def load_stage_data(
         "image_token": processor.image_token,
         "max_length": max_length,
         "chat_template": processor.chat_template,
+        "on_truncation": on_truncation,
         "max_turns": max_turns,
         "transform": transform,
         "seed": seed,

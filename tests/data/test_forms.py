@@ -253,7 +253,11 @@ def test_long_texts_are_not_read_to_their_end(tokenizer):
     assert len(dataset) == 1 and dataset.refused == {"longer than max_length": 2}
     assert "characters, max_length=128" in dataset.bad_samples.examples[0]
     cut = build(rows, tokenizer, on_truncation="truncate")
-    assert cut.refused == {"truncation leaves no supervised token": 1} and cut.lengths.tolist()[0] == 128
+    assert (
+        cut.truncated == 1
+        and cut.refused == {"truncation leaves no supervised token": 1}
+        and cut.lengths.tolist()[0] == 128
+    )
     whole = build([{"question": "q", "answer": "star " * 400}], tokenizer, on_truncation="truncate")
     assert np.array_equal(cut[0]["input_ids"], whole[0]["input_ids"]), "the beginning of the whole text"
     marked = {"image": [PICTURE] * 2, **say("user", "assistant")}
