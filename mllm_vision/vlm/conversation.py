@@ -21,7 +21,7 @@ from mllm_vision.data import (
     load_records,
     preview_labels,
 )
-from mllm_vision.data.forms import FORMS
+from mllm_vision.data.forms import FORMS, image_counts
 from mllm_vision.data.records import UsualSplit
 from mllm_vision.data.sampling import BadRow, judge
 from mllm_vision.data.stream_order import Ref
@@ -77,9 +77,14 @@ class StageData:
 
     @property
     def asks_single_questions(self) -> bool:
-        """Whether question answering can ask what is held out: questions on an image, with nothing said before."""
+        """Whether question answering can ask what is held out: questions on one image, with nothing said before."""
         bound = set(self.eval_columns)
-        return {"question", "answer", "image"} <= bound and not {"system", "history"} & bound
+        if not {"question", "answer", "image"} <= bound or {"system", "history"} & bound:
+            return False
+        single = bool((image_counts(self.eval_records, self.eval_columns["image"]) == 1).any())
+        if not single:
+            logger.warning("answers are not measured: every held-out row asks about several images, or none")
+        return single
 
     def check(self, max_bad_fraction: float) -> None:
         """Raise ValueError where more rows were refused than may be, of the training or of the held-out data."""
