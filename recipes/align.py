@@ -39,7 +39,7 @@ class AlignArguments:
         default=None, metadata={"help": "Column of LLaVA conversations (LLaVA-Pretrain), likewise."}
     )
     messages_column: str | None = field(default=None, metadata={"help": "Column of `messages`, likewise."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most so many rows, drawn at random."})
     max_eval_samples: int = field(default=200, metadata={"help": "Rows of the held-out data, at most."})
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, if it does not lie beside the model."})
     projector: str = field(default="mlp", metadata={"help": "mlp or linear."})

@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         run.inherit("encoder", own.encoder)
     encoder = build_encoder(own.encoder, image_size=own.image_size, overrides=own.encoder_overrides, pooler=False)
     dataset = images.dataset(records, encoder, seed=arguments.seed, labelled=True)
-    run.describe_data("train", records, dataset.columns)
+    run.describe_data("train", records, dataset.columns, unlabelled=dataset.unlabelled)
     names = class_names(dataset)
     config.classes = config.classes or len(names)
     if config.classes < len(names):
@@ -121,18 +121,11 @@ def class_names(dataset: Any) -> list[str]:
     """Names of the classes by label.
 
     Raises:
-        ValueError: no labels, or numbers that are not 0, 1, 2...
+        ValueError: no labels.
     """
     if dataset.labels is None:
         raise ValueError("fine-tuning needs labels, and the data have none; name the column with --label_column")
-    if dataset.class_names is not None:
-        return list(dataset.class_names)
-    found = sorted(set(dataset.labels.tolist()) - {-1})
-    if found != list(range(len(found))):
-        raise ValueError(
-            f"labels without names must be 0, 1, 2..., and these are {found[:6]}...; give words, or a ClassLabel column"
-        )
-    return [str(label) for label in found]
+    return list(dataset.class_names)
 
 
 if __name__ == "__main__":

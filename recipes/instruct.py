@@ -43,7 +43,7 @@ class InstructArguments:
     )
     question_column: str | None = field(default=None, metadata={"help": "Column of the question(s), likewise."})
     answer_column: str | None = field(default=None, metadata={"help": "Column of the answer(s), likewise."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most so many rows, drawn at random."})
     max_eval_samples: int = field(default=200, metadata={"help": "Rows of the held-out data, at most."})
     chat_template: str = field(default="vicuna", metadata={"help": "plain, vicuna, qa, or a Jinja file."})
     max_length: int | None = field(default=None, metadata={"help": "Longest sequence in tokens, pictures included."})

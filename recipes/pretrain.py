@@ -30,7 +30,7 @@ class PretrainArguments:
     image_column: str | None = field(default=None, metadata={"help": "Image column, where its name does not tell."})
     caption_column: str | None = field(default=None, metadata={"help": "Caption column, likewise."})
     label_column: str | None = field(default=None, metadata={"help": "Label column of the zero-shot set."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most so many rows, drawn at random."})
     encoder: str = field(
         default="clip_vision_model",
         metadata={"help": "Path, Hub id, or a model type to build.", "aliases": ["model_name_or_path"]},

@@ -52,7 +52,7 @@ class EvaluateArguments:
     dataset_split: str | None = field(
         default=None, metadata={"help": "Split of folders and Hub data; default: test, or the only one of a folder."}
     )
-    max_samples: int | None = field(default=None, metadata={"help": "Only the first so many rows."})
+    max_samples: int | None = field(default=None, metadata={"help": "At most so many rows, drawn at random."})
     image_column: str | None = field(default=None, metadata={"help": "Where its name does not tell."})
     caption_column: str | None = field(default=None, metadata={"help": "Likewise."})
     label_column: str | None = field(default=None, metadata={"help": "Likewise."})
@@ -132,15 +132,17 @@ def read_tasks(words: list[str], default: str | None) -> list[Job]:
 
 def map_texts(row: dict[str, Any], given: list[str], names: list[str] | None, caption: str | None) -> list[str]:
     """What to look for in one picture: the texts given, each object of a generated scene, its class, its captions."""
+    from mllm_vision.data.pairs import captions_of
+
     if given:
         return given
     if isinstance(row.get("scene"), str):
         objects = json.loads(row["scene"])
         return list(dict.fromkeys(f"a {item['colour']} {item['shape']}" for item in objects))
-    if names and isinstance(row.get("label"), int):
-        return [f"a {names[row['label']]}"]
-    captions = row[caption] if caption else []
-    return [captions] if isinstance(captions, str) else list(captions or [])
+    label = row.get("label")
+    if names and isinstance(label, int) and 0 <= label < len(names):
+        return [f"a {names[label]}"]
+    return captions_of(row[caption]) if caption else []
 
 
 class Bench:
@@ -172,19 +174,21 @@ class Bench:
 
     def evaluator(self, job: Job) -> Any:
         """The evaluator of a job; bad data is refused here, before anything is measured."""
-        own, records = self.own, self.records(job.dataset, self.split, self.own.max_samples)
+        own, records = self.own, self.records(job.dataset, self.split, None)
         return getattr(self, job.task)(job, own, records)
 
     def zero_shot(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
         from mllm_vision.evaluation import ZeroShot
 
         columns = self.columns(records, "image", "label")
-        return ZeroShot(job.name, records, own.class_names or None, own.templates, columns, own.batch_size)
+        names = own.class_names or None
+        return ZeroShot(job.name, records, names, own.templates, columns, own.batch_size, limit=own.max_samples)
 
     def retrieval(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
         from mllm_vision.evaluation import Retrieval
 
-        options = {"captions_each": own.captions_each, "distinct": own.distinct, "limit": own.max_pictures}
+        limits = [each for each in (own.max_pictures, own.max_samples) if each is not None]
+        options = {"captions_each": own.captions_each, "distinct": own.distinct, "limit": min(limits, default=None)}
         columns = self.columns(records, "image", "caption")
         return Retrieval(job.name, records, columns, own.ks, own.batch_size, **options)
 
@@ -192,13 +196,14 @@ class Bench:
         from mllm_vision.evaluation import Geometry
 
         columns = self.columns(records, "image", "caption?")
-        return Geometry(job.name, records, columns, own.batch_size, feature=own.feature)
+        return Geometry(job.name, records, columns, own.batch_size, feature=own.feature, limit=own.max_samples)
 
     def board(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
         from mllm_vision.evaluation import Geometry
 
         columns = self.columns(records, "image")
-        return Geometry(job.name, records, columns, own.batch_size, feature=own.feature, views=True, seed=own.seed)
+        settings = {"feature": own.feature, "limit": own.max_samples, "views": True, "seed": own.seed}
+        return Geometry(job.name, records, columns, own.batch_size, **settings)
 
     def attention(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
         from mllm_vision.evaluation import Attention
@@ -267,6 +272,7 @@ class Bench:
             own.type_column,
             own.batch_size,
             own.max_new_tokens,
+            limit=own.max_samples,
             blind=own.blind,
             no_image_baseline=own.no_image_baseline,
             training_answers=training,
@@ -360,15 +366,20 @@ def end_table(record: dict[str, Any]) -> str:
     from mllm_vision.evaluation.base import COUNTS
 
     rows = [("", "metric", "value", "baselines")]
+    left_out = []
     for name, entry in record["evaluations"].items():
         baselines = entry["details"]["baselines"]
         for metric, value in entry.items():
             if isinstance(value, float) and metric not in COUNTS:
                 beside = [f"{key} {values[metric]:.4g}" for key, values in baselines.items() if metric in values]
                 rows.append((name, metric, f"{value:.4g}", ", ".join(beside)))
+        if refused := entry["details"].get("refused"):
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in refused.items())
+            left_out.append(f"{name}: {sum(refused.values())} rows left out: {reasons}")
     widths = [max(len(row[place]) for row in rows) for place in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([f"== {record['model_kind']}: {record['model']} ==", *lines, f"time: {record['seconds']} s"])
+    head = f"== {record['model_kind']}: {record['model']} =="
+    return "\n".join([head, *lines, *left_out, f"time: {record['seconds']} s"])
 
 
 def write(path: Path, record: dict[str, Any]) -> None:

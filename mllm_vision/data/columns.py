@@ -193,6 +193,10 @@ def _pictures(features: dict[str, Any]) -> bool:
 
 
 def _fits(role: str, feature: Any) -> bool:
+    if role == "label" and isinstance(feature, float):
+        return True
+    if role == "label" and re.match(r"bool|float|double|null", str(getattr(feature, "dtype", ""))):
+        return True  # whole numbers with gaps, true and false, nothing at all: `label_value` reads each cell
     return column_kind(feature) in _ALLOWED[role]
 
 
@@ -213,4 +217,5 @@ def _by_type(role: str, name: str, feature: Any) -> bool:
 
 
 def _type_name(feature: Any) -> str:
-    return "no type known" if feature is None else column_kind(feature)
+    kind = "no type known" if feature is None else column_kind(feature)
+    return str(getattr(feature, "dtype", None) or type(feature).__name__) if kind == "other" else kind

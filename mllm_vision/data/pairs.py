@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .columns import bind_columns
-from .images import BadImage, ImageTransform, load_image
+from .image_files import BadImage, describe, first_image, image_source
+from .images import ImageTransform, load_image
 from .sampling import BadRow, BadSamples, EpochDataset, bytes_id, draw_key, only_columns, rows_of, text_id
 from .text_length import cut_text
 
@@ -53,21 +54,17 @@ class PairDataset(EpochDataset):
 
     def captions(self, index: int) -> list[str]:
         """All captions of a row that have words."""
-        return _captions(only_columns(self.records, [self.columns["caption"]])[index][self.columns["caption"]])
+        return captions_of(only_columns(self.records, [self.columns["caption"]])[index][self.columns["caption"]])
 
     def _read(self, index: int, key: int) -> dict[str, Any]:
         return self.read_record(self.records[index], key, index)
 
     def read_record(self, record: dict[str, Any], key: int, index: int) -> dict[str, Any]:
         """A record as a row, wherever it comes from (a stream's do); ValueError when it cannot be used."""
-        captions = _captions(record[self.columns["caption"]])
+        captions = captions_of(record.get(self.columns["caption"]))
         if not captions:
             raise BadRow("the caption is empty")
-        value = record[self.columns["image"]]
-        if isinstance(value, list | tuple):
-            if not value:
-                raise BadImage("the row has no image", "the image is missing")
-            value = value[0]
+        value = first_image(record.get(self.columns["image"]))
         crop_key = draw_key(key, 1)
         image = self.transform.load(value, crop_key) if self.transform is not None else load_image(value)
         return {
@@ -131,19 +128,23 @@ def image_id(value: Any) -> int:
 
     Two encodings of the same pixels get two ids; a path is read, so that copies of a file are recognised.
     """
-    if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-    if isinstance(value, str | Path):
+    source = image_source(value)
+    if isinstance(source, Path):
         try:
-            value = Path(value).read_bytes()
+            source = source.read_bytes()
         except OSError as error:
-            raise BadImage(f"image {str(value)!r} cannot be read: {error}", "the image cannot be read") from error
-    if isinstance(value, bytes | bytearray | memoryview):
-        return bytes_id(bytes(value))
-    image = load_image(value)
+            raise BadImage(f"{describe(value)} cannot be read: {error}", "the image cannot be read") from error
+    if isinstance(source, bytes):
+        return bytes_id(source)
+    image = load_image(source)
     return bytes_id(f"{image.size}".encode() + image.tobytes())
 
 
-def _captions(value: Any) -> list[str]:
+def captions_of(value: Any) -> list[str]:
+    """The captions of a cell, one or a list of them, that have words: nulls, blanks and what is no text are none.
+
+    A lone surrogate, half of a character that no text can hold, becomes a question mark.
+    """
     texts = value if isinstance(value, list | tuple) else [value]
-    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    found = [text.encode("utf-8", "replace").decode() for text in texts if isinstance(text, str)]
+    return [text.strip() for text in found if text.strip()]

@@ -15,7 +15,7 @@ class PictureArguments:
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
     image_column: str | None = field(default=None, metadata={"help": "Image column, where its name does not tell."})
     label_column: str | None = field(default=None, metadata={"help": "Label column, likewise."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most so many rows, drawn at random."})
     decode_size: int | None = field(
         default=None, metadata={"help": "Shrink larger images to this shorter side; default: twice the encoder's."}
     )

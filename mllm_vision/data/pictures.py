@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from .columns import bind_columns
-from .decoding import BadImage, load_image
+from .decoding import load_image
+from .image_files import first_image
+from .labels import column_labels, label_value
 from .sampling import BadRow, BadSamples, EpochDataset, only_columns, rows_of, text_id
 
+logger = logging.getLogger(__name__)
 _LONGEST = 4  # times the shorter side; of a longer panorama the middle is kept, so that it does not pad a whole batch
 
 
@@ -27,19 +31,21 @@ class PictureDataset(EpochDataset):
         seed: with the epoch and the index it decides a sample's views.
         decode_size: pictures whose shorter side is longer are shrunk to it (a JPEG while it is decoded); the views
             have no use for more than about twice their own size. None leaves all as they are.
-        labelled: every row must have its label.
+        labelled: take the rows that have a label alone; their number is told.
         bad_samples: a counter to share; otherwise one is made (`bad_samples`).
 
     A row is {"image": PIL, "key": int, "index": int} and "label": int where there is a label column, -1 where the
-    row has none. A row whose picture cannot be decoded (or which has no label, where all must be labelled) is counted
-    and replaced by the next good one; `index` is then the other row's. Labels in words are numbered in alphabetical
-    order.
+    row has none. A row whose picture cannot be decoded is counted and replaced by the next good one; `index` is then
+    the other row's. Of a list of pictures the first one is meant. Labels are read as `labels.read_labels` says: words
+    are numbered in alphabetical order, and with `labelled` integers too, where they are not 0, 1, 2...; one that is no
+    class (0.5) is none, which is told, and with `labelled` a bad row.
 
-    Attributes: `labels` `[rows]` int64 (-1 where missing) or None, `class_names` or None, `unlabelled`: how many rows
-    have no label. Of a stream they are those of its first rows.
+    Attributes: `labels` `[rows of the records]` int64 (-1 where missing) or None, `class_names` or None, `unlabelled`:
+    how many rows have no label. Of a stream they are those of its first rows.
 
     Raises:
-        ValueError: an empty data set, a column that does not exist or has the wrong type, or `decode_size` below 1.
+        ValueError: an empty data set, a column that does not exist or has the wrong type, `decode_size` below 1, or
+            with `labelled` not one label.
     """
 
     def __init__(
@@ -58,31 +64,61 @@ class PictureDataset(EpochDataset):
         self.columns = bind_columns(records, ("image", "label?"), columns)
         self.records = only_columns(records, [self.columns["image"]])
         self.labels, self.class_names = None, None
+        self._places: list[int] | None = None  # the rows that are taken, where not all are
+        self._bad_labels: dict[int, BadRow] = {}
         if "label" in self.columns:
-            self.labels, self.class_names = _read_labels(records, self.columns["label"])
-        super().__init__(seed, self._rows, bad_samples)
+            self._take_labels(records)
+        super().__init__(seed, len(self), bad_samples)
+
+    def _take_labels(self, records: Any) -> None:
+        found = column_labels(records, self.columns["label"])
+        found.tell(f"column {self.columns['label']!r}")
+        if self.labelled:
+            found, self._bad_labels = found.numbered(), found.bad
+            self._places = sorted({*found.labelled, *found.bad})
+            if not found.labelled:
+                why = f", such as row {min(found.bad)}: {found.bad[min(found.bad)]}" if found.bad else ""
+                raise ValueError(
+                    f"none of the {self._rows} rows has a label in column {self.columns['label']!r}{why}; name another "
+                    "column with --label_column"
+                )
+            if len(self._places) < self._rows:
+                told = "%d of the %d rows have a label in column %r: these are trained on"
+                logger.warning(told, len(self._places), self._rows, self.columns["label"])
+        self.labels, self.class_names = found.numbers, found.names
 
     def __len__(self) -> int:
-        return self._rows
+        return self._rows if self._places is None else len(self._places)
 
     @property
     def unlabelled(self) -> int:
-        return len(self) if self.labels is None else int((self.labels < 0).sum())
+        return self._rows if self.labels is None else int((self.labels < 0).sum())
+
+    def record_of(self, index: int) -> int:
+        """The row of the records that a sample comes from."""
+        return index if self._places is None else self._places[index]
 
     def _read(self, index: int, key: int) -> dict[str, Any]:
-        return self._row(self.records[index], None if self.labels is None else int(self.labels[index]), key, index)
+        row = self.record_of(index)
+        if row in self._bad_labels:
+            raise self._bad_labels[row]
+        return self._row(self.records[row], None if self.labels is None else int(self.labels[row]), key, index)
 
     def read_record(self, record: dict[str, Any], key: int, index: int) -> dict[str, Any]:
         """A record of a stream as a row, a word's label being a number of its own; ValueError where it is of no use."""
         label = None
         if "label" in self.columns:
-            label = record[self.columns["label"]]
-            if no_label(label):
-                label = -1
-            elif isinstance(label, str):
+            label = label_value(record.get(self.columns["label"])) if self.labelled else self._label_or_none(record)
+            if isinstance(label, str):
                 label = text_id(label)  # a stream's classes are not known beforehand, but equal words are one class
-            label = int(label)
+            label = -1 if label is None else label
         return self._row(record, label, key, index)
+
+    def _label_or_none(self, record: dict[str, Any]) -> int | str | None:
+        try:
+            return label_value(record.get(self.columns["label"]))
+        except BadRow:  # told of the first rows; this one is trained on without
+            return None
 
     def _row(self, record: dict[str, Any], label: int | None, key: int, index: int) -> dict[str, Any]:
         row: dict[str, Any] = {"key": key, "index": index}
@@ -90,11 +126,7 @@ class PictureDataset(EpochDataset):
             if label < 0 and self.labelled:
                 raise BadRow("the row has no label", f"column {self.columns['label']!r} is empty")
             row["label"] = label
-        value = record[self.columns["image"]]
-        if isinstance(value, list | tuple):
-            if not value:
-                raise BadImage("the row has no image", "the image is missing")
-            value = value[0]
+        value = first_image(record.get(self.columns["image"]))
         row["image"] = _bounded(load_image(value, draft=self._draft), self.decode_size)
         return row
 
@@ -147,23 +179,3 @@ def _bounded(image: Image.Image, decode_size: int | None) -> Image.Image:
         return image
     width, height = (max(decode_size, round(side * decode_size / shorter)) for side in image.size)
     return image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
-
-
-def no_label(value: Any) -> bool:
-    """Whether a cell of a label column is empty: None, -1, or a text of nothing but blanks."""
-    return value is None or value == -1 or (isinstance(value, str) and not value.strip())
-
-
-def _read_labels(records: Any, column: str) -> tuple[Tensor, list[str] | None]:
-    """Every row's label as a number, -1 where it is missing, and the names of the classes where they have any."""
-    only = only_columns(records, [column])
-    values = only[column][:] if hasattr(only, "column_names") else [record.get(column) for record in records]
-    feature = getattr(records, "features", None)
-    names = getattr(feature[column], "names", None) if feature is not None else None
-    values = [None if no_label(value) else value for value in values]
-    if any(isinstance(value, str) for value in values):
-        names = sorted({value for value in values if value is not None})
-        numbers = {name: number for number, name in enumerate(names)}
-        values = [None if value is None else numbers[value] for value in values]
-    labels = torch.tensor([-1 if value is None else int(value) for value in values], dtype=torch.int64)
-    return labels, None if names is None else list(names)

@@ -18,6 +18,7 @@ from .arrow import undecoded, values_of
 from .columns import bind_columns
 from .files import LeftOut, find
 from .folders import Contents, contents, image_table
+from .sampling import draw_rows
 from .table_cache import fingerprint, read_tables
 from .tables import may_hold_paths
 
@@ -57,7 +58,8 @@ def load_records(
             one split and only takes the slice. A `UsualSplit` gives way to the only split of a folder that has
             another one.
         config_name: the configuration of a Hub data set.
-        max_rows: only the first rows.
+        max_rows: at most so many rows, drawn at random, the same ones every time: the first ones of a sorted set are of
+            one class. In the order of the data.
         image_root: what relative image paths start from; otherwise the folder of the file that names them.
 
     What is left out (other files, links, rows that cannot be parsed) is told in one line.
@@ -89,7 +91,7 @@ def load_records(
     if len(dataset) == 0:
         raise ValueError(f"{name_or_path} (split {_name(split)!r}) is empty: it has no rows")
     if max_rows is not None and max_rows < len(dataset):
-        dataset = dataset.select(range(max_rows))
+        dataset = dataset.select(draw_rows(len(dataset), max_rows))
     dataset.left_out = dict(left_out.counts)
     return dataset
 

@@ -236,6 +236,10 @@ class EpochDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         raise TypeError(f"{type(self).__name__} has no length")
 
+    def record_of(self, index: int) -> int:
+        """The row of the records that a sample comes from."""
+        return index
+
     def _read(self, index: int, key: int) -> dict[str, Any]:
         raise TypeError(f"{type(self).__name__} reads nothing")
 
@@ -247,7 +251,7 @@ class EpochDataset(torch.utils.data.Dataset):
         key, last = draw_key(self.seed, self.epoch, index), ""
         for step in range(min(size, _TRIES)):
             candidate = (index + step) % size if step < _NEXT else draw_key(self.seed, index, step) % size
-            sample = self.bad_samples.judge(f"row {candidate}", self._read, candidate, key)
+            sample = self.bad_samples.judge(f"row {self.record_of(candidate)}", self._read, candidate, key)
             if not isinstance(sample, BadRow):
                 return sample
             last = str(sample)
@@ -284,3 +288,21 @@ def rows_of(records: Any) -> int:
 def only_columns(records: Any, names: Sequence[str]) -> Any:
     """The records with just these columns, where the container can do that without copying."""
     return records.select_columns(list(names)) if hasattr(records, "select_columns") else records
+
+
+def column_values(records: Any, name: str) -> list[Any]:
+    """The cells of one column, of a `datasets.Dataset` or of a list of dicts (None where a row lacks it)."""
+    if hasattr(records, "column_names"):
+        return list(only_columns(records, [name])[name])
+    return [row.get(name) for row in records]
+
+
+def draw_rows(total: int, count: int | None, seed: int = 0) -> list[int]:
+    """`count` of the rows 0 to total - 1, drawn at random by `seed`, ascending; all of them with None or too few.
+
+    Neither the first rows nor every n-th one show what is in the data: rows come sorted by class, or with the classes
+    taking turns.
+    """
+    if count is None or count >= total:
+        return list(range(total))
+    return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist())

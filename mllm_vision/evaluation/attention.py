@@ -133,7 +133,7 @@ class Attention(Evaluator):
 
         encoder = image_model(model)
         wanted = draw_rows(len(self.records), self.count)
-        pictures, kept = usable_images(self.records, self.columns["image"], wanted)
+        pictures, kept = usable_images(self.records, self.columns["image"], wanted, self.refused)
         if not pictures:
             raise ValueError(f"none of the {len(wanted)} pictures of {self.name!r} could be read")
         pixels = ImageTransform(encoder.processor, train=False)(pictures)

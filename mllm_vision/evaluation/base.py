@@ -9,7 +9,8 @@ of another.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mllm_vision.data.sampling import BadRow
 from mllm_vision.distributed import all_gather, all_reduce, communication_device, row_counts
 
 COUNTS = ("count", "images", "texts", "skipped", "dimensions")  # metrics that say how much was measured, not how well
@@ -30,7 +32,7 @@ class Evaluation:
     ``metrics`` are floats; ``baselines`` maps a baseline's name ("chance", "majority", ...) to the same
     metrics as far as they make sense for it; ``tables`` are rows by class or question type; ``samples`` and
     ``arrays`` hold thumbnails and small nested lists for the report; ``parts`` are tensors and images that an
-    evaluator's own ``draw`` needs, and no record holds.
+    evaluator's own ``draw`` needs, and no record holds; ``refused`` says how many rows were left out, by reason.
     """
 
     primary_metric: str
@@ -40,6 +42,7 @@ class Evaluation:
     samples: list[dict[str, Any]] = field(default_factory=list)
     arrays: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
+    refused: dict[str, int] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """The JSON entry of ``run.json["evaluations"][name]``: metrics at the top, ``baselines`` as one float
@@ -52,6 +55,8 @@ class Evaluation:
             if self.primary_metric in values
         }
         entry["details"] = {"baselines": self.baselines, "tables": self.tables}
+        if self.refused:
+            entry["details"]["refused"] = dict(self.refused)
         return entry
 
     def add_baseline(self, name: str, other: Evaluation) -> None:
@@ -87,6 +92,7 @@ class Evaluator(ABC):
         if not name or not all(ch.isalnum() or ch in "_-/" for ch in name):
             raise ValueError(f"evaluator name={name!r} must consist of letters, digits, '_', '-' or '/'")
         self.name = name
+        self.refused: dict[Any, BadRow] = {}  # row -> why it is left out
 
     @abstractmethod
     def evaluate(self, model: Any) -> Evaluation:
@@ -95,7 +101,9 @@ class Evaluator(ABC):
     def examine(self, model: Any) -> Evaluation:
         """Everything about ``model``, measured in evaluation mode; training modes come back as they were."""
         with evaluation_mode(model), torch.no_grad():
-            return self.evaluate(model)
+            result = self.evaluate(model)
+        result.refused = refusal_counts(self.refused)
+        return result
 
     def __call__(self, model: Any, step: int = 0) -> dict[str, float]:
         """The metrics of `examine`."""
@@ -236,6 +244,12 @@ def agree_on_error(error: Exception | None) -> None:
         raise error
     if messages:
         raise ValueError("an evaluation failed on another rank; " + "; ".join(messages))
+
+
+def refusal_counts(refused: Mapping[Any, BadRow]) -> dict[str, int]:
+    """How many rows were refused for which reason, over all ranks; a row that several ranks read counts once."""
+    pairs = gather_items([(rank, (repr(row), why.reason)) for rank in world()[:1] for row, why in refused.items()])
+    return dict(Counter(dict(sorted(pairs)).values()).most_common())
 
 
 def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

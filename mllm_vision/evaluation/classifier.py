@@ -20,7 +20,7 @@ class ClassifierAccuracy(Evaluator):
         name: evaluator name.
         data: the labelled pictures; only the test set is encoded.
 
-    Metrics: ``accuracy``, ``mean_class_accuracy``, ``count``; ``skipped`` where pictures were unreadable; baselines
+    Metrics: ``accuracy``, ``mean_class_accuracy``, ``count``; ``skipped`` where rows were left out; baselines
     ``chance`` and ``most_frequent_class``; ``tables["class"]``.
     """
 
@@ -36,8 +36,9 @@ class ClassifierAccuracy(Evaluator):
         accuracy, by_class, table = predictions_summary(unwrap(model).predict(test.features), test.labels, names)
         count = sum(int(row["count"]) for row in table)
         metrics = {"accuracy": accuracy, "mean_class_accuracy": by_class, "count": float(count)}
-        if self.data.count()[1] > count:
-            metrics["skipped"] = float(self.data.count()[1] - count)
+        if skipped := self.data.skipped(count):
+            metrics["skipped"] = skipped
+        self.refused |= self.data.refused
         result = Evaluation(self.primary_metric, metrics, guessing(table, len(names)))
         result.tables["class"] = table
         return result

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mllm_vision.data.sampling import bytes_id, draw_key
+from mllm_vision.data.pairs import captions_of
+from mllm_vision.data.sampling import bytes_id, column_values, draw_key
 from mllm_vision.evaluation.base import Evaluation, Evaluator, dual_model, encode_rows, image_model
-from mllm_vision.evaluation.images import as_list, check_columns, draw_rows
+from mllm_vision.evaluation.images import check_columns, draw_rows
 from mllm_vision.evaluation.loading import encode_records
 from mllm_vision.functional import geometry
 
@@ -190,7 +191,7 @@ class Geometry(Evaluator):
                 views.append(found.pooled if pooled else found.tokens.mean(dim=1))
             return torch.stack(views, dim=1)
 
-        both, _ = encode_records(encode, self.records, self.columns["image"], self.rows, self.batch_size)
+        both, _ = encode_records(encode, self.records, self.columns["image"], self.rows, self.batch_size, self.refused)
         return geometry.alignment(both[:, 0], both[:, 1]).item()
 
     def _features(self, model: Any) -> tuple[torch.Tensor, list[int]]:
@@ -203,7 +204,7 @@ class Geometry(Evaluator):
                 features = encoder.encode(pictures, batch_size=self.batch_size, feature=self.feature)
                 return features.mean(dim=1) if features.ndim == 3 else features
 
-        return encode_records(encode, self.records, self.columns["image"], self.rows, self.batch_size)
+        return encode_records(encode, self.records, self.columns["image"], self.rows, self.batch_size, self.refused)
 
     def _against_text(self, model: Any, features: torch.Tensor, kept: Sequence[int], column: str) -> dict[str, float]:
         try:
@@ -212,10 +213,14 @@ class Geometry(Evaluator):
             return {}  # an encoder alone has no text side
         if self.feature != "embedding":
             features, kept = encode_records(
-                dual.encode_images, self.records, self.columns["image"], self.rows, self.batch_size
+                dual.encode_images, self.records, self.columns["image"], self.rows, self.batch_size, self.refused
             )
-        captions = self.records[column]
-        texts = encode_rows([as_list(captions[row])[0] for row in kept], dual.encode_texts, 256)
+        captions = column_values(self.records, column)
+        first = {place: found[0] for place, row in enumerate(kept) if (found := captions_of(captions[row]))}
+        if not first:
+            return {}  # no caption has words
+        features = features[list(first)]
+        texts = encode_rows(list(first.values()), dual.encode_texts, 256)
         images, texts = F.normalize(features, dim=-1), F.normalize(texts, dim=-1)
         return {
             "alignment": geometry.alignment(images, texts).item(),

@@ -8,7 +8,22 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from mllm_vision.data.images import BadImage, load_image
+from mllm_vision.data.image_files import first_image
+from mllm_vision.data.images import load_image
+from mllm_vision.data.sampling import BadRow, draw_rows, judge, only_columns
+
+__all__ = [
+    "as_list",
+    "check_columns",
+    "column_of",
+    "data_uri",
+    "displayed",
+    "draw_rows",
+    "leave_out",
+    "rounded",
+    "row_image",
+    "usable_images",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -48,33 +63,43 @@ def check_columns(records: Any, columns: dict[str, str], roles: Sequence[str], w
             raise ValueError(f"{what}: column {column!r} (for {role!r}) is not in the data; found {found}")
 
 
-def draw_rows(total: int, count: int | None, seed: int = 0) -> list[int]:
-    """`count` of the rows 0 to total - 1, drawn at random by `seed`, ascending; all of them with None or too few.
+def usable_images(
+    records: Any, column: str, indices: Sequence[int], refused: dict[Any, BadRow] | None = None
+) -> tuple[list[Any], list[int]]:
+    """Load the images of some rows; rows whose image is bad are left out, and told of once.
 
-    Neither the first rows nor every n-th one show what is in the data: rows come sorted by class, or with the classes
-    taking turns.
-    """
-    import torch
+    What a training takes is taken here, by the same judgement: of a list of images the first one.
 
-    if count is None or count >= total:
-        return list(range(total))
-    return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist())
-
-
-def usable_images(records: Any, column: str, indices: Sequence[int]) -> tuple[list[Any], list[int]]:
-    """Load the pictures of some rows; rows whose picture is bad are left out and reported.
+    Args:
+        records: the rows; `column` holds the image. indices: rows wanted.
+        refused: row -> why it was left out, is added to.
 
     Returns:
-        (pictures, the indices they came from).
+        (images, the indices they came from).
     """
-    pictures, kept = [], []
+    refused = {} if refused is None else refused
+    rows = only_columns(records, [column])
+    images, kept = [], []
     for index in indices:
-        try:
-            pictures.append(load_image(records[index][column]))
-            kept.append(index)
-        except BadImage as error:
-            logger.warning("row %d is left out of the evaluation: %s", index, error)
-    return pictures, kept
+        found = judge(f"row {index}", row_image, rows, column, index)
+        if isinstance(found, BadRow):
+            leave_out(refused, index, found)
+            continue
+        images.append(found)
+        kept.append(index)
+    return images, kept
+
+
+def leave_out(refused: dict[Any, BadRow], row: Any, why: BadRow) -> None:
+    """Note that a row is left out, and tell of it the first time."""
+    if row not in refused:
+        logger.warning("left out of the evaluation: %s", why)
+    refused[row] = why
+
+
+def row_image(records: Any, column: str, index: int) -> Any:
+    """The decoded image of one row; BadImage where there is none."""
+    return load_image(first_image(records[index].get(column)))
 
 
 def data_uri(image: Any, size: int = 96) -> str:

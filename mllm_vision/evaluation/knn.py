@@ -103,7 +103,7 @@ class KnnAccuracy(LabelledEvaluator):
         query_chunk: queries at once.
 
     Metrics: ``accuracy``, ``mean_class_accuracy``, ``accuracy_k<k>``, ``count``; ``skipped`` where test pictures were
-    unreadable. Baselines ``chance`` and ``most_frequent_class``; ``tables["class"]``.
+    left out. Baselines ``chance`` and ``most_frequent_class``; ``tables["class"]``.
 
     Raises:
         ValueError: k beyond the training pictures, a temperature that is not positive.
@@ -139,9 +139,8 @@ class KnnAccuracy(LabelledEvaluator):
         count = sum(int(row["count"]) for row in table)
         metrics = {"accuracy": accuracy, "mean_class_accuracy": by_class, "count": float(count)}
         metrics |= {f"accuracy_k{k}": figure for k, (figure, _, _) in zip(self.ks[1:], found[1:], strict=True)}
-        skipped = self.data.count()[1] - count
-        if skipped:
-            metrics["skipped"] = float(skipped)
+        if skipped := self.data.skipped(count):
+            metrics["skipped"] = skipped
         result = Evaluation(self.primary_metric, metrics, guessing(table, len(names)))
         result.tables["class"] = table
         return result

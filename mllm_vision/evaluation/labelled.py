@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mllm_vision.data.columns import bind_columns
-from mllm_vision.data.pictures import no_label
+from mllm_vision.data.labels import column_labels
+from mllm_vision.data.sampling import BadRow
 from mllm_vision.distributed import all_reduce
 from mllm_vision.evaluation.base import (
     Evaluation,
@@ -69,13 +70,13 @@ class LabelledImages:
 
     Attributes: ``class_names``; ``train_labels`` and ``test_labels``, one index a row of the data.
 
-    Training rows without a label (empty or -1) are left out, and their number is told.
-
-    Pictures that cannot be read, or whose features are not finite, are left out with a warning.
+    Rows without a label (empty or -1), or with one that is none (0.5), are left out, and their number is told.
+    Pictures that cannot be read, or whose features are not finite, are left out with a warning. ``refused`` says why,
+    by set and row.
 
     Raises:
-        ValueError: no label column (kNN and the probe need labels), test rows without a label or no labelled training
-            row at all, labels of the test set that the training set lacks, an unknown feature, fewer than two classes.
+        ValueError: no label column (kNN and the probe need labels), a set without one labelled row, labels of the
+            test set that the training set lacks, an unknown feature, fewer than two classes.
     """
 
     def __init__(
@@ -122,6 +123,16 @@ class LabelledImages:
     def count(self) -> tuple[int, int]:
         """(training rows, test rows) that are used, over all ranks."""
         return len(self._train.wanted), len(self._test.wanted)
+
+    @property
+    def refused(self) -> dict[Any, BadRow]:
+        """(set, row) -> why it is left out."""
+        parts = (self._train, self._test)
+        return {(part.name, row): why for part in parts for row, why in part.refused.items()}
+
+    def skipped(self, count: int) -> float:
+        """Test rows left out, where so many were measured."""
+        return float(len(self._test.wanted) - count + self._test.unlabelled)
 
     def train_rows(self) -> list[int]:
         """The training rows that are used, over all ranks."""
@@ -191,31 +202,20 @@ class _Part:
         except ValueError as error:
             raise ValueError(f"kNN and the linear probe need labelled pictures; the {name} set: {error}") from error
         check_columns(records, self.columns, ("image", "label"), f"the {name} set")
-        column = self.columns["label"]
-        feature = (getattr(records, "features", None) or {}).get(column)
-        self.class_names: list[str] | None = getattr(feature, "names", None)
-        self.raw = list(records[column] if hasattr(records, "column_names") else [row[column] for row in records])
-        missing = [row for row, label in enumerate(self.raw) if no_label(label)]
-        if missing and (name == "test" or len(missing) == len(self.raw)):
+        found = column_labels(records, self.columns["label"]).numbered()
+        self.labelled = found.labelled
+        if not self.labelled:
             raise ValueError(
-                f"{len(missing)} of the {len(self.raw)} rows of the {name} set have no label (the first is row "
-                f"{missing[0]}); kNN and the linear probe need labels: leave these rows out, or leave the probe out"
+                f"none of the {len(records)} rows of the {name} set has a label in column {self.columns['label']!r}; "
+                "kNN and the linear probe need labels: name the column with --label_column, or leave them out"
             )
-        self.labelled = [row for row, label in enumerate(self.raw) if not no_label(label)]
-        if missing:
-            told = "%d of the %d rows of the %s set have a label: kNN and the linear probe learn from these"
-            logger.info(told, len(self.labelled), len(self.raw), name)
-        names = self.class_names
-        self.told = ["" if no_label(v) else str(v) if names is None else names[v] for v in self.raw]
+        self.class_names: list[str] = found.names or []
+        self.told = [self.class_names[number] if number >= 0 else "" for number in found.numbers.tolist()]
+        self.unlabelled = len(records) - len(self.labelled)
+        self.refused: dict[Any, BadRow] = found.refusals(f"the {name} set is the other rows")
         self.labels: list[int] = []  # places in the class names of the training set, -1 for none
         self.wanted = [self.labelled[place] for place in draw_rows(len(self.labelled), limit, seed)]
         self._kept: tuple[str, dict[int, tuple[list[int], Tensor]]] | None = None  # processor, batch -> its pixels
-
-    def names(self) -> list[str]:
-        """Class names, of a ClassLabel column in its own order, else of the values found."""
-        if self.class_names is not None:
-            return self.class_names
-        return [str(value) for value in sorted({self.raw[row] for row in self.labelled})]
 
     def pixel_values(self, processor: Any, batch_size: int, cache: int) -> Iterator[tuple[list[int], Tensor]]:
         """This rank's rows in batches, with their pixel values ``[B, 3, H, W]``; up to `cache` bytes are kept."""
@@ -232,7 +232,7 @@ class _Part:
                 rows, pixels = kept[number]
                 yield rows, transform.normalise(pixels)
                 continue
-            pictures, rows = usable_images(self.records, self.columns["image"], chunk)
+            pictures, rows = usable_images(self.records, self.columns["image"], chunk, self.refused)
             if not pictures:
                 continue
             pixels = transform.pixels(pictures)
@@ -247,7 +247,7 @@ class _Part:
 
 def _same_classes(train: _Part, test: _Part) -> tuple[list[str], list[int], list[int]]:
     """Class names and the labels of both sets as places in them."""
-    names = train.names()
+    names = train.class_names
     if len(names) < 2:
         raise ValueError(f"the training set has {len(names)} class ({names}); a classifier needs two or more")
     place = {name: index for index, name in enumerate(names)}
@@ -313,6 +313,7 @@ class LabelledEvaluator(Evaluator):
         if self._pixels == {}:  # first, so that the features stay for the next evaluator
             self._pixels = _accuracies(self._measure(*self.data.features(model, "pixels")))
         result = self._measure(*self.data.features(model))
+        self.refused |= self.data.refused
         if self._pixels:
             result.baselines["raw_pixels"] = self._pixels
         return result

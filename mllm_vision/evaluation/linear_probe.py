@@ -240,8 +240,8 @@ class LinearProbe(LabelledEvaluator):
             metrics["validation_accuracy"] = max(row["accuracy"] for row in table)
         metrics |= {"regularisation": chosen, "converged": float(fit.converged)}
         metrics |= {"gradient": fit.gradient, "iterations": float(fit.iterations)}
-        if self.data.count()[1] > count:
-            metrics["skipped"] = float(self.data.count()[1] - count)
+        if skipped := self.data.skipped(count):
+            metrics["skipped"] = skipped
         self._warn(fit, chosen)
         result = Evaluation(self.primary_metric, metrics, guessing(classes, len(names)))
         result.tables = {"class": classes, "sweep": table}

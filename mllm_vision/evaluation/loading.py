@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mllm_vision.data.sampling import BadRow
 from mllm_vision.distributed import total_over_ranks
 from mllm_vision.evaluation.base import agree_on_error, batches, gather_rows, my_share
 from mllm_vision.evaluation.images import usable_images
@@ -22,6 +23,7 @@ def encode_records(
     column: str,
     indices: Sequence[int],
     batch_size: int,
+    refused: dict[Any, BadRow] | None = None,
 ) -> tuple[torch.Tensor, list[int]]:
     """Encode the pictures of some rows, every rank its share.
 
@@ -30,6 +32,7 @@ def encode_records(
         records: the rows; ``column`` holds the picture.
         indices: rows wanted.
         batch_size: pictures read and encoded at once.
+        refused: row -> why it was left out, is added to.
 
     Returns:
         (features ``[N, ...]`` float32 on the CPU, the row of each one), complete on every rank.
@@ -44,7 +47,7 @@ def encode_records(
     read = 0
     try:
         for chunk in batches(my_share(len(indices)), batch_size):
-            pictures, kept = usable_images(records, column, [indices[place] for place in chunk])
+            pictures, kept = usable_images(records, column, [indices[place] for place in chunk], refused)
             if pictures:
                 features = encode(pictures).detach().float().cpu()
                 sound = finite_rows(features, kept, f"column {column!r}")
@@ -79,8 +82,13 @@ def finite_rows(features: torch.Tensor, rows: Sequence[int], where: str) -> list
 
 
 def encode_pictures(
-    dual: Any, records: Any, column: str, indices: Sequence[int], batch_size: int
+    dual: Any,
+    records: Any,
+    column: str,
+    indices: Sequence[int],
+    batch_size: int,
+    refused: dict[Any, BadRow] | None = None,
 ) -> tuple[torch.Tensor, list[int]]:
     """Unit image embeddings ``[N, E]`` of an image-text model and the rows they belong to."""
-    features, kept = encode_records(dual.encode_images, records, column, indices, batch_size)
+    features, kept = encode_records(dual.encode_images, records, column, indices, batch_size, refused)
     return F.normalize(features, dim=-1), kept

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mllm_vision.data.pairs import captions_of
 from mllm_vision.evaluation.attention import attention_map
 from mllm_vision.evaluation.base import Evaluation, Evaluator, batches, dual_model, image_model, unwrap
 from mllm_vision.evaluation.generation import AnswerGenerator
-from mllm_vision.evaluation.images import as_list, check_columns, data_uri, displayed, draw_rows, rounded, usable_images
+from mllm_vision.evaluation.images import check_columns, data_uri, displayed, draw_rows, rounded, usable_images
 
 PICTURE_SIZE = 224  # longest side of a picture embedded in the report
 
@@ -132,7 +133,7 @@ class Maps(Evaluator):
 
     def evaluate(self, model: Any) -> Evaluation:
         wanted = draw_rows(len(self.records), self.count)
-        pictures, kept = usable_images(self.records, self.columns["image"], wanted)
+        pictures, kept = usable_images(self.records, self.columns["image"], wanted, self.refused)
         draw = self._answers if self.processor is not None else self._encoder
         maps = [draw(model, picture, self.records[row]) for picture, row in zip(pictures, kept, strict=True)]
         return Evaluation("count", {"count": float(len(maps))}, arrays={"maps": maps})
@@ -144,7 +145,7 @@ class Maps(Evaluator):
         if self.texts is not None:
             return list(self.texts(row))[: self.texts_each]
         column = self.columns.get("caption")
-        return as_list(row[column])[: self.texts_each] if column else []
+        return captions_of(row[column])[: self.texts_each] if column else []
 
     def _encoder(self, model: Any, picture: Any, row: dict[str, Any]) -> dict[str, Any]:
         from mllm_vision.data.images import ImageTransform
@@ -171,7 +172,7 @@ class Maps(Evaluator):
     def _answers(self, model: Any, picture: Any, row: dict[str, Any]) -> dict[str, Any]:
         generator = AnswerGenerator(unwrap(model), self.processor, batch_size=64, max_new_tokens=12)
         column = self.columns.get("question")
-        questions = as_list(row[column])[: self.texts_each] if column else []
+        questions = captions_of(row[column])[: self.texts_each] if column else []
         vision = generator.model.config.vision_config
         pixels = generator.transform([picture]).to(generator.model.device)
         grid = self._grid_for(pixels.shape[-1], getattr(vision, "patch_size", pixels.shape[-1] // 8))

@@ -14,7 +14,7 @@ from mllm_vision.data.sampling import BadRow, BadSamples, only_columns
 from mllm_vision.evaluation.answers import MajorityBaseline, consensus, exact_match
 from mllm_vision.evaluation.base import Evaluation, Evaluator, agree_on_error, batches, gather_items, my_share
 from mllm_vision.evaluation.generation import AnswerGenerator
-from mllm_vision.evaluation.images import as_list, check_columns, data_uri, usable_images
+from mllm_vision.evaluation.images import as_list, check_columns, data_uri, draw_rows, row_image, usable_images
 
 logger = logging.getLogger(__name__)
 IMAGES_AT_ONCE = 256  # projected features of this many pictures are held in memory together
@@ -36,26 +36,30 @@ def read_questions(
     columns: dict[str, str],
     by: str | None,
     limit: int | None = None,
-    bad_samples: BadSamples | None = None,
+    refused: dict[Any, BadRow] | None = None,
 ) -> list[Question]:
     """Flatten rows into questions, read and judged as in training (`ConversationForm`).
 
     A row holds one question (str) with one answer or a list of annotators' answers, or a list of questions
     with a list as long of answers (each again one or several). ``by`` names the column of question types, of
-    the same form. A row that cannot be used is counted in ``bad_samples`` by its reason, and told.
+    the same form. A row that cannot be used is left out, noted in ``refused`` by its reason, and told.
 
     Raises:
         ValueError: no row can be used; with the reasons.
     """
     form = ConversationForm(records, {role: name for role, name in columns.items() if role != "image"})
-    bad = BadSamples() if bad_samples is None else bad_samples
+    bad = BadSamples()
     questions: list[Question] = []
-    total = min(len(records), limit or len(records))
+    rows = draw_rows(len(records), limit)
+    total = len(rows)
     bad.examine(total)
     texts = only_columns(records, [*form.columns.values(), *([by] if by else [])])
-    for row in range(total):
+    for row in rows:
         found = bad.judge_beforehand(f"row {row}", _asked, row, texts[row], form, by)
-        questions += [] if isinstance(found, BadRow) else found
+        if isinstance(found, BadRow):
+            (refused if refused is not None else {})[row] = found
+            continue
+        questions += found
     if bad.refused:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in bad.reasons.most_common())
         logger.warning("%d of %d rows are left out of question answering: %s", bad.refused, total, reasons)
@@ -94,7 +98,7 @@ class QuestionAnswering(Evaluator):
             "all".
         batch_size: questions generated at once.
         max_new_tokens: length limit of an answer.
-        limit: at most this many rows.
+        limit: at most this many rows, drawn at random.
         blind: the model sees zeros instead of pictures.
         no_image_baseline: measure the same model blind as well, as baseline ``no_image``.
         training_answers: (type, answer) pairs, or records with the same columns, from which the majority
@@ -138,7 +142,7 @@ class QuestionAnswering(Evaluator):
         self.by = next((column for column in candidates if column and column in found), None)
         self.batch_size, self.max_new_tokens, self.sample_count = batch_size, max_new_tokens, sample_count
         self.blind, self.no_image_baseline = blind, no_image_baseline
-        self.questions = read_questions(records, self.columns, self.by, limit)
+        self.questions = read_questions(records, self.columns, self.by, limit, self.refused)
         self.majority = MajorityBaseline(self._training_pairs(training_answers))
 
     def _training_pairs(self, given: Any) -> list[tuple[str, str]]:
@@ -182,7 +186,8 @@ class QuestionAnswering(Evaluator):
                 blind=blind,
             )
             for chunk in batches(my_share(len(rows)), IMAGES_AT_ONCE):
-                pictures, kept = usable_images(self.records, self.columns["image"], [rows[place] for place in chunk])
+                wanted = [rows[place] for place in chunk]
+                pictures, kept = usable_images(self.records, self.columns["image"], wanted, self.refused)
                 asked = [(place, *item) for place, row in enumerate(kept) for item in by_row[row]]
                 texts = generator.answer(pictures, [(place, question.text) for place, _, question in asked])
                 pairs += [(number, (question, text)) for (_, number, question), text in zip(asked, texts, strict=True)]
@@ -237,8 +242,6 @@ class QuestionAnswering(Evaluator):
 
     def _samples(self, answers: Sequence[tuple[Question, str]]) -> list[dict[str, Any]]:
         """Right and wrong answers with thumbnails, spread over question types and pictures."""
-        from mllm_vision.data.images import load_image
-
         chosen: list[tuple[Question, str, bool]] = []
         for wanted in (True, False):
             groups: dict[str, list[tuple[Question, str]]] = defaultdict(list)
@@ -252,7 +255,7 @@ class QuestionAnswering(Evaluator):
             chosen += [(question, text, wanted) for question, text in turns[: self.sample_count // 2]]
         return [
             {
-                "image": data_uri(load_image(self.records[question.row][self.columns["image"]]), 128),
+                "image": data_uri(row_image(self.records, self.columns["image"], question.row), 128),
                 "question": question.text,
                 "answer": question.answers[0],
                 "prediction": text,

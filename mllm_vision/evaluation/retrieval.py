@@ -6,6 +6,7 @@ captions is among the first K texts; a text query when its image is among the fi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from math import comb
 from typing import Any
@@ -13,9 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mllm_vision.evaluation.base import Evaluation, Evaluator, dual_model, encode_rows, exact_arithmetic
-from mllm_vision.evaluation.images import as_list, check_columns
+from mllm_vision.data.pairs import captions_of
+from mllm_vision.data.sampling import BadRow, column_values
+from mllm_vision.evaluation.base import Evaluation, Evaluator, dual_model, encode_rows, exact_arithmetic, refusal_counts
+from mllm_vision.evaluation.images import check_columns, draw_rows, row_image
 from mllm_vision.evaluation.loading import encode_pictures
+
+logger = logging.getLogger(__name__)
 
 
 def first_hit_ranks(scores: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
@@ -42,17 +47,15 @@ def chance_recall(right: Iterable[int], candidates: int, k: int) -> float:
 
 
 def distinct_rows(records: Any, column: str, limit: int | None = None, captions_each: int | None = 1) -> list[int]:
-    """Rows whose (first) captions share no text with an earlier chosen row, at most ``limit`` of them."""
+    """Rows whose (first) captions share no text with an earlier chosen row; ``limit`` of them, drawn at random."""
     seen: set[str] = set()
     rows: list[int] = []
-    for index, value in enumerate(records[column]):
-        captions = as_list(value)[:captions_each]
+    for index, value in enumerate(column_values(records, column)):
+        captions = captions_of(value)[:captions_each]
         if captions and not seen.intersection(captions):
             rows.append(index)
             seen.update(captions)
-        if limit is not None and len(rows) >= limit:
-            break
-    return rows
+    return [rows[place] for place in draw_rows(len(rows), limit)]
 
 
 class Retrieval(Evaluator):
@@ -66,7 +69,7 @@ class Retrieval(Evaluator):
         batch_size: pictures encoded at once.
         captions_each: use at most this many captions a picture (None: all).
         distinct: leave out pictures whose captions repeat an earlier picture's text.
-        limit: at most this many pictures.
+        limit: at most this many pictures, drawn at random.
 
     The same text under two pictures is one and the same query to the model, so every picture that carries it
     counts as right (and the reverse); on data without repeated captions this is the standard protocol.
@@ -76,7 +79,7 @@ class Retrieval(Evaluator):
     ``chance``.
 
     Raises:
-        ValueError: missing columns, fewer than two usable pictures, a picture without caption.
+        ValueError: missing columns, fewer than two usable pictures.
     """
 
     primary_metric = "r1"
@@ -103,35 +106,39 @@ class Retrieval(Evaluator):
             raise ValueError(f"ks={ks} must be positive whole numbers, such as (1, 5, 10)")
         self.primary_metric = f"r{self.ks[0]}"
         column = self.columns["caption"]
+        captions = [captions_of(value)[:captions_each] for value in column_values(records, column)]
+        empty = [row for row, texts in enumerate(captions) if not texts]
+        self.refused |= dict.fromkeys(empty, BadRow("the caption is empty"))
+        if empty:
+            told = "%s: %d of %d rows have no caption with words in column %r and are left out, such as row %d"
+            logger.warning(told, name, len(empty), len(records), column, empty[0])
         if distinct:
             self.rows = distinct_rows(records, column, limit, captions_each)
         else:
-            self.rows = list(range(len(records)))[:limit]
-        captions = records[column]
-        self.captions = {row: as_list(captions[row])[:captions_each] for row in self.rows}
-        empty = [row for row, texts in self.captions.items() if not texts]
-        if empty:
-            raise ValueError(f"Retrieval {name!r}: rows {empty[:5]} have no caption in column {column!r}")
+            rows = [row for row, texts in enumerate(captions) if texts]
+            self.rows = [rows[place] for place in draw_rows(len(rows), limit)]
+        self.captions = {row: captions[row] for row in self.rows}
         if len(self.rows) < 2:
             raise ValueError(f"Retrieval {name!r} needs two pictures or more; {len(self.rows)} left of {len(records)}")
 
     def evaluate(self, model: Any) -> Evaluation:
         dual = dual_model(model)
-        images, kept = encode_pictures(dual, self.records, self.columns["image"], self.rows, self.batch_size)
+        images, kept = encode_pictures(
+            dual, self.records, self.columns["image"], self.rows, self.batch_size, self.refused
+        )
         pairs = [(place, text) for place, row in enumerate(kept) for text in self.captions[row]]
         distinct = list(dict.fromkeys(text for _, text in pairs))
         vector = dict(zip(distinct, F.normalize(encode_rows(distinct, dual.encode_texts, 256), dim=-1), strict=True))
         texts = torch.stack([vector[text] for _, text in pairs])
         with exact_arithmetic():
             result = retrieval_metrics(images, texts, pairs, self.ks)
-        if len(kept) < len(self.rows):
-            result.metrics["skipped"] = float(len(self.rows) - len(kept))
+        if self.refused:
+            result.metrics["skipped"] = float(sum(refusal_counts(self.refused).values()))
         result.arrays.update(self._matrix(images, kept, vector))
         return result
 
     def _matrix(self, images: torch.Tensor, kept: Sequence[int], vector: dict[str, torch.Tensor]) -> dict[str, Any]:
         """A small similarity matrix with thumbnails and captions, for the report."""
-        from mllm_vision.data.images import load_image
         from mllm_vision.evaluation.images import data_uri
 
         size = min(self.matrix_size, len(kept))
@@ -145,7 +152,7 @@ class Retrieval(Evaluator):
                 "matrix": [[round(value, 4) for value in row] for row in scores.tolist()],
                 "captions": captions,
                 "images": [
-                    data_uri(load_image(self.records[kept[place]][self.columns["image"]]), 64) for place in places
+                    data_uri(row_image(self.records, self.columns["image"], kept[place]), 64) for place in places
                 ],
             }
         }

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mllm_vision.data.labels import Labels, column_labels, read_labels
+from mllm_vision.data.sampling import column_values
 from mllm_vision.evaluation.base import Evaluation, Evaluator, dual_model, encode_rows, exact_arithmetic
-from mllm_vision.evaluation.images import check_columns, column_of, data_uri
+from mllm_vision.evaluation.images import check_columns, column_of, data_uri, draw_rows, row_image
 from mllm_vision.evaluation.loading import encode_pictures
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
@@ -38,33 +40,30 @@ def class_embeddings(
     return F.normalize(rows.mean(dim=1), dim=-1)
 
 
-def label_indices(records: Any, column: str, class_names: Sequence[str] | None) -> tuple[list[int], list[str]]:
-    """Labels as indices and the names they index.
+def label_indices(records: Any, column: str, class_names: Sequence[str] | None) -> Labels:
+    """Labels as indices (-1 where there is none), and the names they index.
 
     Names come from ``class_names``, else from the column's ClassLabel feature, else from the strings found.
 
     Raises:
-        ValueError: a label outside the classes, or integers with nothing that names them.
+        ValueError: a label outside the classes, integers with nothing that names them, or not one label.
     """
-    labels = list(records[column])
-    if class_names is None:
-        feature = getattr(records, "features", {}).get(column)
-        class_names = getattr(feature, "names", None)
-        if class_names is None:
-            if not all(isinstance(label, str) for label in labels):
-                raise ValueError(f"column {column!r} holds numbers without names; pass class_names")
-            class_names = sorted(set(labels))
-    names = list(class_names)
-    if len(set(names)) != len(names):
-        raise ValueError(f"class_names has duplicates: {sorted({name for name in names if names.count(name) > 1})}")
-    place = {name: index for index, name in enumerate(names)}
-    indices = []
-    for row, label in enumerate(labels):
-        index = place.get(label, -1) if isinstance(label, str) else int(label)
-        if not 0 <= index < len(names):
-            raise ValueError(f"row {row} has label {label!r}, which is none of the {len(names)} classes {names[:8]}")
-        indices.append(index)
-    return indices, names
+    found = column_labels(records, column)
+    if class_names is not None:
+        names = list(class_names)
+        if len(set(names)) != len(names):
+            raise ValueError(f"class_names has duplicates: {sorted({name for name in names if names.count(name) > 1})}")
+        found = read_labels(column_values(records, column), names)
+    outside = next((row for row, why in found.bad.items() if why.reason == "the label is none of the classes"), None)
+    if outside is not None:
+        label = column_values(records, column)[outside]
+        names = found.names or []
+        raise ValueError(f"row {outside} has label {label!r}, which is none of the {len(names)} classes {names[:8]}")
+    if not found.labelled:
+        raise ValueError(f"none of the {len(records)} rows has a label in column {column!r}; zero-shot needs labels")
+    if found.names is None:
+        raise ValueError(f"column {column!r} holds numbers without names; pass class_names (--class_names)")
+    return found
 
 
 class ZeroShot(Evaluator):
@@ -77,10 +76,13 @@ class ZeroShot(Evaluator):
         templates: prompts with ``{}``; several are ensembled.
         columns: roles ``image`` and ``label`` to column names.
         batch_size: pictures encoded at once.
+        limit: at most so many labelled rows, drawn at random by ``seed``; the classes are those of all rows.
         per_class: also fill ``tables["class"]`` and, for few classes, ``arrays["confusion"]``.
 
-    Metrics: ``accuracy``, ``top5_accuracy`` (ten classes or more), ``mean_class_accuracy``, ``count``;
-    baselines ``chance`` (one over the classes) and ``most_frequent_class``.
+    Rows without a label, or with one that is none (0.5), are left out and told, as are unreadable pictures.
+
+    Metrics: ``accuracy``, ``top5_accuracy`` (ten classes or more), ``mean_class_accuracy``, ``count``; ``skipped``
+    where rows were left out; baselines ``chance`` (one over the classes) and ``most_frequent_class``.
 
     Raises:
         ValueError: missing columns, labels outside the classes, templates without ``{}``, no usable picture.
@@ -97,6 +99,8 @@ class ZeroShot(Evaluator):
         columns: dict[str, str] | None = None,
         batch_size: int = 64,
         *,
+        limit: int | None = None,
+        seed: int = 0,
         per_class: bool = True,
         sample_count: int = 12,
     ) -> None:
@@ -104,9 +108,10 @@ class ZeroShot(Evaluator):
         self.records, self.batch_size, self.per_class = records, batch_size, per_class
         self.columns = columns or {"image": "image", "label": "label"}
         check_columns(records, self.columns, ("image", "label"), f"ZeroShot {name!r}")
-        self.labels, self.class_names = label_indices(
-            records, column_of(self.columns, "label", "ZeroShot"), class_names
-        )
+        labels = label_indices(records, column_of(self.columns, "label", "ZeroShot"), class_names)
+        self.labels, self.class_names = labels.numbers.tolist(), labels.names or []
+        self.refused |= labels.refusals("zero-shot leaves them out")
+        self.rows = [labels.labelled[place] for place in draw_rows(len(labels.labelled), limit, seed)]
         self.templates = (templates,) if isinstance(templates, str) else tuple(templates)
         self.sample_count = sample_count
         for template in self.templates:
@@ -117,7 +122,7 @@ class ZeroShot(Evaluator):
         dual = dual_model(model)
         classes = class_embeddings(dual, self.class_names, self.templates)
         images, kept = encode_pictures(
-            dual, self.records, self.columns["image"], range(len(self.records)), self.batch_size
+            dual, self.records, self.columns["image"], self.rows, self.batch_size, self.refused
         )
         with exact_arithmetic():
             scores = images @ classes.T  # [N, C]
@@ -142,8 +147,8 @@ class ZeroShot(Evaluator):
         if classes >= 10:
             metrics["top5_accuracy"] = (ahead < 5).float().mean().item()
             chance["top5_accuracy"] = 5 / classes
-        if len(kept) < len(self.records):
-            metrics["skipped"] = float(len(self.records) - len(kept))
+        if left_out := len(self.rows) - len(kept) + self.labels.count(-1):
+            metrics["skipped"] = float(left_out)
         result = Evaluation(self.primary_metric, metrics, {"chance": chance})
         result.baselines["most_frequent_class"] = {"accuracy": counts.max().item() / len(truth)}
         guess = scores.argmax(dim=1)
@@ -164,8 +169,6 @@ class ZeroShot(Evaluator):
         self, truth: torch.Tensor, guess: torch.Tensor, right: torch.Tensor, kept: Sequence[int]
     ) -> list[dict]:
         """A few wrong answers first, then right ones, with thumbnails."""
-        from mllm_vision.data.images import load_image
-
         half = self.sample_count // 2
         wrong_rows = (~right).nonzero().flatten().tolist()[:half]
         right_rows = right.nonzero().flatten().tolist()
@@ -173,7 +176,7 @@ class ZeroShot(Evaluator):
         rows = wrong_rows + right_rows[::step][: self.sample_count - len(wrong_rows)]
         return [
             {
-                "image": data_uri(load_image(self.records[kept[row]][self.columns["image"]])),
+                "image": data_uri(row_image(self.records, self.columns["image"], kept[row])),
                 "answer": self.class_names[int(truth[row])],
                 "prediction": self.class_names[int(guess[row])],
                 "correct": bool(right[row]),

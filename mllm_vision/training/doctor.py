@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import torch
 
-from mllm_vision.data.decoding import BadImage
-from mllm_vision.data.pairs import image_id
-from mllm_vision.data.sampling import draw_key, text_id
+from mllm_vision.data.image_files import first_image
+from mllm_vision.data.pairs import captions_of, image_id
+from mllm_vision.data.sampling import BadRow, draw_key, judge, text_id
 
 from .health import expected_chance
 
@@ -85,38 +85,33 @@ def sample_pairs(dataset: Any, count: int = 5000, *, rows: int | None = None, se
     chosen = range(total) if total <= count else sorted(random.Random(seed).sample(range(total), count))
     drawn = set(random.Random(seed).sample(chosen, min(PICTURES, len(chosen))))
     sample = PairSample(rows)
-    image, caption = dataset.columns["image"], dataset.columns["caption"]
     for index in chosen:
-        record = dataset.records[index]
-        try:
-            if index in drawn:
-                row = dataset.read_record(record, draw_key(dataset.seed, 0, index), index)
-                sample.pictures.append(row["image"])
-                text, identity = row["caption"], row["image_id"]
-            else:
-                text, identity = _caption(record[caption], draw_key(dataset.seed, 0, index)), _identity(record[image])
-        except ValueError as error:
-            sample.bad.append(f"row {index}: {error}")
+        found = judge(f"row {index}", _row, dataset, index, index in drawn)
+        if isinstance(found, BadRow):
+            sample.bad.append(str(found))
             continue
+        text, identity, picture = found
+        sample.pictures += [] if picture is None else [picture]
         sample.captions.append(text)
         sample.caption_ids.append(text_id(text))
         sample.image_ids.append(identity)
     return sample
 
 
-def _caption(value: Any, key: int) -> str:
-    texts = value if isinstance(value, list | tuple) else [value]
-    texts = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-    if not texts:
-        raise ValueError("the caption is empty")
-    return texts[key % len(texts)]
+def _row(dataset: Any, index: int, decoded: bool) -> tuple[str, int, Any]:
+    """(caption, id of the image, the image where it is to be decoded) of a row, as the training reads it."""
+    record, key = dataset.records[index], draw_key(dataset.seed, 0, index)
+    if decoded:
+        row = dataset.read_record(record, key, index)
+        return row["caption"], row["image_id"], row["image"]
+    captions = captions_of(record[dataset.columns["caption"]])
+    if not captions:
+        raise BadRow("the caption is empty")
+    return captions[key % len(captions)], _identity(record[dataset.columns["image"]]), None
 
 
 def _identity(value: Any) -> int:
-    value = value[0] if isinstance(value, list | tuple) and value else value
-    if value is None or value == [] or (isinstance(value, dict) and not any(value.values())):
-        raise BadImage("the row has no image")
-    return image_id(value)
+    return image_id(first_image(value))
 
 
 # ---- batch, duplicates, chance -------------------------------------------------------------------------------

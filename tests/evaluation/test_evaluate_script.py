@@ -163,7 +163,7 @@ def test_a_folder_of_pictures_is_a_test_set(folder, tmp_path, caplog) -> None:
     words = ["--model", str(folder / "encoder"), "--task", f"geometry={tmp_path / 'pictures'}"]
     record = run(folder, *words)
     assert record["datasets"]["geometry"]["rows"] == 6 and "its only one, 'train', is taken" in caplog.text
-    with pytest.raises(ValueError, match=r"(?s)Unknown split .tset.*_split"):
+    with pytest.raises(ValueError, match=r"no split .tset.*_split"):
         run(folder, *words, "--dataset_split", "tset")
     for part in ("train", "validation"):
         path = tmp_path / "two" / part / "cat" / "0.png"

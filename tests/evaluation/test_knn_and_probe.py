@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value
 
 from mllm_vision.data import load_records
 from mllm_vision.encoder import VisionEncoder
@@ -142,6 +142,11 @@ class Given:
 
     def train_rows(self) -> list[int]:
         return self.parts[0].rows
+
+    def skipped(self, count: int) -> float:
+        return 0.0
+
+    refused: dict = {}
 
 
 def given(train: tuple, test: tuple, classes: int) -> Given:
@@ -339,7 +344,9 @@ def test_training_rows_without_a_label_are_left_out(rows, encoder, caplog):
     test = [{"image": row["image"], "label": row["label"]} for row in rows.select(range(24))]
     with caplog.at_level("INFO"):
         data = LabelledImages(partly, test)
-    assert f"{len(whole)} of the {len(partly)} rows of the training set have a label" in caplog.text
+    left_out = len(partly) - len(whole)
+    assert f"{left_out} of {len(partly)} rows have no label (the first is row 0): the training set is" in caplog.text
+    assert len(data.refused) == left_out and {why.reason for why in data.refused.values()} == {"the row has no label"}
     for evaluator in (KnnAccuracy, partial(LinearProbe, regularisation=1e-3)):
         found, wanted = (evaluator("it", each)(encoder) for each in (data, LabelledImages(whole, test)))
         assert found["accuracy"] == wanted["accuracy"] and found["count"] == wanted["count"] == 24
@@ -354,10 +361,11 @@ def test_labels_that_will_not_do(rows, encoder):
     with pytest.raises(ValueError, match="need labelled pictures; the test set: no column found for label"):
         LabelledImages(rows, images)
     hidden = rows.remove_columns("label").add_column("label", [-1] * 4 + list(rows["label"])[4:])
-    with pytest.raises(ValueError, match="4 of the 96 rows of the test set have no label"):
-        LabelledImages(rows, hidden)
+    shown = rows.cast_column("label", Value("int64"))
+    left = KnnAccuracy("knn", LabelledImages(shown, hidden), k=3).examine(encoder)  # as in training, and told
+    assert (left.metrics["count"], left.metrics["skipped"]) == (92, 4) and left.refused == {"the row has no label": 4}
     nothing = rows.remove_columns("label").add_column("label", [-1] * len(rows))
-    with pytest.raises(ValueError, match="96 of the 96 rows of the training set have no label"):
+    with pytest.raises(ValueError, match="none of the 96 rows of the training set has a label"):
         LabelledImages(nothing, rows)
     other = rows.cast_column("label", ClassLabel(names=[f"new {i}" for i in range(16)]))
     with pytest.raises(ValueError, match="labels that the training set lacks: .'new 0'"):
