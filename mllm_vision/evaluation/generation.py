@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from mllm_vision.data.prompts import chat_template_of, prompt_ids
+from mllm_vision.data.sampling import BadRow
+from mllm_vision.errors import short
 from mllm_vision.evaluation.base import batches, unwrap
-from mllm_vision.vlm.measure import greedy, said
+from mllm_vision.vlm.measure import check_room, greedy, said
 from mllm_vision.vlm.tokens import stop_ids
 
 
@@ -24,7 +26,7 @@ class AnswerGenerator:
         blind: feed zeros in place of every picture.
 
     Raises:
-        ValueError: no chat template, or a prompt without exactly one image token.
+        ValueError: no chat template.
     """
 
     def __init__(
@@ -42,7 +44,11 @@ class AnswerGenerator:
         self._prompts: dict[str, list[int]] = {}
 
     def prompt_ids(self, question: str) -> list[int]:
-        """Token ids of the prompt, with one image token."""
+        """Token ids of the prompt, with one image token.
+
+        Raises:
+            BadRow: it has another number of them (the word <image> in the question), or leaves no room for an answer.
+        """
         from mllm_vision.data.messages import from_pairs
 
         if question not in self._prompts:
@@ -50,8 +56,9 @@ class AnswerGenerator:
             ids = prompt_ids(self.processor, from_pairs([(question, "")], 1)[:1])
             found = ids.count(self.image_token_id)
             if found != 1:
-                text = self.tokenizer.decode(ids)
-                raise ValueError(f"the prompt {text!r} holds {found} image tokens (id {self.image_token_id}), not one")
+                text = short(self.tokenizer.decode(ids))
+                raise BadRow("the prompt holds not one image token", f"{found} (id {self.image_token_id}) in {text}")
+            check_room(self.model, len(ids) - 1 + self.model.config.image_seq_length, self.max_new_tokens)
             self._prompts[question] = ids
         return self._prompts[question]
 

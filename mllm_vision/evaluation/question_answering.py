@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mllm_vision.data.forms import ConversationForm
-from mllm_vision.data.sampling import BadRow, BadSamples, only_columns
+from mllm_vision.data.sampling import BadRow, BadSamples, judge, only_columns
 from mllm_vision.evaluation.answers import MajorityBaseline, consensus, exact_match
 from mllm_vision.evaluation.base import Evaluation, Evaluator, agree_on_error, batches, gather_items, my_share
 from mllm_vision.evaluation.generation import AnswerGenerator
@@ -189,6 +189,7 @@ class QuestionAnswering(Evaluator):
                 wanted = [rows[place] for place in chunk]
                 pictures, kept = usable_images(self.records, self.columns["image"], wanted, self.refused)
                 asked = [(place, *item) for place, row in enumerate(kept) for item in by_row[row]]
+                asked = [item for item in asked if self._can_be_asked(generator, item[2])]
                 texts = generator.answer(pictures, [(place, question.text) for place, _, question in asked])
                 pairs += [(number, (question, text)) for (_, number, question), text in zip(asked, texts, strict=True)]
         except Exception as problem:
@@ -198,6 +199,14 @@ class QuestionAnswering(Evaluator):
         if not merged:
             raise ValueError(f"QuestionAnswering {self.name!r}: none of the pictures could be read")
         return merged
+
+    @staticmethod
+    def _can_be_asked(generator: AnswerGenerator, question: Question) -> bool:
+        """Whether the question makes a prompt; if not it is told, and counted among those skipped."""
+        found = judge(f"row {question.row}", generator.prompt_ids, question.text)
+        if isinstance(found, BadRow):
+            logger.warning("a question is left out: %s", found)
+        return not isinstance(found, BadRow)
 
     def _summary(self, answers: Sequence[tuple[Question, str]]) -> Evaluation:
         right = [exact_match(text, question.answers) for question, text in answers]

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from transformers import AutoProcessor, LlavaProcessor
 
+from mllm_vision.data.images import ImageTransform
 from mllm_vision.vlm.model import VisionLanguageModel
 from mllm_vision.vlm.tokens import pad_left, settle_ends
 
@@ -67,14 +69,21 @@ def load_vlm(
 
     Raises:
         FileNotFoundError: a folder that is not there or has no config.json.
-        ValueError: a folder that holds something else than a LLaVA model.
+        ValueError: a folder that holds something else than a LLaVA model, or not all of its weights; a processor
+            that does not belong to the model.
     """
     folder = Path(path)
     if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
         read_config(folder)
     hub: dict[str, Any] = {"token": token, "revision": revision}
-    model = VisionLanguageModel.from_pretrained(str(path), dtype=dtype, **hub)
+    model, found = VisionLanguageModel.from_pretrained(str(path), dtype=dtype, output_loading_info=True, **hub)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{path} lacks {len(missing)} weights of a LLaVA ({', '.join(missing[:3])}), which would be random; give "
+            "the folder of a whole checkpoint"
+        )
     processor = AutoProcessor.from_pretrained(str(path), **hub)
+    fit_processor(model.eval(), processor, str(path))
     pad_left(processor.tokenizer)
     settle_ends(model, processor)
     if model.blind:
@@ -82,10 +91,64 @@ def load_vlm(
     return model.eval(), processor
 
 
+def fit_processor(model: VisionLanguageModel, processor: Any, path: str) -> None:
+    """Let config and processor say how many tokens an image takes, as the tower gives them; what was wrong is told.
+
+    Older LLaVA checkpoints have an ``image_seq_length`` that nothing uses, and processors without a patch size.
+
+    Raises:
+        ValueError: no processor of a LLaVA; images of another size than the tower's; an image token that the
+            language model has no embedding for.
+    """
+    if not isinstance(processor, LlavaProcessor):
+        raise ValueError(
+            f"{path} has no LlavaProcessor (found: {type(processor).__name__}); save one into the folder with "
+            "LlavaProcessor(image_processor, tokenizer, patch_size=..., vision_feature_select_strategy=...)"
+        )
+    config, token = model.config, processor.image_token_id
+    rows = model.get_input_embeddings().weight.shape[0]
+    if token >= rows:
+        raise ValueError(
+            f"{path}: the processor's image token {processor.image_token!r} has id {token}, beyond the {rows} "
+            "embeddings of the language model; give the processor that was saved with the model"
+        )
+    blank = ImageTransform(processor.image_processor, train=False)([Image.new("RGB", (64, 64))])
+    size = config.vision_config.image_size
+    if tuple(blank.shape[-2:]) != ((size, size) if isinstance(size, int) else tuple(size)):
+        raise ValueError(
+            f"{path}: the processor gives images of {tuple(blank.shape[-2:])} pixels, but the vision tower takes "
+            f"{size}; correct the size of the image processor in processor_config.json"
+        )
+    tower = next(model.model.vision_tower.parameters())
+    with torch.no_grad():
+        tokens = len(model.get_image_features(blank.to(tower.device, tower.dtype)).pooler_output[0])
+    patch = config.vision_config.patch_size
+    wanted = {
+        "patch_size": patch,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": tokens
+        - (blank.shape[-2] // patch) * (blank.shape[-1] // patch)
+        + (config.vision_feature_select_strategy == "default"),
+    }
+    changed = []
+    for holder, values in ((config, {"image_seq_length": tokens, "image_token_id": token}), (processor, wanted)):
+        for name, value in values.items():
+            if (was := getattr(holder, name)) != value:
+                changed.append(f"{name}={was} -> {value}")
+                setattr(holder, name, value)
+    if changed:
+        logger.warning("%s: corrected to what the vision tower gives: %s", path, ", ".join(changed))
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a LLaVA folder; FileNotFoundError or ValueError saying what is there instead."""
     file = folder / "config.json"
     if not file.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{folder} holds LoRA adapters without their model: merge them (peft's merge_and_unload), or give the "
+                "folder above, where recipes/instruct.py saved them merged"
+            )
         found = sorted(entry.name for entry in folder.iterdir())[:8] if folder.is_dir() else None
         inside = f"it holds {', '.join(found) or 'nothing'}" if found is not None else "there is no such folder"
         raise FileNotFoundError(f"{folder} is no saved model: no config.json ({inside}); give the folder that has one")
@@ -95,5 +158,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} holds a {kind!r} model, not a vision-language model ('llava'); "
             "give what recipes/align.py or recipes/instruct.py saved under 'model'"
+        )
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        raise ValueError(
+            f"{folder} is quantised ({method}), which is neither trained nor measured here; give the original"
         )
     return config

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from mllm_vision.data.images import ImageTransform
 from mllm_vision.data.prompts import prompt_ids
+from mllm_vision.data.sampling import BadRow
 from mllm_vision.distributed import rank, total_over_ranks, world_size
 from mllm_vision.vlm.tokens import stop_ids
 
@@ -107,7 +108,7 @@ def answer(
         max_new_tokens: length limit.
 
     Raises:
-        ValueError: no chat template; more or fewer pictures than image parts.
+        ValueError: no chat template; more or fewer pictures than image parts; no room for an answer.
     """
     ids = torch.tensor([prompt_ids(processor, messages)])
     image_token = model.config.image_token_id
@@ -121,10 +122,22 @@ def answer(
         inputs["pixel_values"] = pixels.to(model.device, dtype)
         repeats = torch.where(ids[0] == image_token, model.config.image_seq_length, 1)
         ids = ids.repeat_interleave(repeats, dim=1)
+    check_room(model, ids.shape[1], max_new_tokens)
     inputs |= {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids, device=model.device)}
     ends = stop_ids(model, processor)
     output = model.generate(**inputs, generation_config=greedy(processor.tokenizer, ends, max_new_tokens))
     return said(processor.tokenizer, output[0, ids.shape[1] :].tolist(), ends)
+
+
+def check_room(model: Any, tokens: int, max_new_tokens: int) -> None:
+    """ValueError (a `BadRow`) where a prompt of so many tokens leaves the language model no positions to answer."""
+    limit = getattr(model.config.text_config, "max_position_embeddings", None)
+    if limit and tokens + max_new_tokens > limit:
+        raise BadRow(
+            "the prompt leaves no room for the answer",
+            f"{tokens} tokens, image tokens included, and {max_new_tokens} to come, but the language model holds "
+            f"{limit}; ask for less with --max_new_tokens, or begin a new dialogue",
+        )
 
 
 def greedy(tokenizer: Any, ends: Sequence[int], max_new_tokens: int) -> GenerationConfig:

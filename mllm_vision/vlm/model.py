@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration
 from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModel
@@ -172,7 +173,7 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: initialised on loading as transformers' own classes are.
+        """False: initialised and renamed on loading as transformers' own classes are.
 
         Of custom code transformers 5.23 takes a module without weights of its own for initialised, so that the
         buffers it fills there (Falcon-H1's) would keep what lay in memory.
@@ -305,3 +306,9 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
             config = json.loads(file.read_text(encoding="utf-8"))
             config["architectures"] = ["LlavaForConditionalGeneration"]
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# Files name weights as llava-hf's do, from before transformers 5; the renaming goes by the class's name.
+register_checkpoint_conversion_mapping(
+    VisionLanguageBackbone.__name__, get_checkpoint_conversion_mapping(LlavaModel.__name__), overwrite=True
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from causal_lms import tiny_causal_lm
 from datasets import Dataset
 
 from mllm_vision.data import CHAT_TEMPLATES, load_image, load_records
@@ -115,6 +116,35 @@ def test_figures_against_hand_counts(pair, records, monkeypatch) -> None:
     assert table["shape"]["count"] == 7 and table["shape"]["majority_answer"] == max(set(shapes), key=shapes.count)
     assert {sample["correct"] for sample in result.samples} == {True, False}
     assert all(sample["image"].startswith("data:image/png") for sample in result.samples)
+
+
+def test_a_question_that_makes_no_prompt_is_counted_and_the_others_are_asked(pair, caplog) -> None:
+    model, processor = pair
+    asked = ["what?", "where is the <image> here?", "why " * 300]
+    rows = [{"image": tiny.random_image(row), "question": text, "answer": "red"} for row, text in enumerate(asked)]
+    columns = {"image": "image", "question": "question", "answer": "answer"}
+    metrics = QuestionAnswering("vqa", Dataset.from_list(rows), columns, processor, max_new_tokens=2)(model, 0)
+    assert (metrics["count"], metrics["skipped"]) == (1.0, 2.0)
+    assert "row 1" in caplog.text and "row 2" in caplog.text and "--max_new_tokens" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "gemma3_text", "falcon_h1"])
+def test_batched_answers_of_other_families(family, records, tmp_path) -> None:
+    """Learned positions, ALiBi, sliding windows and recurrent layers under padding: each alone is the oracle."""
+    tokenizer = tiny.tiny_tokenizer(tmp_path)
+    encoder = VisionEncoder.from_backbone(tiny.tiny_clip_vision(), tiny.tiny_image_processor("clip"))
+    torch.manual_seed(0)
+    llm = tiny_causal_lm(family, initializer_range=0.4, tie_word_embeddings=False)
+    model, processor = build_vlm(encoder, llm, tokenizer=tokenizer, chat_template=CHAT_TEMPLATES["qa"])
+    with torch.no_grad():
+        for parameter in model.model.multi_modal_projector.parameters():
+            parameter.mul_(20)
+    pictures = [load_image(records[row]["image"]) for row in range(3)]
+    asked = [(row, text) for row in range(3) for text in ("what?", "how many big red circles are there in it?")]
+    answers = AnswerGenerator(model, processor, batch_size=6, max_new_tokens=5).answer(pictures, asked)
+    one = AnswerGenerator(model, processor, batch_size=1, max_new_tokens=5)
+    assert answers == [one.answer([pictures[row]], [(0, text)])[0] for row, text in asked]
+    assert len(set(answers)) > 1
 
 
 def test_majority_from_training_answers(pair, records) -> None:

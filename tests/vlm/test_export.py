@@ -173,6 +173,71 @@ def test_loading_something_else_is_a_clear_error(build, tmp_path):
         load_vlm(tmp_path / "tower")
 
 
+def test_a_foreign_llava_is_corrected_to_what_its_tower_gives(build, make_batch, tmp_path, caplog):
+    """An `image_seq_length` that nothing uses, a processor without a patch size; both ways to name the weights."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoProcessor
+
+    from mllm_vision.vlm import load_vlm, save_vlm
+
+    model, processor = build()
+    save_vlm(model, processor, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["mllm_vision"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "image_seq_length": 576}))
+    settings = json.loads((tmp_path / "processor_config.json").read_text())
+    settings |= {"patch_size": None, "vision_feature_select_strategy": None, "num_additional_image_tokens": 0}
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    weights = load_file(tmp_path / "model.safetensors")
+    assert {"language_model.lm_head.weight", "language_model.model.embed_tokens.weight"} <= set(weights)  # llava-hf's
+    own = {name: weight.clone() for name, weight in model.state_dict().items()}
+    (tmp_path / "own").mkdir()
+    for file in tmp_path.glob("*.json"):
+        (tmp_path / "own" / file.name).write_bytes(file.read_bytes())
+    save_file(own, tmp_path / "own" / "model.safetensors", metadata={"format": "pt"})
+    for name, weight in load_vlm(tmp_path / "own")[0].state_dict().items():
+        assert torch.equal(weight, own[name]), name
+    again, read = load_vlm(tmp_path)
+    assert again.config.image_seq_length == 16 and "image_seq_length=576 -> 16" in caplog.text
+    assert "patch_size=None -> 8" in caplog.text
+    batch = make_batch(model)
+    with torch.no_grad():
+        assert torch.allclose(again(**batch).loss, model(**batch).loss, atol=1e-6)
+    text = read(text="<image>", images=tiny.random_image(), return_tensors="pt", add_special_tokens=False)
+    assert int((text["input_ids"] == again.config.image_token_id).sum()) == 16
+    save_vlm(again, read, tmp_path / "again")
+    assert AutoProcessor.from_pretrained(tmp_path / "again").patch_size == 8
+
+
+def test_a_processor_or_weights_that_do_not_belong_to_the_model(build, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from mllm_vision.vlm import load_vlm, save_vlm
+
+    model, processor = build()
+    save_vlm(model, processor, tmp_path / "size")
+    settings = json.loads((tmp_path / "size" / "processor_config.json").read_text())
+    settings["image_processor"] |= {"size": {"shortest_edge": 40}, "crop_size": {"height": 40, "width": 40}}
+    (tmp_path / "size" / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"images of \(40, 40\) pixels, but the vision tower takes 32"):
+        load_vlm(tmp_path / "size")
+    save_vlm(model, processor, tmp_path / "part")
+    weights = load_file(tmp_path / "part" / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "linear_2" not in name}
+    save_file(kept, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 2 weights .*linear_2"):
+        load_vlm(tmp_path / "part")
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="adapters without their model"):
+        load_vlm(tmp_path / "adapters")
+    config = {"model_type": "llava", "quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "quantised").mkdir()
+    (tmp_path / "quantised" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"quantised \(awq\)"):
+        load_vlm(tmp_path / "quantised")
+
+
 def test_answer_counts_pictures(build, dialogue):
     from mllm_vision.vlm import answer
 
