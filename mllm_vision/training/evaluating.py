@@ -54,7 +54,7 @@ class Evaluating(ExactResume):
         metrics: dict[str, float] = {}
         averaged = contextlib.nullcontext if self.average is None else self.average.applied
         if eval_dataset is not None or self.eval_dataset is not None:
-            with averaged():
+            with averaged(), torch.random.fork_rng(devices=self._devices()):
                 metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if eval_dataset is None and self.evaluators:
             with averaged(), whole_parameters(self.model), self._aside(self.model):
@@ -112,11 +112,13 @@ class Evaluating(ExactResume):
         training it lies on the CPU yet, and attention kernels of half precision take nothing else.
         """
         began = time.monotonic()
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), self._placed(model), self.accelerator.autocast():
+        with torch.random.fork_rng(devices=self._devices()), torch.no_grad(), self._placed(model), self.accelerator.autocast():
             yield
         if self._clock is not None:  # throughput is that of training
             self._clock = (self._clock[0] + time.monotonic() - began, self._clock[1])
+
+    def _devices(self) -> list[torch.device]:
+        return [self.args.device] if self.args.device.type == "cuda" else []
 
     @contextlib.contextmanager
     def _placed(self, model: Any) -> Iterator[None]:
@@ -136,6 +138,7 @@ class Evaluating(ExactResume):
         """Metrics of every evaluator, and the one that failed although the training needs it."""
         found: dict[str, float] = {}
         for evaluator in self.evaluators:
+            self.cut_evaluation()
             name, step = name_of(evaluator), self.state.global_step
             if not self.is_in_train:  # a call of the user's own
                 result, error = examine(evaluator, self.model, step), None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .muon import MuonAdamW
 from .optimizers import group_flags, group_settings, optimizer_class, parameter_groups, tell_rates
 from .schedules import WeightDecaySchedule, exact_cosine, step_schedule, warn_of_warmup
 from .sharding import make_whole, prepare_sharding
+from .signals import StopSignals, deaf_worker
 
 logger = logging.getLogger(__name__)
 
@@ -203,9 +205,12 @@ class RecipeTrainer(Evaluating):
         given = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = given and description.lower() == "training"
         try:
-            return super()._get_dataloader(dataset, description, *args, **kwargs)
+            loader = super()._get_dataloader(dataset, description, *args, **kwargs)
         finally:
             self.args.dataloader_drop_last = given
+        if getattr(loader, "num_workers", 0):
+            loader.worker_init_fn = partial(deaf_worker, loader.worker_init_fn)
+        return loader
 
     # ---- training and evaluation ---------------------------------------------------------------------------
 
@@ -220,7 +225,12 @@ class RecipeTrainer(Evaluating):
         if self.average is not None:  # after all other callbacks: an objective's after_step may still change weights
             self.remove_callback(self.average)
             self.add_callback(self.average)
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        told = "the step is finished and a checkpoint saved" if self.is_world_process_zero() else ""
+        with StopSignals(told) as self._signals:
+            try:
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
+            finally:
+                self._signals = None
         if self.is_fsdp_enabled:
             make_whole(self.model)
         return result

@@ -21,6 +21,7 @@ from mllm_vision.distributed import is_distributed
 
 from .checkpoints import check_shapes, rotate, seal, unsealed
 from .folders import whole_folder
+from .signals import AnyRank, DueEvaluation, EvaluationCut, Stopped, StopSignals, deaf_worker
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +44,21 @@ class ExactResume(Trainer):
     _resumed_from: str | None = None
     _train_loader: Any = None
     _steps_in_epoch: int = 0
+    _signals: StopSignals | None = None  # while it trains
+    _any_rank: AnyRank | None = None
+    _asked: int = -1
+    _saved_at: int = -1
+    _evaluation_due: bool = False
     _start: tuple[int, int, int] = (0, 0, 0)  # global step, epoch and optimizer step of the epoch this start began at
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._resumed_from = kwargs.get("resume_from_checkpoint")
-        return super()._inner_training_loop(*args, **kwargs)
+        self._asked, self._saved_at, self._evaluation_due = -1, -1, False
+        self._any_rank = AnyRank(self.args.device)
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        except EvaluationCut:  # before the first step: nothing was trained since the checkpoint
+            raise Stopped from None
 
     # ---- data ------------------------------------------------------------------------------------------------
 
@@ -70,7 +81,9 @@ class ExactResume(Trainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+            worker_init_fn=partial(
+                deaf_worker, partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
+            ),
         )
         saved = _read_state(self._resumed_from)
         if self._resumed_from and (saved is None or "stream" not in saved):
@@ -94,6 +107,8 @@ class ExactResume(Trainer):
         saved = _read_state(checkpoint)
         if saved is not None and not self.args.ignore_data_skip:
             found = self._place(saved, *found)
+        if saved is not None and saved.get("evaluation_due"):
+            self.add_callback(DueEvaluation(self._evaluate_what_is_due))
         if self.state.global_step >= max_steps > 0:
             found = self._finished(max_steps, num_train_epochs, checkpoint)
         accumulated = self.args.gradient_accumulation_steps
@@ -143,6 +158,8 @@ class ExactResume(Trainer):
         return epoch, batches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        if self.control.should_training_stop:  # as an evaluation decided that was still due
+            return None
         with _streams_stand_still():
             return super()._run_epoch(*args, **kwargs)
 
@@ -156,6 +173,63 @@ class ExactResume(Trainer):
         begun, epoch, done = self._start
         passed, step = divmod(done + self.state.global_step - begun, self._steps_in_epoch)
         return {**state, "epoch": epoch + passed, "rows": step * self._rows_per_step()}
+
+    # ---- signals ---------------------------------------------------------------------------------------------
+
+    def _stop_wanted(self, *, now: bool = False) -> bool:
+        """Whether a rank was sent a signal; to be asked on every rank at the same place."""
+        if self._signals is None or self._any_rank is None:
+            return False
+        return self._any_rank(self._signals.received is not None, now=now)
+
+    def cut_evaluation(self) -> None:
+        """To be called between two parts of an evaluation, on every rank: leaves it where a signal came.
+
+        Raises:
+            EvaluationCut: what the training loop catches.
+        """
+        if self._stop_wanted(now=True):
+            raise EvaluationCut
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kw: Any
+    ) -> None:
+        """As `Trainer._maybe_log_save_evaluate` (of 5.23; called after each step, and once more after each epoch).
+
+        After a signal the checkpoint is saved at once, and the process ends. An evaluation of this step is left for
+        the next start: its checkpoint says so.
+        """
+        first, self._asked = self._asked != self.state.global_step, self.state.global_step
+        last = self.state.global_step >= self.state.max_steps
+        epoch_ends = first and (last or float(self.state.epoch or 0.0).is_integer())  # called once more for this step
+        wanted = not epoch_ends and self._stop_wanted(now=last)
+        if wanted and self.control.should_evaluate:
+            self.control.should_evaluate, self._evaluation_due = False, True
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kw)
+            wanted = wanted or (last and not first and self._stop_wanted(now=True))
+        except EvaluationCut:
+            wanted = self._evaluation_due = True
+        if wanted:
+            self._save_and_stop(model, trial)
+
+    def _save_and_stop(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{step}"
+        if self._evaluation_due or self._saved_at != step or self.args.save_only_model:
+            self.args.save_only_model = False  # or it could not be gone on from
+            self._save_checkpoint(model, trial)
+        _wait()  # a launcher ends all ranks when one has gone, and the first still seals the checkpoint
+        if self.is_world_process_zero():
+            logger.warning("stopped by a signal after step %d; %s is saved: go on with --resume", step, folder)
+        raise Stopped
+
+    def _evaluate_what_is_due(self) -> None:
+        """The evaluation that the run was stopped before, with all that follows from it but the checkpoint itself."""
+        metrics = self._evaluate(None, None)
+        self._determine_best_metric(metrics=metrics, trial=None)
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = self._resumed_from
 
     # ---- checkpoints -----------------------------------------------------------------------------------------
 
@@ -184,11 +258,13 @@ class ExactResume(Trainer):
             finally:
                 self.args.save_total_limit = limit
             if saves:
-                text = json.dumps(self._data_state())
+                due = {"evaluation_due": True} if self._evaluation_due else {}
+                text = json.dumps(self._data_state() | due)
                 (folder / DATA_STATE).write_text(text, encoding="utf-8")
             _wait()
             if saves:
                 seal(folder)
+        self._saved_at = self.state.global_step
         if saves:
             rotate(run_folder, limit, self.state.best_model_checkpoint, self.state.global_step)
 

@@ -220,18 +220,21 @@ class Run:
         Raises:
             OSError: the disk is full; the artifact that stood there before is whole.
         """
+        from .signals import StopSignals
+
         final = self.folder / check_name(name, "artifact")
         self.begin()
-        if self.is_main:
-            with whole_folder(final) as partial:
-                save(partial)
-                self._write_recipe(partial)
-                weights = hash_weights(partial)
-                write_lineage(partial, self._lineage(name, kind, weights))
-            entry = {"name": name, "path": str(final), "kind": kind, "weights_sha256": weights}
-            self.record["artifacts"] = [old for old in self.record["artifacts"] if old["name"] != name] + [entry]
-        if self.arguments.world_size > 1:
-            self.arguments.distributed_state.wait_for_everyone()
+        with StopSignals(f"{final} is written" if self.is_main else ""):  # what was trained is on the disk before a signal ends the process
+            if self.is_main:
+                with whole_folder(final) as partial:
+                    save(partial)
+                    self._write_recipe(partial)
+                    weights = hash_weights(partial)
+                    write_lineage(partial, self._lineage(name, kind, weights))
+                entry = {"name": name, "path": str(final), "kind": kind, "weights_sha256": weights}
+                self.record["artifacts"] = [old for old in self.record["artifacts"] if old["name"] != name] + [entry]
+            if self.arguments.world_size > 1:
+                self.arguments.distributed_state.wait_for_everyone()
         return final
 
     def after_training(

@@ -8,7 +8,9 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,23 @@ class Rows(EpochDataset):
         return {"row": record["row"]}
 
 
-def trainer_of(output: Path, shards: Path | None, stop: int | None = None, **settings: Any) -> Any:
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def seen(output: Path, shards: Path | None, stop: int | None = None, **settings: Any) -> list[list[int]]:
+    """The rows of each batch, until the training ends or stops dead."""
+    trainer = trainer_of(output, shards, stop, **settings)
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer.train()
+    return trainer.model.rows
+
+
+def trainer_of(
+    output: Path, shards: Path | None, stop: int | None = None, evaluators: Any = (), **settings: Any
+) -> Any:
     """A trainer over numbered rows, of a list or of shards; it stops dead after step `stop`."""
     data: Any = Rows()
     if shards is not None:
@@ -109,7 +127,7 @@ def trainer_of(output: Path, shards: Path | None, stop: int | None = None, **set
 
     defaults = {"use_cpu": True, "disable_tqdm": True, "save_steps": 2, "logging_steps": 100, "seed": 5}
     arguments = RecipeArguments(output_dir=str(output), **{**defaults, **settings})
-    return RecipeTrainer(Seen(), arguments, train_dataset=data, callbacks=[Stop()])
+    return RecipeTrainer(Seen(), arguments, train_dataset=data, callbacks=[Stop()], evaluators=evaluators)
 
 
 def train_on_rows(
@@ -122,3 +140,22 @@ def train_on_rows(
         trainer.train()
     (output.parent / f"seen-{rank}.json").write_text(json.dumps(trainer.model.rows))
     torch.distributed.barrier()
+
+
+def train_until_signalled(
+    output: Path, shards: Path | None, pace: float, settings: dict[str, Any], rank: int, world: int, port: int
+) -> None:
+    """`trainer_of` with steps of `pace` seconds, which writes down what it saw however it ends."""
+    _environment(rank, world, port)
+    trainer = trainer_of(output, shards, **settings)
+
+    class Pace(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            (output.parent / f"begun-{rank}").touch()
+            time.sleep(pace)
+
+    trainer.add_callback(Pace())
+    try:
+        trainer.train()
+    finally:
+        (output.parent / f"seen-{rank}.json").write_text(json.dumps(trainer.model.rows))

@@ -6,18 +6,14 @@ make it so, and the order of samples on another number of processes.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
-import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +31,10 @@ from mllm_vision.training.checkpoints import check_checkpoint, is_whole, last_ch
 if str(Path(__file__).parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).parent))
 import resume_work
+from resume_work import free_port, seen
 
 STEPS, SAVE = 7, 2
 SMALL = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,intermediate_size=64"
-
-
-@pytest.fixture(scope="module")
-def fork() -> Iterator[Any]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["resume_work"])
-    with pytest.MonkeyPatch.context() as patch:  # Python's fork server does not pass sys.path on
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        forkserver.ensure_running()
-        yield context
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +113,6 @@ def words_of(folder: Path, stage: str, output: Path, **more: Any) -> list[str]:
     }
     flags = {name: value for name, value in flags.items() if value is not None}
     return [word for name, value in flags.items() for word in (f"--{name}", *str(value).split(" "))]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 class Job:
@@ -245,27 +226,6 @@ def test_what_a_stream_cannot_do_is_refused_before_training(
 
 
 # ---- the order of rows, by the trainer -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """38 numbered rows in three shards."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    folder = tmp_path_factory.mktemp("numbers")
-    for number, (start, stop) in enumerate(((0, 11), (11, 27), (27, 38))):
-        table = pa.table({"row": list(range(start, stop))})
-        pq.write_table(table, folder / f"{number}.parquet", row_group_size=4)
-    return folder
-
-
-def seen(output: Path, shards: Path | None, stop: int | None = None, **settings: Any) -> list[list[int]]:
-    """The rows of each batch, until the training ends or stops dead."""
-    trainer = resume_work.trainer_of(output, shards, stop, **settings)
-    with contextlib.suppress(KeyboardInterrupt):
-        trainer.train()
-    return trainer.model.rows
 
 
 @pytest.mark.parametrize("kind", ["map", "stream"])

@@ -1,0 +1,140 @@
+"""SIGTERM and SIGUSR1 (a preemption, the end of a job's time): finish the step, save, end with 143, on all ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from mllm_vision.distributed import is_distributed
+
+EXIT_CODE = 143  # 128 + SIGTERM: what a shell and a scheduler expect of a process that was asked to end
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SAME = 1.0  # seconds in which torchrun passes on a signal that this process was sent as well
+
+
+class Stopped(SystemExit):
+    """The training ended by a signal, with a checkpoint saved; no artifact is written as if it had been trained."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_CODE)
+
+
+class EvaluationCut(Exception):
+    """An evaluation was left because of a signal; it is due again on resuming."""
+
+
+class StopSignals:
+    """Inside `with`, the first SIGTERM or SIGUSR1 is only noted; a second one ends the process at once.
+
+    Handlers that a program has set itself stay, and so does everything outside the main thread. A signal that nobody
+    acted upon until the end of the block takes effect there.
+
+    Args:
+        tell: what is still done when the signal comes, for a line on stderr; nothing is written without it.
+
+    Attributes:
+        received: the number of the first signal, or None.
+
+    Raises:
+        Stopped: at the end of the block, after a signal.
+    """
+
+    def __init__(self, tell: str = "") -> None:
+        self.received: int | None = None
+        self._since, self._tell = 0.0, tell
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                before = signal.getsignal(number)
+                if before in (signal.SIG_DFL, signal.SIG_IGN):
+                    self._before[number] = before
+                    signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        if kind is None and self.received is not None:
+            raise Stopped
+
+    def _note(self, number: int, frame: Any) -> None:
+        passed_on = bool(os.environ.get("TORCHELASTIC_RUN_ID"))
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+            if not passed_on:  # the next one needs no interpreter: it ends a process that hangs in a collective too
+                for each in self._before:
+                    signal.signal(each, signal.SIG_DFL)
+            if self._tell:
+                name = signal.Signals(number).name
+                told = f"{name}: {self._tell}, then this process ends; a second signal ends it at once"
+                os.write(2, f"{told}\n".encode())
+        elif time.monotonic() - self._since > _SAME:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def deaf_worker(init: Callable[[int], Any] | None, number: int) -> None:
+    """As `worker_init_fn`: a data worker ignores the signals that its job was sent, or no step could be finished."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    if init is not None:
+        init(number)
+
+
+class AnyRank:
+    """Whether any rank says yes: one number a call, and the same answer on every rank.
+
+    Over gloo it is the answer of this call. On an accelerator it is that of the call before, which lies in host memory
+    by now: the host does not wait for the device's queue.
+
+    Args:
+        device: what the backend of the process group works on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pending: tuple[torch.Tensor, Any] | None = None
+
+    def __call__(self, yes: bool, *, now: bool = False) -> bool:
+        """The answer; with `now` that of this call on an accelerator too."""
+        if not is_distributed():
+            return yes
+        flag = torch.full((1,), int(yes), dtype=torch.int32, device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if now or self.device.type == "cpu":
+            return bool(flag.item())
+        host = torch.empty(1, dtype=torch.int32, pin_memory=True)
+        host.copy_(flag, non_blocking=True)
+        event = torch.Event(self.device)
+        event.record()
+        before, self._pending = self._pending, (host, event)
+        if before is None:
+            return False
+        before[1].synchronize()
+        return bool(before[0].item())
+
+
+class DueEvaluation(TrainerCallback):
+    """Makes the evaluation that a signal cut off, before the first step after it.
+
+    Args:
+        evaluate: called once, when the training begins.
+    """
+
+    def __init__(self, evaluate: Any) -> None:
+        self._evaluate = evaluate
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        evaluate, self._evaluate = self._evaluate, None
+        if evaluate is not None:
+            evaluate()
