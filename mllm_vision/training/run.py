@@ -224,7 +224,7 @@ class Run:
 
         final = self.folder / check_name(name, "artifact")
         self.begin()
-        with StopSignals(f"{final} is written" if self.is_main else ""):  # what was trained is on the disk before a signal ends the process
+        with StopSignals(f"{final} is written" if self.is_main else ""):  # no signal loses what was trained
             if self.is_main:
                 with whole_folder(final) as partial:
                     save(partial)
