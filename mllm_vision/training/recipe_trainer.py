@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from .muon import MuonAdamW
 from .optimizers import group_flags, group_settings, optimizer_class, parameter_groups, tell_rates
 from .schedules import WeightDecaySchedule, exact_cosine, step_schedule, warn_of_warmup
 from .sharding import make_whole, prepare_sharding
-from .signals import StopSignals, deaf_worker
+from .signals import StopSignals, deaf_workers
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +208,7 @@ class RecipeTrainer(Evaluating):
         finally:
             self.args.dataloader_drop_last = given
         if getattr(loader, "num_workers", 0):
-            loader.worker_init_fn = partial(deaf_worker, loader.worker_init_fn)
+            loader.worker_init_fn = deaf_workers(loader.worker_init_fn)
         return loader
 
     # ---- training and evaluation ---------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from mllm_vision.distributed import is_distributed
 
 from .checkpoints import check_shapes, rotate, seal, unsealed
 from .folders import whole_folder
-from .signals import AnyRank, DueEvaluation, EvaluationCut, Stopped, StopSignals, deaf_worker
+from .signals import AnyRank, DueEvaluation, EvaluationCut, Stopped, StopSignals, deaf_workers
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +81,8 @@ class ExactResume(Trainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
-            worker_init_fn=partial(
-                deaf_worker, partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
+            worker_init_fn=deaf_workers(
+                partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
             ),
         )
         saved = _read_state(self._resumed_from)

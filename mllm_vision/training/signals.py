@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -83,12 +86,38 @@ class StopSignals:
             os.kill(os.getpid(), number)
 
 
-def deaf_worker(init: Callable[[int], Any] | None, number: int) -> None:
-    """As `worker_init_fn`: a data worker ignores the signals that its job was sent, or no step could be finished."""
+def deaf_workers(init: Callable[[int], Any] | None) -> Callable[[int], Any]:
+    """`init` as a `worker_init_fn` of data workers that ignore the signals their job is sent: a step that waits for
+    them could not be finished otherwise. They end when their loader does, or with this process.
+    """
+    global _ends_workers
+    if _ends_workers != os.getpid():  # multiprocessing would ask them with SIGTERM, and wait for ever
+        _ends_workers = os.getpid()
+        Finalize(None, _end_workers, exitpriority=100)
+    return partial(_ignore_signals, init)
+
+
+_ends_workers = 0
+
+
+def _ignore_signals(init: Callable[[int], Any] | None, number: int) -> None:
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     if init is not None:
         init(number)
+
+
+def _end_workers() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a worker that is killed for an accident
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    for worker in workers:
+        worker.terminate()
+    limit = time.monotonic() + 1.0
+    for worker in workers:
+        worker.join(max(0.0, limit - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
 
 
 class AnyRank:
