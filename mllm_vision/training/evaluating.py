@@ -112,9 +112,9 @@ class Evaluating(ExactResume):
         training it lies on the CPU yet, and attention kernels of half precision take nothing else.
         """
         began = time.monotonic()
-        with torch.random.fork_rng(devices=self._devices()), torch.no_grad(), self._placed(model):
-            with self.accelerator.autocast():
-                yield
+        draws = torch.random.fork_rng(devices=self._devices())
+        with draws, torch.no_grad(), self._placed(model), self.accelerator.autocast():
+            yield
         if self._clock is not None:  # throughput is that of training
             self._clock = (self._clock[0] + time.monotonic() - began, self._clock[1])
 

@@ -204,7 +204,7 @@ def test_one_process_answers_for_itself() -> None:
 
 
 def test_the_inherited_flag_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="enable_jit_checkpoint .* SIGTERM"):
+    with pytest.raises(ValueError, match="enable_jit_checkpoint.* SIGTERM"):
         RecipeArguments(output_dir=str(tmp_path), use_cpu=True, enable_jit_checkpoint=True)
 
 
