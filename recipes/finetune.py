@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     policy = ViewPolicy((View(scale=(0.35, 1.0)),), "fine-tuning", resample="bicubic")
     evaluators = []
     if own.eval_dataset_name:
-        test = load_records(own.eval_dataset_name, split=own.eval_split or UsualSplit("test", "--eval_split"))
+        split = own.eval_split or UsualSplit("test", "--eval_split")
+        test = load_records(own.eval_dataset_name, split=split, image_root=images.image_root)
         limits = {"test_limit": own.max_eval_samples, "batch_size": arguments.per_device_eval_batch_size}
         evaluators = [ClassifierAccuracy("test", LabelledImages(records, test, images.columns, **limits))]
         run.describe_data("test", test, evaluators[0].data.test_columns)

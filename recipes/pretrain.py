@@ -24,9 +24,13 @@ class PretrainArguments:
     """What the pairs are, and which towers meet in which objective."""
 
     dataset_name: str = field(metadata={"help": "Pairs: a file, folder, pattern or Hub id."})
-    objective: str = field(default="clip", metadata={"help": "clip, siglip, itc, or package.module:Class of your own."})
+    objective: str = field(
+        default="clip",
+        metadata={"help": "clip, siglip, itc, or package.module:Class of your own.", "imports": True},
+    )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder that relative image paths start from."})
     image_column: str | None = field(default=None, metadata={"help": "Image column, where its name does not tell."})
     caption_column: str | None = field(default=None, metadata={"help": "Caption column, likewise."})
     label_column: str | None = field(default=None, metadata={"help": "Label column of the zero-shot set."})
@@ -112,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     named = {"image": own.image_column, "caption": own.caption_column, "label": own.label_column}
     overrides = {role: column for role, column in named.items() if column}
     where = {"split": own.dataset_split, "config_name": own.dataset_config_name, "max_rows": own.max_train_samples}
+    where["image_root"] = own.image_root
     if streams.streaming:
         stream = streams.open(own.dataset_name, **where, seed=arguments.seed, max_steps=arguments.max_steps)
     records = stream.head() if streams.streaming else load_records(own.dataset_name, **where)
@@ -191,14 +196,14 @@ def build_evaluators(own: PretrainArguments, overrides: dict[str, str], run: Any
     evaluators: list[Any] = []
     if own.eval_dataset_name:
         split = own.eval_split or UsualSplit("validation", "--eval_split")
-        records = load_records(own.eval_dataset_name, split=split)
+        records = load_records(own.eval_dataset_name, split=split, image_root=own.image_root)
         columns = bind_columns(records, ("image", "caption"), overrides)
         run.describe_data("validation", records, columns)
         limits = {"limit": own.max_eval_samples, "batch_size": batch_size}
         evaluators.append(Retrieval("retrieval", records, columns, distinct=True, **limits))
     if own.zero_shot_dataset_name:
         split = own.zero_shot_split or UsualSplit("test", "--zero_shot_split")
-        records = load_records(own.zero_shot_dataset_name, split=split)
+        records = load_records(own.zero_shot_dataset_name, split=split, image_root=own.image_root)
         columns = bind_columns(records, ("image", "label"), overrides)
         run.describe_data("zero_shot", records, columns)
         evaluators.append(ZeroShot("zero_shot", records, None, own.templates, columns, batch_size))

@@ -34,7 +34,8 @@ class ImageArguments:
         default="simclr",
         metadata={
             "help": "simclr, moco_v1, moco_v2, moco_v3, byol, simsiam, dino, dinov2, barlow_twins, vicreg, pcl, "
-            "supcon, mae (docs/pretrain_images.md), or package.module:Class."
+            "supcon, mae (docs/pretrain_images.md), or package.module:Class.",
+            "imports": True,
         },
     )
     encoder: str = field(
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         dataset = StreamDataset(stream, pictures)
         run.describe_data("train", stream, pictures.columns)
-    before, after = labelled.build(records, images.columns, arguments.per_device_eval_batch_size)
+    before, after = labelled.build(records, images.columns, arguments.per_device_eval_batch_size, images.image_root)
     if after:
         run.describe_data("test", after[0].records, after[0].data.test_columns)
     if not before and arguments.load_best_model_at_end:

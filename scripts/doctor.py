@@ -164,6 +164,7 @@ def load(own: Any, arguments: Any, streams: Any, count: int) -> tuple[Any, int |
     from mllm_vision.data import load_records
 
     where = {"split": own.dataset_split, "config_name": own.dataset_config_name, "max_rows": own.max_train_samples}
+    where["image_root"] = own.image_root
     if not streams.streaming:
         records = load_records(own.dataset_name, **where)
         return records, len(records)
@@ -209,7 +210,9 @@ def leak(own: Any, sample: Any, doctor: Any) -> list:
 
     try:
         split = own.eval_split or UsualSplit("validation", "--eval_split")
-        records = load_records(own.eval_dataset_name, split=split, max_rows=own.max_eval_samples)
+        records = load_records(
+            own.eval_dataset_name, split=split, max_rows=own.max_eval_samples, image_root=own.image_root
+        )
         column = own.image_column or bind_columns(records, ("image",))["image"]
     except (ValueError, OSError) as error:
         return [doctor.Finding("problem", "evaluation", str(error))]

@@ -53,6 +53,7 @@ class EvaluateArguments:
         default=None, metadata={"help": "Split of folders and Hub data; default: test, or the only one of a folder."}
     )
     max_samples: int | None = field(default=None, metadata={"help": "At most so many rows, drawn at random."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder that relative image paths start from."})
     image_column: str | None = field(default=None, metadata={"help": "Where its name does not tell."})
     caption_column: str | None = field(default=None, metadata={"help": "Likewise."})
     label_column: str | None = field(default=None, metadata={"help": "Likewise."})
@@ -164,7 +165,9 @@ class Bench:
 
         key = (path, split, max_rows)
         if key not in self.loaded:
-            self.loaded[key] = load_records(path, split=split, max_rows=max_rows)
+            self.loaded[key] = load_records(
+                path, split=split, max_rows=max_rows, image_root=self.own.image_root
+            )
         return self.loaded[key]
 
     def columns(self, records: Any, *roles: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ class PictureArguments:
     dataset_name: str = field(metadata={"help": "Images: a file, folder, pattern or Hub id."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder that relative image paths start from."})
     image_column: str | None = field(default=None, metadata={"help": "Image column, where its name does not tell."})
     label_column: str | None = field(default=None, metadata={"help": "Label column, likewise."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use at most so many rows, drawn at random."})
@@ -33,6 +34,7 @@ class PictureArguments:
             "split": self.dataset_split,
             "config_name": self.dataset_config_name,
             "max_rows": self.max_train_samples,
+            "image_root": self.image_root,
         }
 
     def load(self) -> Any:

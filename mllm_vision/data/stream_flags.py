@@ -29,7 +29,10 @@ class StreamArguments:
     )
     stream_filter: list[str] = field(
         default_factory=list,
-        metadata={"help": "Conditions on rows: 'similarity>=0.28' 'words(caption)<60', or package.module:function."},
+        metadata={
+            "help": "Conditions on rows: 'similarity>=0.28' 'words(caption)<60', or package.module:function.",
+            "imports": True,
+        },
     )
 
     def __post_init__(self) -> None:

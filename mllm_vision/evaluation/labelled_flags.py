@@ -65,13 +65,16 @@ class LabelledArguments:
                 "measured"
             )
 
-    def build(self, training: Any, columns: Mapping[str, str], batch_size: int = 256) -> tuple[list[Any], list[Any]]:
+    def build(
+        self, training: Any, columns: Mapping[str, str], batch_size: int = 256, image_root: str | None = None
+    ) -> tuple[list[Any], list[Any]]:
         """(evaluators while training, those before and after it); none without a labelled set.
 
         Args:
             training: records of the training set, the bank where no other is named.
             columns: role -> column for "image" and "label", where their names do not tell.
             batch_size: images encoded at once, on each rank.
+            image_root: what relative image paths start from, see `load_records`.
 
         Raises:
             ValueError: a set without labels, one with several splits of which none is called test, or what kNN cannot
@@ -86,8 +89,10 @@ class LabelledArguments:
         from .labelled import LabelledImages
         from .linear_probe import LinearProbe
 
-        bank = load_records(self.eval_train_dataset_name) if self.eval_train_dataset_name else training
-        test = load_records(self.eval_dataset_name, split=self.eval_split or UsualSplit("test", "--eval_split"))
+        named = self.eval_train_dataset_name
+        bank = load_records(named, image_root=image_root) if named else training
+        split = self.eval_split or UsualSplit("test", "--eval_split")
+        test = load_records(self.eval_dataset_name, split=split, image_root=image_root)
         limits: dict[str, Any] = {"train_limit": self.max_eval_train_samples, "test_limit": self.max_eval_samples}
         limits |= {"batch_size": batch_size, "cache_gb": self.eval_cache_gb}
         data = LabelledImages(bank, test, dict(columns), **limits)

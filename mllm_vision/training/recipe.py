@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -17,13 +18,14 @@ from typing import Any
 
 import yaml
 
-from mllm_vision.errors import IncompleteRun, unknown_name
+from mllm_vision.errors import IncompleteRun, explain, tidy, unknown_name
 
 from .flag_types import convert, is_bool, is_list, read_yaml, type_name
 from .launch import tell_failure
 
 _GIVEN = "_recipe_values"  # on an instance: what its constructor was given, and what became of it
 # never written to recipe.yaml: a secret, and what belongs to one start of the run, not to the run
+_SWITCH = "allow_import"  # a flag of every parser, as --config is
 _UNSAVED = {"hub_token", "overwrite", "resume", "resume_from_checkpoint", "local_rank"}
 
 
@@ -34,6 +36,10 @@ def parse_recipe(
     defaults: dict[str, Any] | None = None,
 ) -> tuple:
     """Instances of the dataclasses `classes`, filled from `--config file.yaml` and the command line.
+
+    A field with `metadata["imports"]` takes names such as `package.module:Class`, which make Python import a module.
+    One that stands in a file of `--config` is refused unless the command line says `--allow_import`: a config is data
+    that people share, and importing runs code.
 
     A bool field is `--bf16`, `--bf16 true`, `--bf16 false` or `--no_bf16`; a list takes several values; a dict
     takes JSON or `key=value,key=value`. `--help` prints every flag and ends the process.
@@ -77,8 +83,13 @@ def read_recipe(
         raise SystemExit(0)
     flags = _split_flags(words, fields)
     values: dict[str, Any] = {}
+    allowed = flags.pop(_SWITCH, ["false"]) == ["true"]
     for config in flags.pop("config", []):
-        values.update(_read_config(config, fields))
+        found = _read_config(config, fields)
+        for name in found:
+            if fields[name][0].metadata.get("imports") and name not in flags:
+                _check_import(name, found[name], config, allowed)
+        values.update(found)
     for name, texts in flags.items():
         values[name] = convert(texts, fields[name][1], f"--{name}", words=True)
     settled = dict(defaults or {})
@@ -111,9 +122,23 @@ def peek_recipe(name: str, default: Any = None, *, argv: Sequence[str] | None = 
             found[key] = value
     if name in found:
         return found[name]
-    if "config" in found:
-        return _load_yaml(found["config"]).get(name, default)
-    return default
+    if "config" not in found:
+        return default
+    value = _load_yaml(found["config"]).get(name, default)
+    _check_import(name, value, found["config"], any(word.startswith(f"--{_SWITCH}") for word in words))
+    return value
+
+
+def _check_import(name: str, value: Any, config: str, allowed: bool) -> None:
+    """Refuses a name in a file that would make Python import a module, unless the command line allows it."""
+    names = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
+    modules = [each for each in names if re.fullmatch(r"[\w.]+:\w+", each.strip())]
+    if modules and not allowed:
+        raise ValueError(
+            f"{config}: {name}: {modules[0]} would import the module {modules[0].partition(':')[0]}, and importing "
+            f"runs its code; add --allow_import to the command line if you trust it, or name it there (--{name} "
+            f"{modules[0]})"
+        )
 
 
 def recipe_dict(*instances: Any) -> dict[str, Any]:
@@ -144,17 +169,21 @@ def run_recipe(main: Callable[[], Any]) -> None:
 
     `MLLM_VISION_TRACEBACK=1` shows the traceback all the same.
     """
+    for stream in (sys.stdout, sys.stderr):  # a pipe that takes ascii alone shows signs escaped, and ends no run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("MLLM_VISION_TRACEBACK", "0") not in ("", "0"):
+    except IncompleteRun as error:
+        print(f"error: {tidy(str(error))}", file=sys.stderr)
+        raise SystemExit(3) from None
+    except Exception as error:
+        told = explain(error)
+        if told is None or os.environ.get("MLLM_VISION_TRACEBACK", "0") not in ("", "0"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         tell_failure(error)
         raise SystemExit(2) from None
-    except IncompleteRun as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(3) from None
     except KeyboardInterrupt:
         print("interrupted; a run with checkpoints goes on with --resume", file=sys.stderr)
         raise SystemExit(130) from None
@@ -198,11 +227,17 @@ def _split_flags(words: list[str], fields: dict) -> dict[str, list[str]]:
         name = flag.replace("-", "_")
         name = aliases.get(name, name)
         negated = name.removeprefix("no_")
+        if name == _SWITCH:
+            flags[name] = [value.lower() or "true"]
+            if not equals and position < len(words) and words[position].lower() in ("true", "false"):
+                flags[name] = [words[position].lower()]
+                position += 1
+            continue
         if name not in fields and name != "config":
             if name.startswith("no_") and negated in fields and is_bool(fields[negated][1]) and not equals:
                 flags[negated] = ["false"]
                 continue
-            raise ValueError(unknown_name("flag", name, [*fields, *aliases, "config"], prefix="--"))
+            raise ValueError(unknown_name("flag", name, [*fields, *aliases, "config", _SWITCH], prefix="--"))
         if equals:
             flags[name] = [value]
             continue
@@ -284,6 +319,8 @@ def _yamlable(value: Any) -> Any:
 def _help(classes: Sequence[type], description: str, defaults: dict[str, Any]) -> str:
     lines = [description.strip(), ""] if description else []
     lines += ["  --config FILE", "        YAML of saved flags; flags on the command line win"]
+    if any(field.metadata.get("imports") for cls in classes for field in dataclasses.fields(cls)):
+        lines += [f"  --{_SWITCH}", "        a name in that file may import a module (package.module:Class)"]
     for cls in classes:
         lines += ["", f"{cls.__qualname__}:"]  # of a method: SimClr.Config
         hints = typing.get_type_hints(cls)
