@@ -139,9 +139,11 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, prefix: str = "") -> str:
-    """`unknown objective 'simlcr'; the nearest known one is 'simclr'`, or the whole list where nothing is near."""
+    """`unknown objective 'simlcr'; the nearest known one is 'simclr'`, or all of them where none is near."""
     known = list(known)
     close = nearest(name, known)
     if close is not None:
         return f"unknown {kind} {prefix + name!r}; the nearest known one is {prefix + close!r}"
+    if len(known) > 40:
+        return f"unknown {kind} {prefix + name!r}, and none of the {len(known)} known ones is near; --help lists them"
     return f"unknown {kind} {prefix + name!r}; known are {', '.join(prefix + candidate for candidate in sorted(known))}"

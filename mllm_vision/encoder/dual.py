@@ -17,6 +17,7 @@ from mllm_vision.data.text_length import cut_text
 from mllm_vision.encoder.encoder import VisionEncoder
 from mllm_vision.encoder.families import family_of
 from mllm_vision.encoder.files import Source, read_json
+from mllm_vision.errors import reading
 from mllm_vision.lineage import check_lineage, hash_weights
 from mllm_vision.modules.activations import use_fast_activations
 from mllm_vision.modules.text import (
@@ -280,10 +281,11 @@ class DualEncoder(nn.Module):
             from huggingface_hub import snapshot_download
 
             folder = Path(snapshot_download(str(path_or_id), revision=revision, token=token))
-        check_lineage(folder)
-        if config.get("model_type") == COMPOSITE:
-            return cls._from_composite(folder, config)
-        return cls._from_native(folder, config.get("model_type"))
+        with reading(folder):
+            check_lineage(folder)
+            if config.get("model_type") == COMPOSITE:
+                return cls._from_composite(folder, config)
+            return cls._from_native(folder, config.get("model_type"))
 
     @classmethod
     def _from_composite(cls, folder: Path, config: dict[str, Any]) -> DualEncoder:
@@ -296,7 +298,7 @@ class DualEncoder(nn.Module):
         state = load_file(folder / "heads.safetensors")
         dual = cls(
             VisionEncoder.from_pretrained(folder / "vision_model"),
-            AutoModel.from_pretrained(folder / "text_model"),
+            AutoModel.from_pretrained(folder / "text_model", use_safetensors=True),
             AutoTokenizer.from_pretrained(folder / "text_model"),
             embed_dim=config["embed_dim"],
             pooling=config["pooling"],
@@ -316,7 +318,7 @@ class DualEncoder(nn.Module):
                 f"{folder} holds a {model_type!r} model, which is no image-text pair; expected one of "
                 f"{', '.join(names)} or a folder that DualEncoder.save_pretrained wrote"
             )
-        model = getattr(transformers, names[model_type]).from_pretrained(folder)
+        model = getattr(transformers, names[model_type]).from_pretrained(folder, use_safetensors=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         length = min(tokenizer.model_max_length, text_positions(model.text_model) or 512)
         tokenizer = prepare_tokenizer(tokenizer, model.text_model.config.model_type, length, adapt_end=False)
@@ -375,9 +377,11 @@ def build_dual(
     source = tokenizer or text_tower
     if source in (CLIP_TEXT, SIGLIP_TEXT):
         raise ValueError("a text tower built here needs --tokenizer: a path or Hub id, e.g. a language model's folder")
+    with reading(source):
+        words = AutoTokenizer.from_pretrained(source)
     text, prepared = build_text_tower(
         text_tower,
-        AutoTokenizer.from_pretrained(source),
+        words,
         overrides=text_overrides,
         max_length=max_text_length,
         projection_size=vision.pooled_size if siglip else None,

@@ -17,6 +17,7 @@ from mllm_vision.encoder.build import build_processor
 from mllm_vision.encoder.families import COMPOSITES, FAMILIES, accepted_types, family_of
 from mllm_vision.encoder.files import Source, read_json
 from mllm_vision.encoder.stems import stem_of, with_stem
+from mllm_vision.errors import reading
 
 if TYPE_CHECKING:
     from mllm_vision.encoder.encoder import VisionEncoder
@@ -47,7 +48,11 @@ def load_tower(
     dtype: torch.dtype | str = torch.float32,
 ) -> Tower:
     """Read an encoder's parts; see `VisionEncoder.from_pretrained` for what is accepted and what is raised."""
-    source = Source(path_or_id, revision=revision, token=token)
+    with reading(path_or_id):
+        return _load_tower(Source(path_or_id, revision=revision, token=token), processor, dtype)
+
+
+def _load_tower(source: Source, processor: Any, dtype: torch.dtype | str) -> Tower:
     fields = read_json(source.file("config.json"))
     model_type = fields.get("model_type")
     if model_type == "mllm_vision_dual":  # a pair no transformers class holds: its towers are folders of their own

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from mllm_vision.encoder.files import read_json
 
 PAIRS = {"clip", "siglip", "siglip2", "vision-text-dual-encoder", "mllm_vision_dual"}
 
@@ -37,7 +38,7 @@ def model_kind(path_or_id: str) -> str:
         from huggingface_hub import hf_hub_download
 
         file = Path(hf_hub_download(str(path_or_id), "config.json"))
-    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type", "")
+    kind = str(read_json(file).get("model_type", ""))
     if kind.startswith("llava"):
         return "vlm"
     return "dual" if kind in PAIRS else "encoder"

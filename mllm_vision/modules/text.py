@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mllm_vision.errors import unknown_name
+from mllm_vision.errors import reading, unknown_name
 from mllm_vision.modules.clip_layers import is_plain, packed_text
 
 CLIP_TEXT, SIGLIP_TEXT = "clip_text_model", "siglip_text_model"
@@ -117,10 +117,12 @@ def load_text_tower(path_or_id: str, *, revision: str | None = None, token: str 
     from transformers import AutoConfig, AutoModel, CLIPTextModel, SiglipTextModel
 
     hub = {"revision": revision, "token": token}
-    config = AutoConfig.from_pretrained(path_or_id, **hub)
+    with reading(path_or_id):
+        config = AutoConfig.from_pretrained(path_or_id, **hub)
     towers = {"clip": CLIPTextModel, CLIP_TEXT: CLIPTextModel}
     towers |= {"siglip": SiglipTextModel, SIGLIP_TEXT: SiglipTextModel}
-    model = towers.get(config.model_type, AutoModel).from_pretrained(path_or_id, **hub)
+    with reading(path_or_id):
+        model = towers.get(config.model_type, AutoModel).from_pretrained(path_or_id, use_safetensors=True, **hub)
     modalities = getattr(model, "input_modalities", ("text",))
     if "text" not in modalities or getattr(model.config, "hidden_size", None) is None:
         raise ValueError(

@@ -217,6 +217,7 @@ def _split_flags(words: list[str], fields: dict) -> dict[str, list[str]]:
     """Flag -> its words; the last one wins where a flag is repeated."""
     flags: dict[str, list[str]] = {}
     aliases = _aliases(fields)
+    switch = [_SWITCH] * any(field.metadata.get("imports") for field, _, _ in fields.values())
     position = 0
     while position < len(words):
         word = words[position]
@@ -227,7 +228,7 @@ def _split_flags(words: list[str], fields: dict) -> dict[str, list[str]]:
         name = flag.replace("-", "_")
         name = aliases.get(name, name)
         negated = name.removeprefix("no_")
-        if name == _SWITCH:
+        if name == _SWITCH and switch:
             flags[name] = [value.lower() or "true"]
             if not equals and position < len(words) and words[position].lower() in ("true", "false"):
                 flags[name] = [words[position].lower()]
@@ -237,7 +238,7 @@ def _split_flags(words: list[str], fields: dict) -> dict[str, list[str]]:
             if name.startswith("no_") and negated in fields and is_bool(fields[negated][1]) and not equals:
                 flags[negated] = ["false"]
                 continue
-            raise ValueError(unknown_name("flag", name, [*fields, *aliases, "config", _SWITCH], prefix="--"))
+            raise ValueError(unknown_name("flag", name, [*fields, *aliases, "config", *switch], prefix="--"))
         if equals:
             flags[name] = [value]
             continue

@@ -20,7 +20,7 @@ from transformers import (
 from mllm_vision.encoder import VisionEncoder
 from mllm_vision.encoder.families import family_of
 from mllm_vision.encoder.features import num_layers
-from mllm_vision.errors import unknown_name
+from mllm_vision.errors import reading, unknown_name
 from mllm_vision.modules.projectors import PROJECTORS, build_projector
 from mllm_vision.vlm.language_model import (
     check_generation,
@@ -82,11 +82,13 @@ def build_vlm(
             raise ValueError("llm is a model, which carries no tokenizer: pass tokenizer=, or the path of the model")
     else:
         source, hub = str(llm), {"token": token, "revision": revision}
-        language_model = load_language_model(source, dtype, **hub)
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+        with reading(source):
+            language_model = load_language_model(source, dtype, **hub)
+            if tokenizer is None:
+                tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
+        with reading(tokenizer):
+            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
     base = decoder_of(language_model)
     factor = logit_factor(language_model, base)
     image_token_id = prepare_tokenizer(tokenizer, image_token)

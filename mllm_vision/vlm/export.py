@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,8 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaProcessor
 
 from mllm_vision.data.images import ImageTransform
+from mllm_vision.encoder.files import read_json
+from mllm_vision.errors import reading
 from mllm_vision.vlm.model import VisionLanguageModel
 from mllm_vision.vlm.tokens import pad_left, settle_ends
 
@@ -76,13 +77,16 @@ def load_vlm(
     if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
         read_config(folder)
     hub: dict[str, Any] = {"token": token, "revision": revision}
-    model, found = VisionLanguageModel.from_pretrained(str(path), dtype=dtype, output_loading_info=True, **hub)
+    with reading(path):
+        model, found = VisionLanguageModel.from_pretrained(
+            str(path), dtype=dtype, output_loading_info=True, use_safetensors=True, **hub
+        )
+        processor = AutoProcessor.from_pretrained(str(path), **hub)
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"{path} lacks {len(missing)} weights of a LLaVA ({', '.join(missing[:3])}), which would be random; give "
             "the folder of a whole checkpoint"
         )
-    processor = AutoProcessor.from_pretrained(str(path), **hub)
     fit_processor(model.eval(), processor, str(path))
     pad_left(processor.tokenizer)
     settle_ends(model, processor)
@@ -152,7 +156,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         found = sorted(entry.name for entry in folder.iterdir())[:8] if folder.is_dir() else None
         inside = f"it holds {', '.join(found) or 'nothing'}" if found is not None else "there is no such folder"
         raise FileNotFoundError(f"{folder} is no saved model: no config.json ({inside}); give the folder that has one")
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
     kind = config.get("model_type")
     if kind != "llava":
         raise ValueError(

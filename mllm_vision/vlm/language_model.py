@@ -42,7 +42,9 @@ def load_language_model(source: str, dtype: torch.dtype | str, **hub: Any) -> Pr
             )
         raise ValueError(f"llm={source} has no config.json, so it is no language model; give the folder that has")
     _check_config(source, AutoConfig.from_pretrained(source, **hub))
-    model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **hub)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, output_loading_info=True, use_safetensors=True, **hub
+    )
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"llm={source} lacks {len(missing)} weights of a {type(model).__name__} ({', '.join(missing[:3])}), which "

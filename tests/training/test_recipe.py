@@ -229,7 +229,8 @@ def test_recipe_yaml_reproduces_the_recipe(tmp_path: Path) -> None:
         "--names", "a", "b", "--mode", "slow", "--sizes", "k=v", "--output_dir", str(tmp_path / "run"), "--use_cpu",
         "--learning_rate", "3e-4", "--lr_scheduler_type", "cosine_with_min_lr",
         "--lr_scheduler_kwargs", '{"min_lr": 1e-6}',
-        "--eval_strategy", "steps", "--eval_steps", "5", "--hub_token", "hf_secret", "--overwrite",
+        "--eval_strategy", "steps", "--eval_steps", "5", "--push_to_hub", "--hub_token", "hf_secret",
+        "--overwrite",
     ]  # fmt: skip
     own, arguments = parse_recipe(Own, RecipeArguments, argv=argv)
     arguments.seed = 7  # a recipe may settle a value after parsing
