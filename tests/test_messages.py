@@ -110,9 +110,12 @@ def test_every_flag_in_a_message_is_one_of_that_recipe():
                 else SEEN[max((key for key in SEEN if file.startswith(key)), key=len, default="mllm_vision")]
             )
             for line, text in messages(path):
+                others = re.findall(r"(?:recipes|scripts)/\w+\.py", text)  # a remedy may be to run another one
                 for flag in FLAG.findall(text):
                     seen += 1
                     lacking = [script for script in scope if flag not in known[script]]
+                    if any(flag in known.get(script, ()) for script in others):
+                        continue
                     if lacking and flag not in ELSEWHERE.get(file, ()):
                         wrong.append(f"{file}:{line} names --{flag}, which {', '.join(lacking)} has not")
     assert seen > 150 and not wrong, "\n".join(wrong)
