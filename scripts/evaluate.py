@@ -261,9 +261,12 @@ class Bench:
         return Maps(job.name, records, columns, texts=texts, count=own.map_count)
 
     def vqa(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
+        from mllm_vision.data import bind_conversations
         from mllm_vision.evaluation import QuestionAnswering
 
-        columns = self.columns(records, "image", "question", "answer")
+        # As in training: what stands beside an instruction belongs to the question.
+        roles = {role: name for role, name in self.named.items() if role in ("image", "question", "answer")}
+        columns = bind_conversations(records, roles, forms=[("question", "answer")], tell=False)
         training = None
         if own.training_dataset_name:
             training = self.records(own.training_dataset_name, own.training_split, own.max_samples)

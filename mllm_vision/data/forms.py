@@ -43,14 +43,18 @@ _QUIET = ("id", "ids", "idx", "index", "image_id", "question_id", "source", "url
 
 
 def bind_conversations(
-    records: Any, overrides: dict[str, str] | None = None, *, forms: Sequence[tuple[str, ...]] = FORMS
+    records: Any,
+    overrides: dict[str, str] | None = None,
+    *,
+    forms: Sequence[tuple[str, ...]] = FORMS,
+    tell: bool = True,
 ) -> dict[str, str]:
     """The columns of a conversation: role -> column, of the first of `forms` whose columns are there.
 
     The forms are `messages`, `conversations`, TRL's `prompt` with `completion` (lists of messages), `question` with
     `answer` (Alpaca's `instruction` with `output` too), lists of question-answer pairs (the Cauldron's `texts`), and
     `caption`. An image column is bound where there is one, and Alpaca's `input`, `system` and `history`. What
-    `overrides` names is preferred. Columns that say something and are not used are told in one warning.
+    `overrides` names is preferred. Columns that say something and are not used are told in one warning (`tell`).
 
     Raises:
         ValueError: none of these is there; lists the columns, and as remedy the flags of the roles in `overrides`.
@@ -61,7 +65,8 @@ def bind_conversations(
     for form in sorted(forms, key=lambda form: not any(role in overrides for role in form)):
         bound = bind_columns(records, [*(f"{role}?" for role in form), *_BESIDE], overrides)
         if all(role in bound for role in form) and _readable(records, bound, form, overrides):
-            return _told(records, _fitting(bound, form, overrides))
+            bound = _fitting(bound, form, overrides)
+            return _told(records, bound) if tell else bound
     why = "its texts are no JSON"
     try:
         bind_columns(records, forms[0], overrides)

@@ -24,7 +24,6 @@ from mllm_vision.data import (
 from mllm_vision.data.forms import FORMS, image_counts
 from mllm_vision.data.records import UsualSplit
 from mllm_vision.data.sampling import BadRow, judge
-from mllm_vision.data.stream_order import Ref
 from mllm_vision.errors import unknown_name
 from mllm_vision.vlm.packing import check_packing
 
@@ -231,8 +230,7 @@ def label_preview(data: StageData, processor: Any) -> str:
     if not isinstance(data.train, StreamDataset):
         return preview_labels(data.collator([data.train[0]]), processor.tokenizer)
     for number, row in enumerate(data.train.stream.head()):
-        record = data.train.stream.rooted(dict(row), Ref(0, 0, number, 0, 0))
-        first = judge(f"row {number}", data.train.reader.read_record, record, 0, number)
+        first = judge(f"row {number}", data.train.reader.read_record, row, 0, number)
         if not isinstance(first, BadRow):
             return preview_labels(data.collator([first]), processor.tokenizer)
     return ""
