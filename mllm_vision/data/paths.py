@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -45,6 +46,8 @@ class ImagePaths:
         Raises:
             FileNotFoundError: a column that can only mean images, of which no file is found.
         """
+        if _kind(name) == "text" and name not in self.sure:
+            return values
         if name not in self._decided:
             decided = self._holds_paths(name, values)
             if decided is None:
@@ -62,14 +65,11 @@ class ImagePaths:
                 f"column {name!r} holds addresses on the net ({address[:80]!r}): nothing is fetched; download the "
                 "images beforehand and name their files"
             )
-        relative: list[str] = []
-        absolute = False
-        for value in values if len(values) <= 4096 else values[:: len(values) // 4096]:
-            for text in _candidates(value, name):
-                if _FILE.match(text) or os.path.isabs(text):
-                    absolute = True
-                else:
-                    relative.append(text)
+        texts: list[str] = []
+        for value in values:
+            _collect(value, name, texts)
+        relative = [text for text in texts if not os.path.isabs(text) and not _FILE.match(text)]
+        absolute = len(relative) < len(texts)
         if not relative or name in self.sure:
             return True if absolute or relative else None
         tried = relative[:: -(-len(relative) // _TRIED)]
@@ -108,19 +108,21 @@ def _mapped(value: Any, key: str, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _candidates(value: Any, key: str) -> Iterator[str]:
-    """Every string in a value that may be an image path."""
+def _collect(value: Any, key: str, found: list[str]) -> None:
+    """Appends every string in a value that may be an image path."""
     if isinstance(value, str):
         if (turns := _json_turns(value, key)) is not None:
-            yield from _candidates(turns, "")
+            _collect(turns, "", found)
         elif _may_be_path(value, key):
-            yield value
+            found.append(value)
+    elif isinstance(value, dict):
+        if value.get("bytes") is None:
+            for name, each in value.items():
+                if isinstance(each, str | dict | list):
+                    _collect(each, _inner(name, key), found)
     elif isinstance(value, list | tuple):
         for each in value:
-            yield from _candidates(each, key)
-    elif isinstance(value, dict) and value.get("bytes") is None:
-        for name, each in value.items():
-            yield from _candidates(each, _inner(name, key))
+            _collect(each, key, found)
 
 
 def _json_turns(text: str, key: str) -> Any:
@@ -140,13 +142,22 @@ def _inner(name: str, key: str) -> str:
 
 def holds_images(name: str) -> bool:
     """Whether a column or field is called like one of images or of their files."""
+    return _kind(name) == "image"
+
+
+@functools.lru_cache(4096)
+def _kind(name: str) -> str:
+    """What the name of a column or field says of the strings in it: "image", "text" or "other"."""
     name = name.lower()
-    return name in IMAGE_NAMES or (name not in TEXT_NAMES and any(hint in name for hint in _HINTS))
+    if name in TEXT_NAMES:
+        return "text"
+    return "image" if name in IMAGE_NAMES or any(hint in name for hint in _HINTS) else "other"
 
 
 def _may_be_path(text: str, key: str) -> bool:
-    if not text or len(text) > 1024 or "\n" in text or key.lower() in TEXT_NAMES:
+    kind = _kind(key)
+    if kind == "text" or not text or len(text) > 1024:
         return False
-    if not is_path(text) and not _FILE.match(text):
-        return False  # an address, or the image itself
-    return holds_images(key) or PurePosixPath(text.lower()).suffix in IMAGES
+    if kind == "other" and text[text.rfind(".") :].lower() not in IMAGES:
+        return False
+    return "\n" not in text and (is_path(text) or _FILE.match(text) is not None)  # no address, nor the image itself

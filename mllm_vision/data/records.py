@@ -18,6 +18,7 @@ from .arrow import undecoded, values_of
 from .columns import bind_columns
 from .files import LeftOut, find
 from .folders import Contents, contents, image_table
+from .hub_files import plain_repository
 from .sampling import draw_rows
 from .table_cache import fingerprint, read_tables
 from .tables import may_hold_paths
@@ -80,8 +81,10 @@ def load_records(
         dataset = _undecoded(_saved(path, split))
     else:
         found = find(name_or_path, left_out)
+        if found is None and config_name is None:
+            found = plain_repository(str(name_or_path).strip())
         if found is None:
-            dataset = _undecoded(_from_hub(str(name_or_path), config_name, split))
+            dataset = _undecoded(_from_hub(str(name_or_path).strip(), config_name, split))
         elif not found.files:
             but = " but for hidden files" if left_out.counts else ""
             raise FileNotFoundError(f"the folder {found.root} is empty{but}")

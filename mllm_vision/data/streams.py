@@ -120,7 +120,7 @@ class Stream:
                 break
             table = shard.head(1 if tables else count)
             if table.num_rows:
-                root = self.image_root or Path(shard.path).parent
+                root = self.image_root or shard.file().parent
                 tables.append((shard.name, with_paths(table, ImagePaths(root, self._told))))
         if not tables:
             raise ValueError(f"{source.shards[0].name} and all other shards of its data set are empty: no rows")
@@ -163,7 +163,7 @@ class Stream:
         """
         file = self.sources[source].shards[shard]
         rows = file.read(group, columns)
-        paths = ImagePaths(self.image_root or Path(file.path).parent, self._told, images)
+        paths = ImagePaths(self.image_root or file.file().parent, self._told, images)
         for name in columns:
             values = [row[name] for row in rows]
             changed = paths.column(name, values)

@@ -461,6 +461,9 @@ def test_shards_of_a_hub_data_set(shards: Path, tmp_path: Path, run_python) -> N
         repository = hub.repositories["somebody/pairs"] = Repository()
         files = {f"data/train-{n}.parquet": (shards / "parquet" / f"part-{n}.parquet").read_bytes() for n in range(3)}
         repository.commit("main", {**files, "README.md": b"# Pairs"}, "pairs")
+        words = {"train.csv": b"image,label\ni/0.png,NA\ni/1.png,None\n", "i/0.png": PICTURE, "i/1.png": PICTURE}
+        hub.repositories["somebody/words"] = Repository()
+        hub.repositories["somebody/words"].commit("main", {**words, ".gitattributes": b"", "README.md": b""}, "words")
         code = f"""
 import sys
 sys.path[:0] = [{str(Path(__file__).parents[2])!r}]
@@ -472,8 +475,18 @@ order = StreamOrder([source], buffer=0, lanes=1)
 refs = order.take(18)
 print([len(source.shards), [source.shards[r.shard].read(source.group_of(r.shard, r.row))[0] is not None for r in refs]])
 assert source.shards[0].read(1, ["caption"])[0] == {{"caption": "a4"}}
+from huggingface_hub import HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
+from mllm_vision.data import load_image, load_records
+def offline(*_, **__):
+    raise OfflineModeIsEnabled("offline")
+for _ in range(2):  # plain files go by our rules, and are found again offline
+    rows = load_records("somebody/words")
+    assert rows["label"][:] == ["NA", "None"], rows["label"][:]
+    assert load_image(rows[1]["image"]).size == (8, 8)
+    HfApi.dataset_info = offline
 """
         printed = run_python(code, **hub.environment(str(tmp_path)))
         asked = [call for call in hub.calls if call.startswith("GET") and "resolve" in call]
     assert json.loads(printed.replace("True", "true")) == [3, [True] * 18]
-    assert len(asked) == 3  # each shard once
+    assert sum("pairs" in call for call in asked) == 3  # each shard once
