@@ -136,7 +136,7 @@ def check_room(model: Any, tokens: int, max_new_tokens: int) -> None:
         raise BadRow(
             "the prompt leaves no room for the answer",
             f"{tokens} tokens, image tokens included, and {max_new_tokens} to come, but the language model holds "
-            f"{limit}; ask for less with --max_new_tokens, or begin a new dialogue",
+            f"{limit}; ask for fewer new tokens (max_new_tokens), or begin a new dialogue",
         )
 
 
