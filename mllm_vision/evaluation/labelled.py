@@ -178,7 +178,7 @@ class LabelledImages:
                 found = _features_of(encoder, pixels.to(device), feature).float()
                 sound = finite_rows(found, chunk, f"the {part.name} set")
                 rows.extend(chunk[place] for place in sound)
-                features.append(found[sound])
+                features.append(found if len(sound) == len(found) else found[torch.tensor(sound, device=device)])
         except Exception as problem:
             error = problem
         agree_on_error(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -291,11 +290,12 @@ def _one_clustering(
     own = (rows * scaled[assigned]).sum()
     if repeats:
         # One more column, against a one in every row, adds the logarithm of how often a prototype stands in the sum.
-        counts = all_reduce(assigned.bincount(minlength=k), group).clamp_min(1)
-        scaled = torch.cat([scaled, counts.to(rows).log()[:, None]], dim=1)
+        # not by bincount, which asks for the largest number
+        counts = rows.new_zeros(k).index_add(0, assigned, rows.new_ones(len(rows)))
+        counts = all_reduce(counts, group).clamp_min(1)
+        scaled = torch.cat([scaled, counts.log()[:, None]], dim=1)
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
     columns = Columns([k], group, "shared")
-    # the concentrations are on the device, and asking how small they are would wait for it
-    plan = Plan(columns, Grid(len(rows), columns.blocks, size), by_column=False, bound=math.inf)
+    plan = Plan(columns, Grid(len(rows), columns.blocks, size), by_column=False)
     among, _ = softmax_losses(rows, scaled, rows.new_ones(()), plan)
     return among.sum() - own

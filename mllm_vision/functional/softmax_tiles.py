@@ -20,10 +20,9 @@ from mllm_vision.functional.products import add_product, product
 from mllm_vision.functional.tiles import Grid, Plan, TargetSums
 
 LN2 = math.log(2.0)
-# Scores in base 2 between which sums of 2^score and their reciprocals lose nothing: (highest, lowest of a row's
-# or column's largest). fp32 holds 2^-126 to 2^128; the room left over is for a million terms above, and below for
-# terms 2^-40 times the largest.
-WINDOWS = {torch.float32: (100.0, -86.0), torch.float64: (990.0, -950.0)}
+# Largest score in base 2 up to which sums of 2^score and their reciprocals lose nothing: fp32 holds 2^-126 to 2^128;
+# the room left over is for a million terms above, and below for terms 2^-40 times the largest.
+HIGHEST = {torch.float32: 86.0, torch.float64: 950.0}
 
 
 def softmax_losses(x: Tensor, y: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -55,12 +54,11 @@ def softmax_losses(x: Tensor, y: Tensor, scale: Tensor, plan: Plan) -> tuple[Ten
 class _Scores:
     """How scores are turned into numbers a sum can hold.
 
-    Inside the window: 2^(score - shift), one exponential for both directions, nothing lost. Outside it (unit 1), or
-    where only the device knows: natural exponentials of differences to each row's and each column's own log-sum-exp.
+    Bounded: 2^score, one exponential for both directions, nothing lost. Otherwise (unit 1): natural exponentials of
+    differences to each row's and each column's own log-sum-exp, right wherever the scores lie.
     """
 
     scale: Tensor
-    shift: float
     bounded: bool
 
     @property
@@ -74,7 +72,9 @@ class _SoftmaxLosses(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         x, y = x.detach(), y.detach()
         held = plan.columns.hold(y)
-        scores = _choose(x, y, scale.detach(), plan)
+        # Where the host does not know the bound, asking the device would stall its queue: the second form costs little.
+        known = plan.bound is not None and plan.bound / LN2 <= HIGHEST[x.dtype]
+        scores = _Scores(scale.detach(), known)
         both = plan.by_column and plan.mirror is None
         row, column, sums = _sums(x, held, scores, plan, both)
         if plan.mirror is not None:
@@ -93,9 +93,6 @@ class _SoftmaxLosses(torch.autograd.Function):
             by_row = by_row - sums.row_score / sums.row_weight
             if both and sums.column_score is not None and sums.column_weight is not None:
                 by_column = by_column - (sums.column_score / sums.column_weight)[own]
-        else:
-            by_row = by_row + scores.shift
-            by_column = by_column + scores.shift
         return by_row / scores.unit, by_column / scores.unit
 
     @staticmethod
@@ -119,16 +116,6 @@ def refuse_double_backward() -> None:
         )
 
 
-def row_products(x: Tensor, y: Tensor, size: int) -> Tensor:
-    """`[n]` inner products of row i of `x` and row i of `y`, without a copy of either."""
-    return torch.cat([(a * b).sum(1) for a, b in zip(x.split(size), y.split(size), strict=True)])
-
-
-def longest_rows(x: Tensor, y: Tensor, plan: Plan, *more: Tensor) -> Tensor:
-    """The largest norms of a row of `x` and of `y` over all ranks, and the largest of `more`; on the device."""
-    return all_reduce(torch.stack([x.norm(dim=1).amax(), y.norm(dim=1).amax(), *more]), plan.group, "max")
-
-
 def sum_of_products(x: Tensor, y: Tensor, grid: Grid, scratch: Tensor) -> Tensor:
     """Sum of all entries of `x * y`, strip by strip in `scratch` and added up in fp64: the scale's gradient."""
     exact = wide_dtype(x)
@@ -141,33 +128,10 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def _choose(x: Tensor, y: Tensor, scale: Tensor, plan: Plan) -> _Scores:
-    """The shift that keeps all sums of exponentials inside the window, where there is one.
-
-    No score exceeds |scale| max|x| max|y|; no row's and no column's largest is below the lowest score of a row with
-    its own column. All ranks choose alike. Where the plan does not say the bound and asking the device would stall
-    its queue (anywhere but on a CPU), the form that needs no window is taken.
-    """
-    highest, lowest = WINDOWS[x.dtype]
-    if plan.bound is not None and plan.bound / LN2 <= -lowest:
-        return _Scores(scale, 0.0, True)
-    if plan.bound == math.inf or x.device.type != "cpu":
-        return _Scores(scale, 0.0, False)
-    paired = plan.offset is not None
-    own = [-(row_products(x, y, plan.grid.size) * scale).amin()] if paired else []
-    facts = torch.cat([longest_rows(x, y, plan, *own), scale[None]]).tolist()
-    bound = abs(facts[-1]) / LN2 * facts[0] * facts[1] * (1 + 1e-5)
-    if bound <= -lowest:
-        return _Scores(scale, 0.0, True)
-    if paired and math.isfinite(bound) and bound + facts[2] / LN2 <= highest - lowest:
-        return _Scores(scale, bound - highest, True)
-    return _Scores(scale, 0.0, False)
-
-
 def _tiles(
     x: Tensor, visit: Any, scores: _Scores, plan: Plan
 ) -> Iterator[tuple[Tensor, int, int, Tensor, Tensor, Tensor | None]]:
-    """Every tile of shifted scores in turn, in one buffer that the next overwrites.
+    """Every tile of scores in turn, in one buffer that the next overwrites.
 
     Yields the tile, its row and column strip, the rows times scale, the columns, and the columns' gradient.
     """
@@ -182,8 +146,6 @@ def _tiles(
                 local = slice(across.start - start, across.stop - start)
                 tile = buffer[: len(scaled) * (across.stop - across.start)].view(len(scaled), -1)
                 tile = product(scaled, block[local].T, tile)
-                if scores.shift:
-                    tile -= scores.shift
                 yield tile, row, column, scaled, block[local], None if gradient is None else gradient[local]
 
 

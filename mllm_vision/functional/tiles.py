@@ -258,8 +258,7 @@ class Plan:
         by_column: whether the softmax runs over rows too, for a loss of each column.
         mirror: rows are the columns in another order, `rows.roll(mirror)`: then the scores are symmetric, what
             holds for a row holds for its column, and half of the gradient is the other half.
-        bound: what no score exceeds in absolute value, in nats, where the host knows that much. Infinite: not to be
-            asked of the device either.
+        bound: what no score exceeds in absolute value, in nats, where the host knows that much.
     """
 
     columns: Columns

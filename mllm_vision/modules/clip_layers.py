@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -47,18 +48,20 @@ def pooled_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
 class Packing:
     """Right-padded texts laid end to end, and back.
 
+    How many tokens there are is read back from the device, once for a batch: the one value of a step.
+
     Args:
         lengths: `[B]`, tokens of each text that are not padding; at least one.
+        width: columns of the padded texts, the longest of which sets them as a rule.
 
     Attributes:
-        width: the longest text; nothing is longer.
         place: `[M]`, where each of the M tokens that are not padding stands among the `B * width`.
         last: `[B]`, where the last token of each text stands among the M.
         mask: `[B, 1, 1, width]`, True for tokens.
     """
 
-    def __init__(self, lengths: Tensor) -> None:
-        self.rows, self.width = len(lengths), int(lengths.max())
+    def __init__(self, lengths: Tensor, width: int) -> None:
+        self.rows, self.width = len(lengths), width
         mask = torch.arange(self.width, device=lengths.device) < lengths[:, None]
         self.place = mask.flatten().nonzero().flatten()
         self.last = lengths.cumsum(0) - 1
@@ -95,10 +98,18 @@ def packed_pooled_layer(layer: nn.Module, hidden: Tensor, packing: Packing) -> T
     return _one_token(layer, hidden[packing.last], normed[packing.last], keys, values, packing.mask)
 
 
+_PACKINGS = WeakTensorKeyDictionary()  # of the batches that are still there: what they were made for, the packing
+
+
 def packed_text(model: Any, input_ids: Tensor, ends: Tensor) -> Tensor:
     """`pooler_output` `[B, D]` of a plain `CLIPTextModel`: texts `[B, T]` whose end tokens stand at `ends` `[B]`."""
-    packing = Packing(ends + 1)
-    hidden = packing.pack(model.embeddings(input_ids=input_ids[:, : packing.width]))
+    # a momentum tower gets the very texts that the tower got, and asks for them as they were then
+    key = model.config.eos_token_id, 0 if input_ids.is_inference() else input_ids._version
+    made_for, packing = _PACKINGS.get(input_ids, (None, None))
+    if packing is None or made_for != key:
+        packing = Packing(ends + 1, input_ids.shape[1])
+        _PACKINGS[input_ids] = key, packing
+    hidden = packing.pack(model.embeddings(input_ids=input_ids))
     *layers, last = model.encoder.layers
     for layer in layers:
         hidden = packed_layer(layer, hidden, packing)

@@ -264,9 +264,10 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
             logits = self.lm_head(hidden[:, keep])
         else:
             targets = labels[:, 1:]
-            supervised = targets != -100
-            logits = self.lm_head(hidden[:, :-1][supervised])
-            targets = targets[supervised]
+            # how many there are is read back from the device once, not by each selection and its gradient
+            supervised = (targets != -100).flatten().nonzero().flatten()
+            logits = self.lm_head(hidden[:, :-1].flatten(0, 1).index_select(0, supervised))
+            targets = targets.flatten().index_select(0, supervised)
             smoothing = self.label_smoothing if self.training else 0.0
             total = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
             loss = total / (max(targets.numel(), 1) if num_items_in_batch is None else num_items_in_batch)

@@ -84,7 +84,7 @@ def test_no_layer_works_on_padding_and_the_last_works_for_the_end_tokens_alone()
 
 
 def test_packing_and_back():
-    packing = Packing(torch.tensor([2, 4, 1]))
+    packing = Packing(torch.tensor([2, 4, 1]), 4)
     assert packing.width == 4 and packing.place.tolist() == [0, 1, 4, 5, 6, 7, 8] and packing.last.tolist() == [1, 5, 6]
     packed = torch.randn(7, 3)
     padded = packing.pad(packed)
