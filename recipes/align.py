@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train()
 
     run.save_artifact(lambda path: save_vlm(model, processor, path), own.artifact_name, "vlm")
-    run.after_training("freeze audit", proof.verify, model, severe=True)
+    run.after_training("freeze audit", proof.verify, model, trainer.steps, severe=True)
     trainer.final_evaluation(model, own.artifact_name)
     samples = (caption_samples, model, processor, data.eval_records, data.eval_columns, own.sample_count)
     run.record["samples"] += run.after_training("sample captions", *samples) or []

@@ -187,7 +187,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer.measure_before("untrained", [heldout])
     trainer.train()
 
-    run.after_training("freeze audit", proof.verify, trained, severe=True)  # saving folds the adapters in
+    # before saving, which folds the adapters in
+    run.after_training("freeze audit", proof.verify, trained, trainer.steps, severe=True)
     run.save_artifact(lambda path: save_vlm(trained, processor, path), own.artifact_name, "vlm")
     trainer.final_evaluation(merge_lora(trained), own.artifact_name)
     run.finish(freeze_problems=proof.problems, modules=proof.rows)

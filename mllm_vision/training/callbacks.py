@@ -115,6 +115,25 @@ class BadSampleLimit(TrainerCallback):
             }
 
 
+class MovingSteps(TrainerCallback):
+    """Counts the optimizer steps, and those among them that could move a weight: those at a rate above zero.
+
+    The first step of a warm-up has a rate of 0; one that fp16's loss scaling skipped is none at all. The freeze audit
+    asks whether what did not move could have.
+    """
+
+    def __init__(self) -> None:
+        self.taken = self.moving = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.taken, self.moving = state.global_step, max(0, state.global_step - 1)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if not getattr(optimizer, "step_was_skipped", False):
+            self.taken += 1
+            self.moving += any(group["lr"] > 0 for group in optimizer.param_groups)
+
+
 class RunFolder(TrainerCallback):
     """Keeps `metrics.jsonl` in step with the training: what an interrupted run logged after the checkpoint goes.
 

@@ -13,7 +13,7 @@ from transformers.trainer_utils import has_length
 
 from mllm_vision.data.sampling import EpochCallback
 
-from .callbacks import BadSampleLimit, RunFolder, SaveByMinutes, guard_reporters
+from .callbacks import BadSampleLimit, MovingSteps, RunFolder, SaveByMinutes, guard_reporters
 from .clipping import clip_per_parameter_
 from .ema import WeightAverage
 from .evaluating import Evaluating
@@ -77,6 +77,8 @@ class RecipeTrainer(Evaluating):
         check_trainer(self)
         if run is not None:
             self.add_callback(RunFolder(run))
+        self.steps = MovingSteps()
+        self.add_callback(self.steps)
         self.add_callback(EpochCallback())
         if bad_samples is not None:
             self.add_callback(BadSampleLimit(bad_samples, run))

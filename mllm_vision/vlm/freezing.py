@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from mllm_vision.vlm.model import VisionLanguageModel
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+logger = logging.getLogger(__name__)
 
 GROUPS = ("encoder", "projector", "language_model")
 PROJECTOR = "multi_modal_projector"
@@ -173,12 +176,20 @@ class FreezeProof:
     Frozen and trainable tensors of a group are hashed apart, so that with LoRA the language model's own weights
     are proven untouched while its adapters move.
 
+    What trains has to move wherever it could: a run of a single step may have had a rate of 0 (a warm-up), or nothing
+    but zeros in front of a group (LoRA's B, a last layer that starts at zero), through which no gradient comes yet.
+
     Example: ``proof = FreezeProof(model, rows)``, train, ``rows = proof.close(model)``, save, ``proof.check()``.
     """
 
     def __init__(self, model: nn.Module, rows: Iterable[Mapping[str, Any]]) -> None:
         self.rows = [dict(row) for row in rows]
         self._before = self._hashes(model)
+        self._zero = {
+            module_group(name)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and parameter.ndim > 1 and not parameter.detach().any()
+        }
         self.problems: list[str] = []
 
     @staticmethod
@@ -189,8 +200,13 @@ class FreezeProof:
             for part in (None, True, False)
         }
 
-    def close(self, model: nn.Module) -> list[dict[str, Any]]:
-        """The rows with ``sha256_before``, ``sha256_after`` and ``moved``; call before LoRA is merged."""
+    def close(self, model: nn.Module, steps: Any = None) -> list[dict[str, Any]]:
+        """The rows with ``sha256_before``, ``sha256_after`` and ``moved``; call before LoRA is merged.
+
+        Args:
+            model: as trained.
+            steps: the trainer's ``MovingSteps``, which tells whether anything could move; without it everything could.
+        """
         after = self._hashes(model)
         self.problems = []
         for row in self.rows:
@@ -201,16 +217,30 @@ class FreezeProof:
                 self.problems.append(
                     f"{group}: frozen weights moved ({self._before[group, False][:12]} -> {after[group, False][:12]})"
                 )
-            if row["trainable"] and self._before[group, True] == after[group, True]:
+            still = bool(row["trainable"]) and self._before[group, True] == after[group, True]
+            if still and (why := self._could_not_move(row, steps)):
+                row["still"] = why
+                logger.warning("%s did not move: %s", group, why)
+            elif still:
                 self.problems.append(
                     f"{group}: {row['trainable']:,} trainable parameters did not move "
                     f"(learning rate {row['learning_rate']:.3g}; a warm-up that never left zero does this too)"
                 )
         return self.rows
 
-    def verify(self, model: nn.Module) -> None:
+    def _could_not_move(self, row: Mapping[str, Any], steps: Any) -> str:
+        """Why a group that trains had no way to move in so few steps; empty where it had one."""
+        if steps is None or not row["learning_rate"] or steps.taken > 1:
+            return ""
+        if steps.moving == 0:
+            return "the only step had a learning rate of 0, as a warm-up begins with"
+        if self._zero - {row["group"]}:
+            return "in its first step no gradient comes through weights that start at zero"
+        return ""
+
+    def verify(self, model: nn.Module, steps: Any = None) -> None:
         """`close`, the table for people, and `check`."""
-        print(audit_table(self.close(model)), flush=True)
+        print(audit_table(self.close(model, steps)), flush=True)
         self.check()
 
     def check(self) -> None:

@@ -139,6 +139,14 @@ def test_every_recorded_figure_is_of_what_was_saved(recipe, data, tmp_path):
         assert check_lineage(tmp_path / artifact)["evaluations"] == record["evaluations"]
 
 
+@pytest.mark.parametrize("recipe", ["align", "instruct"])
+def test_a_run_of_one_step_ends_well(recipe, data, tmp_path):
+    """With the recipe's own warm-up, whose first step has a rate of 0."""
+    record = run(recipe, data, tmp_path, max_steps=1, warmup_steps=None, eval_dataset_name=None)
+    assert record["missing"] == [] and not record.get("freeze_problems")
+    assert [entry["name"] for entry in record["artifacts"]] == list(tiny_runs.ARTIFACTS[recipe])
+
+
 # ---- each step after the training fails in turn ---------------------------------------------------------------
 
 

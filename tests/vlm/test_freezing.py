@@ -81,6 +81,41 @@ def test_proof_fails_when_nothing_was_learnt(build):
         proof.check()
 
 
+class Steps:
+    """What `MovingSteps` counts."""
+
+    def __init__(self, taken, moving):
+        self.taken, self.moving = taken, moving
+
+
+def test_a_single_step_proves_what_it_could_move(build, make_batch):
+    """A warm-up's first step has a rate of 0; behind zeros no gradient arrives in the first step; else it is strict."""
+    from mllm_vision.vlm import FreezeProof, audit, freeze
+
+    model, _ = build()
+    freeze(model, ("encoder", "projector"))
+    proof = FreezeProof(model, audit(model, 1e-3))
+    rows = {row["group"]: row for row in proof.close(model, Steps(1, 0))}
+    proof.check()
+    assert "learning rate of 0" in rows["projector"]["still"] and not rows["projector"]["moved"]
+    for steps in (None, Steps(1, 1), Steps(2, 0), Steps(2, 1)):  # it could move, or never left the warm-up
+        proof.close(model, steps)
+        with pytest.raises(ValueError, match="projector: .* did not move"):
+            proof.check()
+
+    with torch.no_grad():  # a projector whose last layer starts at zero
+        model.model.multi_modal_projector.linear_2.weight.zero_()
+    proof = FreezeProof(model, audit(model, 1e-3))
+    model.train()(**make_batch(model)).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    rows = {row["group"]: row for row in proof.close(model, Steps(1, 1))}
+    proof.check()
+    assert rows["projector"]["moved"] and not rows["encoder"]["moved"] and "start at zero" in rows["encoder"]["still"]
+    proof.close(model, Steps(2, 2))  # a second step would have reached it
+    with pytest.raises(ValueError, match="encoder: .* did not move"):
+        proof.check()
+
+
 def test_proof_notices_frozen_base_weights_under_lora(build, make_batch):
     from mllm_vision.vlm import FreezeProof, add_lora, audit
 
