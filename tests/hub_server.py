@@ -205,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
             if role is None:
                 return self._error(401, message="Invalid username or password.")
             access = {"displayName": "test", "role": role}
-            organisations = [{"name": "owner", "roleInOrg": "write"}, {"name": "readers", "roleInOrg": "read"}]
+            organisations = [{"name": "us", "roleInOrg": "write"}, {"name": "readers", "roleInOrg": "read"}]
             return self._json({"name": "somebody", "orgs": organisations, "auth": {"accessToken": access}})
         if parts[:2] == ["api", "models"]:
             repository = self._readable("/".join(parts[2:4]))

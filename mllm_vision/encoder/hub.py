@@ -120,21 +120,23 @@ def prepare_repository(
     if is_offline_mode():
         raise ConnectionError(f"HF_HUB_OFFLINE is set: cannot push to {repo_id}; unset it; {state}")
     api = HfApi(token=token)
-    with _clear_errors(repo_id, state):
+    with _clear_errors(repo_id, state, "preparation of"):
         who = _who(api)
         access = (who.get("auth") or {}).get("accessToken") or {}
-        if access.get("role") == "read":
-            raise PermissionError(
-                f"the Hub token {access.get('displayName', '')!r} may only read: make one that may write to {repo_id} "
-                f"(https://huggingface.co/settings/tokens) and set HF_TOKEN; {state}"
-            )
-        full = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        owner = full.partition("/")[0]
-        groups = {group.get("name"): group.get("roleInOrg") for group in who.get("orgs") or []}
-        if who and owner != who.get("name") and (owner not in groups or groups[owner] == "read"):
-            known = ", ".join(str(name) for name in [who.get("name"), *groups])
-            raise PermissionError(f"the Hub token is that of {known}, and may not write to {full}; {state}")
-        return str(full)
+        reads_only = access.get("role") == "read"
+        full = repo_id if reads_only else str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+    if reads_only:
+        raise PermissionError(
+            f"the Hub token {access.get('displayName', '')!r} may only read: make one that may write to {repo_id} "
+            f"(https://huggingface.co/settings/tokens) and set HF_TOKEN; {state}"
+        )
+    owner = full.partition("/")[0]
+    groups = {group.get("name"): group.get("roleInOrg") for group in who.get("orgs") or []}
+    classic = access.get("role") == "write"  # a fine-grained token may have been given a repository of others
+    if classic and owner != who.get("name") and (owner not in groups or groups[owner] == "read"):
+        known = ", ".join(str(name) for name in [who.get("name"), *groups])
+        raise PermissionError(f"the Hub token is that of {known}, and may not write to {full}; {state}")
+    return full
 
 
 def _who(api: Any) -> dict[str, Any]:
@@ -150,7 +152,7 @@ def _who(api: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _clear_errors(repo_id: str, state: str) -> Iterator[None]:
+def _clear_errors(repo_id: str, state: str, what: str = "upload to") -> Iterator[None]:
     """The Hub client's errors as few kinds, each with what happened to the upload and what to do."""
     import huggingface_hub.errors as hub
 
@@ -169,13 +171,13 @@ def _clear_errors(repo_id: str, state: str) -> Iterator[None]:
                 f"the Hub refuses the token for {repo_id} ({status}): set HF_TOKEN, or pass token=, to one that may "
                 f"write there; {state}"
             ) from error
-        raise ConnectionError(f"the upload to {repo_id} failed ({_reason(error)}); {state}; try again") from error
+        raise ConnectionError(f"the {what} {repo_id} failed ({_reason(error)}); {state}; try again") from error
     except Exception as error:
         # The client's transport (httpx in one version, httpx2 in the next) has exceptions of its own.
         transport = type(error).__module__.startswith("http") or isinstance(error, (OSError, RuntimeError))
         if isinstance(error, FileNotFoundError) or not transport:
             raise
-        raise ConnectionError(f"the upload to {repo_id} broke off ({_reason(error)}); {state}; try again") from error
+        raise ConnectionError(f"the {what} {repo_id} broke off ({_reason(error)}); {state}; try again") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -164,6 +164,8 @@ def main(folder: Path, hub: HubServer) -> None:
         exec(compile(out["vlm_card"].split("```python\n")[1].split("```")[0], "<card>", "exec"), {})
     out["vlm_said"] = True
 
+    checked_before_training(folder, hub)
+
     # A pair that no transformers class holds keeps its towers in folders.
     from transformers import BertConfig, BertModel
 
@@ -187,6 +189,45 @@ def main(folder: Path, hub: HubServer) -> None:
         out["own_same"] = bool(
             torch.equal(VisionEncoder.from_pretrained("us/own").encode([picture]), encoder.encode([picture]))
         )
+
+
+def checked_before_training(folder: Path, hub: HubServer) -> None:
+    """--push_to_hub of a run: what can be known is known before the training; what fails later can be made up for."""
+    import huggingface_hub
+    import push_to_hub
+    import tiny
+
+    from mllm_vision.training.arguments import RecipeArguments
+    from mllm_vision.training.run import Run
+
+    def begin(name: str, repo_id: str, token: str | None = None) -> Run:
+        asked = {"push_to_hub": True, "hub_model_id": repo_id, "hub_token": token, "use_cpu": True}
+        return Run("stage_zero", RecipeArguments(output_dir=str(folder / name), **asked), {})
+
+    out["check_wrong"] = refused(lambda: begin("a", "us/new", "hf_wrong"))
+    out["check_reader"] = refused(lambda: begin("a", "us/first", READER))
+    out["check_foreign"] = refused(lambda: begin("a", "them/new"))
+    out["check_name"] = refused(lambda: begin("a", "us/a/b"))
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    out["check_offline"] = refused(lambda: begin("a", "us/new"))
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
+    hub.fail, waits = {"create": 500}, time.sleep
+    time.sleep = lambda seconds: None
+    out["check_down"] = refused(lambda: begin("a", "us/new"))
+    hub.fail, time.sleep = {}, waits
+    out["check_left"] = sorted(path.name for path in (folder / "a").iterdir())
+
+    run = begin("b", "us/late")
+    out["check_made"] = "us/late" in hub.repositories
+    run.save_artifact(tiny.tiny_vit().save_pretrained, "encoder", "encoder")
+    hub.fail = {"commit": 403}
+    out["push_failed"] = refused(run.finish)
+    hub.fail = {}
+    (missing,) = json.loads((folder / "b" / "run.json").read_text())["missing"]
+    out["push_missing"] = missing
+    words = missing["remedy"].removeprefix("push it with: ").split()
+    push_to_hub.main(words[words.index("scripts/push_to_hub.py") + 1 :])
+    out["push_later"] = "model.safetensors" in hub.repositories["us/late"].files("main")
 
 
 LINEAGE = json.dumps(

@@ -133,3 +133,28 @@ def test_the_script_helps_with_a_run_folder_and_a_dry_run(result):
     assert result["script_run_folder"]["kind"] == "FileNotFoundError"
     assert result["script_run_folder"]["message"].endswith("encoder")
     assert not result["dry_run_made"]
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "words"),
+    [
+        ("check_wrong", "PermissionError", "401"),
+        ("check_reader", "PermissionError", "may only read"),
+        ("check_foreign", "PermissionError", "that of somebody, us, readers, and may not write to them/new"),
+        ("check_name", "ValueError", "is no Hub id"),
+        ("check_offline", "ConnectionError", "HF_HUB_OFFLINE is set"),
+        ("check_down", "ConnectionError", "us/new"),
+    ],
+)
+def test_a_run_that_could_not_push_is_refused_before_it_trains(result, case, kind, words):
+    assert result[case]["kind"] == kind, result[case]
+    assert words in result[case]["message"] and "\n" not in result[case]["message"]
+    if case != "check_name":
+        assert "leave --push_to_hub out" in result[case]["message"]
+    assert result["check_left"] == ["recipe.yaml"]
+
+
+def test_a_push_that_fails_after_the_training_can_be_made_up_for(result):
+    assert result["check_made"] and result["push_later"]
+    assert result["push_failed"]["kind"] == "IncompleteRun"
+    assert result["push_missing"]["step"] == "push of encoder to us/late" and "403" in result["push_missing"]["cause"]
