@@ -158,6 +158,28 @@ def total_over_ranks(values: Sequence[float]) -> list[float]:
     return all_reduce(torch.tensor(values, dtype=kind, device=device)).tolist()
 
 
+def agree_on_error(error: Exception | None) -> None:
+    """Raise on every rank when any rank failed, so that no rank waits for the others for ever.
+
+    Call it where a rank's own work ends and before the next collective.
+
+    Raises:
+        Exception: `error` itself on the ranks that failed.
+        ValueError: on the others, with the ranks and their causes.
+    """
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, None if error is None else f"{type(error).__name__}: {error}"[:300])
+    if error is not None:
+        raise error
+    messages = [f"rank {place}: {text}" for place, text in enumerate(parts) if text]
+    if messages:
+        raise ValueError("another rank failed; " + "; ".join(messages))
+
+
 def all_gather(rows: Tensor, group: dist.ProcessGroup | None = None, sizes: list[int] | None = None) -> Tensor:
     """Concatenates the rows of all ranks, without gradient.
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mllm_vision.data.sampling import BadRow
-from mllm_vision.distributed import all_gather, all_reduce, communication_device, row_counts
+from mllm_vision.distributed import agree_on_error, all_gather, all_reduce, communication_device, row_counts
 
 COUNTS = ("count", "images", "texts", "skipped", "dimensions")  # metrics that say how much was measured, not how well
 
@@ -228,22 +228,6 @@ def gather_items(items: Sequence[tuple[int, Any]]) -> list[Any]:
         dist.all_gather_object(parts, merged)
         merged = [pair for part in parts for pair in part]
     return [item for _, item in sorted(merged, key=lambda pair: pair[0])]
-
-
-def agree_on_error(error: Exception | None) -> None:
-    """Raise on every rank when any rank failed, so that no rank waits for the others for ever."""
-    _, size = world()
-    if size == 1:
-        if error is not None:
-            raise error
-        return
-    parts: list[Any] = [None] * size
-    dist.all_gather_object(parts, None if error is None else f"{type(error).__name__}: {error}")
-    messages = [f"rank {rank}: {text}" for rank, text in enumerate(parts) if text]
-    if error is not None:
-        raise error
-    if messages:
-        raise ValueError("an evaluation failed on another rank; " + "; ".join(messages))
 
 
 def refusal_counts(refused: Mapping[Any, BadRow]) -> dict[str, int]:

@@ -98,7 +98,7 @@ def _agree(step: str, error: Exception | None) -> dict[int, str]:
     where they wait for the rank that failed. Then that rank gives up after `PATIENCE` seconds, and its end ends them.
 
     Raises:
-        RuntimeError: this rank failed, and another one did not come to the end of the step.
+        ConnectionError: this rank failed, and another one did not come to the end of the step.
     """
     assert is_distributed()
     # read in torch 2.13: there is no public way to the store that the group was made with
@@ -107,7 +107,7 @@ def _agree(step: str, error: Exception | None) -> dict[int, str]:
     keys, pause, began = [str(place) for place in range(world_size())], 0.01, time.monotonic()
     while not store.check(keys):
         if error is not None and time.monotonic() - began > PATIENCE:
-            raise RuntimeError(
+            raise ConnectionError(
                 f"{step} failed on rank {rank()} ({cause_of(error)}) and not on the others, which wait for it: "
                 "what was trained is saved; take up the rest with --resume"
             ) from error

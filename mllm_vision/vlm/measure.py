@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from mllm_vision.data.images import ImageTransform
 from mllm_vision.data.prompts import prompt_ids
 from mllm_vision.data.sampling import BadRow
-from mllm_vision.distributed import rank, total_over_ranks, world_size
+from mllm_vision.distributed import agree_on_error, rank, total_over_ranks, world_size
 from mllm_vision.vlm.tokens import stop_ids
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "labels", "pixel_values")
@@ -35,6 +35,20 @@ def supervised_loss(model: Any, batches: Iterable[Mapping[str, Tensor]], picture
     """
     if pictures not in PICTURES:
         raise ValueError(f"pictures={pictures!r} is none of {', '.join(PICTURES)}")
+    sums, error = (0.0, 0), None
+    try:
+        sums = _own_loss(model, batches, pictures)
+    except Exception as problem:  # the others would wait for this rank
+        error = problem
+    agree_on_error(error)
+    loss, tokens = total_over_ranks(sums)
+    if not tokens:
+        raise ValueError("no supervised token in the evaluation data: nothing to measure")
+    return loss / tokens
+
+
+def _own_loss(model: Any, batches: Iterable[Mapping[str, Tensor]], pictures: str) -> tuple[float, int]:
+    """(the sum of the loss over this rank's supervised tokens, their number)."""
     device = next(model.parameters()).device
     # summed on the device in double, so that a batch waits for none before it (MPS knows no double)
     kind = torch.float32 if device.type == "mps" else torch.float64
@@ -49,10 +63,7 @@ def supervised_loss(model: Any, batches: Iterable[Mapping[str, Tensor]], picture
         if tokens:
             total += model(**inputs).loss.to(kind) * tokens
             count += tokens
-    loss, tokens = total_over_ranks([float(total), count])
-    if not tokens:
-        raise ValueError("no supervised token in the evaluation data: nothing to measure")
-    return loss / tokens
+    return float(total), count
 
 
 class HeldOutLoss:

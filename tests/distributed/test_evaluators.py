@@ -28,5 +28,5 @@ def test_questions(gloo, pairs, tmp_path):
 
 def test_a_failing_rank_fails_them_all(gloo, pairs):
     first, second = gloo.run(2, work.fail, pairs)
-    assert first == "ValueError: an evaluation failed on another rank; rank 1: RuntimeError: out of memory"
+    assert first == "ValueError: another rank failed; rank 1: RuntimeError: out of memory"
     assert second == "RuntimeError: out of memory"

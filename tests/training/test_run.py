@@ -18,6 +18,7 @@ from mllm_vision.errors import IncompleteRun
 from mllm_vision.lineage import LINEAGE_FILE, check_lineage, hash_parameters, hash_weights, read_lineage
 from mllm_vision.training import summary
 from mllm_vision.training.arguments import RecipeArguments
+from mllm_vision.training.recipe import run_recipe
 from mllm_vision.training.run import Run
 
 
@@ -264,6 +265,45 @@ def test_a_full_disk_leaves_the_old_artifact(encoder: tuple[Path, Any], tmp_path
     assert [entry.name for entry in path.parent.iterdir() if entry.name.startswith(".")] == []
     path = run.save_artifact(model.save_pretrained, "encoder", "encoder")  # and it can be written again
     assert check_lineage(path) is not None
+
+
+# ---- the end -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_killed_in_a_step_has_told_which(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    run.save_artifact(tiny.tiny_vit().save_pretrained, "encoder", "encoder")
+
+    def killed() -> None:
+        (entry,) = json.loads((tmp_path / "a" / "run.json").read_text())["missing"]
+        assert entry == {"step": "sampling", "cause": "the run ended before it was over"}
+        raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        run.after_training("sampling", killed)
+    run.finish()
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["missing"] == []
+
+
+def test_what_is_severe_is_raised_as_it_is_once_all_is_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = make_run(tmp_path / "a")
+    assert run.after_training("audit", lambda: 1 / 0, severe=True) is None
+    assert run.after_training("sampling", lambda text: text + "!", "a") == "a!"
+    run.after_training("drawing", lambda: [][0], remedy="draw it by hand")
+    with pytest.raises(ZeroDivisionError):
+        run.finish(samples=[{"a": 1}])
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert [entry["step"] for entry in record["missing"]] == ["audit", "drawing"] and record["samples"] == [{"a": 1}]
+    assert "missing: drawing (IndexError: list index out of range); draw it by hand" in capsys.readouterr().out
+
+
+def test_exit_code_three_says_trained_and_saved(capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        raise IncompleteRun("trained and saved; failed: drawing (the table above says why)")
+
+    with pytest.raises(SystemExit) as end:
+        run_recipe(main)
+    assert end.value.code == 3 and capsys.readouterr().err.startswith("error: trained and saved; failed: drawing")
 
 
 # ---- the verdict ---------------------------------------------------------------------------------------------

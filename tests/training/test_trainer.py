@@ -20,6 +20,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, LlavaConfig, LlavaForConditionalGeneration, TrainerCallback
 from transformers.utils import ModelOutput
 
+from mllm_vision.errors import IncompleteRun
 from mllm_vision.lineage import hash_weights
 from mllm_vision.training import recipe_trainer as trainer_module
 from mllm_vision.training.arguments import RecipeArguments
@@ -330,6 +331,56 @@ def test_the_best_checkpoint_is_chosen_by_an_evaluator(tmp_path: Path) -> None:
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
     best = LlavaForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-4")
     assert_same(state_of(trainer.model), state_of(best))
+
+
+class Moody(Counter):
+    """Fails at the steps it is told."""
+
+    name = "moody"
+
+    def __init__(self, *steps: int) -> None:
+        super().__init__()
+        self.bad = steps
+
+    def __call__(self, model: Any, step: int) -> dict:
+        if step in self.bad:
+            raise KeyError(f"no row {step}")
+        return super().__call__(model, step)
+
+
+def test_an_evaluator_that_fails_on_the_way_costs_its_figure_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = arguments(tmp_path, max_steps=5, eval_strategy="steps", eval_steps=1, save_strategy="no")
+    run, moody, counter = Run("stage_zero", args, {}), Moody(2, 3), Counter()
+    trainer = RecipeTrainer(llama(), args, train_dataset=text_rows(), run=run, evaluators=[moody, counter])
+    trainer.train()
+    run.save_artifact(trainer.model.save_pretrained, "model", "language_model")
+    trainer.final_evaluation(artifact="model")
+    assert (moody.steps, counter.steps) == ([1, 4, 5], [1, 2, 3, 4, 5])
+    with pytest.raises(IncompleteRun, match="evaluation of moody while training"):
+        run.finish()
+    assert caplog.text.count("no row 2") == 1 and "no row 3" not in caplog.text  # once
+    assert run.record["evaluations"]["moody"]["score"] == 0.5  # the last one is there
+    with pytest.raises(KeyboardInterrupt):
+        run.after_training("interrupted", Interrupt(0).on_step_end, None, trainer.state.__class__(), None)
+
+
+def test_a_metric_that_the_training_needs_stops_it_with_a_checkpoint(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 6}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "moody_score", "greater_is_better": True}
+    args = arguments(tmp_path / "a", **settings, **best)
+    trainer = RecipeTrainer(llama(), args, train_dataset=text_rows(), evaluators=[Moody(4)])
+    with pytest.raises(ValueError, match=r"moody failed at step 4 \(KeyError.*checkpoint-4 is saved.*--resume"):
+        trainer.train()
+    assert is_whole(tmp_path / "a" / "checkpoint-4")
+    args = arguments(tmp_path / "a", resume=True, **settings, **best)
+    again = RecipeTrainer(llama(), args, train_dataset=text_rows(), evaluators=[Moody()])
+    again.train()
+    whole = RecipeTrainer(llama(), arguments(tmp_path / "b", **settings, **best), train_dataset=text_rows(),
+                          evaluators=[Moody()])  # fmt: skip
+    whole.train()
+    assert_same(state_of(again.model), state_of(whole.model))
 
 
 def test_a_metric_that_nobody_measures_is_refused_at_the_start(tmp_path: Path) -> None:
