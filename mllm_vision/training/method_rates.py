@@ -93,7 +93,7 @@ def _one(step: int) -> float:
 class StillAtFirst(TrainerCallback):
     """The rate of some parameters is zero until so many epochs are done: their momenta gather what comes meanwhile.
 
-    It sets the rate for the step alone; the schedule sets it anew after it. Resuming needs no state.
+    It sets the rate for the step alone. Resuming needs no state.
 
     Args:
         still: name of a parameter group (the prefix of its own rate) -> epochs.
@@ -104,11 +104,18 @@ class StillAtFirst(TrainerCallback):
 
     def __init__(self, still: dict[str, float]) -> None:
         self.still = still
+        self._kept: list[tuple[dict[str, Any], float]] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         for group in optimizer.param_groups:
             if (state.epoch or 0.0) < self.still.get(group.get("group_name"), 0.0) - 1e-9:
+                self._kept.append((group, group["lr"]))
                 group["lr"] = 0.0
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for group, rate in self._kept:
+            group["lr"] = rate
+        self._kept = []
 
 
 class FrozenAtFirst(TrainerCallback):

@@ -1,4 +1,7 @@
-"""MoCo v2: a head of two layers, and a cosine."""
+"""MoCo v2: a head of two layers, and a cosine.
+
+As documented, the cosine moves with every step, where it moves once an epoch there.
+"""
 
 from __future__ import annotations
 

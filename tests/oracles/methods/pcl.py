@@ -2,6 +2,8 @@
 
 As documented: spherical k-means over keys of the key encoder that the epoch begins with, all prototypes as negatives,
 no concentration below a tenth of the temperature, and the queue of `moco`.
+
+As documented, the cosine moves with every step, where it moves once an epoch there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""SimSiam from the official code (facebookresearch/simsiam: builder.py, main_simsiam.py)."""
+"""SimSiam from the official code (facebookresearch/simsiam: builder.py, main_simsiam.py).
+
+As documented, the cosine moves with every step, where it moves once an epoch there.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""SupCon from the official code (HobbitLong/SupContrast: losses.py, main_supcon.py), without its factor T / 0.07."""
+"""SupCon from the official code (HobbitLong/SupContrast: losses.py, main_supcon.py), without its factor T / 0.07.
+
+As documented, the cosine moves with every step, where it moves once an epoch there.
+"""
 
 from __future__ import annotations
 
