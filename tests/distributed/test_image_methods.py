@@ -36,10 +36,13 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 def test_ranks_and_chunks_compute_what_one_process_does(gloo, folder, method):
     name, config = method.partition(",")[0], METHODS[method]
+    close = 1e-5 if ":" in name else 1e-9  # the page's method computes its loss in fp32
     folder = folder if ":" in name else None
     losses, state = views_work.trained(name, config, [7], folder=folder)
     for chunk in (None, 2):
         for told, reached in gloo.run(2, views_work.trained, name, config, [4, 3], chunk, folder):
-            assert told == pytest.approx(losses, rel=2e-4), (method, chunk)
+            assert told == pytest.approx(losses, rel=close), (method, chunk)
             for key, value in state.items():
-                torch.testing.assert_close(reached[key], value, rtol=2e-3, atol=2e-4, msg=f"{method} {chunk} {key}")
+                torch.testing.assert_close(
+                    reached[key], value, rtol=10 * close, atol=close, msg=f"{method} {chunk} {key}"
+                )

@@ -16,7 +16,11 @@ from mllm_vision.training.gradient_cache import cached_backward
 def batch_of(count, step):
     """A batch of `count` rows, with labels of which some are missing, and seeds."""
     labels = torch.arange(count) % 4 - 1
-    return {"views": view_batch(count, seed=step), "labels": labels, "seeds": torch.arange(count) + 1000 * step}
+    return {
+        "views": view_batch(count, seed=step).double(),
+        "labels": labels,
+        "seeds": torch.arange(count) + 1000 * step,
+    }
 
 
 def build(name, config, folder=None):
@@ -27,8 +31,11 @@ def build(name, config, folder=None):
 
 
 def trained(name, config, sizes, chunk=None, folder=None, steps=3, rate=0.05):
-    """Losses and the state after some steps of SGD, on as many ranks as there are sizes, in chunks or not."""
-    objective = build(name, config, folder)
+    """Losses and the state after some steps of SGD, on as many ranks as there are sizes, in chunks or not.
+
+    In float64, so that steps that magnify rounding do not hide what differs.
+    """
+    objective = build(name, config, folder).double()
     model = DistributedDataParallel(objective) if len(sizes) > 1 else objective
     optimizer = torch.optim.SGD([value for value in objective.parameters() if value.requires_grad], lr=rate)
     start, losses = sum(sizes[: distributed.rank()]), []
