@@ -294,6 +294,14 @@ def to_messages(record: dict[str, Any], columns: dict[str, str], *, choice: int 
     return alternatives[choice % len(alternatives)]
 
 
+def several_images(records: Any, column: str) -> np.ndarray:
+    """Which rows have more than one image, `[rows]` bool."""
+    kind = column_kind(features_of(records)[column])
+    if kind not in ("pictures", "texts", "any") and not kind.startswith("list"):
+        return np.zeros(len(records), dtype=bool)
+    return image_counts(records, column) > 1
+
+
 def image_counts(records: Any, column: str) -> np.ndarray:
     """How many images each row's image column holds (nulls do not count), without reading them where Arrow can tell."""
     kind = column_kind(records.features[column]) if hasattr(records, "features") else "any"

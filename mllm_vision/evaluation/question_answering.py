@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm_vision.data.forms import ConversationForm
+from mllm_vision.data.forms import ConversationForm, several_images
 from mllm_vision.data.sampling import BadRow, BadSamples, judge, only_columns
 from mllm_vision.evaluation.answers import MajorityBaseline, consensus, exact_match
 from mllm_vision.evaluation.base import Evaluation, Evaluator, agree_on_error, batches, gather_items, my_share
@@ -54,8 +54,9 @@ def read_questions(
     total = len(rows)
     bad.examine(total)
     texts = only_columns(records, [*form.columns.values(), *([by] if by else [])])
+    several = several_images(records, columns["image"]) if columns.get("image") else {}
     for row in rows:
-        found = bad.judge_beforehand(f"row {row}", _asked, row, texts[row], form, by)
+        found = bad.judge_beforehand(f"row {row}", _asked, row, texts[row], form, by, len(several) and several[row])
         if isinstance(found, BadRow):
             (refused if refused is not None else {})[row] = found
             continue
@@ -69,7 +70,9 @@ def read_questions(
     return questions
 
 
-def _asked(row: int, record: dict[str, Any], form: ConversationForm, by: str | None) -> list[Question]:
+def _asked(row: int, record: dict[str, Any], form: ConversationForm, by: str | None, several: bool) -> list[Question]:
+    if several:
+        raise BadRow("the question is about several images", "question answering asks about one")
     if form.value(record, "system") or form.value(record, "history"):
         raise BadRow("the question has a system turn or a history", "question answering asks single questions")
     asked = form.questions(record)

@@ -179,6 +179,30 @@ def test_read_questions_of_every_form() -> None:
         read_questions(Dataset.from_dict({"question": ["a"], "answer": [[]]}), columns, None)
 
 
+def test_questions_are_judged_and_put_as_in_training() -> None:
+    from datasets import ClassLabel, Features, Value
+
+    features = Features({"question": Value("string"), "answer": ClassLabel(names=["no", "yes"])})
+    named = Dataset.from_dict({"question": ["a?", "b?", None], "answer": [1, 0, 1]}, features=features)
+    columns = {"question": "question", "answer": "answer"}
+    refused: dict = {}
+    assert [q.answers for q in read_questions(named, columns, None, refused=refused)] == [("yes",), ("no",)]
+    assert list(refused) == [2] and refused[2].reason == "a question or an answer is empty"
+    rows = [
+        {"image": ["a.png"], "instruction": "name it", "input": "in one word", "output": 3.0, "system": ""},
+        {"image": ["a.png", "b.png"], "instruction": "same?", "input": None, "output": "no", "system": None},
+        {"image": ["a.png", None], "instruction": "name it", "input": "", "output": "x", "system": "be brief"},
+    ]
+    bound = {"image": "image", "question": "instruction", "answer": "output", "input": "input", "system": "system"}
+    for records in (rows, Dataset.from_list([row | {"output": str(row["output"])} for row in rows])):
+        refused = {}
+        [asked] = read_questions(records, bound, None, refused=refused)
+        assert asked.text == "name it\nin one word" and asked.answers in (("3",), ("3.0",))
+        assert [bad.reason for bad in refused.values()] == [
+            "the question is about several images", "the question has a system turn or a history",
+        ]  # fmt: skip
+
+
 def test_bad_input(pair, records) -> None:
     model, processor = pair
     with pytest.raises(ValueError, match="needs the model's processor"):

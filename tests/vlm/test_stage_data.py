@@ -34,6 +34,8 @@ def folder(tmp_path_factory):
         tiny.random_image(number).save(folder / "stars" / f"{number}.png")
     rows = BAD * 8 + [row(number) for number in range(60)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    held = BAD * 20 + [row(number) for number in range(30)]
+    (folder / "held.jsonl").write_text("\n".join(map(json.dumps, held)), encoding="utf-8")
     texts = [each["messages"] and json.dumps(each["messages"]) for each in rows]
     Dataset.from_dict({"messages": texts}).to_parquet(folder / "rows.parquet")
     return folder
@@ -43,15 +45,15 @@ def test_streamed_and_map_style_rows_are_judged_alike(folder, build, monkeypatch
     model, processor = build()
     processor.chat_template = CHAT_TEMPLATES["vicuna"]
     monkeypatch.chdir(tmp_path)  # paths start from the file, not from where one stands
-    held = os.fspath(folder / "rows.jsonl")
-    whole = load_stage_data(model, processor, held, held, eval_rows=60)
+    held = os.fspath(folder / "held.jsonl")
+    whole = load_stage_data(model, processor, os.fspath(folder / "rows.jsonl"), held)
     assert len(whole.train) == 60 and whole.train.refused.total() == 24
     with pytest.raises(ValueError, match=r"24 of 84 samples are refused[\s\S]*calls of tools are not supported"):
         whole.check(0.1)
     whole.train.bad_samples.check(0.3)
-    with pytest.raises(ValueError, match="of the held-out data, 24 of 60 samples are refused"):
+    with pytest.raises(ValueError, match="of the held-out data, 60 of 90 samples are refused"):
         whole.check(0.3)
-    whole.check(0.5)
+    whole.check(0.7)
     streams = StreamArguments(streaming=True, shuffle_buffer=8)
     streamed = load_stage_data(model, processor, os.fspath(folder / "rows.parquet"), held, streams=streams, max_steps=9)
     assert label_preview(streamed, processor) == "", "the first rows are of no use, and end nothing"
