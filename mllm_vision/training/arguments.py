@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from .flags import check_flags, check_resolved
-from .launch import check_joined, check_launch, watch_ranks
+from .launch import check_joined, check_launch, limit_collectives
 from .optimizer_arguments import OptimizerArguments
 
 
@@ -72,7 +72,7 @@ class RecipeArguments(OptimizerArguments):
         super().__post_init__()
         check_resolved(self)
         check_joined(self)
-        watch_ranks(self.ddp_timeout)
+        limit_collectives(self.ddp_timeout)
 
     @property
     def resuming(self) -> bool:

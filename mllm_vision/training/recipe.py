@@ -21,7 +21,7 @@ import yaml
 from mllm_vision.errors import IncompleteRun, explain, tidy, unknown_name
 
 from .flag_types import convert, is_bool, is_list, read_yaml, type_name
-from .launch import tell_failure
+from .launch import EXIT_CODE, is_collective_error, lost_rank, tell_launcher
 
 _GIVEN = "_recipe_values"  # on an instance: what its constructor was given, and what became of it
 # never written to recipe.yaml: a secret, and what belongs to one start of the run, not to the run
@@ -165,7 +165,8 @@ def recipe_dict(*instances: Any) -> dict[str, Any]:
 def run_recipe(main: Callable[[], Any]) -> None:
     """Run a recipe's `main()`: a user's error becomes `error: ...` on stderr and exit code 2, without traceback.
 
-    Exit code 3 says: trained and saved, and something after it failed (`Run.after_training`).
+    Exit code 3 says: trained and saved, and something after it failed (`Run.after_training`). 75: another rank was
+    lost.
 
     `MLLM_VISION_TRACEBACK=1` shows the traceback all the same.
     """
@@ -178,11 +179,14 @@ def run_recipe(main: Callable[[], Any]) -> None:
         print(f"error: {tidy(str(error))}", file=sys.stderr)
         raise SystemExit(3) from None
     except Exception as error:
+        tell_launcher(error)
         told = explain(error)
+        if told is None and is_collective_error(error):
+            print(lost_rank(error), file=sys.stderr)
+            raise SystemExit(EXIT_CODE) from None
         if told is None or os.environ.get("MLLM_VISION_TRACEBACK", "0") not in ("", "0"):
             raise
         print(f"error: {told}", file=sys.stderr)
-        tell_failure(error)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted; a run with checkpoints goes on with --resume", file=sys.stderr)

@@ -27,6 +27,6 @@ if [ -n "${INTERFACE:-}" ]; then
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-exec "${PYTHON:-python}" -m torch.distributed.run \
+exec "${PYTHON:-python}" -m torch.distributed.run --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
   --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "${PROCESSES:-gpu}" \
   --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}" "$@"

@@ -13,4 +13,5 @@ if [ $# -eq 0 ]; then
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # threads of each process; more help where a process decodes much
 
-exec "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc-per-node "${PROCESSES:-gpu}" "$@"
+exec "${PYTHON:-python}" -m torch.distributed.run --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+  --standalone --nproc-per-node "${PROCESSES:-gpu}" "$@"

@@ -59,7 +59,6 @@ def trained(kind, world, settings):
 
     rank = str(distributed.rank())
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    launched["MLLM_VISION_RANK_TIMEOUT"] = "0"  # no store of torchrun's to meet at: the group is there already
     before = dict(os.environ)
     os.environ.update(launched if world > 1 else {})
     try:

@@ -148,7 +148,7 @@ def launched(sharded: bool):
             shared["distributed_type"] = state.DistributedType.MULTI_XPU
         make(self, *args, **kwargs)
 
-    os.environ.update(given | {"MLLM_VISION_RANK_TIMEOUT": "0"})
+    os.environ.update(given)
     if sharded:
         state.AcceleratorState.__init__, arguments.check_launch = disguised, lambda arguments: None
     try:

@@ -1,11 +1,10 @@
 """Two hosts, each a network namespace with its own address and launcher, over gloo: they train as one process does,
-and when one of them dies the other ends too, within a minute and with the reason."""
+and when one of them dies the other ends too, within the timeout of a collective and five seconds."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -49,9 +48,9 @@ def test_two_hosts_train_as_one_process_and_end_when_a_rank_is_killed(tmp_path):
 
     for host, entry in report.items():
         assert entry["code"] not in (0, None), logs[host][-2000:]
-        assert entry["seconds"] < 60, (host, entry["seconds"], logs[host][-2000:])
-    assert re.search(r"error: rank 1 of 2 \(host host-b, process \d+\) has shown no sign of life for 30 s", logs["a"])
-    assert "start again with --resume" in logs["a"]
+        assert entry["seconds"] < two_hosts_work.TIMEOUT + 5, (host, entry["seconds"], logs[host][-2000:])
+    assert "error: rank 0 lost another rank: it ended, or did not answer within --ddp_timeout" in logs["a"]
+    assert "start again with --resume" in logs["a"] and "SIGKILL" in logs["b"]
 
 
 @pytest.mark.slow
@@ -59,6 +58,5 @@ def test_a_cut_wire_ends_both_hosts(tmp_path):
     report = two_hosts(tmp_path, "cut")
     for host, entry in report.items():
         assert entry["code"] not in (0, None), entry["log"][-2000:]
-        assert entry["seconds"] < 60, (host, entry["seconds"], entry["log"][-2000:])
-    assert "no sign of life for 30 s: it was killed, or its host is off or cut off" in report["a"]["log"]
-    assert "has not answered for 30 s" in report["b"]["log"] or "has gone" in report["b"]["log"]
+        assert entry["seconds"] < two_hosts_work.TIMEOUT + 5, (host, entry["seconds"], entry["log"][-2000:])
+        assert "lost another rank" in entry["log"] and "start again with --resume" in entry["log"]

@@ -45,7 +45,6 @@ def start(host: str, rank: int, folder: Path, mode: str) -> subprocess.Popen:
         "NODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": HOSTS["a"], "MASTER_PORT": "29577",
         "PROCESSES": "1", "INTERFACE": f"wire_{host}", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    environment.pop("MLLM_VISION_RANK_TIMEOUT", None)  # the default is what is tested
     program = [str(ROOT / "scripts/launch/multi_node.sh"), str(Path(__file__).with_name("two_hosts_work.py"))]
     named = ["unshare", "--uts", "sh", "-c", f'hostname host-{host}; exec bash "$@"', "sh"]
     log = (folder / f"{host}.log").open("w")

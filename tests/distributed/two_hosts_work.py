@@ -13,6 +13,7 @@ import torch  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
 
 STEPS, ROWS = 3, 8
+TIMEOUT = 20  # of a collective, in seconds
 
 
 class Pairs(Dataset):
@@ -41,7 +42,7 @@ def train(folder: Path, batch_size: int) -> dict[str, torch.Tensor]:
     arguments = RecipeArguments(
         output_dir=str(folder), use_cpu=True, per_device_train_batch_size=batch_size, max_steps=STEPS,
         save_strategy="no", learning_rate=1e-2, optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant",
-        disable_tqdm=True, logging_steps=1, ddp_find_unused_parameters=False,
+        disable_tqdm=True, logging_steps=1, ddp_timeout=TIMEOUT, ddp_find_unused_parameters=False,
     )  # fmt: skip
     trainer = ObjectiveTrainer(model=make_objective("clip"), args=arguments, train_dataset=Pairs())
     trainer.train()
@@ -69,11 +70,12 @@ def main() -> None:
         dist.barrier()
         if rank == 0:
             (folder / "waiting").touch()
-        else:
+        elif sys.argv[2] == "kill":
             import time
 
             time.sleep(600)  # stays away from the collective, so that rank 0 really hangs in it
-        dist.all_reduce(torch.ones(1))
+        while True:  # until the wire is cut
+            dist.all_reduce(torch.ones(1))
 
     run_recipe(work)
 
