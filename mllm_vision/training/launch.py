@@ -1,8 +1,8 @@
 """Many processes: what is refused before they start, and what they say when another one is lost.
 
 Starting the ranks, and ending the others when one ends, is the launcher's work (torchrun). A collective waits for
-every rank, at most `--ddp_timeout` seconds: a rank that is slow is not a rank that is dead. torch is imported only where
-it is needed: recipes import this file.
+every rank, at most `--ddp_timeout` seconds: a rank that is slow is not a rank that is dead. torch is imported only
+where it is needed: recipes import this file.
 """
 
 from __future__ import annotations
