@@ -286,15 +286,33 @@ def rows_of(records: Any) -> int:
 
 
 def only_columns(records: Any, names: Sequence[str]) -> Any:
-    """The records with just these columns, where the container can do that without copying."""
-    return records.select_columns(list(names)) if hasattr(records, "select_columns") else records
+    """The records with just these columns, without copying; in a list of dicts a row that lacks one has None there."""
+    if hasattr(records, "select_columns"):
+        return records.select_columns(list(names))
+    return _Rows(getattr(records, "rows", records), tuple(names))
+
+
+class _Rows(Sequence):
+    """Some columns of a list of dicts."""
+
+    def __init__(self, rows: Sequence[Any], names: tuple[str, ...]) -> None:
+        self.rows, self.names = rows, names
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return _Rows(self.rows[index], self.names)
+        row = self.rows[index]
+        return {name: row.get(name) if isinstance(row, dict) else None for name in self.names}
 
 
 def column_values(records: Any, name: str) -> list[Any]:
     """The cells of one column, of a `datasets.Dataset` or of a list of dicts (None where a row lacks it)."""
     if hasattr(records, "column_names"):
         return list(only_columns(records, [name])[name])
-    return [row.get(name) for row in records]
+    return [row[name] for row in only_columns(records, [name])]
 
 
 def draw_rows(total: int, count: int | None, seed: int = 0) -> list[int]:
