@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,20 +29,26 @@ def array_of(values: Sequence[Any], kind: pa.DataType | None = None) -> Any:
         try:
             return pa.array(values, kind)
         except UnicodeEncodeError:  # halves of surrogate pairs, which JSON may hold and no UTF-8 text can
-            return array_of([_well_formed(value) for value in values], kind)
+            return array_of([_storable(value) for value in values], kind)
         except _NOT_ONE_TYPE:
             pass
-    texts = [None if value is None else json.dumps(value, default=_plain) for value in values]
+    texts = [None if value is None else json.dumps(_storable(value), default=_plain) for value in values]
     return pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts, pa.string()))
 
 
-def _well_formed(value: Any) -> Any:
+def _storable(value: Any) -> Any:
+    """The value with what neither UTF-8 nor 64 bits can hold replaced: halves of surrogate pairs by a question mark,
+    larger integers and infinities by their text, NaN by nothing."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, list):
-        return [_well_formed(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None if math.isnan(value) else str(value)
+    if isinstance(value, int):
+        return value if -(2**63) <= value < 2**63 else str(value)
+    if isinstance(value, list | tuple):
+        return [_storable(each) for each in value]
     if isinstance(value, dict):
-        return {_well_formed(name): _well_formed(each) for name, each in value.items()}
+        return {str(_storable(name)): _storable(each) for name, each in value.items()}
     return value
 
 

@@ -170,7 +170,7 @@ _PAIRS = ({"user", "assistant"}, {"human", "assistant"}, {"human", "gpt"}, {"que
 _TURNS = ("list of role turn", "list of from turn", "list of pair turn", "role turn", "from turn", "any")
 _ALLOWED = {
     "image": ("picture", "pictures", "bytes", "text", "texts", "any"),
-    "caption": ("text", "texts", "any"),
+    "caption": ("text", "texts", "integer", "list of integer", "any"),
     "question": ("text", "texts", "integer", "class", "other", "list of class", "any"),
     "answer": (
         *("text", "texts", "integer", "class", "other", "any"),
@@ -219,3 +219,23 @@ def _by_type(role: str, name: str, feature: Any) -> bool:
 def _type_name(feature: Any) -> str:
     kind = "no type known" if feature is None else column_kind(feature)
     return str(getattr(feature, "dtype", None) or type(feature).__name__) if kind == "other" else kind
+
+
+def further_images(dataset: Any, column: str | None) -> int:
+    """How many images stand behind the first one in the lists of an image column; of a stream or a plain list: 0."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    table = getattr(getattr(dataset, "data", None), "table", None)
+    if column is None or table is None or column not in table.column_names:
+        return 0
+    values = table.column(column)
+    if isinstance(values.type, pa.JsonType):
+        cells = dataset.select_columns([column])[column]
+        return sum(len(cell) - 1 for cell in cells if isinstance(cell, list) and cell)
+    if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
+        return 0
+    lengths = pc.list_value_length(values)
+    if dataset._indices is not None:  # of `select` and `shuffle` (`datasets` 5.2.0)
+        lengths = lengths.take(dataset._indices.column(0))
+    return int(pc.sum(pc.max_element_wise(pc.subtract(lengths, 1), 0, skip_nulls=False)).as_py() or 0)

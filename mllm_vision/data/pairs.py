@@ -143,8 +143,10 @@ def image_id(value: Any) -> int:
 def captions_of(value: Any) -> list[str]:
     """The captions of a cell, one or a list of them, that have words: nulls, blanks and what is no text are none.
 
+    A whole number is its digits: captions of digits are integers in Parquet and JSON.
     A lone surrogate, half of a character that no text can hold, becomes a question mark.
     """
     texts = value if isinstance(value, list | tuple) else [value]
+    texts = [str(text) if isinstance(text, int) and not isinstance(text, bool) else text for text in texts]
     found = [text.encode("utf-8", "replace").decode() for text in texts if isinstance(text, str)]
     return [text.strip() for text in found if text.strip()]

@@ -96,7 +96,10 @@ def _csv_table(path: Path, paths: ImagePaths, left_out: LeftOut) -> pa.Table:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     lines = _lines(path, left_out)
     first = next((line for line in lines if line.strip()), "")
-    rows_of_cells = _cells(_chain(first, lines), _separator(first, path, left_out), path, left_out)
+    comma = _separator(first, path, left_out)
+    spaced = comma in first and first.count(comma) == first.count(f"{comma} ")  # `image, caption`: as the rows are then
+    dialect: dict[str, Any] = {"delimiter": comma, "skipinitialspace": spaced}
+    rows_of_cells = _cells(_chain(first, lines), dialect, path, left_out)
     names = _unique(next(rows_of_cells, (0, []))[1], path, left_out)
     pieces: dict[str, list[pa.Array]] = {name: [] for name in names}
     every = _csv_rows(rows_of_cells, len(names), path, left_out)
@@ -112,11 +115,12 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
     yield from rest
 
 
-def _cells(lines: Iterable[str], comma: str, path: Path, left_out: LeftOut) -> Iterator[tuple[int, list[str]]]:
+def _cells(
+    lines: Iterable[str], dialect: dict[str, Any], path: Path, left_out: LeftOut
+) -> Iterator[tuple[int, list[str]]]:
     """(number of its last line, cells) of every row. A quote that nothing closes would swallow all rows up to the next
     one: where the quotes of a row of several lines are odd in number, its lines are read one by one.
     """
-    dialect: dict[str, Any] = {"delimiter": comma, "skipinitialspace": comma != "\t"}
     taken: list[str] = []
 
     def noted() -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from mllm_vision.data.columns import further_images
 from mllm_vision.lineage import check_lineage, hash_weights, plain, write_json, write_lineage
 
 from . import summary
@@ -150,12 +151,16 @@ class Run:
         fingerprint = getattr(dataset, "_fingerprint", None)
         if fingerprint is None:
             fingerprint = hashlib.sha256(json.dumps([rows, plain(samples)]).encode()).hexdigest()[:16]
+        left_out = dict(getattr(dataset, "left_out", None) or {})
+        if self.record["kind"] == "stage_zero" and (more_images := further_images(dataset, columns.get("image"))):
+            left_out["images behind the first of their row's list"] = more_images
+            logger.warning("%s data: only the first image of a row is used, %d others are not", role, more_images)
         self.record["data"][role] = {
             "fingerprint": fingerprint,
             "rows": rows,
             "columns": columns,
             "unused_columns": unused,
-            "left_out": dict(getattr(dataset, "left_out", None) or {}),
+            "left_out": left_out,
             "samples": samples,
             **more,
         }

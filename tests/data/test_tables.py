@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from tiny import image_bytes, random_image
 
 from mllm_vision.data import bind_columns, load_image, load_records
@@ -49,6 +53,8 @@ def lines(*rows: object) -> str:
         ("image,caption\nshots/0.PNG,une forêt\nshots/1.PNG,x\n".encode("cp1252"), ["une forêt", "x"], "1 lines of"),
         ("image\tcaption\nshots/0.PNG\tüber\n".encode("utf-16"), ["über"], r"separated by '\t'"),
         (b"image;caption\nshots/0.PNG;left, right\n", ["left, right"], "separated by ';', not ','"),
+        (b'image, caption\nshots/0.PNG, "a, b"\nshots/1.PNG, c\n', ["a, b", "c"], ""),
+        (b"image,caption\nshots/0.PNG, a b \n", [" a b "], ""),
         (b"image|caption\nshots/0.PNG|a;b\n", ["a;b"], "separated by '|'"),
         (b'image,caption\nshots/0.PNG,"two\r\nlines, one ""row"""\n', ['two\r\nlines, one "row"'], ""),
         (b'image,caption\nshots/0.PNG,"6 feet\nshots/1.PNG,b\n"shots/2.PNG",c\n', ["6 feet", "b", "c"], "never closed"),
@@ -138,8 +144,10 @@ def test_values_of_any_mixture_come_back_as_they_were(place) -> None:
 
 
 def test_json_of_any_value_goes_through_arrow() -> None:
-    for values in ([1, "a", None], [[1], 2], [{"a": 1}, {"a": "b"}], [True, 0], [2**70, 1], [[], [None], ["x"]]):
+    for values in ([1, "a", None], [[1], 2], [{"a": 1}, {"a": "b"}], [True, 0], [[], [None], ["x"]]):
         assert values_of(array_of(values)) == values
+    odd = [2**70, [float("nan"), "\ud83d"], float("-inf"), {"a": b"x"}]
+    assert values_of(array_of(odd)) == [str(2**70), [None, "?"], "-inf", {"a": "x"}]
     assert values_of(array_of(["\ud83d half", "whole"])) == ["? half", "whole"]
 
 
@@ -235,6 +243,51 @@ def test_large_parts_are_mapped_from_the_disk_and_give_the_same(place, monkeypat
     assert len(changed) == 5 and changed._fingerprint != plain._fingerprint
 
 
+# ---- any table ---------------------------------------------------------------------------------------------------
+
+WORDS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\r"), max_size=12)
+CELLS = st.none() | st.booleans() | st.integers(-(2**62), 2**62) | st.integers(-99, 99).map(lambda n: n / 4) | WORDS
+VALUES = st.recursive(
+    CELLS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=2), max_leaves=6
+)
+
+
+def plain(value: object) -> object:
+    """A value without what a column of structs adds and an empty object loses: the names that other rows have."""
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items() if each is not None}
+    return [plain(each) for each in value] if isinstance(value, list) else value
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.dictionaries(st.sampled_from(["caption", "label", "a", "é b"]), VALUES), min_size=1, max_size=6))
+def test_any_json_comes_back(rows) -> None:
+    assume(any(rows))
+    with tempfile.TemporaryDirectory() as folder:
+        found = load_records(file(Path(folder) / "any.jsonl", lines(*rows))).to_list()
+        assert len(found) == len(rows)
+        for row, given_row in zip(found, rows, strict=True):
+            assert plain(row) == plain(given_row)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=6),
+    st.sampled_from([",", ";", "\t", "|"]),
+    st.sampled_from(["\n", "\r\n"]),
+)
+def test_any_csv_comes_back(cells, comma, end) -> None:
+    import csv
+
+    written = io.StringIO(newline="")
+    writer = csv.writer(written, delimiter=comma, lineterminator=end)
+    writer.writerows([("caption", "title"), *cells])
+    with tempfile.TemporaryDirectory() as folder:
+        records = load_records(file(Path(folder) / "any.csv", written.getvalue()))
+    found = list(zip(records["caption"][:], records["title"][:], strict=True))
+    assert found == [(first or None, second or None) for first, second in cells]
+
+
 # ---- paths -------------------------------------------------------------------------------------------------------
 
 
@@ -303,3 +356,16 @@ def test_a_pattern_of_folders_pairs_each_row_with_its_own_image(tmp_path) -> Non
     for shard in range(3):
         [row] = stream.read(0, shard, 0, ["image", "caption"])
         assert str(load_image(row["image"]).size[0]) == row["caption"]
+
+
+def test_captions_of_digits_and_lists_of_images(place) -> None:
+    from mllm_vision.data import PairDataset
+    from mllm_vision.data.columns import further_images
+
+    rows = [{"image": ["shots/0.PNG", "shots/1.PNG"], "caption": 7}, {"image": ["shots/2.PNG"], "caption": 42}]
+    records = load_records(file(place / "digits.jsonl", lines(*rows)))
+    assert [PairDataset(records)[n]["caption"] for n in range(2)] == ["7", "42"]
+    assert further_images(records, "image") == 1 and further_images(records.select([1]), "image") == 0
+    mixed = load_records(file(place / "mixed.jsonl", lines(*rows, {"image": "shots/3.PNG", "caption": "words"})))
+    assert [PairDataset(mixed)[n]["caption"] for n in range(3)] == ["7", "42", "words"]
+    assert further_images(mixed, "image") == 1
