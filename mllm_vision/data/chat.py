@@ -11,7 +11,7 @@ import numpy as np
 from mllm_vision.errors import short
 
 from .messages import BadConversation
-from .prompts import beginning
+from .prompts import beginning, render
 from .text_length import most_characters
 
 _OTHER = "choose another --chat_template, or leave the row out"
@@ -149,16 +149,8 @@ class ChatTokenizer:
             BadConversation: the template refuses it (roles that do not take turns, a system turn it has no place for),
                 or fails on it; or answers that are not learnt, where the template does not mark each by itself.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        messages = [{"role": turn["role"], "content": turn["content"]} for turn in conversation]
         try:
-            [text], [spans] = render_jinja_template(
-                conversations=[messages],
-                chat_template=self.template,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
-            )
+            text, spans = render(self.template, conversation, self.tokenizer, self.image_token)
         except Exception as error:  # a template is a program of its own, and fails on messages as it likes
             said = f"{error}" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: {error}"
             raise BadConversation("the chat template refuses the conversation", f"{short(said)}; {_OTHER}") from error

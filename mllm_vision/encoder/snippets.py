@@ -58,9 +58,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 processor = AutoProcessor.from_pretrained("{name}")
 model = LlavaForConditionalGeneration.from_pretrained("{name}").eval()
 image = Image.new("RGB", (320, 240), "orange")  # your picture
-question = [{{"type": "image"}}, {{"type": "text", "text": "what colour is it?"}}]
-prompt = processor.apply_chat_template([{{"role": "user", "content": question}}], add_generation_prompt=True)
-inputs = processor(images=image, text=prompt, return_tensors="pt")
+question = [{{"type": "image", "image": image}}, {{"type": "text", "text": "what colour is it?"}}]
+options = {{"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}}
+inputs = processor.apply_chat_template([{{"role": "user", "content": question}}], **options)
 answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)
 print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```"""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mllm_vision.data.chat import ChatTokenizer
-from mllm_vision.data.prompts import chat_template_of
+from mllm_vision.data.prompts import chat_template_of, prompt_text, tokens_before_answer
 
 logger = logging.getLogger(__name__)
 _SAMPLE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
@@ -74,7 +74,17 @@ def settle_ends(model: Any, processor: Any, configs: Iterable[Any] = ()) -> None
     config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     if config.pad_token_id is None:
         config.pad_token_id = processor.tokenizer.pad_token_id
-    if "generation" in (chat_template_of(processor) or "") and turn_end(processor) is None:
+    if "generation" not in (chat_template_of(processor) or ""):
+        return
+    prompt = prompt_text(processor, _SAMPLE[:1])
+    if len(tokens_before_answer(processor.tokenizer, prompt)) < len(
+        processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ):
+        logger.warning(
+            "the chat template's prompt ends with a space that the tokenizer joins to the answer's first word, so "
+            "plain transformers begins answers otherwise than training did: put the space after {% generation %}"
+        )
+    if turn_end(processor) is None:
         logger.warning(
             "the answers of the chat template end with no special token, so nothing teaches the model where to stop: "
             "put {{ eos_token }} before {% endgeneration %}"

@@ -125,7 +125,7 @@ def test_a_question_that_makes_no_prompt_is_counted_and_the_others_are_asked(pai
     columns = {"image": "image", "question": "question", "answer": "answer"}
     metrics = QuestionAnswering("vqa", Dataset.from_list(rows), columns, processor, max_new_tokens=2)(model, 0)
     assert (metrics["count"], metrics["skipped"]) == (1.0, 2.0)
-    assert "row 1" in caplog.text and "row 2" in caplog.text and "--max_new_tokens" in caplog.text
+    assert "row 1" in caplog.text and "row 2" in caplog.text and "max_new_tokens" in caplog.text
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "gemma3_text", "falcon_h1"])

@@ -70,14 +70,41 @@ def test_the_end_of_a_turn_stops_generation_here_and_in_the_export(join, tmp_pat
     assert answer(model, processor, question, max_new_tokens=9) == processor.tokenizer.decode([60]).strip()
 
 
+def test_a_space_that_belongs_to_the_answer_is_warned_about(join, caplog):
+    with caplog.at_level(logging.WARNING, logger="mllm_vision"):
+        join(PARTS)
+    assert "put the space after {% generation %}" in caplog.text
+
+
 def test_a_template_without_an_end_is_warned_about(join, caplog):
     with caplog.at_level(logging.WARNING, logger="mllm_vision"):
         model, _ = join(with_end("' ###'"))
     assert "end with no special token" in caplog.text and model.generation_config.eos_token_id == 3
 
 
+def _pictured(content):
+    picture = {"type": "image", "image": tiny.random_image()}
+    return content if isinstance(content, str) else [picture if part["type"] == "image" else part for part in content]
+
+
+# As llava-hf writes them: strings have no parts, and so no words. As language models come: parts are no strings.
+PARTS = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for part in m['content'] | selectattr('type', 'equalto', "
+    "'image') %}{{ '<image>\\n' }}{% endfor %}{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ part['text'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+)
+WORDS = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>' }}{% generation %}"
+    "{{ m['content'] | trim + '<|end|>' }}{% endgeneration %}{% else %}{{ '<|user|>' + m['content'] | trim }}"
+    "{{ '<|end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+TEMPLATES = {"roles": with_end("'<|end|>'"), "parts": PARTS, "words": WORDS}
+
+
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("name", ["vicuna", "qa", "plain", "roles"])
+@pytest.mark.parametrize("name", ["vicuna", "qa", "plain", *TEMPLATES])
 def test_one_prompt_for_training_evaluation_and_chat(join, name, bos, monkeypatch):
     """Without the answer a training sample is the prompt, whether tokenizer or template begin with <s>."""
     from mllm_vision.data import CHAT_TEMPLATES
@@ -86,7 +113,7 @@ def test_one_prompt_for_training_evaluation_and_chat(join, name, bos, monkeypatc
     from mllm_vision.evaluation.generation import AnswerGenerator
     from mllm_vision.vlm import answer
 
-    model, processor = join(CHAT_TEMPLATES.get(name, with_end("'<|end|>'")), bos=bos)
+    model, processor = join(CHAT_TEMPLATES.get(name) or TEMPLATES[name], bos=bos)
     asked = [("what colour is the star?", "blue"), ("how many stars are there?", "3")]
     seen, place = [], model.config.image_token_id
 
@@ -95,7 +122,8 @@ def test_one_prompt_for_training_evaluation_and_chat(join, name, bos, monkeypatc
         return torch.cat([inputs["input_ids"], torch.tensor([[3]])], dim=1)
 
     monkeypatch.setattr(model, "generate", spy)
-    for turns in (1,) if name == "plain" else (1, 2):  # plain has no words between two answers
+    # plain has no words between two answers; with a space before it "3" begins otherwise than words do
+    for turns in (1,) if name in ("plain", "parts") else (1, 2):
         dialogue = from_pairs(asked[:turns], 1)
         [(ids, mask)] = ChatTokenizer(processor.tokenizer, processor.chat_template)([dialogue])
         last = max(i for i in range(len(mask)) if mask[i] and not mask[i - 1])  # where the last answer begins
@@ -106,4 +134,8 @@ def test_one_prompt_for_training_evaluation_and_chat(join, name, bos, monkeypatc
         if turns == 1:
             generator = AnswerGenerator(model, processor, batch_size=1, max_new_tokens=2)
             assert generator.prompt_ids(asked[0][0]) == expected
+        if name not in ("words", "parts"):  # what the export does by itself in plain transformers
+            talk = [{**turn, "content": _pictured(turn["content"])} for turn in dialogue[:-1]]
+            options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+            assert processor.apply_chat_template(talk, **options)["input_ids"][0] == seen[-1]
     assert bos is False or expected[0] == processor.tokenizer.bos_token_id
