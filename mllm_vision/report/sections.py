@@ -332,7 +332,9 @@ def modules(stage: Stage) -> str:
             ]
         )
     body = table(["module", "parameters", "", "learning rate", "proof", "weights, before and after"], rows)
-    return f"<h3>What was trained</h3>{body}" if body else ""
+    whose = stage.run.get("artifact_is")
+    note = f"<p class=muted>Saved and measured: {esc(whose)}.</p>" if whose else ""
+    return f"<h3>What was trained</h3>{body}{note}" if body else ""
 
 
 def recipe(stage: Stage) -> str:

@@ -109,6 +109,7 @@ def test_a_page_of_images_alone() -> None:
     record = fakes.run("stage_zero", history=history, data=data, arrays=arrays)
     hashes = {"sha256_before": "a" * 64, "sha256_after": "b" * 64, "moved": True}
     record["modules"] = [{"group": "teacher", "parameters": 8, "trainable": 0, "follows": True, **hashes}]
+    record["artifact_is"] = "the teacher's encoder"
     record["health"] = [{"step": 50, "name": "collapse", "message": "collapse: all h <embeddings> point one way"}]
     page = render(Chain([Stage("stage_zero", run=record)]))
     assert "<h1>Stage zero" in page and "From pictures to answers" not in page
@@ -116,6 +117,7 @@ def test_a_page_of_images_alone() -> None:
     for words in ("from pictures alone", "What it was shown", "view 1", "Spread: 1 evenly", "Directions that carry"):
         assert words in text, words
     assert "<span class=right>moved</span>" in page and "follows" in text  # a teacher is meant to move
+    assert "Saved and measured: the teacher's encoder." in text
     assert "step 50: collapse: all h <embeddings> point one way" in text
     assert "Parts of the loss" in text and "Entropy of the teacher" in text
     assert page.count(red) == page.count(blue) == 1 and "elsewhere" not in page
