@@ -168,11 +168,9 @@ def load(own: Any, arguments: Any, streams: Any, count: int) -> tuple[Any, int |
     if not streams.streaming:
         records = load_records(own.dataset_name, **where)
         return records, len(records)
-    from mllm_vision.data.stream_order import Ref
-
     stream = streams.open(own.dataset_name, **where, seed=arguments.seed, max_steps=arguments.max_steps)
     head = stream.head(count)
-    return [stream.rooted(dict(head[row]), Ref(0, 0, row, 0, 0)) for row in range(len(head))], stream.total
+    return [dict(head[row]) for row in range(len(head))], stream.total
 
 
 def trained(encoder: str) -> bool:

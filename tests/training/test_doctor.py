@@ -238,6 +238,9 @@ def test_unknown_words_and_padding() -> None:
         unk_token_id, eos_token_id, pad_token_id, bos_token_id = 1, 3, 0, None
         model_input_names, model_max_length = ["input_ids"], 8
 
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 5, "red": 6, "star": 7}
+
         def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
             return {
                 "input_ids": [[{"a": 5, "red": 6, "star": 7}.get(word, 1) for word in t.split()] + [3] for t in texts]
