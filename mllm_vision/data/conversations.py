@@ -183,12 +183,14 @@ class ConversationDataset(EpochDataset):
     def _dialogue(self, record: dict[str, Any]) -> Dialogue:
         """What a row says, where the template has a place for all of it."""
         dialogue = self.form(record)
-        answers = sum(message["role"] == "assistant" for message in dialogue.messages)
-        if self.chat.template == CHAT_TEMPLATES["plain"] and (answers > 1 or dialogue.system or dialogue.history):
-            raise BadConversation(
-                "the template 'plain' writes captions only",
-                f"{answers} answers in one conversation, whose questions it leaves out; choose another --chat_template",
-            )
+        if self.chat.template == CHAT_TEMPLATES["plain"] and not dialogue.captions:
+            answers = sum(message["role"] == "assistant" for message in dialogue.messages)
+            if answers > 1 or dialogue.pairs:
+                raise BadConversation(
+                    "the template 'plain' writes captions only",
+                    f"the words of {answers or len(dialogue.pairs)} questions would be lost; choose another "
+                    "--chat_template",
+                )
         return dialogue
 
     def _tell(self, total: int) -> None:

@@ -151,8 +151,10 @@ def load_stage_data(
         )
     if eval_rows < 2:
         raise ValueError(f"eval_rows={eval_rows} must be at least 2")
-    stream = None
+    if pack_turns and max_turns not in (None, 1):
+        raise ValueError(f"pack_turns keeps every question to itself, so max_turns={max_turns} does not go with it")
     where: dict[str, Any] = {"split": split, "config_name": config_name, "image_root": image_root}
+    stream, records = None, None
     if streams is not None and streams.streaming:
         if not eval_dataset_name:
             raise ValueError("--streaming holds no rows out: give --eval_dataset_name")
@@ -162,18 +164,8 @@ def load_stage_data(
         records = stream.head()
     else:
         records = load_records(dataset_name, **where, max_rows=max_rows)
-    if eval_dataset_name:
-        where["split"] = eval_split or UsualSplit("validation", "--eval_split")
-        held = load_records(eval_dataset_name, **where, max_rows=eval_rows)
-    else:
-        count = min(eval_rows, len(records) // 10)
-        if count < 2:
-            raise ValueError(
-                f"{len(records)} rows leave none to hold out; give --eval_dataset_name or 20 rows at least"
-            )
-        parts = records.train_test_split(test_size=count, seed=seed)
-        records, held = parts["train"], parts["test"]
-        logger.info("no --eval_dataset_name: %d of the training rows are held out", count)
+    where["split"] = eval_split or UsualSplit("validation", "--eval_split")
+    records, held = _held_out(records, eval_dataset_name, where, eval_rows, seed)
 
     first = tuple(role for role in roles or () if role != "image")
     forms = (first, ("conversations",), ("messages",)) if first else FORMS
@@ -196,21 +188,14 @@ def load_stage_data(
     }
     tokenizer = processor.tokenizer
     if pack_turns:
-        if max_turns not in (None, 1):
-            raise ValueError(f"pack_turns keeps every question to itself, so max_turns={max_turns} does not go with it")
-        options["max_turns"] = 1
-        shuffle_turns = False
+        options["max_turns"], shuffle_turns = 1, False
     train: Any = ConversationDataset(
         records, columns, tokenizer, shuffle_turns=shuffle_turns, streamed=stream is not None, **options
     )
     evaluation: Any = ConversationDataset(held, eval_columns, tokenizer, shuffle_turns=False, **options)
+    _check_use(train, dataset_name, stream is not None, pack_turns, max_turns)
     if stream is not None:
         train = StreamDataset(stream, train)
-    elif not train.has_images:
-        raise ValueError(
-            f"none of the {len(train)} conversations of {dataset_name} has an image, so the projector has nothing to "
-            "learn from: name the images with --image_column, or put them into the messages"
-        )
     if pack_turns:
         check_packing(model, int(max(train.lengths.max(), evaluation.lengths.max())))
         train, evaluation = (PackedConversations(each, max_length=max_length) for each in (train, evaluation))
@@ -223,6 +208,37 @@ def load_stage_data(
         eval_records=held,
         eval_columns=eval_columns,
     )
+
+
+def _held_out(
+    records: Any, eval_dataset_name: str | None, where: Mapping[str, Any], eval_rows: int, seed: int
+) -> tuple[Any, Any]:
+    """(rows to train on, held-out rows): a data set of its own, or at most a tenth of the rows, drawn by the seed."""
+    if eval_dataset_name:
+        return records, load_records(eval_dataset_name, **where, max_rows=eval_rows)
+    count = min(eval_rows, len(records) // 10)
+    if count < 2:
+        raise ValueError(f"{len(records)} rows leave none to hold out; give --eval_dataset_name or 20 rows at least")
+    parts = records.train_test_split(test_size=count, seed=seed)
+    logger.info("no --eval_dataset_name: %d of the training rows are held out", count)
+    return parts["train"], parts["test"]
+
+
+def _check_use(
+    samples: ConversationDataset, dataset_name: str, streamed: bool, pack_turns: bool, max_turns: int | None
+) -> None:
+    """Refuse data that teach a projector nothing, and flags that whole conversations have no use for."""
+    if not streamed and not samples.has_images:
+        raise ValueError(
+            f"none of the {len(samples)} conversations of {dataset_name} has an image, so the projector has nothing to "
+            "learn from: name the images with --image_column, or put them into the messages"
+        )
+    if not samples.form.by_question and (pack_turns or max_turns is not None):
+        flag, form = "--pack_turns" if pack_turns else "--max_turns", ", ".join(samples.form.form)
+        raise ValueError(
+            f"{flag} is for questions that are asked one by one (question and answer columns, or lists of them); "
+            f"{dataset_name} has whole conversations ({form}), whose turns stay together: leave it out"
+        )
 
 
 def label_preview(data: StageData, processor: Any) -> str:

@@ -273,6 +273,10 @@ def test_the_plain_template_takes_captions_alone(tokenizer):
     dataset = build(rows, tokenizer, chat_template="plain")
     assert len(dataset) == 1 and dataset.refused == {"the template 'plain' writes captions only": 1}
     assert supervised(dataset[0], tokenizer) == f"{A}</s>"
+    with pytest.raises(
+        ValueError, match="template 'plain' writes captions only: the words of 1 questions would be lost"
+    ):
+        build([{"image": PICTURE, "question": Q, "answer": A}], tokenizer, chat_template="plain")
     captions = [{"image": PICTURE, "caption": "a star"}, {"image": None, "caption": "of nothing"}]
     assert build(captions, tokenizer, chat_template="plain").refused == {"the caption has no image": 1}
 

@@ -44,6 +44,9 @@ def folder(tmp_path_factory):
 def test_streamed_and_map_style_rows_are_judged_alike(folder, build, monkeypatch, tmp_path):
     model, processor = build()
     processor.chat_template = CHAT_TEMPLATES["vicuna"]
+    for flag in ({"pack_turns": True}, {"max_turns": 2}):
+        with pytest.raises(ValueError, match=f"--{next(iter(flag))} is for questions.*whole conversations .messages"):
+            load_stage_data(model, processor, os.fspath(folder / "rows.jsonl"), **flag)
     monkeypatch.chdir(tmp_path)  # paths start from the file, not from where one stands
     held = os.fspath(folder / "held.jsonl")
     whole = load_stage_data(model, processor, os.fspath(folder / "rows.jsonl"), held)
