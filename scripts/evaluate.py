@@ -165,9 +165,7 @@ class Bench:
 
         key = (path, split, max_rows)
         if key not in self.loaded:
-            self.loaded[key] = load_records(
-                path, split=split, max_rows=max_rows, image_root=self.own.image_root
-            )
+            self.loaded[key] = load_records(path, split=split, max_rows=max_rows, image_root=self.own.image_root)
         return self.loaded[key]
 
     def columns(self, records: Any, *roles: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.efficientnet.modeling_efficientnet import round_filters
 
 from mllm_vision.encoder.families import COMPOSITES, FAMILIES, family_of
-from mllm_vision.encoder.files import read_json
+from mllm_vision.encoder.files import Source, read_json
 from mllm_vision.encoder.sizes import check_image_size, resize_processor
 from mllm_vision.encoder.stems import check_stem, set_stem, stem_of
 from mllm_vision.errors import unknown_name
@@ -44,9 +44,16 @@ def is_model_type(source: str | Path) -> bool:
 
 
 def is_convolutional(source: str | Path) -> bool:
-    """Whether a model type, or the config.json of a folder, is of a convolutional network; False if unknown."""
-    file = Path(source) / "config.json"
-    model_type = read_json(file).get("model_type") if file.is_file() else str(source)
+    """Whether a model type, or the config of a folder or Hub id, is of a convolutional network.
+
+    False where there is none: what is wrong with it is told when it is loaded.
+    """
+    model_type = str(source)
+    if source not in FAMILIES and source not in ALIASES:
+        try:
+            model_type = str(read_json(Source(source).file("config.json")).get("model_type"))
+        except (OSError, ValueError):
+            return False
     family = FAMILIES.get(ALIASES.get(model_type, model_type))
     return family is not None and family.convolutional
 

@@ -1,7 +1,7 @@
 """Runs every case on the CPU and on the stand-in device, in two processes of their own: one line of JSON a case.
 
-    cd tests/device
-    python run_cases.py 1 file:///tmp/meeting simclr & python run_cases.py 0 file:///tmp/meeting simclr
+cd tests/device
+python run_cases.py 1 file:///tmp/meeting simclr & python run_cases.py 0 file:///tmp/meeting simclr
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from oracles.methods import Start
 from pairs_for_tests import make_dual, pair_batches
 from torch.utils.data import default_collate
 
-from mllm_vision.encoder.build import build_backbone
+from mllm_vision.encoder.build import build_backbone, is_convolutional
 from mllm_vision.encoder.encoder import VisionEncoder
 from mllm_vision.objectives import ImageObjective, list_objectives, load_objective
 from mllm_vision.training.arguments import RecipeArguments
@@ -183,6 +183,9 @@ def test_only_built_resnets_of_some_methods_start_with_residual_blocks_of_zero(t
     assert [zeros(name, encoder("resnet")) for name in (*asked, "byol", "simclr")] == [1, 1, 1, 1, 0, 0]
     assert [zeros(name, encoder("resnet"), zero_init_residual=False) for name in asked] == [0] * 4
     encoder("resnet").save_pretrained(tmp_path / "encoder")
+    (tmp_path / "empty").mkdir()
+    found = [is_convolutional(name) for name in ("resnet", "vit", "clip", tmp_path / "encoder", tmp_path / "empty")]
+    assert found == [True, False, False, True, False]
     assert zeros("simsiam", VisionEncoder.from_pretrained(tmp_path / "encoder")) == 0
 
 
