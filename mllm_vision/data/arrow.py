@@ -73,6 +73,36 @@ def plain_types(table: pa.Table) -> pa.Table:
     return table
 
 
+def readable(table: pa.Table, bad: Callable[[str, Exception], Any]) -> tuple[pa.Table, dict[str, list[Any]]]:
+    """(the table, column -> values) where the values are those of columns with texts that are no UTF-8, by `bad` in
+    place of such a text; in the table it is null. Arrow does not look at texts that other programs wrote."""
+    odd: dict[str, list[Any]] = {}
+    for place, field in enumerate(table.schema):
+        if not (pa.types.is_string(field.type) or pa.types.is_large_string(field.type)):
+            continue
+        column = table.column(place)
+        try:
+            for chunk in column.chunks:
+                chunk.validate(full=True)
+        except pa.ArrowInvalid:
+            values = column.cast(_bytes_of(field.type)).to_pylist()
+            odd[field.name] = [_decoded(data, field.name, bad) for data in values]
+            kept = [value if isinstance(value, str) else None for value in odd[field.name]]
+            table = table.set_column(place, field, pa.array(kept, field.type))
+    return table, odd
+
+
+def _bytes_of(kind: pa.DataType) -> pa.DataType:
+    return pa.binary() if pa.types.is_string(kind) else pa.large_binary()
+
+
+def _decoded(data: bytes | None, name: str, bad: Callable[[str, Exception], Any]) -> Any:
+    try:
+        return None if data is None else data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return bad(name, error)
+
+
 # ---- several tables as one ---------------------------------------------------------------------------------------
 
 

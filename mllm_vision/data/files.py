@@ -36,6 +36,7 @@ SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
+WORDS = tuple(_SPLIT_OF)
 _NUMBER = r"(?:[-_. ]?\d+(?:[-_]of[-_]\d+)?)?"  # of a shard: train-00001-of-00008, train_01, train2017
 
 
@@ -122,7 +123,7 @@ def find(name: str | Path, left_out: LeftOut) -> Found | None:
     if path.is_dir():
         return Found(path, walk(path, left_out))
     if "{" in text or glob.has_magic(text):
-        return _matched(text, str(path), left_out)
+        return _matched(text, path, left_out)
     looks_local = text.startswith((".", "/", "~", "\\")) or text.count("/") > 1
     if looks_local or kind_of(text) or path.suffix in (*PACKED, ".zip", ".tgz"):
         beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -135,17 +136,20 @@ def find(name: str | Path, left_out: LeftOut) -> Found | None:
     return None
 
 
-def _matched(text: str, pattern: str, left_out: LeftOut) -> Found:
-    spelled = braces(pattern)
-    found = {each: glob.glob(each, recursive=True) if glob.has_magic(each) else [each] for each in spelled}
+def _matched(text: str, path: Path, left_out: LeftOut) -> Found:
+    there, *parts = Path(), *path.parts
+    while len(parts) > 1 and (there / parts[0]).is_dir():  # a folder that exists is that folder, brackets and all
+        there /= parts.pop(0)
+    known = glob.escape(str(there))
+    spelled = [each if known == "." else os.path.join(known, each) for each in braces(os.path.join(*parts))]
+    found = {each: glob.glob(each, recursive=True) for each in spelled}
     missing = [each for each, files in found.items() if not any(map(os.path.exists, files))]
     if len(missing) == len(spelled):
         raise FileNotFoundError(f"no file matches {text!r} (working folder: {Path.cwd()})")
     if missing:
+        names = ", ".join(re.sub(r"\[([*?[])\]", r"\1", each) for each in missing[:3])
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise FileNotFoundError(
-            f"{text!r} names {len(spelled)} files, and {len(missing)} are missing: {', '.join(missing[:3])}{more}"
-        )
+        raise FileNotFoundError(f"{text!r} names {len(spelled)} files, and {len(missing)} are missing: {names}{more}")
     paths = sorted({path for files in found.values() for path in files if os.path.exists(path)})
     folders = [path for path in paths if os.path.isdir(path)]
     root = Path(os.path.commonpath([os.path.dirname(path) or "." for path in paths]))
@@ -222,8 +226,9 @@ def split_word(name: str, asked: str = "") -> str | None:
 def table_splits(files: Sequence[str], asked: str = "") -> tuple[dict[str, list[str]], list[str]]:
     """(split -> files, files of no split) of tables, by their names; ({}, files) where the names tell of no split.
 
-    A name tells exactly (`val.parquet`, `train-00001-of-00008.tar`, `test/part.csv`) or by a word in it
-    (`coco_train.jsonl`). Words count only where every file has one, or where they tell of two splits or more.
+    A name tells exactly (`val.parquet`, `train-00001-of-00008.tar`, `test/part.csv`) or by a word at its end or
+    beginning. Words count only where two names differ in them alone (`coco_train`, `coco_val`), or all files are of the
+    training split or the one that is asked for: a bullet_train and a test_tube are no splits.
     """
     prefix = common_folder(files)
     exact, worded = {}, {}
@@ -231,18 +236,32 @@ def table_splits(files: Sequence[str], asked: str = "") -> tuple[dict[str, list[
         *folders, name = PurePosixPath(file[len(prefix) :]).parts
         stem = _stem(name)
         exact[file] = split_word(stem, asked) or (split_word(folders[0], asked) if folders else None)
-        tokens = {_SPLIT_OF.get(word) for word in re.split(r"[^a-z]+", "/".join([*folders, stem]).lower())} - {None}
-        worded[file] = tokens.pop() if len(tokens) == 1 else None
+        worded[file] = _word_in([*folders, stem])
     top = split_word(PurePosixPath(prefix).parts[-1], asked) if prefix else None
     if top is not None and not any(exact.values()):
         return {top: list(files)}, []
-    named = exact if any(exact.values()) else worded
+    named = exact
+    if not any(exact.values()):
+        known = set(worded.values()) - {None}
+        paired = len({rest for _, rest in known}) < len(known)
+        alone = {split for split, _ in known} in ({"train"}, {_SPLIT_OF.get(asked, asked)})
+        if not paired and not (alone and None not in worded.values()):
+            return {}, list(files)
+        named = {file: found[0] if found is not None else None for file, found in worded.items()}
     splits = {split for split in named.values() if split is not None}
-    if named is worded and len(splits) < 2 and None in worded.values():
-        return {}, list(files)
     grouped = {split: [file for file in files if named[file] == split] for split in SPLITS if split in splits}
     grouped |= {split: [file for file in files if named[file] == split] for split in sorted(splits - set(SPLITS))}
     return grouped, [file for file in files if named[file] is None]
+
+
+def _word_in(parts: Sequence[str]) -> tuple[str, str] | None:
+    """(split, the rest of the name) of a path with a part that ends or begins with a split's word: coco_train."""
+    for part in parts:
+        words = [word for word in re.split(r"[^a-z]+", part.lower()) if word not in ("", "of")]
+        for place in (-1, 0):
+            if len(words) > 1 and words[place] in _SPLIT_OF:
+                return _SPLIT_OF[words[place]], "_".join(words[:-1] if place else words[1:])
+    return None
 
 
 def _stem(name: str) -> str:

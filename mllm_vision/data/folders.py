@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from .columns import ROLE_NAMES
-from .files import Found, LeftOut, common_folder, image_splits, kind_of, table_splits
+from .files import WORDS, Found, LeftOut, common_folder, image_splits, kind_of, table_splits
 
 _FORMATS = tuple(dict.fromkeys(("parquet", "json", "csv", "arrow", "tar")))  # of one table in several, the first
 
@@ -101,6 +102,9 @@ def _of_tables(found: Found, tables: list[str], images: list[str], asked: str, l
     if found.named:
         return Contents(found.root, False, {"": tables}, loose=tuple(images))
     splits, others = table_splits(tables, asked)
+    odd = [file for file in tables if re.search(rf"(^|[^a-z])({'|'.join(WORDS)})([^a-z]|$)", file.lower())]
+    if odd and not splits:
+        left_out.note(f"a word of a split in names like {odd[0]!r} is none: all {len(tables)} tables are one split")
     for file in others if splits else []:
         left_out.add("tables whose names tell of no split", file)
     splits = {split: _one_format(files, left_out) for split, files in (splits or {"": tables}).items()}

@@ -21,7 +21,7 @@ from .folders import Contents, contents, image_table
 from .hub_files import plain_repository
 from .sampling import draw_rows
 from .table_cache import fingerprint, read_tables
-from .tables import may_hold_paths
+from .tables import ends_whole, may_hold_paths
 
 __all__ = ["UsualSplit", "bind_columns", "load_records"]
 
@@ -183,13 +183,16 @@ def _saved(path: Path, split: str | UsualSplit) -> Any:
         saved = load_from_disk(str(path))
     except Exception as error:  # whatever its files hold
         raise ValueError(f"{path} cannot be read as a data set: {type(error).__name__}: {error}") from error
-    if not isinstance(saved, Mapping):
-        return saved
-    if isinstance(split, UsualSplit):
-        return saved[_usual_split(path, saved, split)]
-    if split not in saved:
-        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(map(repr, saved))}")
-    return saved[split]
+    if isinstance(saved, Mapping) and isinstance(split, UsualSplit):
+        saved = saved[_usual_split(path, saved, split)]
+    elif isinstance(saved, Mapping):
+        if split not in saved:
+            raise ValueError(f"{path} has no split {split!r}; it has {', '.join(map(repr, saved))}")
+        saved = saved[split]
+    for file in saved.cache_files:
+        if not ends_whole(Path(file["filename"])):
+            raise ValueError(f"{file['filename']} is cut off: its end has no mark; save the data set again")
+    return saved
 
 
 def _usual_split(path: Path, splits: Mapping[str, Any], usual: UsualSplit) -> str:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .arrow import plain_types
+from .arrow import plain_types, readable
 from .files import LeftOut, find, kind_of, table_splits
+from .sampling import BadRow
 from .tars import TarFile
 
 SUFFIXES = (".parquet", ".tar")
@@ -136,11 +137,25 @@ class ParquetFile:
             table = self._file.read_row_group(group, columns=wanted, use_threads=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.path}: row group {group} cannot be read: {error}") from error
-        rows = plain_types(table).to_pylist() if table.num_columns else [{} for _ in range(self.groups[group])]
-        if self._features is not None:
-            given = type(self._features)({name: self._features[name] for name in table.column_names})
-            rows = [given.decode_example(row) for row in rows]
+        if not table.num_columns:
+            return [{} for _ in range(self.groups[group])]
+        table, odd = readable(plain_types(table), lambda name, error: BadRow(f"{name} is not UTF-8", str(error)))
+        rows = table.to_pylist()
+        for name, values in odd.items():
+            for row, value in zip(rows, values, strict=True):
+                row[name] = value
+        for name in table.column_names if self._features is not None else ():
+            given = type(self._features)({name: self._features[name]})
+            for row in rows:
+                row[name] = self._decoded(given, name, row[name])
         return rows
+
+    def _decoded(self, given: Any, name: str, value: Any) -> Any:
+        """A value of a column of JSON, or what is wrong with it."""
+        try:
+            return given.decode_example({name: value})[name]
+        except (ValueError, TypeError) as error:
+            return BadRow(f"{name} cannot be parsed", f"{self.path.name}: {error}")
 
     def head(self, count: int) -> Any:
         """The first rows as an Arrow table; no rows where the file has none."""
@@ -153,7 +168,7 @@ class ParquetFile:
 
 def _features(schema: Any) -> Any:
     """The features that need decoding (JSON inside strings), or None where the Arrow values are what is meant."""
-    if b'"Json"' not in (schema.metadata or {}).get(b"huggingface", b""):
+    if "arrow.json" not in str(schema) and b'"Json"' not in (schema.metadata or {}).get(b"huggingface", b""):
         return None
     from datasets import Features, Image, Sequence
 

@@ -1,19 +1,13 @@
 """Tables: CSV, JSON, Parquet and Arrow files and tars as Arrow tables; no row, column or word is lost on the way.
 
-Texts stay texts: of a CSV only an empty cell is missing, and a column is of numbers only where every cell is one. What
-cannot be parsed (a line, a member of a tar) is a row or cell without a value and is told; the judge of rows counts it.
+What cannot be parsed (a line, a member of a tar) is a row or cell without a value and is told; the judge of rows counts
+it.
 """
 
 from __future__ import annotations
 
-import bz2
-import csv
-import gzip
-import io
+import functools
 import json
-import lzma
-import re
-import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -22,17 +16,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .arrow import array_of, plain_types, table_of, values_of
-from .columns import IMAGE_NAMES, TEXT_NAMES
+from .arrow import array_of, plain_types, readable, table_of, values_of
+from .columns import TEXT_NAMES
+from .csv_tables import chain, csv_table, lines_of
 from .files import PACKED, LeftOut, kind_of
 from .paths import ImagePaths
 from .sampling import BadRow
 from .tars import TarFile
 
 _CHUNK = 8192  # rows that become Arrow at once
-_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_INTEGER = r"^-?(0|[1-9][0-9]{0,17})$"
-_NUMBER = r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
 
 
 def read_table(path: Path, paths: ImagePaths, left_out: LeftOut) -> Iterator[pa.Table]:
@@ -43,7 +35,7 @@ def read_table(path: Path, paths: ImagePaths, left_out: LeftOut) -> Iterator[pa.
     """
     kind = kind_of(path.name)
     if kind in ("csv", "json"):
-        tables = [_csv_table(path, paths, left_out)] if kind == "csv" else _json_tables(path, paths, left_out)
+        tables = [csv_table(path, paths, left_out)] if kind == "csv" else _json_tables(path, paths, left_out)
         for table in tables:
             names = table.column_names
             if path.name.startswith("metadata.") and "file_name" in names and "image" not in names:
@@ -53,144 +45,6 @@ def read_table(path: Path, paths: ImagePaths, left_out: LeftOut) -> Iterator[pa.
         pieces = {"parquet": _parquet_tables, "arrow": _arrow_tables, "tar": _tar_tables}[kind](path, left_out)
         for piece in pieces:
             yield with_paths(plain_types(piece), paths)
-
-
-# ---- texts -------------------------------------------------------------------------------------------------------
-
-
-def _open(path: Path) -> Any:
-    return _OPENERS.get(path.suffix.lower(), io.open)(path, "rb")
-
-
-def _lines(path: Path, left_out: LeftOut) -> Iterator[str]:
-    """The lines of a text file with their ends: UTF-8, UTF-16 with its mark, or Latin-1 line by line."""
-    foreign = 0
-    try:
-        with _open(path) as stream:
-            head = stream.read(3) if path.suffix.lower() in PACKED else stream.peek(3)[:3]
-            if path.suffix.lower() in PACKED:
-                stream.seek(0)
-            if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                yield from io.TextIOWrapper(stream, "utf-16", newline="\n")
-                return
-            if head == b"\xef\xbb\xbf":
-                stream.read(3)
-            for line in stream:
-                try:
-                    yield line.decode("utf-8")
-                except UnicodeDecodeError:
-                    foreign += 1
-                    yield line.decode("cp1252", "replace") if b"\x81" not in line else line.decode("latin-1")
-    except (EOFError, OSError, lzma.LZMAError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if foreign:
-        left_out.note(f"{foreign} lines of {path.name} are no UTF-8 and are read as Latin-1 (Windows-1252)")
-
-
-# ---- CSV ---------------------------------------------------------------------------------------------------------
-
-
-def _csv_table(path: Path, paths: ImagePaths, left_out: LeftOut) -> pa.Table:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    lines = _lines(path, left_out)
-    first = next((line for line in lines if line.strip()), "")
-    comma = _separator(first, path, left_out)
-    spaced = comma in first and first.count(comma) == first.count(f"{comma} ")  # `image, caption`: as the rows are then
-    dialect: dict[str, Any] = {"delimiter": comma, "skipinitialspace": spaced}
-    rows_of_cells = _cells(_chain(first, lines), dialect, path, left_out)
-    names = _unique(next(rows_of_cells, (0, []))[1], path, left_out)
-    pieces: dict[str, list[pa.Array]] = {name: [] for name in names}
-    every = _csv_rows(rows_of_cells, len(names), path, left_out)
-    while rows := list(islice(every, _CHUNK)):
-        for place, name in enumerate(names):
-            values = paths.column(name, [row[place] or None for row in rows])
-            pieces[name].append(pa.array(values, pa.string()))
-    return pa.table({name: _numbers(name, pa.chunked_array(found, pa.string())) for name, found in pieces.items()})
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
-
-
-def _cells(
-    lines: Iterable[str], dialect: dict[str, Any], path: Path, left_out: LeftOut
-) -> Iterator[tuple[int, list[str]]]:
-    """(number of its last line, cells) of every row. A quote that nothing closes would swallow all rows up to the next
-    one: where the quotes of a row of several lines are odd in number, its lines are read one by one.
-    """
-    taken: list[str] = []
-
-    def noted() -> Iterator[str]:
-        for line in lines:
-            taken.append(line)
-            yield line
-
-    reader = csv.reader(noted(), **dialect)
-    for row in reader:
-        if len(taken) > 1 and sum(line.count('"') for line in taken) % 2:
-            left_out.note(f"a quote in line {reader.line_num - len(taken) + 1} of {path.name} is never closed")
-            for place, line in enumerate(taken, reader.line_num - len(taken) + 1):
-                yield from ((place, [cell.rstrip("\r\n") for cell in each]) for each in csv.reader([line], **dialect))
-        else:
-            yield reader.line_num, row
-        taken.clear()
-
-
-def _csv_rows(rows: Iterable[tuple[int, list[str]]], width: int, path: Path, left_out: LeftOut) -> Iterator[list[str]]:
-    """Rows of `width` cells; one with fewer or more of them has no values, and is told."""
-    for number, row in rows:
-        if not row:
-            continue
-        if len(row) > width and not any(row[width:]):
-            row = row[:width]  # commas at the end
-        if len(row) != width:
-            left_out.add(
-                f"rows of {path.name} with another number of cells than the {width} of its first line",
-                f"line {number} has {len(row)}",
-            )
-            row = [""] * width
-        yield row
-
-
-def _separator(header: str, path: Path, left_out: LeftOut) -> str:
-    """What separates the cells: a tab in a .tsv, a comma, or what stands in the header where no comma does."""
-    usual = "\t" if ".tsv" in path.suffixes else ","
-    bare = re.sub(r'"[^"]*"', "", header)
-    if usual in bare:
-        return usual
-    other = max(",;\t|", key=bare.count)
-    if bare.count(other) == 0:
-        return usual
-    left_out.note(f"the cells of {path.name} are separated by {other!r}, not {usual!r}")
-    return other
-
-
-def _unique(names: list[str], path: Path, left_out: LeftOut) -> list[str]:
-    """The header's names without blanks around them, each once."""
-    found: list[str] = []
-    for place, name in enumerate(names):
-        name = name.strip() or f"column_{place}"
-        number = 1
-        while name in found:
-            name, number = f"{names[place].strip()}.{number}", number + 1
-            left_out.note(f"{path.name} has two columns {names[place].strip()!r}; the second is read as {name!r}")
-        found.append(name)
-    return found
-
-
-def _numbers(name: str, texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of a CSV as numbers, where each of its cells is one and its name is not that of texts or paths."""
-    words = TEXT_NAMES - {"label", "labels", "class", "fine_label", "category", "target", "cls"}
-    if name.lower() in words or name.lower() in IMAGE_NAMES or texts.null_count == len(texts):
-        return texts
-    if pc.all(pc.match_substring_regex(texts, _INTEGER), skip_nulls=True).as_py():
-        return texts.cast(pa.int64())
-    if pc.all(pc.match_substring_regex(texts, _NUMBER), skip_nulls=True).as_py():
-        return texts.cast(pa.float64())
-    return texts
 
 
 # ---- JSON --------------------------------------------------------------------------------------------------------
@@ -209,7 +63,7 @@ def _table(rows: list[dict[str, Any]], paths: ImagePaths) -> pa.Table:
 
 
 def _json_rows(path: Path, left_out: LeftOut) -> Iterable[dict[str, Any]]:
-    lines = _lines(path, left_out)
+    lines = lines_of(path, left_out)
     first = next((line for line in lines if line.strip()), "")
     start = first.lstrip()[:1]
     suffix = path.with_suffix("").suffix if path.suffix.lower() in PACKED else path.suffix
@@ -223,7 +77,7 @@ def _json_rows(path: Path, left_out: LeftOut) -> Iterable[dict[str, Any]]:
         else:
             return _rows_of(value, path, left_out)
         first, lines = "", iter(text.splitlines(keepends=True))  # an object a line, under the name of .json
-    return _line_rows(_chain(first, lines), path, left_out)
+    return _line_rows(chain(first, lines), path, left_out)
 
 
 def _loads(text: str) -> Any:
@@ -326,7 +180,8 @@ def _parquet_tables(path: Path, left_out: LeftOut) -> Iterator[pa.Table]:
         file = pq.ParquetFile(path, memory_map=True)
         yield file.schema_arrow.empty_table()
         for batch in file.iter_batches(batch_size=1024):
-            yield pa.Table.from_batches([batch])
+            told = functools.partial(left_out.add, f"texts of {path.name} that are no UTF-8")
+            yield readable(pa.Table.from_batches([batch]), lambda name, error, add=told: add(f"{name}: {error}"))[0]
     except (OSError, ValueError, NotImplementedError) as error:
         if isinstance(error, FileNotFoundError):
             raise
@@ -340,9 +195,18 @@ def _arrow_tables(path: Path, left_out: LeftOut) -> Iterator[pa.Table]:
             opened = pa.ipc.open_stream(source)
         except pa.ArrowInvalid:
             opened = pa.ipc.open_file(source)
+        if isinstance(opened, pa.RecordBatchStreamReader) and not ends_whole(path):
+            raise ValueError("it is cut off: its end has no mark")
         yield opened.read_all()
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as Arrow: {error}") from error
+
+
+def ends_whole(path: Path) -> bool:
+    """Whether a file of an Arrow stream has its end: without it pyarrow gives the rows before a cut, and no error."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - 8))
+        return stream.read() == b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def _tar_tables(path: Path, left_out: LeftOut) -> Iterator[pa.Table]:

@@ -115,7 +115,15 @@ def test_tables_of_splits(tmp_path, caplog) -> None:
         "data/train-00000-of-00002.parquet"
     ]
     assert names("coco_train.jsonl", "coco_val.jsonl", asked="validation") == ["coco_val.jsonl"]
-    assert names("test_tube.jsonl", "beaker.jsonl") is None, "words count where they tell all files apart"
+    for odd in (
+        ["test_tube.jsonl", "beaker.jsonl"],
+        ["bullet_train.jsonl", "test_tube.jsonl"],
+        ["a_train.csv", "b_val.csv"],
+    ):
+        assert table_splits(odd) == ({}, odd), "words count where names differ in them alone"
+    assert names("x-train-0001-of-2.tar", "x-val-0001-of-1.tar", "y.tar") == ["x-train-0001-of-2.tar"]
+    assert names("coco_test.jsonl", asked="test") == ["coco_test.jsonl"]
+    assert names("train_set/a.csv", "test_set/b.csv", asked="test") == ["test_set/b.csv"]
     assert names("train/a.parquet", "valid/a.parquet", asked="validation") == ["valid/a.parquet"]
     assert names("mine.parquet", "train.parquet", asked="mine") == ["mine.parquet"]
     for name in ("test_tube", "beaker"):
@@ -136,6 +144,15 @@ def test_image_splits_by_the_folders_at_the_top() -> None:
     assert set(splits("train/1.png", "val/2.png", "extra/3.png")) == {"train", "validation"}
     assert splits("x/train/1.png") == {"train": ["x/train/1.png"]}
     assert splits("1.png", "train/1.png") == {}
+
+
+def test_a_pattern_below_a_folder_with_brackets(tmp_path) -> None:
+    tree(tmp_path, "data [2023]/a/1.png", "data [2023]/b {c}/2.png", "data [2023]/c/x[1].png")
+    assert len(load_records(f"{tmp_path}/data [2023]/*/*.png")) == 3
+    assert len(load_records(f"{tmp_path}/data [2023]/{{a,c}}/*.png")) == 2
+    assert len(load_records(f"{tmp_path}/data [2023]/c/x[1].png")) == 1
+    with pytest.raises(FileNotFoundError, match=r"1 are missing: .*/data \[2023\]/d$"):
+        find(f"{tmp_path}/data [2023]/{{a,d}}", LeftOut())
 
 
 def test_names_that_are_not_there(tmp_path) -> None:

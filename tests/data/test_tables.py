@@ -55,6 +55,7 @@ def lines(*rows: object) -> str:
         (b"image;caption\nshots/0.PNG;left, right\n", ["left, right"], "separated by ';', not ','"),
         (b'image, caption\nshots/0.PNG, "a, b"\nshots/1.PNG, c\n', ["a, b", "c"], ""),
         (b"image,caption\nshots/0.PNG, a b \n", [" a b "], ""),
+        (b"shots/0.PNG,a first line\nshots/1.PNG,b\n", ["a first line", "b"], "has no header"),
         (b"image|caption\nshots/0.PNG|a;b\n", ["a;b"], "separated by '|'"),
         (b'image,caption\nshots/0.PNG,"two\r\nlines, one ""row"""\n', ['two\r\nlines, one "row"'], ""),
         (b'image,caption\nshots/0.PNG,"6 feet\nshots/1.PNG,b\n"shots/2.PNG",c\n', ["6 feet", "b", "c"], "never closed"),
@@ -66,7 +67,7 @@ def lines(*rows: object) -> str:
 )
 def test_csv_texts_stay_what_they_are(place, caplog, content, captions, told) -> None:
     records = load_records(file(place / "rows.csv", content))
-    assert records["caption"][:] == captions
+    assert records[bind_columns(records, ("image", "caption"))["caption"]][:] == captions
     assert load_image(records[0]["image"]).size == (8, 8)
     assert told in caplog.text and bool(told) == bool(caplog.text)
 
@@ -208,6 +209,35 @@ def test_parts_with_other_columns_types_and_no_rows(place, caplog) -> None:
         assert told in caplog.text
     head = Stream.open(str(place / "p" / "[abcd].parquet")).head()
     assert head["caption"][:] == ["a", "b", "c"] and "width" in head.column_names  # b has another column
+
+
+def test_texts_that_are_no_utf8_and_json_that_is_broken_are_single_cells(place, caplog) -> None:
+    from mllm_vision.data.sampling import BadRow
+
+    texts = pa.array([b"fine", b"caf\xe9", None], pa.binary()).view(pa.string())
+    path = parquet(place / "odd.parquet", image=["shots/0.PNG"] * 3, caption=texts)
+    assert load_records(path)["caption"][:] == ["fine", None, None]
+    assert "1 texts of odd.parquet that are no UTF-8" in caplog.text
+    rows = Stream.open(path).read(0, 0, 0, ["caption"])
+    assert rows[0] == {"caption": "fine"} and isinstance(rows[1]["caption"], BadRow) and rows[2] == {"caption": None}
+    meta = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"x": [1]}', '{"x": [']))
+    parquet(place / "json.parquet", caption=["a", "b"], meta=meta)
+    rows = Stream.open(place / "json.parquet").read(0, 0, 0, ["caption", "meta"])
+    assert rows[0]["meta"] == {"x": [1]} and isinstance(rows[1]["meta"], BadRow) and rows[1]["caption"] == "b"
+
+
+def test_an_arrow_file_that_is_cut_off_is_refused(place) -> None:
+    from datasets import Dataset
+
+    data = Dataset.from_dict({"caption": [str(n) for n in range(3000)]})
+    data.save_to_disk(place / "saved")
+    [file] = (place / "saved").glob("*.arrow")
+    assert len(load_records(place / "saved")) == len(load_records(file)) == 3000
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) - 8])
+    for path in (file, place / "saved"):
+        with pytest.raises(ValueError, match="is cut off: its end has no mark"):
+            load_records(path)
 
 
 def test_classes_that_differ_between_parts_are_read_as_words(place) -> None:
