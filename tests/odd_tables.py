@@ -267,3 +267,52 @@ def _tar(folder: Path, rows: list[dict[str, Any]]) -> Path:
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
     return path
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+_names = st.sampled_from(
+    [
+        *("a.png", "b.jpg", "c.webp", "UPPER.PNG", "with space.png", "é猫.png", "[1].png", "train.png", "no_ending"),
+        *(
+            ".hidden.png",
+            "cut.jpg",
+            "text.png",
+            "post.png",
+            "empty.png",
+            "movie.mp4",
+            "a.png.part",
+            "data.csv.bak",
+            "x.txt",
+        ),
+    ]
+)
+_folders = st.sampled_from(["", "cat", "dog", "cat/deep", "test_tube", "none", "[x]", "a b", "val"])
+folders = st.dictionaries(
+    st.tuples(_folders, _names), st.sampled_from([*GOOD.values(), *GOOD.values(), b"?", b""]), min_size=1, max_size=8
+)
+
+
+def write_folder(folder: Path, files: dict[tuple[str, str], bytes]) -> Path:
+    """The files, by (folder, name)."""
+    for (place, name), data in files.items():
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        (folder / place / name).write_bytes(data)
+    return folder
+
+
+@st.composite
+def damaged_images(draw: Any) -> bytes:
+    """The bytes of an image with some changed, cut off or repeated."""
+    data = bytearray(draw(st.sampled_from(list(GOOD.values()))))
+    for _ in range(draw(st.integers(0, 6))):
+        data[draw(st.integers(0, min(len(data), draw(st.sampled_from([30, 10_000]))) - 1))] = draw(st.integers(0, 255))
+    start, stop = draw(st.integers(0, len(data))), draw(st.integers(0, len(data)))
+    how = draw(st.sampled_from(["whole", "whole", "cut", "twice", "without"]))
+    whole = bytes(data)
+    return {
+        "whole": whole,
+        "cut": whole[:stop],
+        "twice": whole[:start] * 2 + whole[start:],
+        "without": whole[:start] + whole[stop:],
+    }[how]

@@ -302,6 +302,20 @@ def several_images(records: Any, column: str) -> np.ndarray:
     return image_counts(records, column) > 1
 
 
+def tell_of_more_images(records: Any, column: str) -> int:
+    """How many images are left out where one a row is taken and the column holds lists (told); in a list of rows, of
+    its first thousand."""
+    features = getattr(records, "features", None)
+    if features is not None and not column_kind(features[column]).startswith(("pictures", "texts", "list")):
+        return 0
+    rows = records if features is not None else [records[row] for row in range(min(len(records), 1000))]
+    more = int(np.maximum(image_counts(rows, column) - 1, 0).sum())
+    if more:
+        told = "column %r holds lists of images: the first one of a row is taken, %d further ones are left out"
+        logger.warning(told, column, more)
+    return more
+
+
 def image_counts(records: Any, column: str) -> np.ndarray:
     """How many images each row's image column holds (nulls do not count), without reading them where Arrow can tell."""
     kind = column_kind(records.features[column]) if hasattr(records, "features") else "any"

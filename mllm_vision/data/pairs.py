@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .columns import bind_columns
+from .forms import tell_of_more_images
 from .image_files import BadImage, describe, first_image, image_source
 from .images import ImageTransform, load_image
 from .sampling import BadRow, BadSamples, EpochDataset, bytes_id, draw_key, only_columns, rows_of, text_id
@@ -47,6 +48,7 @@ class PairDataset(EpochDataset):
         self.columns = bind_columns(records, ("image", "caption"), columns)
         self.records = only_columns(records, list(self.columns.values()))
         self.transform = transform
+        tell_of_more_images(self.records, self.columns["image"])
         super().__init__(seed, self._rows, bad_samples)
 
     def __len__(self) -> int:

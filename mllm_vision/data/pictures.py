@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .columns import bind_columns
 from .decoding import load_image
+from .forms import tell_of_more_images
 from .image_files import first_image
 from .labels import column_labels, label_value
 from .sampling import BadRow, BadSamples, EpochDataset, only_columns, rows_of, text_id
@@ -63,6 +64,7 @@ class PictureDataset(EpochDataset):
         self._rows, self.decode_size, self.labelled = rows_of(records), decode_size, labelled
         self.columns = bind_columns(records, ("image", "label?"), columns)
         self.records = only_columns(records, [self.columns["image"]])
+        tell_of_more_images(self.records, self.columns["image"])
         self.labels, self.class_names = None, None
         self._places: list[int] | None = None  # the rows that are taken, where not all are
         self._bad_labels: dict[int, BadRow] = {}

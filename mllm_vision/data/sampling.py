@@ -258,6 +258,22 @@ class EpochDataset(torch.utils.data.Dataset):
         raise ValueError(f"{min(size, _TRIES)} samples from {index} on cannot be used; the last one, {last}")
 
 
+class OwnRows(torch.utils.data.Dataset):
+    """The samples of an `EpochDataset` as an evaluation takes them: one that cannot be used is its `BadRow`, and no
+    other one stands in its place, which would count twice. What it meets is not counted as the training's."""
+
+    def __init__(self, dataset: EpochDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | BadRow:
+        data = self.dataset
+        key = draw_key(data.seed, data.epoch, index)
+        return judge(f"row {data.record_of(index)}", data._read, index, key)
+
+
 class EpochCallback(TrainerCallback):
     """Tells the training data set which epoch begins.
 

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from mllm_vision.data.forms import tell_of_more_images
 from mllm_vision.data.image_files import first_image
 from mllm_vision.data.images import load_image
 from mllm_vision.data.sampling import BadRow, draw_rows, judge, only_columns
@@ -61,6 +62,8 @@ def check_columns(records: Any, columns: dict[str, str], roles: Sequence[str], w
         column = column_of(columns, role, what)
         if column not in found:
             raise ValueError(f"{what}: column {column!r} (for {role!r}) is not in the data; found {found}")
+    if "image" in roles:
+        tell_of_more_images(records, columns["image"])
 
 
 def usable_images(

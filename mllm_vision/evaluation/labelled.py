@@ -178,7 +178,8 @@ class LabelledImages:
                 found = _features_of(encoder, pixels.to(device), feature).float()
                 sound = finite_rows(found, chunk, f"the {part.name} set")
                 rows.extend(chunk[place] for place in sound)
-                features.append(found if len(sound) == len(found) else found[torch.tensor(sound, device=device)])
+                places = torch.tensor(sound, dtype=torch.int64, device=device)
+                features.append(found if len(sound) == len(found) else found[places])
         except Exception as problem:
             error = problem
         agree_on_error(error)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from transformers import GenerationConfig
 
 from mllm_vision.data.images import ImageTransform
 from mllm_vision.data.prompts import prompt_ids
-from mllm_vision.data.sampling import BadRow
+from mllm_vision.data.sampling import BadRow, EpochDataset, OwnRows
 from mllm_vision.distributed import agree_on_error, rank, total_over_ranks, world_size
 from mllm_vision.vlm.tokens import stop_ids
 
+logger = logging.getLogger(__name__)
 INPUTS = ("input_ids", "attention_mask", "position_ids", "labels", "pixel_values")
 PICTURES = ("own", "shuffled", "blank")
 
@@ -78,6 +80,8 @@ class HeldOutLoss:
         collator: a ``ConversationCollator``.
         batch_size: rows at a time; at least 2, so that pictures can change places.
 
+    A row that cannot be used (a broken image) is left out and told of once; ``skipped`` is their number.
+
     Raises:
         ValueError: fewer than two rows, or no supervised token.
     """
@@ -89,15 +93,25 @@ class HeldOutLoss:
         if rows < 2:
             raise ValueError(f"the evaluation set has {rows} rows; at least two are needed")
         self.name, self.dataset, self.collator, self.batch_size = name, dataset, collator, max(2, batch_size)
+        self.refused: dict[str, BadRow] = {}
 
-    def batches(self) -> DataLoader:
+    def batches(self) -> Iterator[Mapping[str, Tensor]]:
         """This rank's share of the rows."""
-        share = range(rank(), len(self.dataset), world_size())  # type: ignore[arg-type]
-        return DataLoader(Subset(self.dataset, share), batch_size=self.batch_size, collate_fn=self.collator)
+        dataset = OwnRows(self.dataset) if isinstance(self.dataset, EpochDataset) else self.dataset
+        share = range(rank(), len(dataset), world_size())  # type: ignore[arg-type]
+        for samples in DataLoader(Subset(dataset, share), batch_size=self.batch_size, collate_fn=list):
+            for bad in (each for each in samples if isinstance(each, BadRow)):
+                if str(bad) not in self.refused:
+                    logger.warning("%s: left out of the held-out rows: %s", self.name, bad)
+                self.refused[str(bad)] = bad
+            if kept := [each for each in samples if not isinstance(each, BadRow)]:
+                yield self.collator(kept)
 
     def __call__(self, model: Any, step: int = 0) -> dict[str, Any]:
         own, shuffled, blank = (supervised_loss(model, self.batches(), pictures) for pictures in PICTURES)
-        return {"loss": own, "baselines": {"shuffled": shuffled, "no_image": blank}}
+        (skipped,) = total_over_ranks([len(self.refused)])
+        told = {"skipped": float(skipped)} if skipped else {}
+        return {"loss": own, **told, "baselines": {"shuffled": shuffled, "no_image": blank}}
 
 
 @torch.inference_mode()

@@ -21,6 +21,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from mllm_vision.data import (
+    BadImage,
     ConversationCollator,
     ConversationDataset,
     ImageTransform,
@@ -33,10 +34,12 @@ from mllm_vision.data import (
     StreamLoader,
     bind_columns,
     bind_conversations,
+    load_image,
     load_records,
 )
 from mllm_vision.data.labels import column_labels
 from mllm_vision.data.sampling import BadRow, judge
+from mllm_vision.evaluation.images import usable_images
 
 EXPECTED = (ValueError, FileNotFoundError)
 
@@ -156,7 +159,7 @@ def check_pairs(found: tuple[str, list[dict[str, Any]]]) -> None:
             streamed(source, make, pair_collator())
 
 
-@profile(25)
+@profile(40)
 @given(odd_tables.tables("image", "caption"))
 def test_pairs(found: tuple[str, list[dict[str, Any]]]) -> None:
     check_pairs(found)
@@ -196,6 +199,10 @@ def check_images(found: tuple[str, list[dict[str, Any]]]) -> None:
                 assert len(dataset) + (unlabelled if labelled else 0) == len(records)
                 for bad in labels.bad.values():
                     in_words(bad)
+            if not labelled:  # what training takes, evaluation takes
+                refused: dict[int, BadRow] = {}
+                _, rows = usable_images(records, dataset.columns["image"], range(len(records)), refused)
+                assert rows == [sample["index"] for sample in kept] and len(rows) + len(refused) == len(records)
             if kept and not labelled:
                 batches = [make_views(PictureCollator()(batch)) for batch in pairs_of(kept)]
                 trained(objective, [{"views": batch["views"]} for batch in batches])
@@ -203,7 +210,7 @@ def check_images(found: tuple[str, list[dict[str, Any]]]) -> None:
             streamed(source, lambda rows: PictureDataset(rows, decode_size=64), PictureCollator())
 
 
-@profile(25)
+@profile(40)
 @given(odd_tables.tables("image", "label"))
 def test_images_and_labels(found: tuple[str, list[dict[str, Any]]]) -> None:
     check_images(found)
@@ -260,16 +267,44 @@ def check_conversations(found: tuple[str, list[dict[str, Any]]]) -> None:
             streamed(source, make, collate)
 
 
-@profile(20)
+@profile(40)
 @given(odd_tables.tables("image", "messages"))
 def test_conversations(found: tuple[str, list[dict[str, Any]]]) -> None:
     check_conversations(found)
 
 
-@profile(15)
+@profile(30)
 @given(odd_tables.tables("image", "question", "answer"))
 def test_questions(found: tuple[str, list[dict[str, Any]]]) -> None:
     check_conversations(found)
+
+
+# ---- files and bytes ---------------------------------------------------------------------------------------------
+
+
+@profile(60)
+@given(odd_tables.folders)
+def test_folders_of_files(files: dict[tuple[str, str], bytes]) -> None:
+    """Every file is a row, or counted among what is not read; every row an image, or a refusal."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            records = load_records(odd_tables.write_folder(Path(folder), files))
+        except EXPECTED as error:
+            in_words(error)
+            return
+        assert len(records) + sum(records.left_out.values()) == len(files), records.left_out
+        judged(PictureDataset(records, decode_size=64))
+
+
+@profile(400)
+@given(odd_tables.damaged_images())
+def test_damaged_bytes_are_an_image_or_a_refusal(data: bytes) -> None:
+    try:
+        image = load_image(data, max_bytes=2**22)
+    except BadImage as error:
+        in_words(error)
+    else:
+        assert image.mode == "RGB" and image.width * image.height * 4 <= 2**22
 
 
 # ---- many more ---------------------------------------------------------------------------------------------------
