@@ -22,7 +22,7 @@ from transformers import (
 
 logger = logging.getLogger(__name__)
 OTHER = "give another --llm (Llama, Qwen, Mistral, Gemma 3, Phi-3, OLMo, GPT-2, ...)"
-LOUD = 1e4  # logits this large show what a cap or any other bend does to them
+LOUD = {torch.float16: 1e3}  # logits this large (else 1e4) show what a cap or any other bend does to them
 
 
 def load_language_model(source: str, dtype: torch.dtype | str, **hub: Any) -> PreTrainedModel:
@@ -169,7 +169,7 @@ def logit_factor(language_model: PreTrainedModel, base: PreTrainedModel) -> floa
     largest = float(joined.abs().max())
     if not math.isfinite(largest) or largest == 0.0:
         return 1.0
-    with _Amplified(head, 2.0 ** max(0, math.ceil(math.log2(LOUD / largest)))) as amplified:
+    with _Amplified(head, 2.0 ** max(0, math.ceil(math.log2(LOUD.get(joined.dtype, 1e4) / largest)))) as amplified:
         own = language_model(input_ids=ids, use_cache=False).logits.double()
     joined = joined.double() * (amplified.factor if amplified.calls else 1.0)
     own = own[..., : joined.shape[-1]]

@@ -171,6 +171,16 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
             _let_checkpoint(self.model.language_model)  # the projector's gradients come through it
         return self
 
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; ValueError where the language model's layers cannot be checkpointed."""
+        language_model = self.model.language_model
+        if not any(isinstance(layer, GradientCheckpointingLayer) for layer in language_model.modules()):
+            raise ValueError(
+                f"the layers of {type(language_model).__name__} cannot be checkpointed; train without "
+                "--gradient_checkpointing, or give another language model"
+            )
+        super().activation_checkpointing_enable(*args, **kwargs)
+
     @classmethod
     def is_custom_code(cls) -> bool:
         """False: initialised and renamed on loading as transformers' own classes are.

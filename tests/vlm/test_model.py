@@ -158,6 +158,20 @@ def test_frozen_language_model_is_checkpointed_and_computes_as_in_evaluation(bui
     assert not any(module.training for module in model.modules())
 
 
+def test_layers_that_cannot_be_checkpointed_are_told(build):
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model, _ = build()
+    layers = model.model.language_model.layers
+    for number, layer in enumerate(layers):  # the same modules under a class that transformers does not checkpoint
+        plain = torch.nn.Module()
+        plain.parts = torch.nn.ModuleList(layer.children())
+        layers[number] = plain
+    assert not any(isinstance(module, GradientCheckpointingLayer) for module in layers.modules())
+    with pytest.raises(ValueError, match="the layers of LlamaModel cannot be checkpointed"):
+        model.gradient_checkpointing_enable()
+
+
 def test_no_layer_above_the_selected_one_runs(build, make_batch):
     model, _ = build(layers=3)
     calls = []
