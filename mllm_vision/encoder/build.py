@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.efficientnet.modeling_efficientnet import round_filters
 
-from mllm_vision.encoder.families import COMPOSITES, FAMILIES, family_of
+from mllm_vision.encoder.families import COMPOSITES, FAMILIES, _side, family_of
 from mllm_vision.encoder.files import Source, read_json
 from mllm_vision.encoder.sizes import check_image_size, resize_processor
 from mllm_vision.encoder.stems import check_stem, set_stem, stem_of
@@ -165,9 +165,9 @@ def build_backbone(
     except Exception as error:  # transformers' strict configs raise several kinds; all mean a wrong value
         raise ValueError(f"{model_type}: {error}") from error
 
-    size = image_size or getattr(config, "image_size", None) or 224
+    size = image_size or _side(getattr(config, "image_size", None) or 224)
     patch_size = getattr(config, "patch_size", None)
-    check_image_size(size, patch_size)
+    check_image_size(size, None if patch_size is None else _side(patch_size))
     backbone = AutoModel.from_config(config)
     if model_type == "efficientnet":
         _initialise_efficientnet(backbone)

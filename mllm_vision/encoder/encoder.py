@@ -296,7 +296,7 @@ class VisionEncoder(nn.Module):
             target.mkdir(exist_ok=True)
             # Of the model that was here before: keeping them would lie about the one that comes.
             written = {file.name for file in aside.iterdir()}
-            old = ("lineage.json", "recipe.yaml", "model.safetensors.index.json", "model*.safetensors")
+            old = ("lineage.json", "recipe.yaml", "model.safetensors*", "model-*-of-*.safetensors")
             for stale in [file for pattern in old for file in target.glob(pattern) if file.name not in written]:
                 stale.unlink()
             for file in sorted(aside.iterdir()):
@@ -364,8 +364,10 @@ class VisionEncoder(nn.Module):
 
 
 def _agreed_size(backbone: PreTrainedModel, processor: Any) -> int:
-    """The picture size that processor and backbone agree on, or ValueError."""
+    """The picture size that processor and backbone agree on, or ValueError; for patches that are no squares, too."""
     family = family_of(backbone)
+    if not family.convolutional:
+        _side(backbone.config.patch_size)
     size = processor_size(processor)
     if size is None:
         raise ValueError(

@@ -42,7 +42,15 @@ class Family:
 
 
 def _side(value: Any) -> int:
-    return int(value[0]) if isinstance(value, (list, tuple)) else int(value)
+    """The side of a square image or patch, from a number or a pair.
+
+    Raises:
+        ValueError: it is no square.
+    """
+    sides = [int(each) for each in (value if isinstance(value, (list, tuple)) else [value])]
+    if len(set(sides)) != 1:
+        raise ValueError(f"images and patches must be square here, and a size is {list(value)}; use one number")
+    return sides[0]
 
 
 def _other_size(model: nn.Module, pixel_values: Tensor) -> bool:

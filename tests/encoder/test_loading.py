@@ -435,6 +435,10 @@ def test_what_build_refuses(tmp_path):
         build_backbone("efficientnet", hidden_dim=64, width_coefficient=0.25)
     with pytest.raises(ValueError, match=r"hidden_size=33 is not divisible by num_attention_heads=2"):
         build_backbone("clip", hidden_size=33, num_attention_heads=2, num_hidden_layers=1, image_size=32, patch_size=8)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    with pytest.raises(ValueError, match=r"images and patches must be square here, and a size is \[8, 4\]"):
+        build_backbone("vit", image_size=16, patch_size=[8, 4], **small)
+    assert build_encoder("vit", image_size=16, overrides={"patch_size": [8, 8], **small}).num_tokens == 4
     with pytest.raises(FileNotFoundError, match=r"nearest known one is 'dinov2'"):
         build_backbone("dinov22")
     with pytest.raises(ValueError, match=r"hidden_size"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -273,3 +274,23 @@ def test_a_resized_processor_sees_the_same_part_of_the_picture():
     other = resize_processor(processor, 112)
     assert (other.size["shortest_edge"], other.crop_size["height"], processor_size(other)) == (128, 112, 112)
     assert processor_size(processor) == 224
+
+
+def test_an_array_is_one_image_and_a_stack_of_arrays_is_several() -> None:
+    encoder = VisionEncoder.from_backbone(tiny.tiny_vit(), tiny.tiny_image_processor("vit"))
+    for shape, count in (((20, 24), 1), ((20, 24, 3), 1), ((20, 24, 1), 1), ((20, 24, 4), 1), ((2, 20, 24, 3), 2)):
+        assert encoder.encode(np.full(shape, 90, np.uint8), feature="pooled").shape[0] == count
+    one = encoder.encode(np.full((20, 24, 3), 0.5, np.float32))
+    assert torch.equal(one, encoder.encode([np.full((20, 24, 3), 0.5, np.float32)]))
+    with pytest.raises(ValueError, match=r"shape \[3, 20, 24\] is no image"):
+        encoder.encode(np.zeros((3, 20, 24), np.uint8))
+
+
+def test_saving_over_shards_leaves_none_of_them(tmp_path) -> None:
+    """In either direction: what is there afterwards is the new model alone, and other files of the user."""
+    tiny.tiny_vit().save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    (tmp_path / "notes.safetensors").write_bytes(b"mine")
+    VisionEncoder.from_backbone(tiny.tiny_vit(), tiny.tiny_image_processor("vit")).save_pretrained(tmp_path)
+    names = {file.name for file in tmp_path.glob("*.safetensors*")}
+    assert names == {"model.safetensors", "notes.safetensors"}
