@@ -23,7 +23,7 @@ class SupCon(ImageObjective):
     The form with the sum outside of the logarithm (equation 2). A row labelled -1 has no class: its own other view is
     its only positive, so that a partly labelled set trains too. The official code's head has no BatchNorm, and it
     trains CIFAR-10 at temperature 0.1 (0.07 is its default). Where this differs from it: the loss has no factor
-    T / 0.07, and the cosine ends at zero (there at a thousandth).
+    T / 0.07, and the cosine begins where the warm-up ends and moves with every step.
 
     Args:
         encoder: to train; any backbone.
@@ -45,7 +45,8 @@ class SupCon(ImageObjective):
         "lr_scaling": "linear",
         "weight_decay": 1e-4,
         "weight_decay_on": "all",
-        "lr_scheduler_type": "cosine",
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.001},
         "warmup_steps": 0.01,
         "max_grad_norm": 0.0,
     }

@@ -1,6 +1,6 @@
 """SupCon from the official code (HobbitLong/SupContrast: losses.py, main_supcon.py), without its factor T / 0.07.
 
-As documented, the cosine moves with every step, where it moves once an epoch there.
+As documented, the cosine begins after the warm-up and moves with every step, where it moves once an epoch there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ def train(start, batches, given):
     optimizer = torch.optim.SGD(weights, given["rate"], momentum=0.9, weight_decay=given["weight_decay"])
     losses = []
     for step, batch in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = warm_cosine(step, len(batches), given["warmup"], given["rate"])
+        optimizer.param_groups[0]["lr"] = warm_cosine(
+            step, len(batches), given["warmup"], given["rate"], 0.001 * given["rate"]
+        )
         z = unit(head(vectors(encoder, torch.cat(batch["views"].unbind(1)))))
         rows = len(batch["views"])
         labels = torch.where(batch["labels"] < 0, -1 - torch.arange(rows), batch["labels"])  # without: a class alone
