@@ -197,7 +197,7 @@ def load_stage_data(
     if stream is not None:
         train = StreamDataset(stream, train)
     if pack_turns:
-        check_packing(model, int(max(train.lengths.max(), evaluation.lengths.max())))
+        check_packing(model, int(max(train.lengths.max(), evaluation.lengths.max())), max_length)
         train, evaluation = (PackedConversations(each, max_length=max_length) for each in (train, evaluation))
     return StageData(
         train=train,

@@ -232,7 +232,8 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
                 attention_mask = None
         if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
             if not self.packing_checked:
-                check_packing(self, attention_mask.shape[-1])
+                row = attention_mask.shape[-1]
+                check_packing(self, row if position_ids is None else int(position_ids.max()) + 1, row)
             attention_mask = self._additive(attention_mask)
         extra = {
             name: value

@@ -14,29 +14,34 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _HALF = 0.1  # of logits in 16 bits; what a model that cannot be packed gets wrong is a multiple of it
 
 
-def check_packing(model: Any, longest: int) -> None:
+def check_packing(model: Any, longest: int, row: int | None = None) -> None:
     """Refuse ``pack_turns`` where packed conversations do not give the logits of separate ones.
 
-    Two conversations of random ids behind a shared beginning are run both ways, in the form ``PackedConversations``
-    gives them. Attention with a mask and positions of its own is exact. What looks at its neighbours in the sequence
-    instead is not: sliding windows (where a conversation is longer than one), ALiBi, recurrent and convolutional
-    layers, a cache that is kept although nothing is generated.
+    Conversations of random ids behind a shared beginning are run both ways, in the form ``PackedConversations``
+    gives them: two, or so many that the last one lies beyond any window of the first. Attention with a mask and
+    positions of its own is exact. What looks at its neighbours in the sequence instead is not: sliding windows (where a
+    conversation is longer than one), ALiBi, recurrent and convolutional layers, a cache that is kept although nothing
+    is generated.
 
     Args:
         model: a ``VisionLanguageModel``.
         longest: tokens of the longest conversation that is going to be packed.
+        row: tokens of a packed row, at most; None: no more than the trial's.
 
     Raises:
         ValueError: the numbers differ, or the language model takes no such mask.
     """
-    windows = [window for window in _windows(model.config.text_config) if window < longest]
-    size = max(min(longest, max([_TRIED, *(window + _TRIED // 2 for window in windows)])), 6)
+    windows = _windows(model.config.text_config)
+    size = max([_TRIED, *(window + _TRIED // 2 for window in windows if window < longest)])
+    size = max(min(longest, size), 6)
+    tail = size - size // 3
+    count = max([2, *(-(-window // tail) + 1 for window in windows if window < (row or 0))])
     was_training = model.training
     model.eval()
     model.packing_checked = True  # the trial's own passes need none
     try:
         with torch.no_grad():
-            packed, separate = _trial(model, size)
+            packed, separate = _trial(model, size, count)
     except Exception as error:
         model.packing_checked = False
         if "pack_turns" in str(error):
@@ -68,22 +73,22 @@ def _windows(config: Any) -> list[int]:
     return [v for k, v in settings if type(v) is int and v > 0 and any(word in k for word in words)]
 
 
-def _trial(model: Any, size: int) -> tuple[Tensor, Tensor]:
+def _trial(model: Any, size: int, count: int) -> tuple[Tensor, Tensor]:
     """Logits ``[S, V]`` of the same tokens, packed and separate."""
     device = model.get_input_embeddings().weight.device
     shared = size // 3
     tail = size - shared
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.text_config.vocab_size - 1, (shared + 2 * tail,), generator=draw)
+    ids = torch.randint(model.config.text_config.vocab_size - 1, (shared + count * tail,), generator=draw)
     ids += ids >= model.config.image_token_id  # any token but the image's
     labels = ids.clone()
     # A conversation's first token is no one's next token, in the data as here.
-    labels[: shared + 1] = labels[shared + tail] = IGNORED
-    turns = torch.tensor([0] * shared + [1] * tail + [2] * tail)
+    labels[:shared] = labels[shared::tail] = IGNORED
+    turns = torch.cat([torch.zeros(shared, dtype=torch.int64), torch.arange(1, count + 1).repeat_interleave(tail)])
     inputs = ConversationCollator.separate([{"input_ids": ids, "turns": turns}], len(ids))
     inputs |= {"input_ids": ids[None], "labels": labels[None]}
     packed = model(**{name: value.to(device) for name, value in inputs.items()}).logits
-    rows = [torch.cat([torch.arange(shared), torch.arange(shared, shared + tail) + tail * k]) for k in range(2)]
+    rows = [torch.cat([torch.arange(shared), torch.arange(shared, shared + tail) + tail * k]) for k in range(count)]
     apart = {"input_ids": torch.stack([ids[row] for row in rows]), "labels": torch.stack([labels[row] for row in rows])}
     apart["attention_mask"] = torch.ones_like(apart["input_ids"])
     return packed, model(**{name: value.to(device) for name, value in apart.items()}).logits

@@ -12,6 +12,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -31,6 +33,17 @@ MODELS = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=420, n_embd=32, n_layer=2, n_head=2, n_positions=512)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=40)),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=100)),
+    "gpt_neo": lambda: GPTNeoForCausalLM(
+        GPTNeoConfig(
+            vocab_size=420,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["local"], 2]],
+            window_size=100,
+            max_position_embeddings=512,
+        )
+    ),
     "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=420, hidden_size=32, n_layer=2, n_head=2)),
 }
 
@@ -49,17 +62,19 @@ def built(name, tokenizer):
 @pytest.mark.parametrize(
     "name, longest, exact",
     [("llama", 200, True), ("gpt2", 200, True), ("mistral", 40, True), ("mistral", 48, False),
-     ("gemma3", 100, True), ("gemma3", 140, False), ("bloom", 20, False)],
+     ("gemma3", 100, True), ("gemma3", 140, False), ("bloom", 20, False),
+     ("gpt_neo", (46, 90), True), ("gpt_neo", (46, 214), False)],
 )  # fmt: skip
 def test_the_trial_finds_what_is_not_exact(tokenizer, name, longest, exact) -> None:
     model = built(name, tokenizer)
     model.train()
+    longest, row = longest if isinstance(longest, tuple) else (longest, None)
     before = torch.get_rng_state()
     if exact:
-        check_packing(model, longest)
+        check_packing(model, longest, row)
     else:
         with pytest.raises(ValueError, match=f"pack_turns.*{name}.*train without --pack_turns"):
-            check_packing(model, longest)
+            check_packing(model, longest, row)
     assert model.packing_checked is exact and model.training and model.model.language_model.training
     assert torch.equal(before, torch.get_rng_state()), "the run's random numbers stay its own"
 
