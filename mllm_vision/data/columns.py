@@ -146,7 +146,7 @@ def column_kind(feature: Any) -> str:
             return "role turn" if "role" in keys else "from turn"
         if any(pair <= keys for pair in _PAIRS):
             return "pair turn"
-        if keys and keys <= {"bytes", "path"}:
+        if keys and keys <= {"bytes", "path", "url"}:
             return "picture"
         return "other"
     if feature is None:

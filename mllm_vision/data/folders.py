@@ -14,6 +14,7 @@ import pyarrow as pa
 from .columns import ROLE_NAMES
 from .files import WORDS, Found, LeftOut, common_folder, image_splits, kind_of, table_splits
 
+_SURELY = 16 << 20  # bytes: a larger text is a table, and is not read twice to find out
 _FORMATS = tuple(dict.fromkeys(("parquet", "json", "csv", "arrow", "tar")))  # of one table in several, the first
 
 
@@ -55,18 +56,14 @@ def contents(found: Found, asked: str, left_out: LeftOut) -> Contents:
     for file in found.files:
         if not kinds[file] and (images or tables):
             left_out.add(f"files of another type ({PurePosixPath(file).suffix or 'without a suffix'})", file)
-    if images and tables:
-        told = [file for file in tables if _tells(found.root / file)]
-        for file in tables:
-            if file not in told:
-                left_out.add("tables beside the images with no column of ours", file)
-        tables = told
-    empty = [file for file in tables if (found.root / file).stat().st_size == 0]
-    if empty and len(empty) == len(tables):
-        raise ValueError(f"{found.root / empty[0]} is empty (0 bytes)")
-    for file in empty:
+    empty = {file for file in tables if (found.root / file).stat().st_size == 0}
+    if empty and len(empty) == len(tables) and not images:
+        raise ValueError(f"{found.root / min(empty)} is empty (0 bytes)")
+    for file in sorted(empty):
         left_out.add("empty files (0 bytes)", file)
-    tables = [file for file in tables if file not in set(empty)]
+    tables = [file for file in tables if file not in empty]
+    if not found.named and (images or len(tables) > 1):
+        tables = _meant(found, tables, images, left_out)
     if tables:
         return _of_tables(found, tables, images, asked, left_out)
     if images:
@@ -79,23 +76,44 @@ def contents(found: Found, asked: str, left_out: LeftOut) -> Contents:
     )
 
 
-def _tells(path: Path) -> bool:
-    """Whether a table that lies among images is meant to be read: it has a column of ours."""
+def _meant(found: Found, tables: list[str], images: list[str], left_out: LeftOut) -> list[str]:
+    """The tables of a folder that are meant to be read; the others are counted.
+
+    Those are descriptions of single images (1.json beside 1.jpg), and tables with no column of ours where there are
+    others, or images (dataset_infos.json, classes.csv).
+    """
+    stems = {file.rpartition(".")[0] for file in images}
+    alone = [file for file in tables if file.rpartition(".")[0] not in stems]
+    for file in tables:
+        if file not in alone:
+            left_out.add(f"{PurePosixPath(file).suffix} files that are called like the image beside them", file)
+    not_ours = {file: _not_ours(found.root / file) for file in alone}
+    if all(not_ours.values()) and not images:
+        return alone
+    for file, why in not_ours.items():
+        if why:
+            left_out.add("tables with no column of ours", f"{file}: {why}")
+    return [file for file in alone if not not_ours[file]]
+
+
+def _not_ours(path: Path) -> str:
+    """Why a table is not meant to be read; "" where it has a column of ours, or one of image paths."""
     from .paths import ImagePaths
     from .tables import read_table
 
-    if kind_of(path.name) in ("parquet", "arrow", "tar"):
-        return True
-    if path.stat().st_size == 0:
-        return False
+    if kind_of(path.name) in ("parquet", "arrow", "tar") or path.stat().st_size > _SURELY:
+        return ""
     quiet = LeftOut()
+    paths = ImagePaths(path.parent, quiet)
     try:
-        first = next(iter(read_table(path, ImagePaths(path.parent, quiet), quiet)), None)
+        first = next(iter(read_table(path, paths, quiet)), None)
     except FileNotFoundError:
-        return True  # of its images: said again where it is read
-    except ValueError:
-        return False
-    return first is not None and any(name.lower() in ROLE_NAMES for name in first.column_names)
+        return ""  # of its images: said again where it is read
+    except ValueError as error:
+        return str(error)
+    names = [] if first is None else first.column_names
+    ours = any(name.lower() in ROLE_NAMES or paths.holds(name) for name in names)
+    return "" if ours else f"its columns are {', '.join(names)}"
 
 
 def _of_tables(found: Found, tables: list[str], images: list[str], asked: str, left_out: LeftOut) -> Contents:

@@ -57,6 +57,10 @@ class ImagePaths:
             return values
         return [_mapped(value, name, self._joined) for value in values]
 
+    def holds(self, name: str) -> bool:
+        """Whether a column that was read was found to hold paths."""
+        return self._decided.get(name, False)
+
     def _holds_paths(self, name: str, values: Sequence[Any]) -> bool | None:
         """Whether the column holds paths; None where there is no saying yet."""
         address = next((value for value in values if isinstance(value, str) and _ADDRESS.match(value)), None)

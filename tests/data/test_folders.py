@@ -87,7 +87,7 @@ def test_what_lies_beside_images_is_counted(tmp_path, caplog) -> None:
         "hidden folders": 1,
         "folders that are linked in twice": 1,
         "files of another type (.md)": 1,
-        "tables beside the images with no column of ours": 1,
+        "tables with no column of ours": 1,
     }
     assert "the classes are the 2 folders of the first level" in caplog.text and "3 hidden files" in caplog.text
 
@@ -104,6 +104,29 @@ def test_a_table_among_its_images_is_what_is_read(tmp_path, caplog) -> None:
     for split in ("train", "test"):
         [row] = load_records(root / "meta", split=split)
         assert row["text"] == f"of {split}" and load_image(row["image"]).size == (8, 8)
+
+
+def test_tables_that_are_meant(tmp_path, caplog) -> None:
+    """A column that only a flag names, files that describe a set, and descriptions of single images."""
+    root = tree(tmp_path / "named", "shots/1.png", "shots/2.png")
+    (root / "list.csv").write_text("which,what\nshots/1.png,one\nshots/2.png,two\n")
+    (root / "classes.json").write_text('{"0": "ant"}')
+    records = load_records(root)
+    assert records["what"][:] == ["one", "two"] and load_image(records["which"][1]).size == (8, 8)
+    (root / "list.csv").write_text("")
+    assert load_records(root).column_names == ["image"]
+    assert "1 empty files (0 bytes) (list.csv)" in caplog.text and "classes.json: its columns are 0" in caplog.text
+    write_pairs_parquet(tmp_path / "clone" / "data" / "train-00000-of-00001.parquet", 3)
+    (tmp_path / "clone" / "dataset_infos.json").write_text('{"default": {"description": "x"}}')
+    assert len(load_records(tmp_path / "clone")) == 3
+    root = tree(tmp_path / "dump", *(f"{n}.jpg" for n in range(3)))
+    for number in range(3):
+        (root / f"{number}.json").write_text('{"caption": "x", "url": "y"}')
+        (root / f"{number}.txt").write_text("x")
+    assert load_records(root).left_out == {
+        ".json files that are called like the image beside them": 3,
+        "files of another type (.txt)": 3,
+    }
 
 
 def test_tables_of_splits(tmp_path, caplog) -> None:
