@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 from mllm_vision.errors import short
 
 from .messages import BadConversation
-from .prompts import beginning, render
+from .prompts import beginning, has_marks, render
 from .text_length import most_characters
 
 _OTHER = "choose another --chat_template, or leave the row out"
@@ -96,7 +95,7 @@ class ChatTokenizer:
             raise ValueError(
                 f"{type(tokenizer).__name__} has no chat template; choose one of {names} or pass a Jinja text"
             )
-        if not re.search(r"\{\%-?\s*generation\s*-?\%\}", template):
+        if not has_marks(template):
             raise ValueError(
                 "the chat template has no generation marks, so the assistant's words cannot be told from the others: "
                 "put {% generation %} ... {% endgeneration %} around what the assistant says, "

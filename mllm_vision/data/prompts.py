@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 IMAGE = {"type": "image"}
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SAID = ("probe-one", "probe-two", "probe-three", "probe-four")
 
 
@@ -25,6 +27,11 @@ def chat_template_of(processor: Any) -> str | None:
     """The template of a processor, or else of its tokenizer; of several the one named "default"."""
     template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
     return template.get("default") if isinstance(template, dict) else template
+
+
+def has_marks(template: str | None) -> bool:
+    """Whether a template has ``{% generation %}`` marks around what is learnt."""
+    return bool(template) and _MARKS.search(template) is not None
 
 
 def _parts(content: Any) -> list[dict[str, Any]]:
@@ -72,7 +79,7 @@ def _rendered(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     turns = [{"role": turn["role"], "content": form(turn["content"], image_token)} for turn in messages]
-    marked = "generation" in template
+    marked = has_marks(template)
     texts, spans = render_jinja_template(
         conversations=[turns],
         chat_template=template,

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from mllm_vision.data.chat import ChatTokenizer
-from mllm_vision.data.prompts import chat_template_of, prompt_text, tokens_before_answer
+from mllm_vision.data.prompts import chat_template_of, has_marks, prompt_text, tokens_before_answer
+from mllm_vision.data.sampling import BadRow, judge
 
 logger = logging.getLogger(__name__)
 _SAMPLE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
@@ -26,24 +27,28 @@ def special_ids(tokenizer: Any) -> set[int]:
     return {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
 
 
-def turn_end(processor: Any) -> int | None:
-    """The token that ends an answer as the chat template writes it: the last special one that is learnt.
+def turn_end(processor: Any) -> tuple[int | None, bool]:
+    """The token that ends an answer as the chat template writes it, and whether it is learnt.
 
-    None where the template says nothing of it: no generation marks, or an answer that ends in words.
+    It is the last special token among what is learnt, or else the first one behind it. (None, True) where the template
+    cannot say: no generation marks, or a text alone is no dialogue to it.
     """
-    template = chat_template_of(processor)
-    if not template or "generation" not in template:
-        return None
-    tokenizer = processor.tokenizer
+    template, tokenizer = chat_template_of(processor), processor.tokenizer
+    if not has_marks(template) or not getattr(tokenizer, "is_fast", False):
+        return None, True
     chat = ChatTokenizer(tokenizer, template, getattr(processor, "image_token", "<image>"))
-    [(ids, mask)] = chat([_SAMPLE])
+    found = judge("the chat template", chat, [_SAMPLE])
+    if isinstance(found, BadRow):
+        return None, True
+    [(ids, mask)] = found
+    last = max((place for place, learnt in enumerate(mask) if learnt), default=len(ids) - 1)
+    learnt, behind = ids[mask].tolist(), ids[last + 1 :].tolist()
     specials = special_ids(tokenizer)
-    after: list[int] = []
-    for token in reversed([int(token) for token, learnt in zip(ids, mask, strict=True) if learnt]):
-        if token in specials:
-            return None if tokenizer.decode(after[::-1]).strip() else token
-        after.append(token)
-    return None
+    for tokens, is_learnt in ((learnt[::-1], True), (behind, False)):
+        place = next((place for place, token in enumerate(tokens) if token in specials), None)
+        if place is not None and not tokenizer.decode(tokens[:place]).strip():
+            return int(tokens[place]), is_learnt
+    return None, False
 
 
 def _ids(value: Any) -> set[int]:
@@ -62,30 +67,30 @@ def stop_ids(model: Any, processor: Any, configs: Iterable[Any] = ()) -> list[in
     """Every token that ends an answer of ``model``: those its generation config names, the tokenizer's end, the end
     of a turn of the chat template, and those of ``configs``. Sorted."""
     ends = known_ends(processor.tokenizer, [getattr(model, "generation_config", None), *configs])
-    return sorted(ends | ({end} if (end := turn_end(processor)) is not None else set()))
+    end, _ = turn_end(processor)
+    return sorted(ends if end is None else ends | {end})
 
 
 def settle_ends(model: Any, processor: Any, configs: Iterable[Any] = ()) -> None:
     """Write ``stop_ids`` into ``model.generation_config``, so that plain transformers stops there too.
 
-    A template that teaches no end is warned about.
+    A template that teaches no end, or a prompt whose last space belongs to the answer, is warned about.
     """
     ends, config = stop_ids(model, processor, configs), model.generation_config
     config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     if config.pad_token_id is None:
         config.pad_token_id = processor.tokenizer.pad_token_id
-    if "generation" not in (chat_template_of(processor) or ""):
+    if not turn_end(processor)[1]:
+        logger.warning(
+            "the answers of the chat template end with no special token that is learnt, so nothing teaches the model "
+            "where to stop: put {{ eos_token }} before {% endgeneration %}"
+        )
+    prompt = judge("the chat template", prompt_text, processor, _SAMPLE[:1])
+    if not has_marks(chat_template_of(processor)) or isinstance(prompt, BadRow):
         return
-    prompt = prompt_text(processor, _SAMPLE[:1])
-    if len(tokens_before_answer(processor.tokenizer, prompt)) < len(
-        processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    ):
+    whole = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if len(tokens_before_answer(processor.tokenizer, prompt)) < len(whole):
         logger.warning(
             "the chat template's prompt ends with a space that the tokenizer joins to the answer's first word, so "
             "plain transformers begins answers otherwise than training did: put the space after {% generation %}"
-        )
-    if turn_end(processor) is None:
-        logger.warning(
-            "the answers of the chat template end with no special token, so nothing teaches the model where to stop: "
-            "put {{ eos_token }} before {% endgeneration %}"
         )

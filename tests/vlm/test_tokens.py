@@ -76,6 +76,32 @@ def test_a_space_that_belongs_to_the_answer_is_warned_about(join, caplog):
     assert "put the space after {% generation %}" in caplog.text
 
 
+UNLEARNT = TURN.replace(" + END }}{% endgeneration %}", " }}{% endgeneration %}{{ '<|end|>' }}")
+UNMARKED = with_end("'<|end|>'").replace("{% generation %}", "").replace("{% endgeneration %}", "")
+IMAGES_ONLY = "{% if m['content'] is string and m['role'] == 'user' %}{{ raise_exception('no image') }}{% endif %}"
+
+
+def test_templates_that_say_little_of_ends(join, caplog, tmp_path):
+    """An end outside the marks stops and is warned about; without marks, or text alone, a template says nothing."""
+    from mllm_vision.vlm import answer, load_vlm, save_vlm
+
+    with caplog.at_level(logging.WARNING, logger="mllm_vision"):
+        model, processor = join(UNLEARNT)
+    end = processor.tokenizer.convert_tokens_to_ids("<|end|>")
+    assert model.generation_config.eos_token_id == [3, end] and "no special token that is learnt" in caplog.text
+    caplog.clear()
+    refusing = with_end("'<|end|>'").replace("{{ '<|' + m", IMAGES_ONLY + "{{ '<|' + m")
+    assert "raise_exception" in refusing
+    for number, template in enumerate((UNMARKED, refusing)):
+        with caplog.at_level(logging.WARNING, logger="mllm_vision"):
+            model, processor = join(template)
+            save_vlm(model, processor, tmp_path / str(number))
+            model, processor = load_vlm(tmp_path / str(number))
+        assert model.generation_config.eos_token_id == 3 and not caplog.text
+        question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it"}]}]
+        assert isinstance(answer(model, processor, question, [tiny.random_image()], max_new_tokens=2), str)
+
+
 def test_a_template_without_an_end_is_warned_about(join, caplog):
     with caplog.at_level(logging.WARNING, logger="mllm_vision"):
         model, _ = join(with_end("' ###'"))
