@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     LlavaConfig,
     LlavaProcessor,
@@ -30,7 +29,7 @@ from mllm_vision.vlm.language_model import (
     logit_factor,
 )
 from mllm_vision.vlm.model import VisionLanguageModel
-from mllm_vision.vlm.tokens import pad_left, settle_ends
+from mllm_vision.vlm.tokens import load_tokenizer, pad_left, settle_ends
 
 logger = logging.getLogger(__name__)
 IMAGE_TOKEN = "<image>"
@@ -85,12 +84,21 @@ def build_vlm(
         with reading(source):
             language_model = load_language_model(source, dtype, **hub)
             if tokenizer is None:
-                tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+                tokenizer = load_tokenizer(source, **hub)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         with reading(tokenizer):
-            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
+            tokenizer = load_tokenizer(str(tokenizer))
     base = decoder_of(language_model)
     factor = logit_factor(language_model, base)
+    rows = language_model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        logger.warning(
+            "the tokenizer has %d tokens, but %s has embeddings for %d only: is it the tokenizer of this model? The "
+            "others begin as the mean of all",
+            len(tokenizer),
+            type(language_model).__name__,
+            rows,
+        )
     image_token_id = prepare_tokenizer(tokenizer, image_token)
     grow_embeddings(language_model, len(tokenizer))
     if factor != 1:

@@ -14,7 +14,7 @@ from mllm_vision.data.images import ImageTransform
 from mllm_vision.encoder.files import read_json
 from mllm_vision.errors import reading
 from mllm_vision.vlm.model import VisionLanguageModel
-from mllm_vision.vlm.tokens import pad_left, settle_ends
+from mllm_vision.vlm.tokens import check_vocabulary, pad_left, settle_ends
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -109,6 +109,7 @@ def fit_processor(model: VisionLanguageModel, processor: Any, path: str) -> None
             f"{path} has no LlavaProcessor (found: {type(processor).__name__}); save one into the folder with "
             "LlavaProcessor(image_processor, tokenizer, patch_size=..., vision_feature_select_strategy=...)"
         )
+    check_vocabulary(processor.tokenizer, path)
     config, token = model.config, processor.image_token_id
     rows = model.get_input_embeddings().weight.shape[0]
     if token >= rows:

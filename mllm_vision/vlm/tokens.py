@@ -6,9 +6,12 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from mllm_vision.data.chat import ChatTokenizer
 from mllm_vision.data.prompts import chat_template_of, has_marks, prompt_text, tokens_before_answer
 from mllm_vision.data.sampling import BadRow, judge
+from mllm_vision.errors import short
 
 logger = logging.getLogger(__name__)
 _SAMPLE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
@@ -25,6 +28,35 @@ def pad_left(tokenizer: Any) -> None:
 def special_ids(tokenizer: Any) -> set[int]:
     """Ids that are no words: the named special tokens and every added one."""
     return {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+
+
+def check_vocabulary(tokenizer: Any, source: str) -> None:
+    """ValueError for a tokenizer without words: transformers makes an empty one where its files are missing."""
+    if not set(tokenizer.get_vocab().values()) - special_ids(tokenizer):
+        raise ValueError(
+            f"{source} has no vocabulary, so its tokenizer's files are missing there; copy them into the folder, or, "
+            "for a language model, name a tokenizer with --tokenizer"
+        )
+
+
+def load_tokenizer(source: str, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer at ``source`` (folder or Hub id), with a vocabulary.
+
+    Raises:
+        ValueError: none can be made of what lies there.
+        OSError: ``source`` cannot be read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds, by the tokenizer that is missing or damaged
+        raise ValueError(
+            f"{source} has no tokenizer that can be read ({short(' '.join(str(error).split()))}); name one with "
+            "--tokenizer"
+        ) from error
+    check_vocabulary(tokenizer, source)
+    return tokenizer
 
 
 def turn_end(processor: Any) -> tuple[int | None, bool]:

@@ -125,6 +125,19 @@ def test_folders_that_hold_something_else(build, tmp_path, tokenizer_folder):
     assert type(load_language_model(str(tmp_path / "llama"), torch.float32)) is type(llama)
 
 
+def test_tokenizers_that_are_missing_or_of_another_model(build, tmp_path, caplog):
+    """Of a GPT-2 folder without its files transformers makes an empty tokenizer; of others none."""
+    from mllm_vision.vlm.tokens import load_tokenizer
+
+    for family, message in (("gpt2", "has no vocabulary"), ("bloom", "no tokenizer that can be read")):
+        tiny_causal_lm(family).save_pretrained(tmp_path / family)
+        with pytest.raises(ValueError, match=rf"{message}.*--tokenizer") as caught:
+            load_tokenizer(str(tmp_path / family))
+        assert "\n" not in str(caught.value)
+    build(llm=tiny.tiny_llama(100))
+    assert "embeddings for 100 only" in caplog.text
+
+
 def test_lora_leaves_routers_alone(build, make_batch):
     """A router is a linear layer with several outputs: the mixture trains, and its router keeps to itself."""
     from mllm_vision.vlm import add_lora
