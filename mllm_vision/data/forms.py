@@ -39,10 +39,7 @@ FORMS: tuple[tuple[str, ...], ...] = (
 )
 _BESIDE = ("image?", "system?", "history?", "input?")
 _INSTRUCTIONS = ("instruction", "prompt")  # beside a question column of these names, `input` belongs to the question
-_QUIET = (  # what names or sorts rows, and says nothing
-    *("id", "ids", "idx", "index", "image_id", "question_id", "source", "url", "split", "__key__", "__url__"),
-    *("question_type", "question_types", "answer_type"),
-)
+_QUIET = ("id", "ids", "idx", "index", "image_id", "question_id", "source", "url", "split", "__key__", "__url__")
 
 
 def bind_conversations(

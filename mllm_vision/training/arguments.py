@@ -49,6 +49,14 @@ class RecipeArguments(OptimizerArguments):
     overwrite: bool = field(default=False, metadata={"help": "Replace the run that output_dir already holds."})
     resume: bool = field(default=False, metadata={"help": "Go on from the newest whole checkpoint in output_dir."})
 
+    accept_changed_data: bool = field(
+        default=False, metadata={"help": "With --resume: go on although the training data are not the same rows."}
+    )
+    accept_missing_state: bool = field(
+        default=False,
+        metadata={"help": "With --resume: go on from a checkpoint without optimizer, schedule or random states."},
+    )
+
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ValueError("--output_dir is missing; name the folder for this run, e.g. --output_dir runs/first")

@@ -145,7 +145,7 @@ class RunFolder(TrainerCallback):
         self.run = run
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.run.begin()
+        self.run.begin(state.global_step)
         finished = state.global_step >= state.max_steps > 0
         self.run.rewind(state.global_step, evaluations=finished)
 

@@ -26,7 +26,10 @@ from .launch import EXIT_CODE, is_collective_error, lost_rank, tell_launcher
 _GIVEN = "_recipe_values"  # on an instance: what its constructor was given, and what became of it
 # never written to recipe.yaml: a secret, and what belongs to one start of the run, not to the run
 _SWITCH = "allow_import"  # a flag of every parser, as --config is
-_UNSAVED = {"hub_token", "overwrite", "resume", "resume_from_checkpoint", "local_rank"}
+_UNSAVED = {
+    *("hub_token", "overwrite", "resume", "resume_from_checkpoint", "local_rank"),
+    *("accept_changed_data", "accept_missing_state"),
+}
 
 
 def parse_recipe(

@@ -19,7 +19,16 @@ from mllm_vision.data.stream_loader import StreamLoader
 from mllm_vision.data.streams import StreamDataset
 from mllm_vision.distributed import is_distributed
 
-from .checkpoints import check_shapes, rotate, seal, unsealed
+from .checkpoints import check_shapes, found_by_first, rotate, seal, unsealed
+from .continuity import (
+    SETTINGS,
+    apply_settings,
+    check_complete,
+    check_data,
+    check_settings,
+    data_identity,
+    settings_of,
+)
 from .folders import whole_folder
 from .signals import AnyRank, DueEvaluation, EvaluationCut, Stopped, StopSignals, deaf_workers
 
@@ -43,6 +52,9 @@ class ExactResume(Trainer):
 
     _resumed_from: str | None = None
     _train_loader: Any = None
+    run: Any = None
+    _data: dict[str, Any] | None = None  # what the rows are, see `data_identity`
+    _settings: dict[str, Any] | None = None  # of the optimizer, as the flags ask for them
     _steps_in_epoch: int = 0
     _signals: StopSignals | None = None  # while it trains
     _any_rank: AnyRank | None = None
@@ -104,7 +116,11 @@ class ExactResume(Trainer):
     ) -> tuple[int, int]:
         """As `Trainer._init_training_state`; where in the epoch to go on is counted in rows."""
         found = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
+        self.state.compute_steps(self.args, max_steps)  # the stock Trainer logs, evaluates and saves as it did before
         saved = _read_state(checkpoint)
+        self._data, told = found_by_first(lambda: self._judge_data(saved or {}))
+        if told is not None and self.run is not None:
+            self.run.note_change(told, self.state.global_step)
         if saved is not None and not self.args.ignore_data_skip:
             found = self._place(saved, *found)
         if saved is not None and saved.get("evaluation_due"):
@@ -115,6 +131,10 @@ class ExactResume(Trainer):
         self._steps_in_epoch = num_update_steps_per_epoch
         self._start = (self.state.global_step, found[0], found[1] // accumulated)
         return found
+
+    def _judge_data(self, saved: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+        now = data_identity(self.train_dataset)
+        return now, check_data(saved.get("data"), now, getattr(self.args, "accept_changed_data", False))
 
     def _finished(self, max_steps: int, num_train_epochs: int, checkpoint: Any) -> tuple[int, int]:
         """No epoch is left of a run that has all its steps: what follows the training is done (again), and no step."""
@@ -166,6 +186,7 @@ class ExactResume(Trainer):
     def _data_state(self) -> dict[str, Any]:
         """How far the data was read, after this optimizer step."""
         state: dict[str, Any] = {"rows_per_step": self._rows_per_step(), "processes": self.args.world_size}
+        state["data"] = self._data
         if isinstance(self._train_loader, StreamLoader):
             return {**state, "stream": self._train_loader.state_dict()}
         if not has_length(self._train_loader):
@@ -237,7 +258,35 @@ class ExactResume(Trainer):
         """As `Trainer._load_from_checkpoint`, with an error of its own for weights of another size."""
         if not self.is_fsdp_enabled:
             check_shapes(Path(resume_from_checkpoint), self.accelerator.unwrap_model(model or self.model))
+        if self.is_in_train and not self.is_deepspeed_enabled:
+            wrote = len(list(Path(resume_from_checkpoint).glob("rng_state_*.pth"))) or 1
+            processes = (_read_state(resume_from_checkpoint) or {}).get("processes", wrote)
+            accept = getattr(self.args, "accept_missing_state", False)
+            check_complete(Path(resume_from_checkpoint), processes, accept)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._settings = None
+        found = super()._prepare_for_training(*args, **kwargs)
+        if self._settings is None and not self.is_deepspeed_enabled:
+            self._settings = settings_of(self.optimizer, self.lr_scheduler, self.model)
+        return found
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As `Trainer._load_optimizer_and_scheduler`; rates, weight decay and schedule are those of this start.
+
+        The stock Trainer goes on with the checkpoint's, whatever the flags say.
+        """
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        file = Path(checkpoint) / SETTINGS
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        self._settings = settings_of(self.optimizer, self.lr_scheduler, self.model)
+        if before is not None:
+            check_settings(before, self._settings, checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        apply_settings(self.optimizer, self.lr_scheduler, before, self._settings)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As `Trainer._save_checkpoint`, whole or not there, with the state of the data.
@@ -261,6 +310,7 @@ class ExactResume(Trainer):
                 due = {"evaluation_due": True} if self._evaluation_due else {}
                 text = json.dumps(self._data_state() | due)
                 (folder / DATA_STATE).write_text(text, encoding="utf-8")
+                (folder / SETTINGS).write_text(json.dumps(self._settings), encoding="utf-8")
             _wait()
             if saves:
                 seal(folder)

@@ -19,6 +19,7 @@ from mllm_vision.lineage import check_lineage, hash_weights, plain, write_json, 
 
 from . import summary
 from .arguments import RecipeArguments
+from .changed_flags import changed_flags, notes_before, notes_of, recipe_before
 from .ending import Ending, Failure, attempt
 from .folders import check_name, clean, list_checkpoints, remove, whole_folder, write_whole
 from .push import Push
@@ -87,6 +88,8 @@ class Run:
         }
         self.ending = Ending()
         self._begun = False
+        self._changed: dict[str, tuple[Any, Any]] = {}  # flags of a resumed run
+        self._changes: list[str] = []
         if self.is_main:
             self._claim()
             if not (self.folder / "recipe.yaml").is_file():  # that of an earlier run stays until this one begins
@@ -167,14 +170,24 @@ class Run:
         told = f"; not used: {', '.join(unused)}"[:200] if unused else ""
         self._say("%s data: %s rows, columns %s%s", role, rows, columns or "as they are", told)
 
-    def begin(self) -> None:
-        """The training starts: what it overwrites goes now, and not while a flag of its could still be refused."""
+    def note_change(self, what: str, step: int) -> None:
+        """Note what is another one from the step after `step` on, for the first lines of recipe.yaml."""
+        self._changes.append(f"from step {step + 1} on {what}")
+
+    def begin(self, step: int = 0) -> None:
+        """The training starts, or goes on after `step`: what it overwrites goes now, and not while a flag of its could
+        still be refused.
+        """
         if self._begun:
             return
         self._begun = True
         if self.is_main:
             if self.arguments.overwrite:
                 self._clear()
+            earlier = notes_before(self.folder, step) if self.arguments.resuming else []
+            self._changes = [*earlier, *self._changes, *notes_of(self._changed, step)]
+            if self._changes:
+                self.record["changes"] = self._changes
             self._write_recipe(self.folder)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -312,6 +325,10 @@ class Run:
             visible = []
         if self.arguments.resuming:
             clean(self.folder)
+            before = recipe_before(self.folder, self.arguments.resume_from_checkpoint)
+            self._changed = changed_flags(before, self.record["recipe"])
+            for name, (old, now) in self._changed.items():
+                logger.warning("resumed with another %s: %r, it was %r", name, now, old)
         if visible and self.arguments.resuming:
             self._read_history()
         elif visible and not self.arguments.overwrite:
@@ -339,16 +356,10 @@ class Run:
                 continue
         if text and not text.endswith("\n"):  # what is logged next must not be joined to that line
             write_whole(file, "".join(json.dumps(entry) + "\n" for entry in self.record["history"]))
-        old = self.folder / "recipe.yaml"
-        before = yaml.safe_load(old.read_text(encoding="utf-8")) if old.is_file() else {}
-        now = self.record["recipe"]
-        changed = [key for key in now if key in (before or {}) and before[key] != now[key]]
-        for key in changed:
-            logger.warning("resumed with another %s: %r, it was %r", key, now[key], before[key])
 
     def _write_recipe(self, folder: Path) -> None:
         text = yaml.safe_dump(plain(self.record["recipe"]), sort_keys=False, allow_unicode=True)
-        write_whole(folder / "recipe.yaml", text)
+        write_whole(folder / "recipe.yaml", "".join(f"# {line}\n" for line in self._changes) + text)
 
     def _lineage(self, name: str, kind: str, weights: str) -> dict[str, Any]:
         kept = ("started", "command", "versions", "machine", "parents", "data", "evaluations", "modules", "verdict")

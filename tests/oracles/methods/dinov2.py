@@ -1,6 +1,6 @@
 """DINOv2 from the official code (facebookresearch/dinov2: ssl_meta_arch.py, train.py, param_groups.py, loss/*).
 
-The masks are input.
+As documented, gradients are clipped by their norm together; the masks are input.
 """
 
 from __future__ import annotations
@@ -87,8 +87,7 @@ def train(start, batches, given):
         loss = dino + ibot + 0.1 * sum(koleo(tokens[:, 0]) for tokens in states)
         optimizer.zero_grad()
         loss.backward()
-        for part in student:  # backbone and head, each by the norm of its own
-            torch.nn.utils.clip_grad_norm_(part.parameters(), given["max_grad_norm"])
+        torch.nn.utils.clip_grad_norm_(student.parameters(), given["max_grad_norm"])
         optimizer.step()
         follow(teacher, student, cosine(given["momentum"], 1.0, step / steps))
         losses.append(loss.item())
