@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from .row_filters import row_filter
 from .sampling import BadRow, BadSamples, draw_key
 from .shards import find_shards
 from .stream_order import Ref, Source, StreamOrder, deal
+from .table_cache import ends_of, fingerprint
 from .tables import with_paths
 
 __all__ = ["RowReader", "Stream", "StreamDataset", "row_filter"]
@@ -133,11 +135,10 @@ class Stream:
 
     @property
     def _fingerprint(self) -> str:
-        """Of the shards' names and the settings: what the record of a run calls the data by."""
-        import hashlib
-        import json
-
-        return hashlib.sha256(json.dumps(self.order().identity, sort_keys=True).encode()).hexdigest()[:16]
+        """Of the settings, the shards' names, and the sizes and ends of local ones: what a record calls the data by."""
+        identity = json.dumps(self.order().identity, sort_keys=True).encode()
+        local = [shard for source in self.sources for shard in source.shards if shard.local]
+        return fingerprint([identity, *(ends_of(shard.file(), shard.name) for shard in local)])
 
     def read(
         self, source: int, shard: int, group: int, columns: Sequence[str], images: Sequence[str] = ()

@@ -407,6 +407,15 @@ def test_a_state_of_another_stream_is_refused(shards: Path) -> None:
         loader_of(stream_of(shards / "tar")).load_state_dict(state)
 
 
+def test_the_fingerprint_tells_a_shard_that_was_changed(tmp_path: Path) -> None:
+    parquet(tmp_path / "a" / "0.parquet", rows_of("a", 8))
+    before = stream_of(tmp_path / "a" / "0.parquet")._fingerprint
+    assert stream_of(tmp_path / "a" / "0.parquet")._fingerprint == before
+    assert stream_of(tmp_path / "a" / "0.parquet", seed=4)._fingerprint != before
+    parquet(tmp_path / "a" / "0.parquet", rows_of("b", 8))
+    assert stream_of(tmp_path / "a" / "0.parquet")._fingerprint != before
+
+
 def test_the_last_batch_is_given_where_asked_for(shards: Path) -> None:
     loader = loader_of(stream_of(shards / "parquet"), 12, drop_last=False)
     assert [len(batch) for batch in loader] == [12, 12, 12, 5] and len(loader) == 4
