@@ -97,7 +97,7 @@ class ConversationDataset(EpochDataset):
         if max_length <= num_image_tokens:
             raise ValueError(
                 f"max_length={max_length} has no room for words beside num_image_tokens={num_image_tokens} a picture; "
-                "raise max_length"
+                "raise --max_length"
             )
         if max_turns is not None and max_turns < 1:
             raise ValueError(f"max_turns={max_turns} must be at least 1")

@@ -215,7 +215,8 @@ def place_images(messages: list[dict[str, Any]], given: Sequence[Any]) -> tuple[
         if not given and len(bare) == len(parts):
             raise BadConversation(
                 "more <image> tokens than images",
-                f"{len(bare)} in the text, 0 in the record; take the word {IMAGE_MARK} out of rows that are text alone",
+                f"{len(bare)} in the text, 0 in the record; name their column with --image_column, or take the word "
+                f"{IMAGE_MARK} out of rows that are text alone",
             )
         raise BadConversation("more <image> tokens than images", f"{len(bare)} in the text, {len(given)} in the record")
     left = len(given) - len(set(order))

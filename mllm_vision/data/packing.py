@@ -45,7 +45,8 @@ class PackedConversations(EpochDataset):
                 if not np.array_equal(shared, self._shared(index)):
                     raise ValueError(
                         f"the conversations of record {samples.record_of(index)} begin differently, so they cannot "
-                        "share their pictures; build the data set with max_turns=1, or do not pack it"
+                        "share their images: the chat template writes words before them; choose another "
+                        "--chat_template, or leave --pack_turns out"
                     )
                 if used + own <= self.max_length:
                     self._rows[-1].append(index)
