@@ -121,7 +121,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     data.check(arguments.max_bad_fraction)
     run.describe_data("train", data.train_records, data.columns)
-    run.describe_data("validation", data.eval_records, data.eval_columns)
+    refused = dict(data.evaluation.bad_samples.reasons)
+    run.describe_data("validation", data.eval_records, data.eval_columns, refused=refused)
 
     freeze(model, ("projector",))
     rows = audit(model, arguments.learning_rate)

@@ -101,8 +101,11 @@ def verdict(run: dict[str, Any]) -> str:
 
 
 def warnings(run: dict[str, Any]) -> str:
-    """What the health watch warned of while it trained: a collapse belongs beside the figures that hide it."""
+    """What the health watch warned of while it trained (a collapse belongs beside the figures that hide it), and what
+    failed after it."""
     items = []
+    for entry in (as_dict(entry) for entry in as_list(run.get("missing"))):
+        items.append(f"<li class=bad>missing: {esc(entry.get('step', ''))} ({esc(entry.get('cause', ''))})</li>")
     for entry in (as_dict(entry) for entry in as_list(run.get("health"))):
         if entry.get("message"):
             step = numbers(entry).get("step")

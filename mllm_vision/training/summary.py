@@ -25,7 +25,7 @@ _PACKAGES = (
     "pillow",
 )
 _FIRST = ("accuracy", "zero_shot_accuracy", "r1", "image_to_text_r1", "perplexity", "loss")
-_COUNTS = ("count", "step")  # numbers in an evaluation that are no metrics
+_COUNTS = ("count", "step", "skipped")  # numbers in an evaluation that are no metrics
 _SECRET = ("hub_token", "token", "api_key", "password")
 
 
@@ -129,8 +129,7 @@ def end_table(record: Mapping[str, Any]) -> str:
     if rows:
         widths = [max(len(row[column]) for row in [*rows, heads]) for column in range(3)]
         lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [heads, *rows]]
-    if record.get("bad_samples", {}).get("count"):
-        lines.append(f"bad samples skipped: {record['bad_samples']['count']}")
+    lines += left_out(record)
     lines += [f"verdict: {line}" for line in str(record.get("verdict") or "").splitlines()]
     for entry in record.get("missing") or []:
         remedy = f"; {entry['remedy']}" if entry.get("remedy") else ""
@@ -139,6 +138,29 @@ def end_table(record: Mapping[str, Any]) -> str:
     lines += [f"{entry['kind']}: {entry['path']}{owner}" for entry in record.get("artifacts", [])]
     lines.append(f"time: {duration(record.get('seconds', 0))}")
     return "\n".join(lines)
+
+
+def left_out(record: Mapping[str, Any]) -> list[str]:
+    """A line for each set of data and each evaluation that something was left out of: how much, and why."""
+    lines = []
+    for role, data in (record.get("data") or {}).items():
+        if counts := {**(data.get("left_out") or {}), **(data.get("refused") or {})}:
+            lines.append(f"left out of {role}: {_counted(counts)}")
+    bad = record.get("bad_samples") or {}
+    if bad.get("count"):
+        reasons = f" ({_counted(bad['reasons'])})" if bad.get("reasons") else ""
+        lines.append(f"bad samples skipped: {bad['count']}{reasons}")
+    for name, evaluation in (record.get("evaluations") or {}).items():
+        refused = (evaluation.get("details") or {}).get("refused") or {}
+        skipped = sum(refused.values()) or evaluation.get("skipped") or 0
+        if skipped:
+            lines.append(f"left out of {name}: {skipped:g} rows" + (f" ({_counted(refused)})" if refused else ""))
+    return lines
+
+
+def _counted(counts: Mapping[str, Any]) -> str:
+    """`{"hidden files": 3}` -> `3 hidden files`, the most frequent first."""
+    return ", ".join(f"{count} {what}" for what, count in sorted(counts.items(), key=lambda pair: -pair[1]))
 
 
 def duration(seconds: float) -> str:

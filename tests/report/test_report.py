@@ -299,3 +299,10 @@ def test_veil_is_clear_where_the_map_is_strong() -> None:
     alpha = [image.getpixel((x, y))[3] for y in range(2) for x in range(2)]
     assert alpha[1] == 0 and alpha[0] == alpha[2] == 228 and 0 < alpha[3] < 100
     assert png([[(1, 2, 3, 4)]]).startswith("data:image/png;base64,")
+
+
+def test_what_a_run_could_not_do_stands_with_its_verdict() -> None:
+    from mllm_vision.report.sections import warnings
+
+    told = warnings({"missing": [{"step": "evaluation of <knn>", "cause": "KeyError: 3"}]})
+    assert "<li class=bad>missing: evaluation of &lt;knn&gt; (KeyError: 3)</li>" in told

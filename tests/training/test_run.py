@@ -341,6 +341,26 @@ def test_the_end_table_shows_baselines_beside_the_metric_they_are_for() -> None:
     assert lines[-1] == "time: 1 min 35 s"
 
 
+def test_the_end_table_says_what_was_left_out() -> None:
+    refused = {"details": {"refused": {"the caption is empty": 2}}, "skipped": 2.0, "r1": 0.5, "baselines": {}}
+    record = {
+        "data": {
+            "train": {"left_out": {"hidden files": 3}},
+            "validation": {"left_out": {}, "refused": {"no image": 1}},
+        },
+        "bad_samples": {"count": 4, "reasons": {"the image is missing": 1, "it is cut": 3}},
+        "evaluations": {"retrieval": refused, "knn": {"accuracy": 0.5, "skipped": 1.0, "baselines": {}}},
+    }
+    assert summary.left_out(record) == [
+        "left out of train: 3 hidden files",
+        "left out of validation: 1 no image",
+        "bad samples skipped: 4 (3 it is cut, 1 the image is missing)",
+        "left out of retrieval: 2 rows (2 the caption is empty)",
+        "left out of knn: 1 rows",
+    ]
+    assert all(line in summary.end_table(record) for line in summary.left_out(record))
+
+
 def test_a_push_that_fails_ends_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
