@@ -120,7 +120,7 @@ def prepare_repository(
     if is_offline_mode():
         raise ConnectionError(f"HF_HUB_OFFLINE is set: cannot push to {repo_id}; unset it; {state}")
     api = HfApi(token=token)
-    with _clear_errors(repo_id, state, "preparation of"):
+    with _clear_errors(repo_id, state, "check of"):
         who = _who(api)
         access = (who.get("auth") or {}).get("accessToken") or {}
         reads_only = access.get("role") == "read"
@@ -161,7 +161,9 @@ def _clear_errors(repo_id: str, state: str, what: str = "upload to") -> Iterator
     except hub.HFValidationError as error:
         raise ValueError(f"repo_id={repo_id!r} is no Hub id: {error}") from error
     except hub.LocalTokenNotFoundError as error:
-        raise PermissionError(f"no Hub token to push to {repo_id} with: set HF_TOKEN or token=; {state}") from error
+        raise PermissionError(
+            f"no Hub token to push to {repo_id} with: set HF_TOKEN, or log in (`hf auth login`); {state}"
+        ) from error
     except hub.OfflineModeIsEnabled as error:
         raise ConnectionError(f"HF_HUB_OFFLINE is set: cannot push to {repo_id}; unset it; {state}") from error
     except hub.HfHubHTTPError as error:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class Evaluating(ExactResume):
                     result = examine(evaluator, model, step)
                 else:
                     work = (f"evaluation of {name}", examine, evaluator, model, step)
-                    result = self.run.after_training(*work, everywhere=True)
+                    result = self.run.after_training(*work, everywhere=True, remedy=self._remedy())
             if result is None:
                 continue
             found.update({f"eval_{name}_{key}": value for key, value in result.metrics.items()})
@@ -166,6 +167,11 @@ class Evaluating(ExactResume):
             "saved: mend the data and go on with --resume, or leave --metric_for_best_model and "
             "--load_best_model_at_end out"
         ) from error
+
+    def _remedy(self) -> str:
+        """How an evaluation that failed after the training is made up for."""
+        last = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        return "--resume takes it up again and trains no step" if last.is_dir() else ""
 
     def _step_of_weights(self) -> int:
         """The step after which the model was as it is: the last one, or that of the best checkpoint."""

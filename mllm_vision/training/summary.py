@@ -25,7 +25,9 @@ _PACKAGES = (
     "pillow",
 )
 _FIRST = ("accuracy", "zero_shot_accuracy", "r1", "image_to_text_r1", "perplexity", "loss")
-_COUNTS = ("count", "step", "skipped")  # numbers in an evaluation that are no metrics
+# numbers in an evaluation that say what was measured and how the measurement went, not how good the model is
+_COUNTS = ("count", "step", "skipped", "images", "texts", "dimensions")
+_ASIDE = (*_COUNTS, "converged", "gradient", "iterations", "regularisation")
 _SECRET = ("hub_token", "token", "api_key", "password")
 
 
@@ -119,7 +121,7 @@ def end_table(record: Mapping[str, Any]) -> str:
     for name, evaluation in record.get("evaluations", {}).items():
         chief = primary_metric(evaluation)
         for metric, value in evaluation.items():
-            if not _is_number(value) or metric in _COUNTS:
+            if not _is_number(value) or metric in _ASIDE:
                 continue
             baselines = evaluation.get("baselines") or {} if metric == chief else {}
             beside = [f"{key} {entry:.4g}" for key, entry in baselines.items() if _is_number(entry)]
