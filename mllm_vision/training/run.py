@@ -7,7 +7,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -244,7 +245,7 @@ class Run:
         self.begin()
         with StopSignals(f"{final} is written" if self.is_main else ""):  # no signal loses what was trained
             if self.is_main:
-                with whole_folder(final) as partial:
+                with self._told_if_lost(name), whole_folder(final) as partial:
                     save(partial)
                     self._write_recipe(partial)
                     weights = hash_weights(partial)
@@ -376,6 +377,17 @@ class Run:
             "seconds": round(time.monotonic() - self._started, 1),
             **{key: self.record[key] for key in (*kept, "artifact_is") if key in self.record},
         }
+
+    @contextmanager
+    def _told_if_lost(self, name: str) -> Iterator[None]:
+        """An artifact that cannot be written ends the run; run.json tells of it beside those that could."""
+        try:
+            yield
+        except Exception as error:
+            self.ending.note(Failure(f"artifact {name}", error, severe=True))
+            if self.record["artifacts"]:
+                attempt("run.json", self._write_record)
+            raise
 
     def _close_lineages(self) -> None:
         self.record["verdict"] = self.record["verdict"] or summary.verdict(self.record["evaluations"])

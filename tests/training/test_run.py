@@ -285,6 +285,16 @@ def test_a_run_that_is_killed_in_a_step_has_told_which(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a" / "run.json").read_text())["missing"] == []
 
 
+def test_an_artifact_that_cannot_be_written_is_told_beside_those_that_were(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    run.save_artifact(tiny.tiny_vit().save_pretrained, "encoder", "encoder")
+    with pytest.raises(TypeError):
+        run.save_artifact(lambda folder: None + folder, "dual", "dual")  # type: ignore[operator]
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert [entry["step"] for entry in record["missing"]] == ["artifact dual"]
+    assert [entry["name"] for entry in record["artifacts"]] == ["encoder"] and not (tmp_path / "a" / "dual").exists()
+
+
 def test_what_is_severe_is_raised_as_it_is_once_all_is_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = make_run(tmp_path / "a")
     assert run.after_training("audit", lambda: 1 / 0, severe=True) is None
