@@ -169,7 +169,11 @@ def walk(folder: Path, left_out: LeftOut) -> list[str]:
     """All files below a folder, as paths below it, in order; links are followed, hidden files are counted."""
     found: list[str] = []
     seen: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+
+    def unreadable(error: OSError) -> None:
+        left_out.add("folders that cannot be read", f"{error.filename}: {error.strerror}")
+
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
         real = os.path.realpath(place)
         if real in seen:  # a link that leads back
             left_out.add("folders that are linked in twice", place)
@@ -184,6 +188,8 @@ def walk(folder: Path, left_out: LeftOut) -> list[str]:
             file = name if below == "." else f"{below}/{name}"
             if hidden(name):
                 left_out.add("hidden files", file)
+            elif not file.isascii() and file.encode("utf-8", "replace").decode() != file:
+                left_out.add("files whose names are no UTF-8", ascii(file))
             else:
                 found.append(file)
     return sorted(found)
@@ -211,6 +217,11 @@ def braces(pattern: str) -> list[str]:
 # ---- splits ------------------------------------------------------------------------------------------------------
 
 
+def usual_name(split: str) -> str:
+    """The split's usual name: "validation" for "val"; another name is itself."""
+    return _SPLIT_OF.get(split.lower(), split)
+
+
 def split_word(name: str, asked: str = "") -> str | None:
     """The split a file's stem or a folder is called by ("val2017" -> "validation"), or None.
 
@@ -234,7 +245,7 @@ def table_splits(files: Sequence[str], asked: str = "") -> tuple[dict[str, list[
     exact, worded = {}, {}
     for file in files:
         *folders, name = PurePosixPath(file[len(prefix) :]).parts
-        stem = _stem(name)
+        stem = stem_of(name)
         exact[file] = split_word(stem, asked) or (split_word(folders[0], asked) if folders else None)
         worded[file] = _word_in([*folders, stem])
     top = split_word(PurePosixPath(prefix).parts[-1], asked) if prefix else None
@@ -264,7 +275,7 @@ def _word_in(parts: Sequence[str]) -> tuple[str, str] | None:
     return None
 
 
-def _stem(name: str) -> str:
+def stem_of(name: str) -> str:
     """A file's name without the suffixes that say its type."""
     path = PurePosixPath(name)
     while path.suffix.lower() in (*TABLES, *PACKED):

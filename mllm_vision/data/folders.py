@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from .columns import ROLE_NAMES
-from .files import WORDS, Found, LeftOut, common_folder, image_splits, kind_of, table_splits
+from .files import WORDS, Found, LeftOut, common_folder, image_splits, kind_of, stem_of, table_splits
 
 _SURELY = 16 << 20  # bytes: a larger text is a table, and is not read twice to find out
 _FORMATS = tuple(dict.fromkeys(("parquet", "json", "csv", "arrow", "tar")))  # of one table in several, the first
@@ -133,7 +133,7 @@ def _one_format(files: list[str], left_out: LeftOut) -> list[str]:
     """Of files that differ in their suffix only (train.parquet, train.csv) the first: they hold the same."""
     best: dict[str, str] = {}
     for file in files:
-        stem = str(PurePosixPath(file).parent / PurePosixPath(file).name.partition(".")[0])
+        stem = str(PurePosixPath(file).parent / stem_of(PurePosixPath(file).name))
         other = best.get(stem)
         if other is None or _FORMATS.index(kind_of(file)) < _FORMATS.index(kind_of(other)):
             best[stem] = file

@@ -16,12 +16,12 @@ from typing import Any
 
 from .arrow import undecoded, values_of
 from .columns import bind_columns
-from .files import LeftOut, find
+from .files import LeftOut, find, usual_name
 from .folders import Contents, contents, image_table
 from .hub_files import plain_repository
 from .sampling import draw_rows
 from .table_cache import fingerprint, read_tables
-from .tables import ends_whole, may_hold_paths
+from .tables import ends_whole, filled, may_hold_paths
 
 __all__ = ["UsualSplit", "bind_columns", "load_records"]
 
@@ -123,8 +123,8 @@ def _from_files(found: Any, split: str | UsualSplit, root: Path | None, left_out
         return _read(there, chosen, root, left_out)
     splits: dict[str, Any] = {}
     for base in dict.fromkeys(bases):
-        key = "" if "" in there.splits else base
-        if key not in there.splits or (key == "" and not found.named and base != "train"):
+        key = "" if "" in there.splits else usual_name(base)
+        if key not in there.splits or (key == "" and not found.named and usual_name(base) != "train"):
             known = [each or "train" for each in there.splits]
             raise ValueError(
                 f"{found.root} has no split {base!r}; it has {', '.join(map(repr, known))}. Name it with the flag that "
@@ -160,7 +160,8 @@ def _tell_unnamed(there: Contents, dataset: Any, left_out: LeftOut) -> None:
         return
     named: set[str] = set()
     for column in dataset.data.table.columns:
-        _gather(values_of(column) if may_hold_paths(column.type, "") else [], named)
+        if may_hold_paths(column.type, "") and not filled(column):
+            _gather(values_of(column), named)
     for file in there.loose:
         if os.path.join(os.path.abspath(there.root), file) not in named:
             left_out.add("images that no row names", file)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .arrow import plain_types, readable
-from .files import LeftOut, find, kind_of, table_splits
+from .files import LeftOut, find, kind_of, table_splits, usual_name
 from .sampling import BadRow
 from .tars import TarFile
 
@@ -239,6 +239,7 @@ def _on_hub(repo_id: str, split: str, revision: str | None) -> list[Shard]:
 def _of_split(files: list[str], split: str, where: str, left_out: LeftOut) -> list[str]:
     """The files of the split by their names; all of them, as its only split "train", where no name tells of any."""
     splits, others = table_splits(files, split)
+    split = usual_name(split)
     if not splits and split == "train":
         return files
     if split not in splits:

@@ -232,7 +232,7 @@ def with_paths(table: pa.Table, paths: ImagePaths) -> pa.Table:
         if not may_hold_paths(field.type, field.name):
             continue
         column = table.column(place)
-        if _filled(column):
+        if filled(column):
             continue  # the images are in the table
         values = values_of(column)
         changed = paths.column(field.name, values)
@@ -241,7 +241,7 @@ def with_paths(table: pa.Table, paths: ImagePaths) -> pa.Table:
     return table
 
 
-def _filled(column: Any) -> bool:
+def filled(column: Any) -> bool:
     """Whether a column of images has all their bytes."""
     while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         column = pc.list_flatten(column)

@@ -169,6 +169,23 @@ def test_image_splits_by_the_folders_at_the_top() -> None:
     assert splits("1.png", "train/1.png") == {}
 
 
+def test_names_that_are_no_text_and_versions(tmp_path, caplog) -> None:
+    import os
+
+    root = tree(tmp_path / "images", "a/1.png", "b/ü.png")
+    with open(os.path.join(os.fsencode(root), b"a", b"\xff.png"), "wb") as file:
+        file.write(PNG)
+    assert len(load_records(root)) == 2 and "1 files whose names are no UTF-8 ('a/\\udcff.png')" in caplog.text
+    for name in ("v1.0", "v1.1"):
+        (tmp_path / "v").mkdir(exist_ok=True)
+        (tmp_path / "v" / f"{name}.csv").write_text(f"caption\n{name}\n")
+    assert load_records(tmp_path / "v")["caption"][:] == ["v1.0", "v1.1"]
+    for split in ("train", "val"):
+        write_pairs_parquet(tmp_path / "s" / f"{split}.parquet", 2 if split == "val" else 3)
+    assert [len(load_records(tmp_path / "s", split=split)) for split in ("val", "dev", "validation[:1]")] == [2, 2, 1]
+    assert len(find_shards(tmp_path / "s", "val")) == 1
+
+
 def test_a_pattern_below_a_folder_with_brackets(tmp_path) -> None:
     tree(tmp_path, "data [2023]/a/1.png", "data [2023]/b {c}/2.png", "data [2023]/c/x[1].png")
     assert len(load_records(f"{tmp_path}/data [2023]/*/*.png")) == 3
