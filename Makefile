@@ -53,7 +53,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]  # 5: none is marked slow
+	$(BIN)/python -m pytest -m "slow and not gpu" || [ $$? -eq 5 ]  # 5: none is marked slow
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

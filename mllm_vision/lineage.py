@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,31 @@ def hash_parameters(named_tensors: Mapping[str, Any] | Iterable[tuple[str, Any]]
         (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), _tensor_bytes(tensor))
         for name, tensor in sorted(pairs, key=lambda pair: pair[0])
     )
+
+
+def tensor_digests(named_tensors: Iterable[tuple[str, Any]], *, at_most: int | None = None) -> dict[str, str]:
+    """sha256 of each tensor by itself, several at once; `combined` makes one of them.
+
+    Args:
+        named_tensors: (name, tensor); each is hashed once, however many hashes it becomes a part of.
+        at_most: values of a tensor that are looked at, evenly spread. None: all. Enough to see whether it moved.
+    """
+    pairs = sorted(named_tensors, key=lambda pair: pair[0])
+
+    def digest(pair: tuple[str, Any]) -> str:
+        name, tensor = pair
+        kind, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+        if at_most is not None and tensor.numel() > at_most:
+            tensor = tensor.detach().reshape(-1)[:: -(-tensor.numel() // at_most)]
+        return _digest([(name, kind, shape, _tensor_bytes(tensor))])
+
+    with ThreadPoolExecutor(4) as pool:  # hashing leaves the interpreter to the others
+        return dict(zip((name for name, _ in pairs), pool.map(digest, pairs), strict=True))
+
+
+def combined(digests: Mapping[str, str]) -> str:
+    """One sha256 of the digests of many tensors."""
+    return hashlib.sha256("".join(f"{name}|{digests[name]}|" for name in sorted(digests)).encode()).hexdigest()
 
 
 def _as_saved(module: Any) -> Mapping[str, Any]:

@@ -52,7 +52,6 @@ class Arguments(RecipeArguments):
     per_device_train_batch_size: int = 256
     per_device_eval_batch_size: int = 256
     eval_strategy: str = "epoch"
-    ddp_find_unused_parameters: bool = False
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -83,7 +83,6 @@ class Arguments(RecipeArguments):
     max_grad_norm: float = 1.0
     eval_strategy: str = "steps"
     eval_steps: float = 0.2
-    ddp_find_unused_parameters: bool = False
 
 
 def main(argv: list[str] | None = None) -> None:

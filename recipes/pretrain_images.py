@@ -63,7 +63,6 @@ class Arguments(RecipeArguments):
     per_device_eval_batch_size: int = 256
     eval_strategy: str = "steps"
     eval_steps: float = 0.2
-    ddp_find_unused_parameters: bool = False
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -78,3 +78,4 @@ def run_python():
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes; left out unless asked for with -m slow (make test-slow)")
+    config.addinivalue_line("markers", "gpu: needs one or two GPUs; left out unless asked for with -m gpu")

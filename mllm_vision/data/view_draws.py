@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from mllm_vision.functional.precision import wide_dtype
+
 from .counter_random import uniform
 
 _TRIES = 10  # crops drawn until one fits, as torchvision and the papers' code do
@@ -111,13 +113,15 @@ def draw_view(view: View, number: int, seeds: Tensor, sizes: Tensor) -> ViewPara
     if not 0 <= number < MAX_VIEWS:
         raise ValueError(f"view {number} is beyond the {MAX_VIEWS} views that a picture can have")
 
-    # In float64, so that the rounding of a crop to whole pixels does not depend on the device's arithmetic.
-    drawn = uniform(seeds, number, 2 * _TRIES + 16).double()
+    # In float64, so that the rounding of a crop to whole pixels does not depend on the device's arithmetic (where the
+    # device has it: MPS does not).
+    wide = wide_dtype(seeds)
+    drawn = uniform(seeds, number, 2 * _TRIES + 16).to(wide)
     shapes, places, strengths, order, single = drawn.split([2 * _TRIES, 2, 4, 4, 6], dim=1)
     flipped, jittered, grayed, blurred, width_of_blur, solarized = single.unbind(1)
-    top, left, height, width = _crops(view, sizes.double(), shapes, places)
-    reach = torch.tensor(view.jitter, dtype=torch.float64, device=seeds.device)
-    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64, device=seeds.device)
+    top, left, height, width = _crops(view, sizes.to(wide), shapes, places)
+    reach = torch.tensor(view.jitter, dtype=wide, device=seeds.device)
+    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=wide, device=seeds.device)
     low = torch.maximum(neutral - reach, torch.cat([torch.zeros_like(reach[:3]), -reach[3:]]))
     factors = low + (neutral + reach - low) * strengths
     gray = grayed < view.gray

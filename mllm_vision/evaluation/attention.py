@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mllm_vision.evaluation.base import Evaluation, Evaluator, image_model
 from mllm_vision.evaluation.images import check_columns, data_uri, displayed, draw_rows, rounded, usable_images
+from mllm_vision.functional.precision import wide_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def patch_components(encoder: Any, pixel_values: Tensor, components: int = 3) ->
     tokens = extract_features(encoder.backbone, pixel_values, select_layer=-1, select_feature="patch").tokens
     batch, count, _ = tokens.shape
     height = math.isqrt(count)  # an encoder's pictures are square
-    rows = tokens.flatten(0, 1).double()
+    rows = tokens.flatten(0, 1).to(wide_dtype(tokens))
     if len(rows) <= components:
         raise ValueError(f"{len(rows)} patches are too few for {components} components; give more pictures")
     rows = rows - rows.mean(dim=0)
@@ -172,7 +173,7 @@ class Attention(Evaluator):
 
 def head_figures(heads: Tensor) -> dict[str, float]:
     """``entropy``, ``head_similarity`` (two heads or more) and ``on_patches`` of maps ``[B, heads, h, w]``."""
-    flat = heads.double().flatten(2)  # [B, heads, N]
+    flat = heads.to(wide_dtype(heads)).flatten(2)  # [B, heads, N]
     mass = flat.sum(dim=2, keepdim=True)
     shares = flat / mass.clamp_min(1e-12)
     figures = {

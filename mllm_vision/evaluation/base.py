@@ -21,6 +21,7 @@ from torch import nn
 
 from mllm_vision.data.sampling import BadRow
 from mllm_vision.distributed import agree_on_error, all_gather, all_reduce, communication_device, row_counts
+from mllm_vision.functional.precision import full_fp32
 
 COUNTS = ("count", "images", "texts", "skipped", "dimensions")  # metrics that say how much was measured, not how well
 
@@ -289,13 +290,12 @@ def encode_rows(items: Sequence[Any], encode: Any, batch_size: int) -> torch.Ten
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Outside of any autocast, on the CPU and on the accelerator: figures are computed in the precision of features.
+    """Outside of any autocast and TF32, on the CPU and on the accelerator: figures in the precision of features.
 
     Models are called in the precision of their training; what is made of their features is not.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    kinds = {"cpu", *([] if accelerator is None else [accelerator.type])}
     with ExitStack() as stack:
-        for kind in sorted(kinds):
-            stack.enter_context(torch.autocast(kind, enabled=False))
+        for device in [torch.device("cpu"), *([] if accelerator is None else [accelerator])]:
+            stack.enter_context(full_fp32(device))
         yield

@@ -30,7 +30,7 @@ from mllm_vision.evaluation.base import (
 )
 from mllm_vision.evaluation.images import check_columns, draw_rows, usable_images
 from mllm_vision.evaluation.loading import finite_rows
-from mllm_vision.functional.softmax_tiles import wide_dtype
+from mllm_vision.functional.precision import wide_dtype
 
 logger = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from mllm_vision.distributed import all_gather, all_reduce, rank, world_size
 from mllm_vision.evaluation.base import Evaluation
 from mllm_vision.evaluation.labelled import Labelled, LabelledEvaluator, LabelledImages, guessing, predictions_summary
+from mllm_vision.functional.precision import wide_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def fit_linear(
     stop = (max_iterations, tolerance)
     fit = _descend(rotated, labels, classes, regularisation, variances, start, *stop)
     left = max_iterations - fit.iterations
-    if fit.converged or left < 1 or rotated.dtype == torch.float64:
+    if fit.converged or left < 1 or rotated.dtype == wide_dtype(rotated):
         return fit
     finer = _descend(rotated.double(), labels, classes, regularisation, variances.double(), fit, left, tolerance)
     weight, bias = finer.weight.to(rotated.dtype), finer.bias.to(rotated.dtype)
@@ -144,8 +145,8 @@ def _descend(
         weight = scaled.detach() * pace
         chances = (inputs @ weight.T).log_softmax(dim=1)
         # In double: near the end the line search compares losses that differ by less than a float can say.
-        losses = all_reduce(-chances.gather(1, labels[:, None]).sum(dtype=torch.float64)) / total
-        losses = losses + (decayed * weight.square()).sum(dtype=torch.float64) / 2
+        losses = all_reduce(-chances.gather(1, labels[:, None]).sum(dtype=wide_dtype(rotated))) / total
+        losses = losses + (decayed * weight.square()).sum(dtype=wide_dtype(rotated)) / 2
         gradient = all_reduce((chances.exp() - truth).T @ inputs) / total + decayed * weight
         scaled.grad = gradient * pace
         last["gradient"], last["loss"] = float(gradient.abs().max()), float(losses)

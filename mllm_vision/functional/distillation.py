@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mllm_vision.distributed import all_gather, all_gather_with_grad, row_counts, sum_over_ranks, world_size
 from mllm_vision.functional.image_text import at_least_fp32
+from mllm_vision.functional.precision import full_fp32
 from mllm_vision.functional.tiles import choose_tile, first_row
 
 __all__ = ["centred_softmax", "dino_loss", "ibot_loss", "koleo", "negative_cosine", "sinkhorn_knopp"]
@@ -50,7 +51,7 @@ def negative_cosine(
     """
     if p.ndim != 2 or p.shape != z.shape or len(p) == 0:
         raise ValueError(f"p and z must both be [N, D] with N > 0, got {list(p.shape)} and {list(z.shape)}")
-    with torch.autocast(device_type=p.device.type, enabled=False):
+    with full_fp32(p.device):
         p, z = at_least_fp32(p, z.detach() if stop_gradient else z)
         return _mean(-(F.normalize(p, dim=-1) * F.normalize(z, dim=-1)).sum(-1), group)
 
@@ -83,7 +84,7 @@ def centred_softmax(logits: Tensor, centre: Tensor, *, temperature: float) -> Te
     _check_temperature(temperature)
     if centre.shape != logits.shape[-1:]:
         raise ValueError(f"centre must be [{logits.shape[-1]}] for logits {list(logits.shape)}, got {[*centre.shape]}")
-    with torch.autocast(device_type=logits.device.type, enabled=False):
+    with full_fp32(logits.device):
         values, middle = at_least_fp32(logits.detach(), centre.detach())
         return ((values - middle) / temperature).softmax(-1)
 
@@ -132,7 +133,7 @@ def sinkhorn_knopp(
         raise ValueError(f"counted must be bool [{len(logits)}], got {counted.dtype} {list(counted.shape)}")
     if iterations < 1:
         raise ValueError(f"iterations={iterations} must be at least 1; the papers use 3")
-    with torch.autocast(device_type=logits.device.type, enabled=False):
+    with full_fp32(logits.device):
         (scores,) = at_least_fp32(logits.detach())
         scores = scores / temperature
         for _ in range(iterations):
@@ -184,7 +185,7 @@ def dino_loss(
     views, seen = student.shape[1], teacher.shape[1]
     if views < 2:
         raise ValueError(f"student has {views} view of each sample, and a view is not compared with itself; give two")
-    with torch.autocast(device_type=student.device.type, enabled=False):
+    with full_fp32(student.device):
         student, teacher = at_least_fp32(student, teacher.detach())
         log_p = (student / temperature).log_softmax(-1)
         # The sum over all pairs is one product of two sums: G V passes over [N, K] become G + V.
@@ -239,7 +240,7 @@ def ibot_loss(
             f"student and teacher must both be [{mask.shape[0]}, {mask.shape[1]}, K], or [{int(mask.sum())}, K] of the "
             f"masked patches, got {list(student.shape)} and {list(teacher.shape)}"
         )
-    with torch.autocast(device_type=student.device.type, enabled=False):
+    with full_fp32(student.device):
         student, teacher = at_least_fp32(student, teacher.detach())
         each = -(teacher * (student / temperature).log_softmax(-1)).sum(-1)
         if listed:
@@ -282,7 +283,7 @@ def koleo(
     if features.ndim != 2 or len(features) == 0:
         raise ValueError(f"features must be [N, D] with N > 0, got {list(features.shape)}")
     size = choose_tile(tile_size, features.device)
-    with torch.autocast(device_type=features.device.type, enabled=False):
+    with full_fp32(features.device):
         (features,) = at_least_fp32(features)
         unit = F.normalize(features, dim=-1, eps=eps)
         sizes = row_counts(unit, group)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mllm_vision.functional.precision import full_fp32, wide_dtype
+
 STRIP = 2**21  # distances that are held at once
 
 
@@ -144,7 +146,7 @@ def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0, normalize: bool = Tru
     """
     if x.ndim != 2 or x.shape != y.shape:
         raise ValueError(f"alignment: x and y must both be [N, D], got {list(x.shape)} and {list(y.shape)}")
-    x, y = x.double(), y.double()
+    x, y = x.to(wide_dtype(x)), y.to(wide_dtype(y))
     if normalize:
         x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
     return (x - y).norm(dim=1).pow(alpha).mean()
@@ -169,7 +171,7 @@ def uniformity(x: Tensor, *, t: float = 2.0, normalize: bool = True) -> Tensor:
         -8.0
     """
     _check(x)
-    x = x.double()
+    x = x.to(wide_dtype(x))
     if normalize:
         x = F.normalize(x, dim=-1)
     parts, size = [], max(1, STRIP // len(x))
@@ -215,7 +217,7 @@ def participation_ratio(features: Tensor) -> Tensor:
         >>> round(participation_ratio(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])).item(), 3)
         2.0
     """
-    with torch.autocast(device_type=features.device.type, enabled=False):  # objectives call it inside a forward pass
+    with full_fp32(features.device):  # objectives call it inside a forward pass
         unit = F.normalize(features.float(), dim=-1)
         centred = unit - unit.mean(dim=0)
         gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
@@ -231,7 +233,7 @@ def _check(features: Tensor) -> None:
 
 def _singular_values(features: Tensor, center: bool) -> Tensor:
     _check(features)
-    features = features.detach().double()
+    features = features.detach().to(wide_dtype(features))
     if center:
         features = features - features.mean(dim=0, keepdim=True)
     return torch.linalg.svdvals(features)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_vision.distributed import Columns, row_counts, sum_over_ranks
+from mllm_vision.functional.precision import full_fp32
 from mllm_vision.functional.sigmoid_tiles import sigmoid_losses
 from mllm_vision.functional.softmax_tiles import softmax_losses
 from mllm_vision.functional.tiles import Grid, Plan, Relations, choose_tile, find_targets, first_row, related
@@ -73,7 +74,7 @@ def clip_loss(
         >>> bool(clip_loss(features, features, 0.0) - torch.log(torch.tensor(4.0)) < 1e-6)
         True
     """
-    with torch.autocast(device_type=image.device.type, enabled=False):
+    with full_fp32(image.device):
         image, text, plan = _prepare(image, text, normalize, relations, group, tile_size, exchange)
         by_image, by_text = softmax_losses(image, text, full_precision(logit_scale, image), plan)
         return sum_over_ranks(by_image.sum() + by_text.sum(), group) / (2 * plan.total)
@@ -125,7 +126,7 @@ def siglip_loss(
         >>> bool((loss - 2 * torch.log(torch.tensor(2.0))).abs() < 1e-6)
         True
     """
-    with torch.autocast(device_type=image.device.type, enabled=False):
+    with full_fp32(image.device):
         image, text, plan = _prepare(image, text, normalize, relations, group, tile_size, exchange)
         scale, bias = full_precision(logit_scale, image), full_precision(logit_bias, image)
         return sum_over_ranks(sigmoid_losses(image, text, scale, bias, plan), group) / plan.total

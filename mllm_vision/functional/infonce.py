@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mllm_vision.distributed import Columns, all_gather, all_reduce, mean_gradient, row_counts, sum_over_ranks
 from mllm_vision.functional.image_text import at_least_fp32, full_precision
+from mllm_vision.functional.precision import full_fp32
 from mllm_vision.functional.softmax_tiles import softmax_losses
 from mllm_vision.functional.tiles import Grid, Plan, choose_tile, diagonal, first_row, rolled
 
@@ -64,7 +65,7 @@ def nt_xent(
     """
     _check_pair("z1", z1, "z2", z2)
     size = choose_tile(tile_size, z1.device)
-    with torch.autocast(device_type=z1.device.type, enabled=False):
+    with full_fp32(z1.device):
         z1, z2 = at_least_fp32(z1, z2)
         views = torch.cat([z1, z2])
         if normalize:
@@ -140,7 +141,7 @@ def info_nce(
     """
     _check_pair("query", query, "positive", positive)
     size = choose_tile(tile_size, query.device)
-    with torch.autocast(device_type=query.device.type, enabled=False):
+    with full_fp32(query.device):
         given = [query, positive] if negatives is None else [query, positive, negatives]
         given = at_least_fp32(*given)
         if normalize:
@@ -223,7 +224,7 @@ def dcl(
     if sigma is not None and not sigma > 0:
         raise ValueError(f"sigma={sigma} must be positive; the paper has 0.5, and None is the unweighted loss")
     size = choose_tile(tile_size, z1.device)
-    with torch.autocast(device_type=z1.device.type, enabled=False):
+    with full_fp32(z1.device):
         z1, z2 = at_least_fp32(z1, z2)
         if normalize:
             z1, z2 = F.normalize(z1, dim=-1), F.normalize(z2, dim=-1)
@@ -289,7 +290,7 @@ def sup_con(
     if labels is not None and (labels.shape != (count,) or labels.is_floating_point()):
         raise ValueError(f"labels must be integers [{count}], got {labels.dtype} {list(labels.shape)}")
     size = choose_tile(tile_size, features.device)
-    with torch.autocast(device_type=features.device.type, enabled=False):
+    with full_fp32(features.device):
         (rows,) = at_least_fp32(features.flatten(0, 1))
         if normalize:
             rows = F.normalize(rows, dim=-1)

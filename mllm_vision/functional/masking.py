@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from mllm_vision.functional.precision import wide_dtype
+
 __all__ = ["block_masks", "draws_of_blocks", "random_masks"]
 
 _ATTEMPTS = 16  # rectangles that a view may try
@@ -99,7 +101,7 @@ def block_masks(draws: Tensor, ratio: Tensor, height: int, width: int) -> Tensor
 
 def _counts(ratio: Tensor, patches: int) -> Tensor:
     # 0.7 of 10 patches is 7, though in fp32 a decimal may lie a little under what was written
-    return (ratio.double() * patches * (1 + 1e-6)).floor().clamp(0, patches).to(torch.int64)
+    return (ratio.to(wide_dtype(ratio)) * patches * (1 + 1e-6)).floor().clamp(0, patches).to(torch.int64)
 
 
 def _smallest(values: Tensor, counts: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mllm_vision.distributed import all_gather, rank, row_counts, world_size
 from mllm_vision.functional.image_text import full_precision
+from mllm_vision.functional.precision import full_fp32
 
 _TILE_ELEMENTS = 1 << 21  # 8 MiB of fp32 a tile: some stay in the cache, and few rows of a long queue suffice
 
@@ -79,7 +80,7 @@ def momentum_contrast(
         True
     """
     _check(image, text, image_momentum, text_momentum, image_queue, text_queue, ids, queue_ids, alpha, tile_size)
-    with torch.autocast(device_type=image.device.type, enabled=False):
+    with full_fp32(image.device):
         precision = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
         image, text = image.to(precision), text.to(precision)
         teachers = torch.cat([image_momentum.detach(), text_momentum.detach()]).to(precision)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mllm_vision.distributed import all_gather, all_reduce, reduce_scatter, row_counts, sum_over_ranks, world_size
 from mllm_vision.functional.image_text import at_least_fp32
-from mllm_vision.functional.softmax_tiles import wide_dtype
+from mllm_vision.functional.precision import full_fp32, wide_dtype
 from mllm_vision.functional.tiles import first_row
 
 __all__ = ["STRATEGIES", "TripletMasks", "Triplets", "batch_triplet", "contrastive", "mine_triplets", "triplet"]
@@ -66,7 +66,7 @@ def contrastive(
     _check_margin(margin)
     if different.shape != (len(x1),):
         raise ValueError(f"different must be [{len(x1)}], one for each pair, got {list(different.shape)}")
-    with torch.autocast(device_type=x1.device.type, enabled=False):
+    with full_fp32(x1.device):
         x1, x2 = at_least_fp32(x1, x2)
         y = different.to(x1)
         difference = x1 - x2
@@ -112,7 +112,7 @@ def triplet(
     """
     _check_alike(anchor=anchor, positive=positive, negative=negative)
     _check_margin(margin)
-    with torch.autocast(device_type=anchor.device.type, enabled=False):
+    with full_fp32(anchor.device):
         anchor, positive, negative = at_least_fp32(anchor, positive, negative)
         if normalize:
             anchor, positive, negative = (F.normalize(rows, dim=-1) for rows in (anchor, positive, negative))
@@ -200,7 +200,7 @@ def mine_triplets(
         [[0, 1], [1, 0], [2, 2]]
     """
     _check_batch(features, labels, margin, strategy)
-    with torch.autocast(device_type=features.device.type, enabled=False):
+    with full_fp32(features.device):
         (rows,) = at_least_fp32(features)
         rows = F.normalize(rows, dim=-1) if normalize else rows
         rows = rows - rows.mean(0)
@@ -258,7 +258,7 @@ def batch_triplet(
         (0.2, 1.0)
     """
     _check_batch(features, labels, margin, strategy)
-    with torch.autocast(device_type=features.device.type, enabled=False):
+    with full_fp32(features.device):
         (rows,) = at_least_fp32(features)
         rows = F.normalize(rows, dim=-1) if normalize else rows
         loss, active = _BatchTriplet.apply(rows, labels.to(rows.device), margin, strategy, group)

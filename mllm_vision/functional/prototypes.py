@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mllm_vision.distributed import Columns, all_gather, all_reduce, rank, row_counts, sum_over_ranks
 from mllm_vision.functional.image_text import at_least_fp32
+from mllm_vision.functional.precision import full_fp32, wide_dtype
 from mllm_vision.functional.softmax_tiles import softmax_losses
 from mllm_vision.functional.tiles import Grid, Plan, choose_tile, first_row
 
@@ -81,7 +82,7 @@ def spherical_kmeans(
     finite = all_reduce(features.isfinite().logical_not().sum(), group)
     if finite.item():
         raise ValueError(f"features hold {finite.item()} values that are not finite; no clusters can be found")
-    with torch.autocast(device_type=features.device.type, enabled=False):
+    with full_fp32(features.device):
         rows = F.normalize(at_least_fp32(features)[0], dim=-1)
         size = choose_tile(tile_size, rows.device)
         generator = torch.Generator().manual_seed(seed)
@@ -107,18 +108,18 @@ def _rows_of_all(rows: Tensor, index: Tensor, sizes: list[int], group: dist.Proc
 def _lloyd(
     rows: Tensor, centroids: Tensor, iterations: int, size: int, total: int, group: dist.ProcessGroup | None
 ) -> Clusters:
-    k = len(centroids)
+    k, wide = len(centroids), wide_dtype(rows)
     assignments, cosine = _assign(rows, centroids, size)
     for _ in range(iterations):
         # Sums in double precision: the order of the rows, and so the number of ranks, hardly changes them.
-        sums = torch.zeros_like(centroids, dtype=torch.float64).index_add_(0, assignments, rows.double())
+        sums = torch.zeros_like(centroids, dtype=wide).index_add_(0, assignments, rows.to(wide))
         sums, counts = all_reduce(sums, group), all_reduce(assignments.bincount(minlength=k), group)
         means = F.normalize(sums, dim=-1).to(rows)
         # Opposite rows may cancel out, and a cluster that is empty has no mean: the old direction stays.
         centroids = torch.where((sums.norm(dim=-1) > 0)[:, None], means, centroids)
         centroids = _fill_empty(centroids, counts, rows, cosine, group)
         assignments, cosine = _assign(rows, centroids, size)
-    similarity = all_reduce(cosine.double().sum(), group).item() / total
+    similarity = all_reduce(cosine.to(wide).sum(), group).item() / total
     return Clusters(centroids, assignments, similarity)
 
 
@@ -191,11 +192,11 @@ def concentration(
         )
     if not temperature > 0 or not smoothing > 0:
         raise ValueError(f"temperature={temperature} and smoothing={smoothing} must be positive")
-    with torch.autocast(device_type=features.device.type, enabled=False):
+    with full_fp32(features.device):
         rows, middles = at_least_fp32(features, centroids)
-        distances = (F.normalize(rows, dim=-1) - middles[assignments]).norm(dim=1).double()
+        distances = (F.normalize(rows, dim=-1) - middles[assignments]).norm(dim=1).to(wide_dtype(rows))
         sums = all_reduce(distances.new_zeros(len(middles)).index_add_(0, assignments, distances), group)
-        counts = all_reduce(assignments.bincount(minlength=len(middles)), group).double()
+        counts = all_reduce(assignments.bincount(minlength=len(middles)), group).to(sums)
         several = counts > 1
         phi = torch.where(several, sums / (counts * (counts + smoothing).log()).clamp_min(1e-12), 0.0)
         phi = torch.where(several, phi, phi.max())
@@ -258,7 +259,7 @@ def proto_nce(
             "assignments: give as many of each, at least one"
         )
     size = choose_tile(tile_size, query.device)
-    with torch.autocast(device_type=query.device.type, enabled=False):
+    with full_fp32(query.device):
         query = at_least_fp32(query, *prototypes)[0]
         rows = F.normalize(query, dim=-1) if normalize else query
         total = sum(row_counts(rows, group))

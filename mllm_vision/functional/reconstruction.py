@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mllm_vision.functional.precision import full_fp32
+
 __all__ = ["masked_reconstruction", "patchify", "unpatchify"]
 
 
@@ -87,7 +89,7 @@ def masked_reconstruction(predicted: Tensor, target: Tensor, mask: Tensor, *, no
             f"predicted and target must be [B, N, P] and mask [B, N], got {list(predicted.shape)}, "
             f"{list(target.shape)} and {list(mask.shape)}"
         )
-    with torch.autocast(device_type=predicted.device.type, enabled=False):
+    with full_fp32(predicted.device):
         predicted, target = (part if part.dtype == torch.float64 else part.float() for part in (predicted, target))
         if normalize:
             variance, mean = torch.var_mean(target, dim=2, keepdim=True)

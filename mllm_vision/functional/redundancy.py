@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mllm_vision.distributed import all_gather, all_reduce, row_counts, sum_over_ranks, world_size
 from mllm_vision.functional.image_text import at_least_fp32
-from mllm_vision.functional.softmax_tiles import wide_dtype
+from mllm_vision.functional.precision import full_fp32, wide_dtype
 
 __all__ = [
     "VicRegTerms",
@@ -70,7 +70,7 @@ def barlow_twins(
     """
     if lambd < 0:
         raise ValueError(f"lambd={lambd} must not be negative; the paper has 0.0051")
-    with torch.autocast(device_type=z1.device.type, enabled=False):
+    with full_fp32(z1.device):
         a, b, total = _standardised(z1, z2, eps, group)
         diagonal = sum_over_ranks((a * b).sum(0), group) / total
         redundant = _squares_off_diagonal(a, b, diagonal * total, total, group) / total**2
@@ -100,7 +100,7 @@ def cross_correlation(z1: Tensor, z2: Tensor, *, eps: float = 1e-5, group: dist.
         >>> bool((cross_correlation(z, z).diagonal() - 1).abs().max() < 1e-3)
         True
     """
-    with torch.autocast(device_type=z1.device.type, enabled=False):
+    with full_fp32(z1.device):
         a, b, total = _standardised(z1, z2, eps, group)
         return sum_over_ranks(a.T @ b, group) / total
 
@@ -207,7 +207,7 @@ def invariance_term(z1: Tensor, z2: Tensor, *, group: dist.ProcessGroup | None =
         1.0
     """
     _check(z1, z2)
-    with torch.autocast(device_type=z1.device.type, enabled=False):
+    with full_fp32(z1.device):
         z1, z2 = at_least_fp32(z1, z2)
         elements = sum(row_counts(z1, group)) * z1.shape[1]
         return sum_over_ranks((z1 - z2).square().sum(), group) / elements
@@ -237,7 +237,7 @@ def variance_term(
     _check(z)
     if not eps > 0:
         raise ValueError(f"eps={eps} must be positive: the root's gradient at a variance of zero is infinite")
-    with torch.autocast(device_type=z.device.type, enabled=False):
+    with full_fp32(z.device):
         centred, total = _centred(z, group)
         deviation = (sum_over_ranks(centred.square().sum(0), group) / (total - 1) + eps).sqrt()
         return (gamma - deviation).clamp_min(0).mean()
@@ -262,7 +262,7 @@ def covariance_term(z: Tensor, *, group: dist.ProcessGroup | None = None) -> Ten
         4.0
     """
     _check(z)
-    with torch.autocast(device_type=z.device.type, enabled=False):
+    with full_fp32(z.device):
         centred, total = _centred(z, group)
         variance = sum_over_ranks(centred.square().sum(0), group)
         return _squares_off_diagonal(centred, centred, variance, total, group) / ((total - 1) ** 2 * z.shape[1])
@@ -305,9 +305,10 @@ def _squares_off_diagonal(
     Beyond half of D rows the difference to the squares of the diagonal (`[D]`, given) would begin to cancel, and
     nothing would be saved.
     """
+    other = None if b is a else b  # the same tensor twice is nothing that a compiler takes
     if 2 * total > a.shape[1]:
-        return _Squares.apply(a, b, True, group)
-    return _Squares.apply(a, b, False, group) - diagonal.square().sum()
+        return _Squares.apply(a, other, True, group)
+    return _Squares.apply(a, other, False, group) - diagonal.square().sum()
 
 
 class _Squares(torch.autograd.Function):
@@ -318,7 +319,8 @@ class _Squares(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, by_dimension: bool, group: dist.ProcessGroup | None) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor | None, by_dimension: bool, group: dist.ProcessGroup | None) -> Tensor:
+        b = a if b is None else b
         total, for_a, for_b = (_by_dimension if by_dimension else _by_row)(a, b, any(ctx.needs_input_grad), group)
         # Each rank's share counts once for every rank, as DistributedDataParallel's mean expects. For b = a the
         # other half of the gradient is the same again.

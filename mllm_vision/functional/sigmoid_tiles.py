@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from mllm_vision.distributed import all_reduce, world_size
+from mllm_vision.functional.precision import wide_dtype
 from mllm_vision.functional.products import add_product, product
-from mllm_vision.functional.softmax_tiles import refuse_double_backward, sum_of_products, wide_dtype
+from mllm_vision.functional.softmax_tiles import refuse_double_backward, sum_of_products
 from mllm_vision.functional.tiles import Plan
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mllm_vision.distributed import all_gather, all_reduce, world_size
+from mllm_vision.functional.precision import full_fp32, wide_dtype
 from mllm_vision.functional.products import add_product, product
 from mllm_vision.functional.tiles import Grid, Plan, TargetSums
 
@@ -98,7 +99,7 @@ class _SoftmaxLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         refuse_double_backward()
-        with torch.autocast(device_type=upstream[0].device.type, enabled=False):
+        with full_fp32(upstream[0].device):
             return *_gradients(ctx, *upstream), None
 
 
@@ -121,11 +122,6 @@ def sum_of_products(x: Tensor, y: Tensor, grid: Grid, scratch: Tensor) -> Tensor
     exact = wide_dtype(x)
     parts = [torch.mul(x[rows], y[rows], out=scratch[: rows.stop - rows.start]).sum().to(exact) for rows in grid.rows]
     return torch.stack(parts).sum()
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """What sums over all pairs are carried in: a fp32 total would lose the small terms of a large batch."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def _tiles(

@@ -11,7 +11,6 @@ which would stall a GPU's queue. Only a sparse matrix of the caller's own is rea
 from __future__ import annotations
 
 import functools
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -49,10 +48,9 @@ class Grid:
 
     def of_block(self, start: int, length: int) -> Iterator[tuple[int, slice]]:
         """(number, columns) of the column strips of the block of `length` columns that starts at `start`."""
-        index = bisect_right(self._starts, start) - 1
-        while index < len(self.columns) and self.columns[index].start < start + length:
-            yield index, self.columns[index]
-            index += 1
+        for index, columns in enumerate(self.columns):
+            if start <= columns.start < start + length:
+                yield index, columns
 
     def number(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Number of the tile (row by row) in which each pair lies."""

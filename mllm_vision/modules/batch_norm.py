@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mllm_vision.distributed import all_gather_with_grad, world_size
+from mllm_vision.functional.precision import full_fp32
 
 
 class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -48,7 +49,7 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         """What nn.SyncBatchNorm (read in torch 2.13) asks of itself; `_check_input_dim` has looked already."""
 
     def _forward_global(self, input: Tensor) -> Tensor:
-        with torch.autocast(device_type=input.device.type, enabled=False):
+        with full_fp32(input.device):
             values = input.to(torch.promote_types(input.dtype, torch.float32)).transpose(0, 1).flatten(1)  # [C, n]
             count = values.new_full((1,), float(values.shape[1]))
             mean = values.mean(1) if values.shape[1] else values.sum(1)

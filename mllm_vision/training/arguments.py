@@ -34,6 +34,9 @@ class RecipeArguments(OptimizerArguments):
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Drop the last, smaller batch; filling it up would make false negatives."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Off: what trains here has a gradient in every step, and looking takes time."}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints are kept."})
     save_minutes: float | None = field(
         default=None, metadata={"help": "Save a checkpoint after so many minutes too, beside those of save_steps."}

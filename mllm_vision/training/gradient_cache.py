@@ -35,6 +35,7 @@ def cached_backward(
     chunk_size: int,
     *,
     model: nn.Module | None = None,
+    move: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     backward: Callable[[Tensor], Any] = torch.Tensor.backward,
     prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
     autocast: Callable[[], Any] = contextlib.nullcontext,
@@ -53,7 +54,9 @@ def cached_backward(
         chunk_size: rows embedded at once.
         model: the objective inside DDP or FSDP, whose hooks then see every pass; default the objective itself.
         backward: called with the loss (`accelerator.backward` scales it in fp16).
-        prepare: applied to each chunk when its turn comes: moves it to the device.
+        move: to the device; applied to each chunk once, when its turn comes first, and kept for its second pass: the
+            device then holds the batch as the loader made it (8-bit images where views are made on the device).
+        prepare: applied to each chunk before either of its passes: makes what is large, such as views.
         autocast: makes the context of every forward pass. It is entered anew for each: the casts of weights that
             autocast keeps from a pass without graph would cut the gradient of the next.
         no_sync: makes the context in which gradients are not synchronised; the last chunk runs outside of it.
@@ -67,12 +70,13 @@ def cached_backward(
             changes a buffer or gives other values the second time (both with `check`).
     """
     passes = _Passes(objective, objective if model is None else model, prepare, autocast)
-    chunks = split_rows(batch, chunk_size)
+    chunks: list[Mapping[str, Any]] = list(split_rows(batch, chunk_size))
     states: list[RandomState] = []
     parts: list[dict[str, Tensor]] = []
     with no_sync() if len(chunks) > 1 else contextlib.nullcontext():
         buffers = _versions(objective) if check else {}
-        for chunk in chunks[:-1]:
+        for number, chunk in enumerate(chunks[:-1]):
+            chunk = chunks[number] = move(chunk)
             states.append(RandomState())
             # no_grad inside of DDP's forward, not around it: its collectives then come in the order of a plain step,
             # which is what a rank with no more rows than a chunk takes
@@ -87,6 +91,7 @@ def cached_backward(
                     part[name] = part[name].detach().requires_grad_(live[name].requires_grad)
             return objective.loss({name: torch.cat([*(part[name] for part in parts), live[name]]) for name in live})
 
+        chunks[-1] = move(chunks[-1])
         output = passes.run(embed_and_loss, chunks[-1])
         backward(output.loss)
     if not parts:
@@ -96,12 +101,13 @@ def cached_backward(
     objective.replaying = True
     try:
         with _kept_statistics(objective):
-            for chunk, state, part in zip(chunks[:-1], states, parts, strict=True):
+            for number, (state, part) in enumerate(zip(states, parts, strict=True)):
                 last = part is parts[-1]
                 state.restore()
                 with contextlib.nullcontext() if last else no_sync():
-                    passes.replay(chunk, part, touch=last, check=check)
+                    passes.replay(chunks[number], part, touch=last, check=check)
                 part.clear()
+                chunks[number] = {}
     finally:
         objective.replaying = False
         after.restore()

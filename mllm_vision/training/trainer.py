@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -35,10 +35,10 @@ class ObjectiveTrainer(RecipeTrainer):
     Says at the start how many negatives an anchor meets and what the loss is at chance; warns when the training
     goes wrong (`Health`: a loss at chance, a scale at its clamp, a wrong bias, a collapse).
 
-    With `args.embed_batch_size` below the batch size, the batch is embedded in chunks of so many rows and stays on
-    the CPU but for the chunk at work; loss and gradients are those of the whole batch (`gradient_cache`). Where the
-    loss couples the rows of a batch, `gradient_accumulation_steps` means the same: so many times the rows at once,
-    in chunks of `per_device_train_batch_size`.
+    With `args.embed_batch_size` below the batch size, the batch is embedded in chunks of so many rows, each of which is
+    moved to the device once; views exist for the chunk at work alone. Loss and gradients are those of the whole batch
+    (`gradient_cache`). Where the loss couples the rows of a batch, `gradient_accumulation_steps` means the same: so
+    many times the rows at once, in chunks of `per_device_train_batch_size`.
 
     A loss that is NaN or infinite ends the training before its step, with the batch saved (`training.finite`). The
     rates that a method asks for are in `training.method_rates`.
@@ -71,6 +71,8 @@ class ObjectiveTrainer(RecipeTrainer):
         self.make_views, self.make_plain_views = make_views, make_plain_views
         args = _chunked(model, args)
         super().__init__(model, args, *others, **kwargs)
+        # It asks the device twice a step whether the loss is a number, which `stop_if_not_finite` has asked already.
+        self.args.logging_nan_inf_filter = False
         self.model_accepts_loss_kwargs = False
         self._contract_checked = False
         self._sums: dict[str, torch.Tensor] = {}
@@ -169,6 +171,7 @@ class ObjectiveTrainer(RecipeTrainer):
             size,
             model=model,
             backward=lambda loss: self.accelerator.backward(loss / self.current_gradient_accumulation_steps),
+            move=self._move,
             prepare=self._prepare_inputs,
             autocast=self.accelerator.autocast,
             no_sync=partial(self.accelerator.no_sync, model),
@@ -181,6 +184,14 @@ class ObjectiveTrainer(RecipeTrainer):
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         return output.loss.detach() / self.current_gradient_accumulation_steps
+
+    def _move(self, chunk: Mapping[str, Any]) -> dict[str, Any]:
+        """A chunk on the device; from pinned memory the copy runs while the chunk before it is at work."""
+        device = self.args.device
+        return {
+            name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+            for name, value in chunk.items()
+        }
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """As `Trainer._prepare_inputs`; views are made on the device, and the method gets the columns it names."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mllm_vision.lineage import hash_parameters
+from mllm_vision.distributed import rank
+from mllm_vision.lineage import combined, tensor_digests
 from mllm_vision.vlm.model import VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -170,11 +172,16 @@ def audit_table(rows: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+SAMPLE = 65_536  # values of a tensor that trains: any step moves some of so many
+
+
 class FreezeProof:
     """Hashes of every group before training; afterwards they tell what moved.
 
-    Frozen and trainable tensors of a group are hashed apart, so that with LoRA the language model's own weights
-    are proven untouched while its adapters move.
+    Frozen and trainable tensors of a group are told apart, so that with LoRA the language model's own weights
+    are proven untouched while its adapters move. Every byte of what is frozen is hashed, once before and once after;
+    of what trains a sample is enough to see that it moved. The first process alone does it. A language model of 7B
+    weights, frozen, is 14 GB in bf16: at 0.15 to 2 GB/s a core and four tensors at a time some 5 to 25 s each time.
 
     What trains has to move wherever it could: a run of a single step may have had a rate of 0 (a warm-up), or nothing
     but zeros in front of a group (LoRA's B, a last layer that starts at zero), through which no gradient comes yet.
@@ -184,7 +191,7 @@ class FreezeProof:
 
     def __init__(self, model: nn.Module, rows: Iterable[Mapping[str, Any]]) -> None:
         self.rows = [dict(row) for row in rows]
-        self._before = self._hashes(model)
+        self._before = self._hashes(model) if rank() == 0 else {}
         self._zero = {
             module_group(name)
             for name, parameter in model.named_parameters()
@@ -194,11 +201,19 @@ class FreezeProof:
 
     @staticmethod
     def _hashes(model: nn.Module) -> dict[tuple[str, bool | None], str]:
-        return {
-            (group, part): hash_parameters(_tensors(model, group, part))
-            for group in GROUPS
-            for part in (None, True, False)
-        }
+        found: dict[tuple[str, bool | None], str] = {}
+        began, size = time.monotonic(), 0
+        for group in GROUPS:
+            digests: dict[str, str] = {}
+            for trains in (True, False):
+                tensors = list(_tensors(model, group, trains))
+                size += 0 if trains else sum(tensor.nbytes for _, tensor in tensors)
+                part = tensor_digests(tensors, at_most=SAMPLE if trains else None)
+                found[group, trains] = combined(part)
+                digests |= part
+            found[group, None] = combined(digests)
+        logger.info("freeze audit: %.2f GB of frozen weights hashed in %.1f s", size / 1e9, time.monotonic() - began)
+        return found
 
     def close(self, model: nn.Module, steps: Any = None) -> list[dict[str, Any]]:
         """The rows with ``sha256_before``, ``sha256_after`` and ``moved``; call before LoRA is merged.
@@ -206,7 +221,11 @@ class FreezeProof:
         Args:
             model: as trained.
             steps: the trainer's ``MovingSteps``, which tells whether anything could move; without it everything could.
+
+        On other processes than the first, which know no hashes, the rows as they are.
         """
+        if rank() != 0:
+            return self.rows
         after = self._hashes(model)
         self.problems = []
         for row in self.rows:
