@@ -17,7 +17,7 @@ _STRIP = 2**18  # pixels that are converted at once where a conversion needs sev
 _SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
 _STORED = {"1": 1, "L": 1, "P": 1} | dict.fromkeys(_SIXTEEN, 2)  # bytes a pixel in Pillow, of other modes 4
 _FACTORS = (1, 2, 4, 8)  # by which a large grey image is reduced before it becomes RGB
-_BESIDE = {"WEBP": 12, "JPEG2000": 12, "AVIF": 8}  # bytes a pixel that a decoder keeps beside the image
+_BESIDE = {"WEBP": 12, "JPEG2000": 16, "AVIF": 8}  # bytes a pixel that a decoder keeps beside the image
 _DEAREST = 24  # bytes a pixel that nothing exceeds
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

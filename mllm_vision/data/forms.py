@@ -93,7 +93,8 @@ def _readable(records: Any, bound: dict[str, str], form: tuple[str, ...], overri
     """Whether a column of texts bound as turns holds JSON, as far as the first rows tell."""
     if form[0] not in ("messages", "conversations") or form[0] in overrides:
         return True
-    rows = (records[place][bound[form[0]]] for place in range(min(len(records), 16)))
+    turns = only_columns(records, [bound[form[0]]])
+    rows = (turns[place][bound[form[0]]] for place in range(min(len(records), 16)))
     texts = [value for value in rows if value]
     return not texts or any(not isinstance(text, str) or text.lstrip()[:1] in ("[", "{") for text in texts)
 
