@@ -118,7 +118,7 @@ class ImageTransform:
             BadImage: for one that cannot be decoded.
             ValueError: for no pictures at all, or `keys` of another length.
         """
-        if isinstance(images, str | bytes | Image.Image):
+        if isinstance(images, str | bytes | Image.Image) or 0 < getattr(images, "ndim", 4) < 4:
             raise ValueError(f"images must be a list of pictures, got one {type(images).__name__}; wrap it in a list")
         if len(images) == 0:
             raise ValueError("no pictures: images is empty")

@@ -189,7 +189,7 @@ class StreamDataset:
         self.seed = stream.settings["seed"]
         self._images = [name for role, name in reader.columns.items() if role == "image"]
         for source in stream.sources:
-            names = stream._head(source, 1).column_names
+            names = stream._head(source, 16).column_names  # the first sample of a tar may lack what others have
             missing = [name for name in [*self.columns, *source.filter_columns] if name not in names]
             if missing:
                 raise ValueError(

@@ -165,6 +165,14 @@ def test_pairs(found: tuple[str, list[dict[str, Any]]]) -> None:
     check_pairs(found)
 
 
+def test_a_first_sample_without_its_image_is_a_bad_row_of_a_stream(tmp_path: Path) -> None:
+    rows = [{"caption": "no image"}, *[{"image": odd_tables.GOOD["a.png"], "caption": f"row {i}"} for i in range(5)]]
+    stream = Stream.open(odd_tables.write(tmp_path, "tar", rows), seed=1, shuffle_buffer=4)
+    dataset = StreamDataset(stream, PairDataset(stream.head(), bind_columns(stream.head(), ("image", "caption"))))
+    assert sum(len(batch) for batch in StreamLoader(dataset, 2, collate_fn=list, drop_last=False)) == 6
+    assert dataset.bad_samples.reasons == {"the image is missing": 1}
+
+
 # ---- images alone, and with labels -------------------------------------------------------------------------------
 
 
