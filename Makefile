@@ -50,7 +50,7 @@ lint: $(STAMP)
 	$(BIN)/mypy mllm_vision/functional
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu" || [ $$? -eq 5 ]  # 5: none is marked slow
