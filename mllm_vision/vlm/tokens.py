@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,8 @@ from mllm_vision.data.sampling import BadRow, judge
 from mllm_vision.errors import short
 
 logger = logging.getLogger(__name__)
+# What special tokens look like in vocabularies that do not say which they are; bytes ("<0x0A>") are words.
+_MARK = re.compile(r"<(?!0x[0-9A-Fa-f]{2}>).+>$|\[.+\]$")
 _SAMPLE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 
 
@@ -88,11 +91,16 @@ def _ids(value: Any) -> set[int]:
 
 
 def known_ends(tokenizer: Any, configs: Iterable[Any]) -> set[int]:
-    """End tokens of the tokenizer and of all ``configs`` (model and generation configs; None is left out)."""
-    ends = _ids(tokenizer.eos_token_id)
+    """End tokens of the tokenizer and of all ``configs`` (model and generation configs; None is left out).
+
+    A config may name an end that is an ordinary word of this tokenizer (a default that nobody set): it ends nothing.
+    """
+    named: set[int] = set()
     for config in configs:
-        ends |= _ids(getattr(config, "eos_token_id", None))
-    return ends
+        named |= _ids(getattr(config, "eos_token_id", None))
+    specials = special_ids(tokenizer)
+    words = {token for token in named - specials if not _MARK.match(str(tokenizer.convert_ids_to_tokens(token)))}
+    return _ids(tokenizer.eos_token_id) | named - words
 
 
 def stop_ids(model: Any, processor: Any, configs: Iterable[Any] = ()) -> list[int]:

@@ -49,11 +49,14 @@ def test_the_end_of_a_turn_stops_generation_here_and_in_the_export(join, tmp_pat
 
     from mllm_vision.vlm import answer, save_vlm
 
-    model, processor = join(with_end(end), own_ends=[3, 77])
-    turn = processor.tokenizer.convert_tokens_to_ids("<|end|>")
-    assert model.generation_config.eos_token_id == [3, 77, turn]  # tokenizer's, language model's, template's
+    model, processor = join(with_end(end), own_ends=[3, 77, 400])
+    tokenizer = processor.tokenizer
+    own, turn = tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>"])
+    assert own == 400 and tokenizer.decode([77]).strip().isprintable()
+    # the tokenizer's, the language model's, the template's; 77 is an ordinary word, which ends nothing
+    assert model.generation_config.eos_token_id == [3, own, turn]
     save_vlm(model, processor, tmp_path)
-    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [3, 77, turn]
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [3, own, turn]
     plain = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
 
     said = itertools.cycle([60, turn])
