@@ -79,6 +79,7 @@ class RecipeArguments(OptimizerArguments):
         if self.embed_batch_size is not None and self.embed_batch_size < 1:
             raise ValueError(f"embed_batch_size={self.embed_batch_size} must be at least 1; leave it out for no chunks")
         check_flags(self)
+        self.enable_jit_checkpoint = False  # what it asks for is always on (training/signals.py), and exact
         check_launch(self)
         super().__post_init__()
         check_resolved(self)

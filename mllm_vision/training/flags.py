@@ -70,10 +70,6 @@ REFUSALS = (
     Refusal(("use_cache",), "a cache of keys and values only costs memory while training; leave it out"),
     Refusal(("parallelism_config",), "tensor, context and pipeline parallelism are not supported; use DDP or --fsdp"),
     Refusal(
-        ("enable_jit_checkpoint",),
-        "a run that gets SIGTERM or SIGUSR1 saves an exact checkpoint anyway; leave it out",
-    ),
-    Refusal(
         ("ignore_data_skip", "restore_callback_states_from_checkpoint"),
         "a run is resumed exactly, data and state included; leave it out",
     ),

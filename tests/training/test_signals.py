@@ -203,9 +203,11 @@ def test_one_process_answers_for_itself() -> None:
     assert AnyRank(torch.device("cpu"))(True) is True and AnyRank(torch.device("cpu"))(False, now=True) is False
 
 
-def test_the_inherited_flag_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="enable_jit_checkpoint.* SIGTERM"):
-        RecipeArguments(output_dir=str(tmp_path), use_cpu=True, enable_jit_checkpoint=True)
+def test_the_inherited_flag_means_the_same(tmp_path: Path) -> None:
+    """The stock Trainer's own way leaves a checkpoint that does not resume exactly, and goes on as if trained."""
+    trainer = resume_work.trainer_of(tmp_path, None, max_steps=8, enable_jit_checkpoint=True)
+    trainer.add_callback(Send("on_step_begin", 2))
+    assert stopped(trainer) == 3
 
 
 # ---- processes -----------------------------------------------------------------------------------------------
