@@ -170,10 +170,9 @@ def load_stage_data(
     first = tuple(role for role in roles or () if role != "image")
     forms = (first, ("conversations",), ("messages",)) if first else FORMS
 
-    def bind(dataset: Any) -> dict[str, str]:
-        return bind_conversations(dataset, dict(overrides or {}), forms=forms)
-
-    columns, eval_columns = bind(records), bind(held)
+    columns, eval_columns = (
+        bind_conversations(each, dict(overrides or {}), forms=forms, tell=each is records) for each in (records, held)
+    )
     # Positions matter to questions and captions: no crops, so training pictures are transformed as all others.
     transform = ImageTransform(processor.image_processor, train=False)
     options: dict[str, Any] = {
