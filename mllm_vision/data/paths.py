@@ -88,6 +88,8 @@ class ImagePaths:
         return absolute
 
     def _joined(self, text: str) -> str:
+        if ":" not in text and ".." not in text and text[0] not in "/\\":  # as nearly all are
+            return f"{self._base}{os.sep}{text}"
         if _FILE.match(text):
             text = unquote(urlsplit(text).path)
         path = text if os.path.isabs(text) else os.path.join(self._base, text)
@@ -131,7 +133,7 @@ def _collect(value: Any, key: str, found: list[str]) -> None:
 
 def _json_turns(text: str, key: str) -> Any:
     """The turns of a conversation that stands in its column as a JSON text; None for any other text."""
-    if key.lower() not in TURN_NAMES or text.lstrip()[:1] not in ("[", "{"):
+    if _kind(key) != "turns" or text.lstrip()[:1] not in ("[", "{"):
         return None
     try:
         return json.loads(text)
@@ -155,6 +157,8 @@ def _kind(name: str) -> str:
     name = name.lower()
     if name in TEXT_NAMES:
         return "text"
+    if name in TURN_NAMES:
+        return "turns"
     return "image" if name in IMAGE_NAMES or any(hint in name for hint in _HINTS) else "other"
 
 
@@ -162,6 +166,8 @@ def _may_be_path(text: str, key: str) -> bool:
     kind = _kind(key)
     if kind == "text" or not text or len(text) > 1024:
         return False
-    if kind == "other" and text[text.rfind(".") :].lower() not in IMAGES:
+    if kind != "image" and text[text.rfind(".") :].lower() not in IMAGES:
         return False
+    if len(text) < 80 and ":" not in text and "\n" not in text:
+        return True
     return "\n" not in text and (is_path(text) or _FILE.match(text) is not None)  # no address, nor the image itself

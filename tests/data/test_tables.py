@@ -56,6 +56,8 @@ def lines(*rows: object) -> str:
         (b'image, caption\nshots/0.PNG, "a, b"\nshots/1.PNG, c\n', ["a, b", "c"], ""),
         (b"image,caption\nshots/0.PNG, a b \n", [" a b "], ""),
         (b"shots/0.PNG,a first line\nshots/1.PNG,b\n", ["a first line", "b"], "has no header"),
+        (b"image,caption\rshots/0.PNG,a\rshots/1.PNG,b", ["a", "b"], ""),
+        (b'image,caption\nshots/0.PNG,a "b" c\nshots/1.PNG,"d"', ['a "b" c', "d"], ""),
         (b"image|caption\nshots/0.PNG|a;b\n", ["a;b"], "separated by '|'"),
         (b'image,caption\nshots/0.PNG,"two\r\nlines, one ""row"""\n', ['two\r\nlines, one "row"'], ""),
         (b'image,caption\nshots/0.PNG,"6 feet\nshots/1.PNG,b\n"shots/2.PNG",c\n', ["6 feet", "b", "c"], "never closed"),
