@@ -302,9 +302,18 @@ def rows_of(records: Any) -> int:
 
 
 def only_columns(records: Any, names: Sequence[str]) -> Any:
-    """The records with just these columns, without copying; in a list of dicts a row that lacks one has None there."""
+    """The records with just these columns, without copying; in a list of dicts a row that lacks one has None there.
+
+    Images stay undecoded: `datasets` would open any format, and a broken one could not be judged.
+    """
     if hasattr(records, "select_columns"):
-        return records.select_columns(list(names))
+        from .arrow import undecoded
+
+        found = records.select_columns(list(names))
+        for name, feature in (getattr(found, "features", None) or {}).items():
+            if (plain := undecoded(feature)) != feature:
+                found = found.cast_column(name, plain)
+        return found
     return _Rows(getattr(records, "rows", records), tuple(names))
 
 

@@ -105,7 +105,8 @@ class BadSampleLimit(TrainerCallback):
         # every step was checked; what was read ahead and never trained on is no reason to lose what was trained
         count = int(self.bad_samples.count)
         if count:
-            told = "; ".join(dict.fromkeys(self.bad_samples.examples))
+            told = ", ".join(f"{number} x {reason}" for reason, number in self.bad_samples.reasons.most_common())
+            told += "; such as " + "; ".join(dict.fromkeys(self.bad_samples.examples))
             logger.warning("%d bad samples were skipped, one counts each time it is met: %s", count, told)
         if self.run is not None:
             self.run.record["bad_samples"] = {

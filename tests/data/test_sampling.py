@@ -76,3 +76,22 @@ def test_refusals_survive_pickling():
     for error in (BadRow("why", "what"), BadImage("image of 3 bytes cannot be decoded", "why"), BadConversation("why")):
         copy = pickle.loads(pickle.dumps(error))
         assert (type(copy), str(copy), copy.reason) == (type(error), str(error), "why")
+
+
+def test_images_of_a_data_set_that_decodes_them_are_judged_too():
+    """`datasets` would open them itself, in any format, and a broken one would be an error of the table."""
+    from datasets import Dataset, Features, Image, Value
+    from tiny import image_bytes, random_image
+
+    from mllm_vision.data import PairDataset, PictureDataset
+    from mllm_vision.evaluation.images import usable_images
+
+    features = Features({"image": Image(), "caption": Value("string")})
+    cells = [
+        {"bytes": data, "path": None} for data in (image_bytes(random_image(0, 8)), b"broken", b"%!PS-Adobe-3.0 EPSF")
+    ]
+    data = Dataset.from_dict({"image": cells, "caption": ["a", "b", "c"]}, features=features)
+    for dataset in (PairDataset(data), PictureDataset(data)):
+        assert {dataset[index]["index"] for index in range(3)} == {0}
+        assert dataset.bad_samples.reasons == {"the image cannot be decoded": 3}
+    assert usable_images(data, "image", range(3))[1] == [0]
