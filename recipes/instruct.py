@@ -191,7 +191,8 @@ def main(argv: list[str] | None = None) -> None:
     # before saving, which folds the adapters in
     run.after_training("freeze audit", proof.verify, trained, trainer.steps, severe=True)
     run.save_artifact(lambda path: save_vlm(trained, processor, path), own.artifact_name, "vlm")
-    trainer.final_evaluation(merge_lora(trained), own.artifact_name)
+    run.after_training("merging of the adapters", merge_lora, trained, everywhere=True)  # the main process saved so
+    trainer.final_evaluation(model, own.artifact_name)
     run.finish(freeze_problems=proof.problems, modules=proof.rows)
 
 

@@ -127,9 +127,11 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer.save_pretrained(path)
             if (folder / "tokenizer.model").is_file():  # beside tokenizer.json, for tools that read sentencepiece
                 shutil.copy(folder / "tokenizer.model", path)
-                language.check_tokenizer(path, documents[:200])
 
-        run.save_artifact(save, own.artifact_name, "language_model")
+        saved = run.save_artifact(save, own.artifact_name, "language_model")
+        if (folder / "tokenizer.model").is_file():
+            check = (language.check_tokenizer, saved, documents[:200])
+            run.after_training("check of the saved tokenizer", *check, severe=True)
         trainer.final_evaluation(model, own.artifact_name)
         samples = (language.continuations, model, tokenizer, heldout[:5])
         run.record["samples"] += run.after_training("sample continuations", *samples) or []

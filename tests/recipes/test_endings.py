@@ -167,11 +167,29 @@ def after_training_only(function: Any) -> Any:
     return examined
 
 
+def saved_only(function: Any) -> Any:
+    """`check_tokenizer` that passes the one just trained and not the saved one."""
+    return lambda folder, documents: fails() if Path(folder).name == "model" else function(folder, documents)
+
+
+def second_only(function: Any) -> Any:
+    """`merge_lora` that works while the model is saved."""
+    calls: list[Any] = []
+
+    def merged(model: Any) -> Any:
+        calls.append(model)
+        return function(model) if len(calls) == 1 else fails()
+
+    return merged
+
+
 STEPS = {
     "evaluation": ("mllm_vision.training.evaluating", "examine", after_training_only),
     "log": ("mllm_vision.training.evaluating.Evaluating", "_log_final", lambda _: fails),
     "captions": ("mllm_vision.evaluation.captions", "caption_samples", lambda _: fails),
     "continuations": ("mllm_vision.training.language", "continuations", lambda _: fails),
+    "tokenizer": ("mllm_vision.training.language", "check_tokenizer", lambda check: saved_only(check)),
+    "adapters": ("mllm_vision.vlm.export", "merge_lora", lambda merge: second_only(merge)),
     "drawing": ("mllm_vision.evaluation.view_pictures", "view_samples", lambda _: fails),
     "audit": ("mllm_vision.training.module_audit.ModuleAudit", "close", lambda _: fails),
     "freeze audit": ("mllm_vision.vlm.freezing.FreezeProof", "close", lambda _: fails),
@@ -181,11 +199,13 @@ STEPS = {
 NAMES = {  # of the steps in run.json
     "log": "log of the evaluation", "captions": "sample captions", "continuations": "sample continuations",
     "drawing": "drawing of the views", "audit": "audit of the parts", "freeze audit": "freeze audit",
-    "lineage": "verdict and lineage",
+    "lineage": "verdict and lineage", "tokenizer": "check of the saved tokenizer",
+    "adapters": "merging of the adapters",
 }  # fmt: skip
-OWN = {"align": ["captions", "freeze audit"], "instruct": ["freeze audit"], "language_model": ["continuations"],
+OWN = {"align": ["captions", "freeze audit"], "instruct": ["freeze audit", "adapters"],
+       "language_model": ["continuations", "tokenizer"],
        "pretrain_images": ["drawing", "audit"], "pretrain": ["audit"], "finetune": ["audit"]}  # fmt: skip
-SEVERE = ("audit", "freeze audit")
+SEVERE = ("audit", "freeze audit", "tokenizer")
 CASES = [(recipe, step) for recipe in RECIPES for step in ("evaluation", *OWN[recipe])]
 CASES += [("finetune", "log"), ("language_model", "lineage"), ("finetune", "card and push")]
 
