@@ -27,6 +27,8 @@ def write_data(folder: Path) -> Path:
 
     tiny.write_pairs_parquet(folder / "train.parquet", 32, captions_each=2)
     tiny.write_pairs_parquet(folder / "test.parquet", 16)
+    write_noise(folder / "noise_train.parquet", 48, 0)
+    write_noise(folder / "noise_test.parquet", 48, 100)
     (folder / "corpus.txt").write_text("\n".join(tiny.tiny_sentences(200)), encoding="utf-8")
     encoder = VisionEncoder.from_backbone(tiny.tiny_clip_vision(), tiny.tiny_image_processor("clip"))
     encoder.save_pretrained(folder / "encoder")
@@ -38,10 +40,22 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
+def write_noise(path: Path, count: int, seed: int) -> None:
+    """Labelled noise of four classes that nothing tells apart well: any two encoders measure another accuracy."""
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+
+    images = [{"bytes": tiny.image_bytes(tiny.random_image(seed + row, 16)), "path": None} for row in range(count)]
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=list("abcd"))})
+    rows = {"image": images, "label": [row % 4 for row in range(count)]}
+    Dataset.from_dict(rows, features=features).to_parquet(str(path))
+
+
 def words(recipe: str, data: Path, output: Path, **changed: Any) -> list[str]:
     """The command line of a short run; None leaves a flag out."""
     train, test = data / "train.parquet", data / "test.parquet"
     images = {"encoder": "vit", "encoder_overrides": f"{SMALL},patch_size=8", "image_size": 16}
+    noise = {"dataset_name": data / "noise_train.parquet", "eval_dataset_name": data / "noise_test.parquet"}
     own: dict[str, dict[str, Any]] = {
         "pretrain": {
             "encoder": "clip_vision_model",
@@ -52,8 +66,8 @@ def words(recipe: str, data: Path, output: Path, **changed: Any) -> list[str]:
             "max_text_length": 24,
             "zero_shot_dataset_name": test,
         },
-        "pretrain_images": {**images, "knn_k": 3, "optim": "adamw_torch", "objective": "simclr"},
-        "finetune": images,
+        "pretrain_images": {**noise, **images, "knn_k": 3, "optim": "adamw_torch", "objective": "simclr"},
+        "finetune": noise | images,
         "align": {"encoder": data / "encoder", "llm": data / "llm", "sample_count": 2},
         "instruct": {"model": data / "vlm", "chat_template": "qa", "max_new_tokens": 2, "train": "lora"},
         "language_model": {
