@@ -43,11 +43,14 @@ def data_identity(dataset: Any) -> dict[str, Any]:
             total.update(f"{shard.name} {size}\n".encode())
         return {"rows": rows, "sha256": total.hexdigest()[:16]}
     records = getattr(dataset, "records", getattr(dataset, "blocks", None))
-    if records is None:
+    if not (hasattr(records, "__len__") and hasattr(records, "__getitem__")):
         return {"rows": rows}
     count = len(records)
     for index in sorted({number * count // ROWS for number in range(ROWS)} if count > ROWS else range(count)):
-        _add(total, records[index])
+        try:
+            _add(total, records[index])
+        except Exception as error:  # a row that cannot be read is counted when it is trained on, and ends nothing here
+            total.update(type(error).__name__.encode())
     _add(total, getattr(dataset, "labels", None))
     return {"rows": rows, "sha256": total.hexdigest()[:16]}
 

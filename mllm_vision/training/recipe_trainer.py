@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.trainer_utils import has_length
 from mllm_vision.data.sampling import EpochCallback
 
 from .callbacks import BadSampleLimit, MovingSteps, RunFolder, SaveByMinutes, guard_reporters
+from .checkpoints import damage, found_by_first
 from .clipping import clip_per_parameter_
 from .ema import WeightAverage
 from .evaluating import Evaluating
@@ -190,6 +192,12 @@ class RecipeTrainer(Evaluating):
             self.average.resume(checkpoint)
 
     def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        if (wrong := found_by_first(lambda: damage(best, contents=True))) is not None:
+            raise ValueError(
+                f"load_best_model_at_end: {best} is torn: {wrong}; the last weights are saved: go on with --resume and "
+                "--load_best_model_at_end false"
+            )
         super()._load_best_model()
         if self.average is not None:
             self.average.resume(self.state.best_model_checkpoint)

@@ -52,7 +52,7 @@ class StopSignals:
 
     def __init__(self, tell: str = "") -> None:
         self.received: int | None = None
-        self._since, self._tell = 0.0, tell
+        self._since, self._tell, self._process = 0.0, tell, os.getpid()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -71,6 +71,8 @@ class StopSignals:
             raise Stopped
 
     def _note(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:  # a data worker that was just forked
+            return
         passed_on = bool(os.environ.get("TORCHELASTIC_RUN_ID"))
         if self.received is None:
             self.received, self._since = number, time.monotonic()

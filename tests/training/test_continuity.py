@@ -155,6 +155,22 @@ def test_a_checkpoint_without_its_state_is_refused_unless_asked_for(missing: str
     assert len(rows) == 4
 
 
+def test_a_best_checkpoint_with_a_flipped_bit_is_not_the_result(tmp_path: Path) -> None:
+    class Falling:
+        name, primary_metric = "one", "loss"
+
+        def __call__(self, model: Any, step: int) -> dict[str, float]:
+            if step == 8:
+                file = tmp_path / "checkpoint-4" / "model.safetensors"
+                file.write_bytes(file.read_bytes()[:-1] + b"x")
+            return {"loss": float(step)}
+
+    settings = {**BASE, "eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
+    settings |= {"metric_for_best_model": "one_loss", "greater_is_better": False}
+    with pytest.raises(ValueError, match="checkpoint-4 is torn: the content of model.safetensors .*--resume"):
+        resume_work.trainer_of(tmp_path, None, evaluators=[Falling()], **settings).train()
+
+
 # ---- data ----------------------------------------------------------------------------------------------------
 
 
