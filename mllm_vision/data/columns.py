@@ -207,7 +207,7 @@ def _by_type(role: str, name: str, feature: Any) -> bool:
         return kind in ("picture", "pictures")
     if role == "caption":
         odd = re.search(r"(^|_)(id|url|path|file|name|key|split|question|answer|label)s?($|_)", name.lower())
-        return kind in ("text", "texts") and not odd and not name.startswith("__")
+        return kind in ("text", "texts") and not odd and name.lower() not in TURN_NAMES and not name.startswith("__")
     if role == "label":
         return kind == "class"
     types = {"messages": "role turn", "conversations": "from turn", "pairs": "pair turn"}

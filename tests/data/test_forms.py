@@ -284,6 +284,9 @@ def test_the_plain_template_takes_captions_alone(tokenizer):
 def test_which_columns_are_taken(caplog):
     text = {"image": PICTURE, "dialogue": "A: hi. B: hello.", "question": "q", "answer": "a"}
     assert bind_conversations([text]) == {"image": "image", "question": "question", "answer": "answer"}
+    pretrain = {"image": PICTURE, "conversations": json.dumps(turns("from", "value", said=("human", "gpt")))}
+    forms = [("caption",), ("conversations",)]  # as align.py asks; turns in a JSON text are no caption
+    assert bind_conversations([pretrain], forms=forms) == {"image": "image", "conversations": "conversations"}
     both = {"messages": turns("role", "content"), "conversations": turns("from", "value", said=("human", "gpt"))}
     with caplog.at_level(logging.WARNING):
         assert bind_conversations([both]) == {"messages": "messages"}
