@@ -218,7 +218,8 @@ class StreamDataset:
             if not isinstance(last, BadRow):
                 return last
             tried += 1
-        raise ValueError(f"{tried} rows from {ref} on cannot be used; the last one, {last}")
+        name = self.stream.sources[ref.source].shards[ref.shard].name
+        raise ValueError(f"{tried} rows from row {ref.row} of {name} on cannot be used; the last one, {last}")
 
     def _instead(self, ref: Ref) -> Iterator[tuple[Ref, dict[str, Any]]]:
         """Rows to take in place of one: those of its group, then of the groups and shards behind it."""

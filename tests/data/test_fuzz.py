@@ -60,7 +60,7 @@ def in_words(error: BaseException) -> None:
     """A refusal that a user can act on: of an expected type, in words of ours, and no page of values."""
     text = str(error)
     assert 10 < len(text) < 3000, text
-    assert not re.search(r"object at 0x|Traceback|unexpected [A-Z]\w+Error", text), text
+    assert not re.search(r"object at 0x|Ref\(|Traceback|unexpected [A-Z]\w+Error", text), text
 
 
 def opened(found: tuple[str, list[dict[str, Any]]], folder: Path) -> tuple[Any, Any]:
