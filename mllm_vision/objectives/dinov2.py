@@ -26,8 +26,8 @@ class DinoV2(DinoObjective):
     The loss is DINO's over the image vectors, iBOT's over the masked patches, and 0.1 times KoLeo over the image
     vectors of each global crop, before the head. Sinkhorn-Knopp balances the teacher's vectors of all global crops
     together, and its masked patches by themselves. Where this differs from the official code: each crop draws the
-    share of its patches by itself (there one list of shares is dealt out over the batch), the neighbours of KoLeo come
-    from all ranks, and gradients are clipped by their norm together (there encoder and heads each by its own).
+    share of its patches by itself (there one list of shares is dealt out over the batch), and the neighbours of KoLeo
+    come from all ranks. Gradients of encoder and heads are clipped each by the norm of its own, as there.
     Sinkhorn-Knopp is the paper's, and its large models' config; the official code's default config centres.
 
     Args:
@@ -57,6 +57,7 @@ class DinoV2(DinoObjective):
         "lr_scheduler_type": "exact_cosine",
         "lr_scheduler_kwargs": {"min_lr": 1e-6, "inclusive_warmup": True},
         "warmup_steps": 0.1,  # the official 10 epochs, of 100
+        "gradient_clipping": "per_module",
         "max_grad_norm": 3.0,
     }
     learn_prototype_norm = True  # as in the official code, unlike DINO's

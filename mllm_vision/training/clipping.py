@@ -1,11 +1,13 @@
-"""Clipping each gradient by itself, and the norms of many tensors that optimizers by layer need."""
+"""Clipping each gradient or each module's by itself, and the norms of many tensors that optimizers by layer need."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .optimizers import plain_name
 
 
 def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
@@ -44,3 +46,25 @@ def clip_per_parameter_(parameters: Iterable[Tensor], max_norm: float, *, eps: f
             gradient.mul_(factor.to(gradient.dtype))
         totals.append(norms.norm().to(gradients[0].device, torch.float32))
     return torch.stack(totals).norm()
+
+
+def clip_per_module_(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients of each of the model's parts (encoder, head, ...) whose norm together exceeds `max_norm`.
+
+    Args:
+        model: its children are the parts; a parameter of its own counts with the child called `encoder`.
+        max_norm: of a part's gradients together.
+
+    Returns:
+        0-d: the norm of all gradients together, before clipping.
+
+    Source: the official code of Oquab et al., "DINOv2" (2023), which clips the backbone and each head, at 3.0.
+    """
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            part, dot, _ = plain_name(name).partition(".")
+            parts.setdefault(part if dot else "encoder", []).append(parameter)
+    norms = [nn.utils.clip_grad_norm_(some, max_norm) for some in parts.values()]
+    whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    return torch.stack([norm.to(whole[0].device) for norm in whole]).norm() if whole else torch.zeros(())

@@ -93,8 +93,11 @@ class OptimizerArguments(TrainingArguments):
     weight_decay_end: float | None = field(
         default=None, metadata={"help": "Weight decay at the end, reached by a cosine (DINO: 0.4 from 0.04)."}
     )
-    gradient_clipping: Literal["global", "per_parameter"] = field(
-        default="global", metadata={"help": "max_grad_norm holds for all gradients together, or for each (DINO: 3.0)."}
+    gradient_clipping: Literal["global", "per_parameter", "per_module"] = field(
+        default="global",
+        metadata={
+            "help": "What max_grad_norm holds for: all gradients together, each (DINO), those of each part (DINOv2)."
+        },
     )
     ema_decay: float | None = field(
         default=None, metadata={"help": "Average the weights (0.9999); evaluations and artifacts are the average."}
@@ -151,10 +154,10 @@ class OptimizerArguments(TrainingArguments):
                     f"{name}={rate} is for what takes no weight decay, and with weight_decay_on=all everything takes "
                     f"it; use --{name} null, or --weight_decay_on method"
                 )
-        if self.gradient_clipping == "per_parameter" and self.max_grad_norm <= 0:
+        if self.gradient_clipping != "global" and self.max_grad_norm <= 0:
             raise ValueError(
-                f"gradient_clipping=per_parameter clips each gradient at max_grad_norm, which is {self.max_grad_norm}; "
-                "give it (DINO: --max_grad_norm 3.0)"
+                f"gradient_clipping={self.gradient_clipping} clips at max_grad_norm, which is {self.max_grad_norm}; "
+                "give it (DINO: --max_grad_norm 3.0), or use --gradient_clipping global"
             )
         if self.muon_learning_rate is not None and not optim.value.startswith("adamw_torch"):
             raise ValueError(f"muon_learning_rate goes with --optim adamw_torch, not {optim.value}")
@@ -231,7 +234,7 @@ class OptimizerArguments(TrainingArguments):
         remedy = "train without it (DDP)" if sharding == "FSDP version 2" else "use FSDP version 2 or DDP"
         refused = {
             f"optim={_value(self.optim)}": isinstance(self.optim, OwnOptimizer),
-            "gradient_clipping=per_parameter": self.gradient_clipping == "per_parameter",
+            f"gradient_clipping={self.gradient_clipping}": self.gradient_clipping != "global",
         }
         if sharding == "FSDP version 2":
             refused = {}
@@ -242,7 +245,7 @@ class OptimizerArguments(TrainingArguments):
 
 
 _RATES = ("learning_rate", "bias_learning_rate")  # each may come from a base rate instead
-_CLIPPINGS = ("global", "per_parameter")
+_CLIPPINGS = ("global", "per_parameter", "per_module")
 
 
 def _value(name: Any) -> str:

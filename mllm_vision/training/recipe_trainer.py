@@ -16,7 +16,7 @@ from mllm_vision.data.sampling import EpochCallback
 
 from .callbacks import BadSampleLimit, MovingSteps, RunFolder, SaveByMinutes, guard_reporters
 from .checkpoints import damage, found_by_first
-from .clipping import clip_per_parameter_
+from .clipping import clip_per_module_, clip_per_parameter_
 from .ema import WeightAverage
 from .evaluating import Evaluating
 from .flags import check_trainer, length_sampler
@@ -178,6 +178,8 @@ class RecipeTrainer(Evaluating):
         if getattr(self.args, "gradient_clipping", "global") == "global":
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
+        if self.args.gradient_clipping == "per_module":
+            return clip_per_module_(model, self.args.max_grad_norm)
         return clip_per_parameter_(model.parameters(), self.args.max_grad_norm)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.training_args import OptimizerNames
 
 from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.clipping import clip_per_parameter_
+from mllm_vision.training.clipping import clip_per_module_, clip_per_parameter_
 from mllm_vision.training.recipe import parse_recipe, recipe_dict
 from mllm_vision.training.schedules import (
     WeightDecaySchedule,
@@ -112,6 +112,13 @@ def test_each_gradient_is_clipped_by_itself() -> None:
     mixed = [nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in (torch.float64, torch.bfloat16)]
     for parameter in mixed:
         parameter.grad = torch.tensor([3.0, 4.0], dtype=parameter.dtype)
+    model = nn.ModuleDict({"encoder": nn.Linear(1, 1, bias=False), "head": nn.Linear(1, 1, bias=False)})
+    model.register_parameter("mask_token", nn.Parameter(torch.zeros(1)))
+    model.encoder.weight.grad, model.mask_token.grad = torch.tensor([[3.0]]), torch.tensor([4.0])
+    model.head.weight.grad = torch.tensor([[0.5]])
+    assert clip_per_module_(model, 1.0).item() == pytest.approx(math.sqrt(25.25))
+    clipped = [model.encoder.weight.grad.item(), model.mask_token.grad.item(), model.head.weight.grad.item()]
+    assert clipped == pytest.approx([0.6, 0.8, 0.5], rel=1e-5)
     assert clip_per_parameter_(mixed, 5.0 / 2).item() == pytest.approx(math.sqrt(50))
     for parameter in mixed:
         torch.testing.assert_close(parameter.grad.double(), torch.tensor([1.5, 2.0]).double(), atol=1e-5, rtol=0)

@@ -1,6 +1,6 @@
 """DINOv2 from the official code (facebookresearch/dinov2: ssl_meta_arch.py, train.py, param_groups.py, loss/*).
 
-As documented, gradients are clipped by their norm together; the masks are input.
+The masks are input.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def train(start, batches, given):
         loss = dino + ibot + 0.1 * sum(koleo(tokens[:, 0]) for tokens in states)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), given["max_grad_norm"])
+        for part in student:  # backbone and head, each by the norm of its own
+            torch.nn.utils.clip_grad_norm_(part.parameters(), given["max_grad_norm"])
         optimizer.step()
         follow(teacher, student, cosine(given["momentum"], 1.0, step / steps))
         losses.append(loss.item())
