@@ -39,7 +39,10 @@ FORMS: tuple[tuple[str, ...], ...] = (
 )
 _BESIDE = ("image?", "system?", "history?", "input?")
 _INSTRUCTIONS = ("instruction", "prompt")  # beside a question column of these names, `input` belongs to the question
-_QUIET = ("id", "ids", "idx", "index", "image_id", "question_id", "source", "url", "split", "__key__", "__url__")
+_QUIET = (  # what names or sorts rows, and says nothing
+    *("id", "ids", "idx", "index", "image_id", "question_id", "source", "url", "split", "__key__", "__url__"),
+    *("question_type", "question_types", "answer_type"),
+)
 
 
 def bind_conversations(

@@ -91,7 +91,7 @@ def from_turns(turns: Any) -> list[dict[str, Any]]:
             raise BadConversation("the conversation is malformed", f"a turn is {type(turn).__name__}, not a dict")
         for said, value, learnt in _spoken(turn):
             role = _role(said)
-            if turn.get("tool_calls"):
+            if turn.get("tool_calls") or turn.get("function_call"):
                 raise BadConversation(
                     "calls of tools are not supported", "leave the row out, or write the call as text"
                 )
@@ -158,10 +158,9 @@ def _parts(content: Any) -> str | list[dict[str, Any]]:
     for item in items:
         if not isinstance(item, dict):
             item = {"type": "text", "text": item}
-        source = _source(item)
         kind = item.get("type") or ("text" if item.get("text") is not None else "image")
         if kind in _IMAGES:
-            part = {"type": "image"}
+            part, source = {"type": "image"}, _source(item)
             if source is not None:
                 part["image"] = source
             elif isinstance(item.get("index"), int):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm_vision.data.forms import ConversationForm, several_images
+from mllm_vision.data.forms import Asked, ConversationForm, several_images
 from mllm_vision.data.sampling import BadRow, BadSamples, judge, only_columns
 from mllm_vision.evaluation.answers import MajorityBaseline, consensus, exact_match
 from mllm_vision.evaluation.base import Evaluation, Evaluator, agree_on_error, batches, gather_items, my_share
@@ -17,6 +17,7 @@ from mllm_vision.evaluation.generation import AnswerGenerator
 from mllm_vision.evaluation.images import as_list, check_columns, data_uri, draw_rows, row_image, usable_images
 
 logger = logging.getLogger(__name__)
+LONGEST_QUESTION = 200_000  # characters; no language model here has room for more, and tokenising takes memory
 IMAGES_AT_ONCE = 256  # projected features of this many pictures are held in memory together
 
 
@@ -76,12 +77,20 @@ def _asked(row: int, record: dict[str, Any], form: ConversationForm, by: str | N
     if form.value(record, "system") or form.value(record, "history"):
         raise BadRow("the question has a system turn or a history", "question answering asks single questions")
     asked = form.questions(record)
+    if longest := _beyond(asked):
+        raise BadRow("a question is too long to be asked", f"{longest} characters")
     kinds = as_list(record[by]) if by else ["all"]
     if len(kinds) not in (1, len(asked)):
         raise BadRow("questions and their types differ in number", f"{len(asked)} and {len(kinds)}")
     kinds = kinds * len(asked) if len(kinds) == 1 else kinds
     pairs = zip(asked, kinds, strict=True)
     return [Question(row, each.text, each.answers, str(kind), each.annotated) for each, kind in pairs]
+
+
+def _beyond(asked: Sequence[Asked]) -> int:
+    """The length of the longest question where it is beyond what is worth tokenising; otherwise 0."""
+    longest = max(len(each.text) for each in asked)
+    return longest if longest > LONGEST_QUESTION else 0
 
 
 def slug(kind: str) -> str:

@@ -157,7 +157,7 @@ def test_numbers_and_dates_are_said_in_digits():
     "given, message",
     [
         ([{"role": "tool", "content": "3"}], "calls of tools are not supported"),
-        ([{"role": "assistant", "content": None, "tool_calls": [{"x": 1}]}], "calls of tools are not supported"),
+        ([{"role": "assistant", "content": None, "function_call": {"x": 1}}], "calls of tools are not supported"),
         ({"role": ["user", "assistant"], "content": ["only one"]}, "a text: 2 x role, 1 x content"),
         ("{not json", "the conversation is no JSON"),
         ("[" * 100_000, "the conversation is no JSON"),
