@@ -138,11 +138,13 @@ def feature_bytes_sent(objective: str, exchange: str, rows: int, ranks: int, dim
 
 
 def sum_bytes_sent(objective: str, rows: int, ranks: int) -> float:
-    """Bytes that the softmax sends for its sums over columns: three vectors [N] reduced, one gathered."""
+    """Bytes that the softmax sends for its sums over columns: four vectors [N] reduced (a maximum, three sums), one
+    gathered.
+    """
     if objective == "siglip" or ranks == 1:
         return 0
     vector = rows * ranks * FP32
-    return 3 * vector * 2 * (ranks - 1) / ranks + vector * (ranks - 1) / ranks
+    return 4 * vector * 2 * (ranks - 1) / ranks + vector * (ranks - 1) / ranks
 
 
 def loss_memory(exchange: str, rows: int, ranks: int, dimension: int, tile: int) -> float:

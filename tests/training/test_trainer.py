@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import errno
 import json
 import logging
@@ -453,7 +454,7 @@ def test_too_little_data_is_refused(tmp_path: Path) -> None:
 class Bad:
     """Stands for data's BadSamples: two bad ones a check."""
 
-    count, examples, reasons = 0, ["row 3: truncated"], {"truncated": 1}
+    count, examples, reasons = 0, ["row 3: truncated"], collections.Counter(truncated=1)
 
     def check(self, max_fraction: float) -> None:
         self.count += 2
@@ -475,7 +476,7 @@ def test_bad_samples_are_in_the_record(tmp_path: Path, caplog: pytest.LogCapture
     RecipeTrainer(llama(), args, train_dataset=text_rows(), run=run, bad_samples=Bad()).train()
     bad = {"count": 4, "examples": ["row 3: truncated"], "reasons": {"truncated": 1}}
     assert run.record["bad_samples"] == bad
-    assert "4 bad samples were skipped, one counts each time it is met: row 3: truncated" in caplog.text
+    assert "4 bad samples were skipped, one counts each time it is met: 1 x truncated; such as row 3" in caplog.text
 
 
 def test_learning_rates_are_used_and_logged(tmp_path: Path) -> None:
