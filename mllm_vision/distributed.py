@@ -40,7 +40,10 @@ def own_device(name: str | None = None) -> torch.device:
         ValueError: a kind that this machine or this torch does not have, or a number beyond those there are.
     """
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = torch.device(name) if name is not None else found or torch.device("cpu")
+    try:
+        device = torch.device(name) if name is not None else found or torch.device("cpu")
+    except RuntimeError:
+        raise ValueError(f"--device {name!r} is no device: write cpu, cuda or cuda:1, or leave it out") from None
     if device.type == "cpu":
         return torch.device("cpu")
     if found is None or device.type != found.type:

@@ -138,6 +138,26 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return plain[found[0]] if found else None
 
 
+def nearby(path: Any) -> str:
+    """What lies where `path` was looked for and is not, for the end of a message: `; runs/first holds dual...`.
+
+    The folder is the deepest one of the path that exists; where one of its entries is near to the word that failed,
+    that one is named alone.
+    """
+    wanted = os.path.abspath(os.path.expanduser(str(path)))
+    folder, missing = os.path.split(wanted)
+    while folder and not os.path.isdir(folder) and os.path.dirname(folder) != folder:
+        folder, missing = os.path.split(folder)
+    try:
+        found = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError:
+        return ""
+    close = nearest(missing, found)
+    if close is not None:
+        return f"; the nearest there is {short(os.path.join(folder, close))}"
+    return f"; {short(folder)} holds {', '.join(found[:6]) or 'nothing'}{' ...' * (len(found) > 6)}"
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], *, prefix: str = "") -> str:
     """`unknown objective 'simlcr'; the nearest known one is 'simclr'`, or all of them where none is near."""
     known = list(known)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mllm_vision.errors import nearby
 from mllm_vision.training import parse_recipe, run_recipe
 
 
@@ -46,7 +47,7 @@ def typed_questions() -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     (options,) = parse_recipe(ChatArguments, argv=argv, description=__doc__)
     if not Path(options.image).is_file():
-        raise FileNotFoundError(f"--image {options.image}: no such file")
+        raise FileNotFoundError(f"--image {options.image}: no such file{nearby(options.image)}")
     if options.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens {options.max_new_tokens} must be at least 1")
 

@@ -170,6 +170,26 @@ def test_reading_names_the_file():
         raise FileNotFoundError(2, "No such file", "z")
 
 
+def test_what_is_not_there_is_told_with_the_nearest(tmp_path):
+    from mllm_vision.data import load_records
+    from mllm_vision.encoder import VisionEncoder
+    from mllm_vision.vlm import load_vlm
+
+    (tmp_path / "runs" / "encoder").mkdir(parents=True)
+    (tmp_path / "runs" / "pairs.jsonl").write_text("{}")
+    for look, name, near in (
+        (VisionEncoder.from_pretrained, "runs/encodr", "runs/encoder"),
+        (load_vlm, "rums/encoder", "runs"),
+        (load_records, "runs/pairs.json1", "runs/pairs.jsonl"),
+    ):
+        with pytest.raises(FileNotFoundError) as raised:
+            look(tmp_path / name)
+        told = explain(raised.value)
+        assert str(tmp_path / name) in told and f"the nearest there is '{tmp_path / near}'" in told
+    with pytest.raises(FileNotFoundError, match=r"runs' holds encoder, pairs.jsonl"):
+        VisionEncoder.from_pretrained(tmp_path / "runs" / "0123456789")
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     from mllm_vision.encoder import VisionEncoder

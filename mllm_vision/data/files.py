@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from mllm_vision.errors import nearest
+from mllm_vision.errors import nearby
 
 logger = logging.getLogger(__name__)
 
@@ -126,12 +126,9 @@ def find(name: str | Path, left_out: LeftOut) -> Found | None:
         return _matched(text, path, left_out)
     looks_local = text.startswith((".", "/", "~", "\\")) or text.count("/") > 1
     if looks_local or kind_of(text) or path.suffix in (*PACKED, ".zip", ".tgz"):
-        beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = nearest(path.name, beside)
         folder = "" if path.parent.is_dir() else f", and neither does the folder {str(path.parent)!r}"
         raise FileNotFoundError(
-            f"{text!r} does not exist (working folder: {Path.cwd()}){folder}"
-            + (f"; the nearest there is {near!r}" if near else "")
+            f"{text!r} does not exist (working folder: {Path.cwd()}){folder}{nearby(path)}"
         )
     return None
 

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mllm_vision.errors import nearby
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; ValueError with the file's name for anything else."""
@@ -38,7 +40,8 @@ class Source:
         if not self.local and (
             isinstance(path_or_id, os.PathLike) or self.name.startswith((".", "/")) or self.name.count("/") > 1
         ):
-            raise FileNotFoundError(f"{self.name} does not exist (and is no Hub id of the form owner/name)")
+            told = nearby(self.name)
+            raise FileNotFoundError(f"{self.name} does not exist (and is no Hub id of the form owner/name){told}")
 
     def __str__(self) -> str:
         return self.name if self.revision is None or self.local else f"{self.name}@{self.revision}"

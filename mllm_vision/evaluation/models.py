@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mllm_vision.encoder.files import read_json
+from mllm_vision.errors import nearby
 
 PAIRS = {"clip", "siglip", "siglip2", "vision-text-dual-encoder", "mllm_vision_dual"}
 
@@ -34,7 +35,9 @@ def model_kind(path_or_id: str) -> str:
             raise FileNotFoundError(f"{folder} has no config.json; --model takes a saved encoder, dual or VLM folder")
     else:
         if folder.suffix or str(path_or_id).count("/") > 1 or str(path_or_id).startswith((".", "/")):
-            raise FileNotFoundError(f"{path_or_id} does not exist; --model takes a saved model's folder or a Hub id")
+            raise FileNotFoundError(
+                f"{path_or_id} does not exist; --model takes a saved model's folder or a Hub id{nearby(path_or_id)}"
+            )
         from huggingface_hub import hf_hub_download
 
         file = Path(hf_hub_download(str(path_or_id), "config.json"))

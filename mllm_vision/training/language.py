@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from mllm_vision.errors import nearby
+
 logger = logging.getLogger(__name__)
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
@@ -30,7 +32,7 @@ def read_documents(patterns: Sequence[str], *, lower_case: bool = False, max_row
     for pattern in patterns:
         files = sorted(glob.glob(pattern, recursive=True)) or ([pattern] if Path(pattern).is_file() else [])
         if not files:
-            raise FileNotFoundError(f"--text_files {pattern}: no such file")
+            raise FileNotFoundError(f"--text_files {pattern}: no such file{nearby(pattern)}")
         for file in files:
             try:
                 lines = Path(file).read_text(encoding="utf-8").split("\n")

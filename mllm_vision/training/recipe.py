@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from mllm_vision.errors import IncompleteRun, explain, tidy, unknown_name
+from mllm_vision.errors import IncompleteRun, explain, nearby, tidy, unknown_name
 
 from .flag_types import convert, is_bool, is_list, read_yaml, type_name
 from .launch import EXIT_CODE, is_collective_error, lost_rank, tell_launcher
@@ -267,7 +267,7 @@ def _split_flags(words: list[str], fields: dict) -> dict[str, list[str]]:
 def _load_yaml(path: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"--config {path}: no such file")
+        raise FileNotFoundError(f"--config {path}: no such file{nearby(path)}")
     try:
         content = read_yaml(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

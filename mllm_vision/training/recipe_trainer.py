@@ -18,6 +18,7 @@ from .callbacks import BadSampleLimit, MovingSteps, RunFolder, SaveByMinutes, gu
 from .checkpoints import damage, found_by_first
 from .clipping import clip_per_module_, clip_per_parameter_
 from .ema import WeightAverage
+from .ending import Failure
 from .evaluating import Evaluating
 from .flags import check_trainer, length_sampler
 from .muon import MuonAdamW
@@ -196,10 +197,14 @@ class RecipeTrainer(Evaluating):
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
         if (wrong := found_by_first(lambda: damage(best, contents=True))) is not None:
-            raise ValueError(
-                f"load_best_model_at_end: {best} is torn: {wrong}; the last weights are saved: go on with --resume and "
-                "--load_best_model_at_end false"
+            error = ValueError(
+                f"load_best_model_at_end: {best} is torn: {wrong}; the weights of the last step are kept"
             )
+            if self.run is None:
+                raise error
+            self.run.ending.note(Failure("loading the best checkpoint", error))  # what was trained is not lost for it
+            self.state.best_global_step = None  # figures are told of the weights that are saved
+            return
         super()._load_best_model()
         if self.average is not None:
             self.average.resume(self.state.best_model_checkpoint)

@@ -12,7 +12,7 @@ from transformers import AutoProcessor, LlavaProcessor
 
 from mllm_vision.data.images import ImageTransform
 from mllm_vision.encoder.files import read_json
-from mllm_vision.errors import reading
+from mllm_vision.errors import nearby, reading
 from mllm_vision.vlm.model import VisionLanguageModel
 from mllm_vision.vlm.tokens import check_vocabulary, pad_left, settle_ends
 
@@ -155,7 +155,8 @@ def read_config(folder: Path) -> dict[str, Any]:
                 "folder above, where recipes/instruct.py saved them merged"
             )
         found = sorted(entry.name for entry in folder.iterdir())[:8] if folder.is_dir() else None
-        inside = f"it holds {', '.join(found) or 'nothing'}" if found is not None else "there is no such folder"
+        missing = f"there is no such folder{nearby(folder)}"
+        inside = missing if found is None else f"it holds {', '.join(found) or 'nothing'}"
         raise FileNotFoundError(f"{folder} is no saved model: no config.json ({inside}); give the folder that has one")
     config = read_json(file)
     kind = config.get("model_type")

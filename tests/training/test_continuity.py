@@ -13,9 +13,11 @@ import pytest
 import tiny
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from mllm_vision.data.pairs import PairDataset
 from mllm_vision.data.streams import Stream, StreamDataset
+from mllm_vision.errors import IncompleteRun
 from mllm_vision.training.arguments import RecipeArguments
 from mllm_vision.training.changed_flags import changed_flags
 from mllm_vision.training.continuity import ROWS, data_identity
@@ -167,8 +169,21 @@ def test_a_best_checkpoint_with_a_flipped_bit_is_not_the_result(tmp_path: Path) 
 
     settings = {**BASE, "eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
     settings |= {"metric_for_best_model": "one_loss", "greater_is_better": False}
-    with pytest.raises(ValueError, match="checkpoint-4 is torn: the content of model.safetensors .*--resume"):
+    with pytest.raises(ValueError, match="checkpoint-4 is torn: the content of model.safetensors .*last step are kept"):
         resume_work.trainer_of(tmp_path, None, evaluators=[Falling()], **settings).train()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    trainer = resume_work.trainer_of(tmp_path, None, evaluators=[Falling()], **settings)
+    trainer.run = run = Run("stage_zero", trainer.args, {})
+    trainer.train()  # a run is not lost for it: its last weights are the result, and it says so
+    run.save_artifact(
+        lambda folder: save_file(trainer.model.state_dict(), folder / "model.safetensors"), "model", "encoder"
+    )
+    last = load_file(tmp_path / "checkpoint-8" / "model.safetensors")
+    assert all(torch.equal(value, last[name]) for name, value in trainer.model.state_dict().items())
+    with pytest.raises(IncompleteRun, match="loading the best checkpoint"):
+        run.finish()
+    assert "torn" in json.loads((tmp_path / "run.json").read_text())["missing"][0]["cause"]
 
 
 # ---- data ----------------------------------------------------------------------------------------------------
