@@ -180,8 +180,8 @@ def open_image(value: Any) -> Image.Image:
         with source.open("rb") as file:
             jpeg = file.read(3) == _JPEG
             file.seek(0)
-            if jpeg:
-                source = file.read(_MAX_JPEG + 1)  # all of it is needed anyway
+            if jpeg or os.fstat(file.fileno()).st_size <= _MAX_JPEG:
+                source = file.read(_MAX_JPEG + 1)  # all of it is needed anyway, and Pillow leaves files open
             else:
                 wrong = _wrong_metadata(file)
     if isinstance(source, bytes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,9 @@ def add_lora(
         target_modules=rf".*language_model\..*\.({'|'.join(sorted(map(re.escape, leaves)))})",
         modules_to_save=[PROJECTOR] + (["vision_tower"] if train_encoder else []),
     )
-    wrapped = get_peft_model(model, config)
+    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 by a name that is deprecated there
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        wrapped = get_peft_model(model, config)
     if train_encoder:
         _freeze_unused_encoder(model)
     return wrapped

@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import contextlib
 import io
 import struct
 import time
@@ -249,3 +250,20 @@ def test_a_file_of_an_image_is_not_kept_open(tmp_path):
     image = open_image(path)
     image.load()
     assert image.fp is None or image.fp.closed
+
+
+def test_no_file_stays_open(tmp_path):
+    """Pillow keeps the file of an image with several frames, and of one that cannot be decoded."""
+    import gc
+    import warnings
+
+    frames = [random_image(seed, 24) for seed in range(3)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "cut.png").write_bytes(image_bytes(random_image(0, 64))[:200])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", ResourceWarning)
+        for name in ("moving.gif", "cut.png"):
+            with contextlib.suppress(ValueError):
+                load_image(tmp_path / name)
+            gc.collect()
+    assert not [str(each.message) for each in told if each.category is ResourceWarning]
