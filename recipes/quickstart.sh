@@ -12,9 +12,9 @@ began=$SECONDS
 
 say() { printf '\n=== %s  (%d:%02d since the start)\n' "$1" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)); }
 publish() { ln -sfn "stages/$1" "$out/$2"; }   # the artifact of a stage, under the name users know it by
-recipe() {  # recipe NAME CONFIG FOLDER flags...: run a stage unless its run.json is there; a broken run starts anew
+recipe() {  # recipe NAME CONFIG FOLDER flags...: run a stage unless its run.json misses nothing; a broken run starts anew
   local name=$1 config=$2 folder=$stages/$3; shift 3
-  [ -f "$folder/run.json" ] || python "recipes/$name.py" --config "$configs/$config.yaml" --output_dir "$folder" --overwrite "$@"
+  grep -qs '"missing": \[\]' "$folder/run.json" || python "recipes/$name.py" --config "$configs/$config.yaml" --output_dir "$folder" --overwrite "$@"
 }
 evaluate() {  # evaluate FILE flags...
   local file=$out/evaluations/$1; shift

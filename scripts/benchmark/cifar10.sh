@@ -15,7 +15,7 @@ configs=recipes/configs/cifar10 out=${CIFAR10_DIR:-runs/cifar10${CIFAR10_STEPS:+
 [ $# -gt 0 ] || set -- barlow_twins byol dino dinov2 mae moco_v1 moco_v2 moco_v3 pcl simclr simsiam supcon vicreg
 
 for method in "$@"; do
-  [ -f "$out/$method/run.json" ] || python recipes/pretrain_images.py --config "$configs/$method.yaml" \
+  grep -qs '"missing": \[\]' "$out/$method/run.json" || python recipes/pretrain_images.py --config "$configs/$method.yaml" \
     --dataset_name "$data/cifar10_train.parquet" --eval_dataset_name "$data/cifar10_test.parquet" \
     ${CIFAR10_STEPS:+--max_steps "$CIFAR10_STEPS"} --final_evaluators knn --output_dir "$out/$method" --overwrite
   [ -f "$out/$method.json" ] || python scripts/evaluate.py --model "$out/$method/encoder" --task knn probe \

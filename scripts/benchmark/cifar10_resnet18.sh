@@ -17,7 +17,7 @@ out=${CIFAR10_DIR:-runs/cifar10_resnet18}
 
 run() {  # run NAME CONFIG flags...
   local folder=$out/$1 config=$2; shift 2
-  [ ! -f "$folder/run.json" ] || return 0
+  ! grep -qs '"missing": \[\]' "$folder/run.json" || return 0
   local how=(--overwrite)
   ! compgen -G "$folder/checkpoint-*" >/dev/null || how=(--resume_from_checkpoint true)
   python recipes/pretrain_images.py --config "$configs/$config.yaml" --output_dir "$folder" "${how[@]}" \

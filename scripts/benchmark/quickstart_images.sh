@@ -17,9 +17,9 @@ export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 [ -f "$quickstart/language_model/config.json" ] || { echo "error: $quickstart holds no quickstart; make quickstart" >&2; exit 2; }
 [ $# -gt 0 ] || set -- $(cd "$configs/quickstart_images" && ls ./*.yaml | sed 's#^\./##; s#\.yaml$##')
 
-recipe() {  # recipe NAME CONFIG FOLDER flags...: unless its run.json is there
+recipe() {  # recipe NAME CONFIG FOLDER flags...: unless its run.json misses nothing
   local name=$1 config=$2 folder=$out/$3; shift 3
-  [ -f "$folder/run.json" ] || python "recipes/$name.py" --config "$configs/$config.yaml" --output_dir "$folder" \
+  grep -qs '"missing": \[\]' "$folder/run.json" || python "recipes/$name.py" --config "$configs/$config.yaml" --output_dir "$folder" \
     --overwrite --dataset_name "$data/train.parquet" "$@"
 }
 
