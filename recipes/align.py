@@ -4,7 +4,7 @@
         --dataset_name pairs.parquet --output_dir runs/align
 
 Leaves <output_dir>/model: a LLaVA directory that plain transformers loads, with the loss on held-out captions beside
-that of the untrained projector, of shuffled pictures and of none. Next: recipes/instruct.py --model <output_dir>/model
+that of the untrained projector, of shuffled images and of none. Next: recipes/instruct.py --model <output_dir>/model
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from mllm_vision.data.stream_flags import StreamArguments
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.recipe import parse_recipe, recipe_dict, run_recipe
+from mllm_vision.data.streams.flags import StreamArguments
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.parser import parse_recipe, recipe_dict, run_recipe
 
 
 @dataclass
@@ -32,8 +32,8 @@ class AlignArguments:
     eval_split: str | None = field(
         default=None, metadata={"help": "Split of the held-out data; default: validation, or the only one."}
     )
-    image_root: str | None = field(default=None, metadata={"help": "Folder that relative picture paths start from."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the pictures, if not found by name."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder that relative image paths start from."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images, if not found by name."})
     caption_column: str | None = field(default=None, metadata={"help": "Column of the captions, if not found by name."})
     conversations_column: str | None = field(
         default=None, metadata={"help": "Column of LLaVA conversations (LLaVA-Pretrain), likewise."}
@@ -49,15 +49,15 @@ class AlignArguments:
     select_feature: str | None = field(
         default=None, metadata={"help": "patch or cls_patch; its own choice by default."}
     )
-    image_size: int | None = field(default=None, metadata={"help": "Side of the pictures, if not the encoder's own."})
+    image_size: int | None = field(default=None, metadata={"help": "Side of the images, if not the encoder's own."})
     chat_template: str = field(default="plain", metadata={"help": "plain, vicuna, qa, or a Jinja file."})
-    max_length: int | None = field(default=None, metadata={"help": "Longest sequence in tokens, pictures included."})
+    max_length: int | None = field(default=None, metadata={"help": "Longest sequence in tokens, images included."})
     on_truncation: Literal["refuse", "truncate"] = field(
         default="refuse", metadata={"help": "Longer ones are left out (refuse), or cut at their end (truncate)."}
     )
     dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16 or auto."})
-    blind: bool = field(default=False, metadata={"help": "Zeros instead of pictures: what text alone can reach."})
-    sample_count: int = field(default=8, metadata={"help": "Held-out pictures that are captioned at the end."})
+    blind: bool = field(default=False, metadata={"help": "Zeros instead of images: what text alone can reach."})
+    sample_count: int = field(default=8, metadata={"help": "Held-out images that are captioned at the end."})
     artifact_name: str = field(default="model", metadata={"help": "Folder of the result in output_dir."})
 
 
@@ -77,9 +77,9 @@ def main(argv: list[str] | None = None) -> None:
     own, arguments, streams = parse_recipe(AlignArguments, Arguments, StreamArguments, argv=argv, description=__doc__)
 
     from mllm_vision.encoder import VisionEncoder
-    from mllm_vision.evaluation.captions import caption_samples
-    from mllm_vision.training.recipe_trainer import RecipeTrainer
-    from mllm_vision.training.run import Run
+    from mllm_vision.evaluation.language.captions import caption_samples
+    from mllm_vision.training.recipe.run import Run
+    from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
     from mllm_vision.vlm import FreezeProof, HeldOutLoss, audit, build_vlm, freeze, save_vlm
     from mllm_vision.vlm.conversation import chat_template, label_preview, load_stage_data
     from mllm_vision.vlm.freezing import audit_table

@@ -13,9 +13,9 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from mllm_vision.data.picture_flags import PictureArguments
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.recipe import parse_recipe, recipe_dict, run_recipe
+from mllm_vision.data.images.flags import ImageArguments
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.parser import parse_recipe, recipe_dict, run_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class FinetuneArguments:
     encoder_overrides: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Config fields of a built encoder: hidden_size=192,patch_size=4."}
     )
-    image_size: int | None = field(default=None, metadata={"help": "Side of the square picture in pixels."})
+    image_size: int | None = field(default=None, metadata={"help": "Side of the square image in pixels."})
     encoder_learning_rate: float | None = field(default=None, metadata={"help": "Of the encoder alone."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Labelled images that accuracy is of."})
     eval_split: str | None = field(default=None, metadata={"help": "Its split; default: test, or the only one."})
@@ -55,21 +55,21 @@ class Arguments(RecipeArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    from mllm_vision.data.views import ViewArguments, ViewMaker, ViewPolicy
+    from mllm_vision.data.views.views import ViewArguments, ViewMaker, ViewPolicy
     from mllm_vision.objectives.classification import Classification
 
-    kinds = (PictureArguments, FinetuneArguments, Arguments, Classification.Config, ViewArguments)
+    kinds = (ImageArguments, FinetuneArguments, Arguments, Classification.Config, ViewArguments)
     images, own, arguments, config, view_flags = flags = parse_recipe(*kinds, argv=argv, description=__doc__)
 
-    from mllm_vision.data import PictureCollator, load_records
-    from mllm_vision.data.records import UsualSplit
-    from mllm_vision.data.view_draws import View
-    from mllm_vision.encoder.build import build_encoder, is_model_type
+    from mllm_vision.data import ImageCollator, load_records
+    from mllm_vision.data.records.records import UsualSplit
+    from mllm_vision.data.views.draws import View
+    from mllm_vision.encoder.sources import build_encoder, is_model_type
     from mllm_vision.evaluation import ClassifierAccuracy, LabelledImages
-    from mllm_vision.evaluation.classifier import save_classifier
-    from mllm_vision.training.module_audit import ModuleAudit
-    from mllm_vision.training.run import Run
-    from mllm_vision.training.trainer import ObjectiveTrainer
+    from mllm_vision.evaluation.labelled.classifier import save_classifier
+    from mllm_vision.training.recipe.module_audit import ModuleAudit
+    from mllm_vision.training.recipe.run import Run
+    from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
     records = images.load()
     run = Run("stage_zero", arguments, recipe_dict(*flags))
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         model=objective,
         args=arguments,
         train_dataset=dataset,
-        data_collator=PictureCollator(),
+        data_collator=ImageCollator(),
         run=run,
         learning_rates={"encoder": own.encoder_learning_rate},
         bad_samples=dataset.bad_samples,

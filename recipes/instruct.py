@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from mllm_vision.data.stream_flags import StreamArguments
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.recipe import parse_recipe, recipe_dict, run_recipe
+from mllm_vision.data.streams.flags import StreamArguments
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.parser import parse_recipe, recipe_dict, run_recipe
 
 
 @dataclass
@@ -35,8 +35,8 @@ class InstructArguments:
     eval_split: str | None = field(
         default=None, metadata={"help": "Split of the held-out data; default: validation, or the only one."}
     )
-    image_root: str | None = field(default=None, metadata={"help": "Folder that relative picture paths start from."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the pictures, if not found by name."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder that relative image paths start from."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images, if not found by name."})
     messages_column: str | None = field(default=None, metadata={"help": "Column of `messages`, likewise."})
     conversations_column: str | None = field(
         default=None, metadata={"help": "Column of LLaVA conversations, likewise."}
@@ -46,17 +46,15 @@ class InstructArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Use at most so many rows, drawn at random."})
     max_eval_samples: int = field(default=200, metadata={"help": "Rows of the held-out data, at most."})
     chat_template: str = field(default="vicuna", metadata={"help": "plain, vicuna, qa, or a Jinja file."})
-    max_length: int | None = field(default=None, metadata={"help": "Longest sequence in tokens, pictures included."})
+    max_length: int | None = field(default=None, metadata={"help": "Longest sequence in tokens, images included."})
     on_truncation: Literal["refuse", "truncate"] = field(
         default="refuse", metadata={"help": "Longer ones are left out (refuse), or cut at their end (truncate)."}
     )
     max_turns: int | None = field(default=None, metadata={"help": "Questions a sample, at most; more become several."})
-    shuffle_turns: bool = field(
-        default=True, metadata={"help": "A picture's questions come in a new order each epoch."}
-    )
+    shuffle_turns: bool = field(default=True, metadata={"help": "An image's questions come in a new order each epoch."})
     pack_turns: bool = field(
         default=False,
-        metadata={"help": "Questions on a picture do not see each other: separate samples at the cost of one."},
+        metadata={"help": "Questions on an image do not see each other: separate samples at the cost of one."},
     )
     train: Literal["full", "lora", "projector"] = field(
         default="full", metadata={"help": "full: projector and language model; lora: adapters; projector alone."}
@@ -72,7 +70,7 @@ class InstructArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
     max_new_tokens: int = field(default=12, metadata={"help": "Length limit of an answer in the evaluation."})
     dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16 or auto."})
-    blind: bool = field(default=False, metadata={"help": "Zeros instead of pictures: what text alone can reach."})
+    blind: bool = field(default=False, metadata={"help": "Zeros instead of images: what text alone can reach."})
     artifact_name: str = field(default="model", metadata={"help": "Folder of the result in output_dir."})
 
 
@@ -94,9 +92,9 @@ def main(argv: list[str] | None = None) -> None:
         InstructArguments, Arguments, StreamArguments, argv=argv, description=__doc__
     )
 
-    from mllm_vision.evaluation.question_answering import QuestionAnswering
-    from mllm_vision.training.recipe_trainer import RecipeTrainer
-    from mllm_vision.training.run import Run
+    from mllm_vision.evaluation.language.question_answering import QuestionAnswering
+    from mllm_vision.training.recipe.run import Run
+    from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
     from mllm_vision.vlm import FreezeProof, HeldOutLoss, add_lora, audit, freeze, learning_rates, load_vlm, save_vlm
     from mllm_vision.vlm.conversation import label_preview, load_stage_data, set_chat_template
     from mllm_vision.vlm.export import merge_lora

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.recipe import parse_recipe, recipe_dict, run_recipe
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.parser import parse_recipe, recipe_dict, run_recipe
 
 
 @dataclass
@@ -69,9 +69,9 @@ def main(argv: list[str] | None = None) -> None:
 
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from mllm_vision.training import language
-    from mllm_vision.training.recipe_trainer import RecipeTrainer
-    from mllm_vision.training.run import Run
+    from mllm_vision.data import documents as language
+    from mllm_vision.training.recipe.run import Run
+    from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
 
     documents = language.read_documents(own.text_files, lower_case=own.lower_case, max_rows=own.max_documents)
     held = random.Random(arguments.seed).sample(range(len(documents)), min(own.validation_lines, len(documents) // 10))

@@ -12,9 +12,9 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from mllm_vision.data.stream_flags import StreamArguments
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.recipe import parse_recipe, peek_recipe, recipe_dict, run_recipe
+from mllm_vision.data.streams.flags import StreamArguments
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.parser import parse_recipe, peek_recipe, recipe_dict, run_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class PretrainArguments:
     encoder_overrides: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Config fields of a built encoder: hidden_size=128,patch_size=8"}
     )
-    image_size: int | None = field(default=None, metadata={"help": "Side of the square picture in pixels."})
+    image_size: int | None = field(default=None, metadata={"help": "Side of the square image in pixels."})
     text_tower: str | None = field(
         default=None, metadata={"help": "Path, Hub id, clip_text_model or siglip_text_model; default: the encoder's."}
     )
@@ -53,14 +53,14 @@ class PretrainArguments:
     embed_dim: int | None = field(default=None, metadata={"help": "Width of the shared space; default: the narrower."})
     max_text_length: int | None = field(default=None, metadata={"help": "Tokens; default 77 (CLIP), 64 (SigLIP)."})
     crop_scale: list[float] = field(
-        default_factory=lambda: [0.9, 1.0], metadata={"help": "Share of the picture a training crop keeps."}
+        default_factory=lambda: [0.9, 1.0], metadata={"help": "Share of the image a training crop keeps."}
     )
     encoder_learning_rate: float | None = field(default=None, metadata={"help": "Of the image tower alone."})
     text_learning_rate: float | None = field(default=None, metadata={"help": "Of the text tower alone."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Pairs for retrieval R@1/5/10."})
     eval_split: str | None = field(default=None, metadata={"help": "Its split; default: validation, or the only one."})
-    max_eval_samples: int | None = field(default=1000, metadata={"help": "Pictures in retrieval, at most."})
-    zero_shot_dataset_name: str | None = field(default=None, metadata={"help": "Labelled pictures for zero-shot."})
+    max_eval_samples: int | None = field(default=1000, metadata={"help": "Images in retrieval, at most."})
+    zero_shot_dataset_name: str | None = field(default=None, metadata={"help": "Labelled images for zero-shot."})
     zero_shot_split: str | None = field(default=None, metadata={"help": "Its split; default: test, or the only one."})
     templates: list[str] = field(
         default_factory=lambda: ["a photo of a {}."], metadata={"help": "Prompts of zero-shot, {} is the class."}
@@ -105,12 +105,12 @@ def main(argv: list[str] | None = None) -> None:
     method.check_accumulation(steps, rows, arguments.embed_batch_size)
 
     from mllm_vision.data import ImageTransform, PairCollator, PairDataset, StreamDataset, bind_columns, load_records
-    from mllm_vision.encoder.build import is_model_type
+    from mllm_vision.encoder.sources import is_model_type
+    from mllm_vision.encoder.text.towers import CLIP_TEXT, SIGLIP_TEXT
     from mllm_vision.evaluation import Geometry
-    from mllm_vision.modules.text import CLIP_TEXT, SIGLIP_TEXT
-    from mllm_vision.training.module_audit import ModuleAudit
-    from mllm_vision.training.run import Run
-    from mllm_vision.training.trainer import ObjectiveTrainer
+    from mllm_vision.training.recipe.module_audit import ModuleAudit
+    from mllm_vision.training.recipe.run import Run
+    from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
     named = {"image": own.image_column, "caption": own.caption_column, "label": own.label_column}
     overrides = {role: column for role, column in named.items() if column}
@@ -189,7 +189,7 @@ def build_pair(own: PretrainArguments, method: Any) -> Any:
 def build_evaluators(own: PretrainArguments, overrides: dict[str, str], run: Any, batch_size: int) -> list:
     """Retrieval and zero-shot, each where its data set is named."""
     from mllm_vision.data import bind_columns, load_records
-    from mllm_vision.data.records import UsualSplit
+    from mllm_vision.data.records.records import UsualSplit
     from mllm_vision.evaluation import Retrieval, ZeroShot
 
     evaluators: list[Any] = []

@@ -17,17 +17,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
-from mllm_vision.data.picture_flags import PictureArguments
-from mllm_vision.data.stream_flags import StreamArguments
-from mllm_vision.evaluation.labelled_flags import LabelledArguments
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.recipe import parse_recipe, peek_recipe, recipe_dict, run_recipe
+from mllm_vision.data.images.flags import ImageArguments
+from mllm_vision.data.streams.flags import StreamArguments
+from mllm_vision.evaluation.labelled.flags import LabelledArguments
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.parser import parse_recipe, peek_recipe, recipe_dict, run_recipe
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ImageArguments:
+class PretrainImagesArguments:
     """Which encoder learns by which method."""
 
     objective: str = field(
@@ -66,7 +66,7 @@ class Arguments(RecipeArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    from mllm_vision.data.views import WHOLE, ViewArguments, ViewMaker
+    from mllm_vision.data.views.views import WHOLE, ViewArguments, ViewMaker
     from mllm_vision.objectives import ImageObjective, load_objective
 
     name = peek_recipe("objective", "simclr", argv=argv)
@@ -74,8 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     if not issubclass(method, ImageObjective):
         raise ValueError(f"objective {name!r} learns from image-text pairs: recipes/pretrain.py trains it")
     images, own, arguments, config, view_flags, labelled, streams = flags = parse_recipe(
-        PictureArguments,
         ImageArguments,
+        PretrainImagesArguments,
         Arguments,
         method.Config,
         ViewArguments,
@@ -88,13 +88,13 @@ def main(argv: list[str] | None = None) -> None:
     steps, rows = arguments.gradient_accumulation_steps, arguments.per_device_train_batch_size
     method.check_accumulation(steps, rows, arguments.embed_batch_size)
 
-    from mllm_vision.data import PictureCollator, StreamDataset
-    from mllm_vision.encoder.build import is_model_type
+    from mllm_vision.data import ImageCollator, StreamDataset
+    from mllm_vision.encoder.sources import is_model_type
     from mllm_vision.evaluation import Geometry
-    from mllm_vision.evaluation.view_pictures import view_samples
-    from mllm_vision.training.module_audit import ModuleAudit
-    from mllm_vision.training.run import Run
-    from mllm_vision.training.trainer import ObjectiveTrainer
+    from mllm_vision.evaluation.maps.views import view_samples
+    from mllm_vision.training.recipe.module_audit import ModuleAudit
+    from mllm_vision.training.recipe.run import Run
+    from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
     stream = None
     if streams.streaming:
@@ -110,17 +110,17 @@ def main(argv: list[str] | None = None) -> None:
     encoder = build(own)
     objective = method(encoder, config)
     make_views = ViewMaker.for_objective(objective, view_flags)
-    pictures = images.dataset(records, encoder, seed=arguments.seed)
-    with_labels = pictures.labels is not None and (streams.streaming or pictures.unlabelled < len(pictures))
+    whole = images.dataset(records, encoder, seed=arguments.seed)
+    with_labels = whole.labels is not None and (streams.streaming or whole.unlabelled < len(whole))
     if "labels" in objective.columns() and not with_labels:
         raise ValueError(f"--objective {name} learns from labels, and no row has one; name the column: --label_column")
     labelled.check_bank(with_labels, streams.streaming)
     if stream is None:
-        dataset = pictures
+        dataset = whole
         run.describe_data("train", records, dataset.columns, unlabelled=dataset.unlabelled)
     else:
-        dataset = StreamDataset(stream, pictures)
-        run.describe_data("train", stream, pictures.columns)
+        dataset = StreamDataset(stream, whole)
+        run.describe_data("train", stream, whole.columns)
     before, after = labelled.build(records, images.columns, arguments.per_device_eval_batch_size, images.image_root)
     if after:
         run.describe_data("test", after[0].records, after[0].data.test_columns)
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         model=objective,
         args=arguments,
         train_dataset=dataset,
-        data_collator=PictureCollator(),
+        data_collator=ImageCollator(),
         run=run,
         learning_rates={"encoder": own.encoder_learning_rate},
         bad_samples=dataset.bad_samples,
@@ -156,21 +156,21 @@ def main(argv: list[str] | None = None) -> None:
     run.save_artifact(saved.save_pretrained, "encoder", "encoder")
     run.after_training("audit of the parts", audit.close, severe=True)
     trainer.final_evaluation(saved, "encoder", after)
-    drawn = (records, pictures.columns["image"], make_views, encoder.processor)
+    drawn = (records, whole.columns["image"], make_views, encoder.processor)
     draw = partial(view_samples, *drawn, seed=arguments.seed)
     run.record["arrays"]["views"] = run.after_training("drawing of the views", draw) or []
     run.finish()
     if not after:
         logger.info(
-            "nothing measured this encoder: name labelled pictures (--eval_dataset_name), or for its rank and spread "
-            "scripts/evaluate.py --model %s --task board --dataset_name <pictures>",
+            "nothing measured this encoder: name labelled images (--eval_dataset_name), or for its rank and spread "
+            "scripts/evaluate.py --model %s --task board --dataset_name <images>",
             run.folder / "encoder",
         )
 
 
-def build(own: ImageArguments) -> Any:
+def build(own: PretrainImagesArguments) -> Any:
     """The encoder, loaded or built."""
-    from mllm_vision.encoder.build import build_encoder
+    from mllm_vision.encoder.sources import build_encoder
     from mllm_vision.modules.batch_norm import make_batch_norm_global
 
     encoder = build_encoder(own.encoder, image_size=own.image_size, overrides=own.encoder_overrides, pooler=False)

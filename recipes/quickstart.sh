@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole chain on two CPU cores in about ten minutes: from image-text pairs to a model that answers
-# questions about pictures, and a report. `make quickstart` runs it; `make quickstart-ablations` adds the blind run and
+# questions about images, and a report. `make quickstart` runs it; `make quickstart-ablations` adds the blind run and
 # the run with an untrained encoder. A stage whose result is there is not run again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,7 +23,7 @@ evaluate() {  # evaluate FILE flags...
 
 mkdir -p "$stages" "$out/evaluations"
 
-say "Scenes: pictures with captions, questions and answers"
+say "Scenes: images with captions, questions and answers"
 [ -f "$data/text.txt" ] || python -m mllm_vision.data.scenes --output_dir "$data" --train 20000 --validation 500 --test 1000
 
 say "A language model that has read, but never seen"
@@ -48,7 +48,7 @@ publish instruct/model instruct
 
 say "Evaluation on scenes that no stage has seen"
 evaluate stage_zero.json --model "$out/dual" --untrained --templates "a {}" \
-  --distinct --captions_each 1 --max_pictures 200 --task zero_shot="$data/single_test.parquet" \
+  --distinct --captions_each 1 --max_images 200 --task zero_shot="$data/single_test.parquet" \
   unseen/zero_shot="$data/single_unseen.parquet" retrieval="$data/test.parquet" geometry="$data/test.parquet" maps="$data/test.parquet"
 evaluate stage_two.json --model "$out/instruct" --training_dataset_name "$data/train.parquet" \
   --task vqa="$data/test.parquet" unseen/vqa="$data/unseen_test.parquet" maps="$data/test.parquet"
@@ -57,7 +57,7 @@ runs=("$stages/language_model" "$stages/pretrain" "$stages/align" "$stages/instr
 evaluations=("stage_zero=$out/evaluations/stage_zero.json" "stage_two=$out/evaluations/stage_two.json")
 
 if [ "${1:-}" = --ablations ]; then
-  say "Ablation: the same training without pictures"
+  say "Ablation: the same training without images"
   recipe align align blind_align --blind --encoder "$out/encoder" --llm "$out/language_model" \
     --dataset_name "$data/train.parquet" --eval_dataset_name "$data/validation.parquet"
   recipe instruct instruct blind_instruct --blind --model "$stages/blind_align/model" \
@@ -91,4 +91,4 @@ done
 say "Report"
 python scripts/report.py --runs "${runs[@]}" --evaluations "${evaluations[@]}" \
   --output "$out/report.html" --results "$out/results.json"
-say "Done: open $out/report.html; ask it yourself: python scripts/chat.py --model $out/instruct --image PICTURE"
+say "Done: open $out/report.html; ask it yourself: python scripts/chat.py --model $out/instruct --image IMAGE"

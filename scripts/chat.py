@@ -1,6 +1,6 @@
-"""Ask a vision-language model about a picture, once or in a dialogue.
+"""Ask a vision-language model about an image, once or in a dialogue.
 
-    python scripts/chat.py --model runs/quickstart/instruct --image picture.png --question "what colour is the circle?"
+    python scripts/chat.py --model runs/quickstart/instruct --image image.png --question "what colour is the circle?"
 
 Several questions are asked one after the other, as one dialogue. Without --question it reads them from the
 terminal; an empty line, "exit" or Ctrl-D ends it. --model takes any LLaVA checkpoint, ours or another.
@@ -22,7 +22,7 @@ class ChatArguments:
     """What to ask, whom, about what."""
 
     model: str = field(metadata={"help": "Folder (or Hub id) of a LLaVA checkpoint."})
-    image: str = field(metadata={"help": "File of the picture."})
+    image: str = field(metadata={"help": "File of the image."})
     question: list[str] | None = field(
         default=None, metadata={"help": "One or more questions; without it, a dialogue."}
     )
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens {options.max_new_tokens} must be at least 1")
 
-    from mllm_vision.data.images import load_image
+    from mllm_vision.data.images.transforms import load_image
     from mllm_vision.distributed import own_device
     from mllm_vision.vlm import answer, load_vlm
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.to(own_device(options.device))
     messages: list[dict] = []
     for question in options.question or typed_questions():
-        # The image goes before the first question only, in the form of training (``data.messages.from_pairs``).
+        # The image goes before the first question only, in the form of training (``data.chat.messages.from_pairs``).
         content = question if messages else [{"type": "image"}, {"type": "text", "text": question}]
         messages.append({"role": "user", "content": content})
         reply = answer(model, processor, messages, [image], max_new_tokens=options.max_new_tokens)

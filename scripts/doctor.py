@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mllm_vision.data.stream_flags import StreamArguments
+from mllm_vision.data.streams.flags import StreamArguments
 from mllm_vision.training import parse_recipe, peek_recipe, run_recipe
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "pretrain.py"
@@ -29,7 +29,7 @@ class DoctorArguments:
     """How closely to look."""
 
     processes: int = field(default=1, metadata={"help": "How many processes the run will have."})
-    sample: int = field(default=5000, metadata={"help": "Rows whose captions and pictures are compared."})
+    sample: int = field(default=5000, metadata={"help": "Rows whose captions and images are compared."})
     measure: bool = field(default=True, metadata={"help": "Run two steps and hold the memory estimate against them."})
     measure_rows: int = field(default=128, metadata={"help": "Rows of the measured steps, at most."})
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             argv=words, description=__doc__ or "", defaults=method.defaults_beside(peek_recipe("optim", argv=words)),
         )  # fmt: skip
 
-        from mllm_vision.training.doctor import report
+        from mllm_vision.training.preflight.doctor import report
 
         findings = examine(recipe, method, look, own, arguments, config, streams)
         print(report(findings), flush=True)
@@ -71,8 +71,9 @@ def examine(
     from transformers import set_seed
 
     from mllm_vision.data import ImageTransform, PairCollator, PairDataset, bind_columns
-    from mllm_vision.training import doctor, doctor_settings, memory
-    from mllm_vision.training.trainer import ObjectiveTrainer
+    from mllm_vision.training.preflight import doctor, memory
+    from mllm_vision.training.preflight import settings as doctor_settings
+    from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
     steps, rows = arguments.gradient_accumulation_steps, arguments.per_device_train_batch_size
     embedded = arguments.embed_batch_size
@@ -125,7 +126,7 @@ def examine(
         objective,
         batch,
         optimizer,
-        picture_bytes=memory.decoded_bytes(usable) if not arguments.dataloader_num_workers else 0.0,
+        image_bytes=memory.decoded_bytes(usable) if not arguments.dataloader_num_workers else 0.0,
         autocast=memory.autocast(device, bf16=arguments.bf16, fp16=arguments.fp16),
         averaged=getattr(arguments, "ema_decay", None) is not None,
     )
@@ -175,13 +176,13 @@ def load(own: Any, arguments: Any, streams: Any, count: int) -> tuple[Any, int |
 
 def trained(encoder: str) -> bool:
     """Whether the image tower comes with weights, and is not a model type to be built."""
-    from mllm_vision.encoder.build import is_model_type
+    from mllm_vision.encoder.sources import is_model_type
 
     return not is_model_type(encoder)
 
 
 def trained_size(encoder: str) -> int | None:
-    """The side of the pictures that a tower with weights was trained on."""
+    """The side of the images that a tower with weights was trained on."""
     from mllm_vision.encoder import VisionEncoder
 
     return VisionEncoder.from_pretrained(encoder).image_size if trained(encoder) else None
@@ -189,7 +190,7 @@ def trained_size(encoder: str) -> int | None:
 
 def tower_tokenizer(own: Any) -> Any:
     """The tokenizer saved with a pretrained text tower, where the recipe was told to use another."""
-    from mllm_vision.modules.text import CLIP_TEXT, SIGLIP_TEXT
+    from mllm_vision.encoder.text.towers import CLIP_TEXT, SIGLIP_TEXT
 
     if own.text_tower in (None, CLIP_TEXT, SIGLIP_TEXT) or own.tokenizer in (None, own.text_tower):
         return None
@@ -202,9 +203,9 @@ def tower_tokenizer(own: Any) -> Any:
 
 
 def leak(own: Any, sample: Any, doctor: Any) -> list:
-    """Whether pictures of the evaluation are among those of the training."""
+    """Whether images of the evaluation are among those of the training."""
     from mllm_vision.data import bind_columns, load_records
-    from mllm_vision.data.records import UsualSplit
+    from mllm_vision.data.records.records import UsualSplit
 
     try:
         split = own.eval_split or UsualSplit("validation", "--eval_split")

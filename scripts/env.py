@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
-from mllm_vision.training.summary import machine, versions
+from mllm_vision.training.recipe.summary import machine, versions
 
 
 def main() -> None:

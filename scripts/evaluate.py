@@ -4,7 +4,7 @@
         --task zero_shot=single_test.parquet unseen/zero_shot=single_unseen.parquet retrieval=test.parquet geometry maps
     python scripts/evaluate.py --model runs/q/instruct --output stage_two.json --task vqa=test.parquet maps=test.parquet
 
-    python scripts/evaluate.py --model runs/simclr/encoder --untrained --raw_pixels --pictures runs/simclr/pictures \\
+    python scripts/evaluate.py --model runs/simclr/encoder --untrained --raw_pixels --images runs/simclr/images \\
         --task knn=cifar10_test.parquet probe=cifar10_test.parquet board=cifar10_test.parquet \\
         attention=cifar10_test.parquet --training_dataset_name cifar10_train.parquet
 
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mllm_vision.training.recipe import parse_recipe, run_recipe
+from mllm_vision.training.recipe.parser import parse_recipe, run_recipe
 
 TASKS = ("zero_shot", "retrieval", "geometry", "maps", "vqa", "knn", "probe", "board", "attention")
 DEFAULTS = {"encoder": ["geometry"], "dual": ["retrieval", "geometry", "maps"], "vlm": ["vqa"]}
@@ -66,9 +66,9 @@ class EvaluateArguments:
     )
     class_names: list[str] = field(default_factory=list, metadata={"help": "Zero-shot; default: the label column's."})
     ks: list[int] = field(default_factory=lambda: [1, 5, 10], metadata={"help": "The K's of retrieval's R@K."})
-    captions_each: int | None = field(default=None, metadata={"help": "Retrieval: captions a picture; default all."})
-    distinct: bool = field(default=False, metadata={"help": "Retrieval: only pictures with captions of their own."})
-    max_pictures: int | None = field(default=None, metadata={"help": "Retrieval: at most so many pictures."})
+    captions_each: int | None = field(default=None, metadata={"help": "Retrieval: captions an image; default all."})
+    distinct: bool = field(default=False, metadata={"help": "Retrieval: only images with captions of their own."})
+    max_images: int | None = field(default=None, metadata={"help": "Retrieval: at most so many images."})
     feature: str = field(
         default="pooled", metadata={"help": "knn, probe, board, geometry: pooled, tokens or embedding (geometry)."}
     )
@@ -78,22 +78,22 @@ class EvaluateArguments:
         default_factory=list, metadata={"help": "Penalties the probe tries; default: 1e-6 to 1, by tens."}
     )
     max_training_samples: int | None = field(
-        default=None, metadata={"help": "knn, probe: training pictures, at most, drawn at random."}
+        default=None, metadata={"help": "knn, probe: training images, at most, drawn at random."}
     )
     raw_pixels: bool = field(default=False, metadata={"help": "knn, probe: the pixels themselves as baseline."})
-    pictures: str | None = field(default=None, metadata={"help": "board, attention: folder for their PNG files."})
-    map_count: int = field(default=6, metadata={"help": "Maps, attention: pictures."})
+    images: str | None = field(default=None, metadata={"help": "board, attention: folder for their PNG files."})
+    map_count: int = field(default=6, metadata={"help": "Maps, attention: images."})
     map_texts: list[str] = field(default_factory=list, metadata={"help": "Maps: texts; default: what each row says."})
     untrained: bool = field(default=False, metadata={"help": "The same model with fresh random weights as baseline."})
-    blind: bool = field(default=False, metadata={"help": "vqa: zeros in place of every picture."})
-    no_image_baseline: bool = field(default=False, metadata={"help": "vqa: also the same model without pictures."})
+    blind: bool = field(default=False, metadata={"help": "vqa: zeros in place of every image."})
+    no_image_baseline: bool = field(default=False, metadata={"help": "vqa: also the same model without images."})
     training_dataset_name: str | None = field(
         default=None,
         metadata={"help": "knn, probe: what they learn from. vqa: the majority answers' source; default: the test's."},
     )
     training_split: str = field(default="train", metadata={"help": "Its split."})
     max_new_tokens: int = field(default=16, metadata={"help": "Longest answer."})
-    batch_size: int = field(default=64, metadata={"help": "Pictures or questions at once, on each process."})
+    batch_size: int = field(default=64, metadata={"help": "Images or questions at once, on each process."})
     device: str | None = field(
         default=None, metadata={"help": "cpu, cuda, ...; default: the accelerator where there is one."}
     )
@@ -132,7 +132,7 @@ def read_tasks(words: list[str], default: str | None) -> list[Job]:
 
 
 def map_texts(row: dict[str, Any], given: list[str], names: list[str] | None, caption: str | None) -> list[str]:
-    """What to look for in one picture: the texts given, each object of a generated scene, its class, its captions."""
+    """What to look for in one image: the texts given, each object of a generated scene, its class, its captions."""
     from mllm_vision.data.pairs import captions_of
 
     if given:
@@ -150,7 +150,7 @@ class Bench:
     """Loads data once a path and builds the evaluators."""
 
     def __init__(self, own: EvaluateArguments, kind: str, processor: Any) -> None:
-        from mllm_vision.data.records import UsualSplit
+        from mllm_vision.data.records.records import UsualSplit
 
         self.own, self.kind, self.processor = own, kind, processor
         self.loaded: dict[tuple[str, Any, int | None], Any] = {}
@@ -188,7 +188,7 @@ class Bench:
     def retrieval(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
         from mllm_vision.evaluation import Retrieval
 
-        limits = [each for each in (own.max_pictures, own.max_samples) if each is not None]
+        limits = [each for each in (own.max_images, own.max_samples) if each is not None]
         options = {"captions_each": own.captions_each, "distinct": own.distinct, "limit": min(limits, default=None)}
         columns = self.columns(records, "image", "caption")
         return Retrieval(job.name, records, columns, own.ks, own.batch_size, **options)
@@ -219,7 +219,7 @@ class Bench:
 
     def probe(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
         from mllm_vision.evaluation import LinearProbe
-        from mllm_vision.evaluation.linear_probe import SWEEP
+        from mllm_vision.evaluation.labelled.linear_probe import SWEEP
 
         sweep = own.probe_regularisation or SWEEP
         return LinearProbe(
@@ -227,12 +227,12 @@ class Bench:
         )
 
     def labelled_images(self, job: Job) -> Any:
-        """Training and test pictures, shared by the tasks on one test set so that they are encoded once."""
+        """Training and test images, shared by the tasks on one test set so that they are encoded once."""
         from mllm_vision.evaluation import LabelledImages
 
         own = self.own
         if not own.training_dataset_name:
-            raise ValueError(f"--task {job.name} learns from labelled pictures: name them with --training_dataset_name")
+            raise ValueError(f"--task {job.name} learns from labelled images: name them with --training_dataset_name")
         if job.dataset not in self.labelled:
             sets = [
                 self.records(own.training_dataset_name, own.training_split, None),
@@ -321,9 +321,9 @@ def main(argv: list[str] | None = None) -> None:
     for job, evaluator in evaluators:
         results[job.name].store(record, job.name)
         record["evaluations"][job.name]["task"] = job.task
-        if own.pictures and main_process and job.task in ("board", "attention"):
-            drawn = evaluator.draw(results[job.name], own.pictures)
-            record["pictures"] = [*record.get("pictures", []), *map(str, drawn)]
+        if own.images and main_process and job.task in ("board", "attention"):
+            drawn = evaluator.draw(results[job.name], own.images)
+            record["images"] = [*record.get("images", []), *map(str, drawn)]
     record["seconds"] = round(time.monotonic() - began, 1)
     if main_process:
         record |= provenance(own.model)
@@ -356,8 +356,8 @@ def join_processes(device: Any) -> bool:
 
 def provenance(model: str) -> dict[str, Any]:
     """Which weights were measured, by which versions and command."""
-    from mllm_vision.lineage import hash_weights
-    from mllm_vision.training.summary import command_line, versions
+    from mllm_vision.hub.lineage import hash_weights
+    from mllm_vision.training.recipe.summary import command_line, versions
 
     known: dict[str, Any] = {"command": command_line(), "versions": versions()}
     if Path(model).is_dir() and any(Path(model).glob("*.safetensors")):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mllm_vision.training.recipe import parse_recipe, run_recipe
+from mllm_vision.training.recipe.parser import parse_recipe, run_recipe
 
 MIB, GIB = 2**20, 2**30
 FP32 = 4

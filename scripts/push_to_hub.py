@@ -30,8 +30,8 @@ class PushArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     (options,) = parse_recipe(PushArguments, argv=argv, description=__doc__)
 
-    from mllm_vision.encoder.card import model_card
-    from mllm_vision.encoder.hub import files_to_push, push_directory
+    from mllm_vision.hub.card import model_card
+    from mllm_vision.hub.push import files_to_push, push_directory
 
     if options.dry_run:
         print(f"would upload to {options.repo_id}:")

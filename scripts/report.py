@@ -23,7 +23,7 @@ import logging
 from dataclasses import dataclass, field
 
 from mllm_vision.report import load_chain, write_report, write_results
-from mllm_vision.training.recipe import parse_recipe, run_recipe
+from mllm_vision.training.recipe.parser import parse_recipe, run_recipe
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Tiny objectives for the tests of gradient caching: image-text pairs, and two views of a picture.
+"""Tiny objectives for the tests of gradient caching: image-text pairs, and two views of an image.
 
 Importable, because worker processes build them too.
 """
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mllm_vision.encoder.dual import DualEncoder
 from mllm_vision.encoder.encoder import VisionEncoder
+from mllm_vision.encoder.text.towers import build_text_tower
 from mllm_vision.functional.infonce import nt_xent
-from mllm_vision.modules.text import build_text_tower
 from mllm_vision.objectives import Objective, load_objective
 from mllm_vision.objectives.base import ObjectiveOutput
 
@@ -42,7 +42,7 @@ class TwoViews(Objective):
 
     def __init__(self, batchnorm: bool = False, dropout: float = 0.0, augment: bool = False) -> None:
         super().__init__()
-        # weights large enough that pictures differ in their embeddings: BatchNorm divides by that spread
+        # weights large enough that images differ in their embeddings: BatchNorm divides by that spread
         dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
         backbone = tiny.tiny_vit(**VISION, **dropouts, initializer_range=0.2)
         self.vision = VisionEncoder.from_backbone(backbone, tiny.tiny_image_processor("vit"))
@@ -103,14 +103,14 @@ def build(kind: str, dropout: float = 0.0, augment: bool = False, **config: Any)
 def rows_of(kind: str, count: int, seed: int = 0) -> list[dict[str, Tensor]]:
     """A data set, as a list of rows; among the pairs some captions and images occur twice."""
     generator = torch.Generator().manual_seed(seed)
-    pictures = torch.randn(count, 2, 3, 32, 32, generator=generator)
+    images = torch.randn(count, 2, 3, 32, 32, generator=generator)
     if kind in ("simclr", "batchnorm"):
-        return [{"views": pair} for pair in pictures]
+        return [{"views": pair} for pair in images]
     words = torch.cat([torch.randint(5, 200, (count, 5), generator=generator), torch.full((count, 1), 3)], dim=1)
     which = torch.randint(0, count, (2, count), generator=generator)
     return [
         {
-            "pixel_values": pictures[image, 0],
+            "pixel_values": images[image, 0],
             "input_ids": words[caption],
             "attention_mask": torch.ones(6, dtype=torch.long),
             "caption_ids": caption,

@@ -42,7 +42,7 @@ def dry_parse(target: str, argv: list[str]) -> Any:
     """
     from transformers import TrainingArguments
 
-    from mllm_vision.training import recipe
+    from mllm_vision.training.recipe import parser as recipe
 
     def parse_recipe(*classes: type, argv: Any = None, description: str = "", defaults: Any = None) -> tuple:
         given = recipe.read_recipe(*classes, argv=argv, description=description, defaults=defaults)

@@ -11,7 +11,7 @@ from torch import nn
 
 
 class LinearEncoder(nn.Module):
-    """What a method asks of a `VisionEncoder`: pictures `[B, C, H, W]` to `pooled` by one matrix."""
+    """What a method asks of a `VisionEncoder`: images `[B, C, H, W]` to `pooled` by one matrix."""
 
     def __init__(self, pixels: int, width: int, model_type: str = "resnet") -> None:
         super().__init__()

@@ -12,12 +12,12 @@ from families import FAMILIES
 from torch.nn.parallel import DistributedDataParallel
 
 from mllm_vision import distributed
-from mllm_vision.data.pictures import PictureCollator, PictureDataset
-from mllm_vision.data.view_draws import View
-from mllm_vision.data.views import ViewMaker, ViewPolicy
+from mllm_vision.data.images.dataset import ImageCollator, ImageDataset
+from mllm_vision.data.views.draws import View
+from mllm_vision.data.views.views import ViewMaker, ViewPolicy
 from mllm_vision.encoder.encoder import VisionEncoder
 from mllm_vision.objectives import ImageObjective, list_objectives, load_objective
-from mllm_vision.training.gradient_cache import cached_backward
+from mllm_vision.training.trainer.gradient_cache import cached_backward
 
 ROWS, BATCH = 32, 8
 IMAGE_METHODS = [name for name in list_objectives() if issubclass(load_objective(name), ImageObjective)]
@@ -40,11 +40,11 @@ def small_config(method: type[ImageObjective], **changed: Any) -> Any:
 
 
 def encoder(kind: str = "vit", seed: int = 0) -> VisionEncoder:
-    """A tiny encoder of a family, as the recipe builds it; a ResNet with the stem for small pictures.
+    """A tiny encoder of a family, as the recipe builds it; a ResNet with the stem for small images.
 
     "resnet_global" is one with the BatchNorm of all ranks.
     """
-    from mllm_vision.encoder.build import build_encoder
+    from mllm_vision.encoder.sources import build_encoder
     from mllm_vision.modules.batch_norm import make_batch_norm_global
 
     if kind == "vit":
@@ -71,12 +71,12 @@ def objective(name: str, kind: str = "vit", **changed: Any) -> Any:
 
 
 def records(rows: int = ROWS) -> list[dict[str, Any]]:
-    """Pictures with labels, as `PictureDataset` takes them."""
+    """Images with labels, as `ImageDataset` takes them."""
     return [{"image": tiny.labelled_image(row)[0], "label": row % 4} for row in range(rows)]
 
 
 def view_makers(made: Any) -> tuple[ViewMaker, ViewMaker]:
-    """The method's views of the encoder's size, and whole pictures."""
+    """The method's views of the encoder's size, and whole images."""
     vision = made.encoder
     given = (vision.image_size, vision.processor.image_mean, vision.processor.image_std)
     whole = ViewPolicy((View(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0),), "whole")
@@ -85,7 +85,7 @@ def view_makers(made: Any) -> tuple[ViewMaker, ViewMaker]:
 
 def batches(made: Any, steps: int, rows: int = BATCH) -> list[dict[str, torch.Tensor]]:
     """The first steps of an epoch over `records`, as the trainer hands them to the method."""
-    data, collate, (make, _) = PictureDataset(records()), PictureCollator(), view_makers(made)
+    data, collate, (make, _) = ImageDataset(records()), ImageCollator(), view_makers(made)
     starts = [(step * rows) % ROWS for step in range(steps)]
     return [made.select_columns(make(collate([data[start + row] for row in range(rows)]))) for start in starts]
 
@@ -94,10 +94,10 @@ def tell_features(made: Any) -> None:
     """The pass over the data that some methods make before an epoch."""
     if not made.needs_features:
         return
-    data, (_, plain) = PictureDataset(records()), view_makers(made)
-    pictures = plain(PictureCollator()([data[row] for row in range(ROWS)]))
+    data, (_, plain) = ImageDataset(records()), view_makers(made)
+    images = plain(ImageCollator()([data[row] for row in range(ROWS)]))
     with torch.no_grad():
-        made.before_epoch(made.eval().epoch_features(pictures["views"]))
+        made.before_epoch(made.eval().epoch_features(images["views"]))
     made.train()
 
 

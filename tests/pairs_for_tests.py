@@ -22,7 +22,7 @@ def make_dual(towers: str = "clip", *, bias: float | None = None, seed: int = 0,
     """A `DualEncoder`: towers "clip", "siglip", or an image tower's name with a CLIP text tower."""
     from mllm_vision.encoder.dual import DualEncoder
     from mllm_vision.encoder.encoder import VisionEncoder
-    from mllm_vision.modules.text import build_text_tower
+    from mllm_vision.encoder.text.towers import build_text_tower
 
     makers = {"clip": tiny.tiny_clip_vision, "siglip": tiny.tiny_siglip_vision}
     makers |= {"dinov2": tiny.tiny_dinov2, "vit": tiny.tiny_vit}

@@ -1,7 +1,7 @@
 """The docs are run: every python block, every recipe and script line of the bash blocks, every link.
 
 Python blocks of a page share one namespace, in a scratch folder that holds small stand-ins for what the quickstart
-leaves (`runs/quickstart/encoder`, `dual`, `language_model`, `align`, `instruct`), a picture `picture.png` and the
+leaves (`runs/quickstart/encoder`, `dual`, `language_model`, `align`, `instruct`), an image `image.png` and the
 Parquet files of the scenes (`runs/quickstart/data`). What is left out says so: a block after the line
 `<!-- not run: reason -->` is only compiled. A block that begins with `# file: name.py` is written to that file, which
 the page's other blocks and commands can import.
@@ -65,7 +65,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("docs")
     runs = folder / "runs" / "quickstart"
-    tiny.random_image(0, 64).save(folder / "picture.png")
+    tiny.random_image(0, 64).save(folder / "image.png")
     for name in ("train", "validation", "test", "single_validation", "single_test", "single_unseen", "unseen_test"):
         tiny.write_pairs_parquet(runs / "data" / f"{name}.parquet", n=16, captions_each=2)
     tiny.write_conversations_jsonl(folder / "conversations.jsonl", n=4)

@@ -18,7 +18,7 @@ import tiny
 from dry import _load
 
 from mllm_vision.errors import explain, reading, tidy
-from mllm_vision.training.recipe import peek_recipe, run_recipe
+from mllm_vision.training.recipe.parser import peek_recipe, run_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9_]*[a-z0-9])")
@@ -33,37 +33,37 @@ STREAMS = DATA - {"recipes/finetune.py"}
 SEEN: dict[str, set[str]] = {
     "mllm_vision": ALL,
     "mllm_vision/data": DATA,
-    "mllm_vision/data/shards.py": STREAMS,
+    "mllm_vision/data/streams/shards.py": STREAMS,
     "mllm_vision/data/stream": STREAMS,
-    "mllm_vision/data/row_filters.py": STREAMS,
+    "mllm_vision/data/streams/row_filters.py": STREAMS,
     "mllm_vision/data/pairs.py": PAIRS,
-    "mllm_vision/data/pictures.py": IMAGES,
+    "mllm_vision/data/images/dataset.py": IMAGES,
     "mllm_vision/data/view": IMAGES,
-    "mllm_vision/data/conversations.py": CHAT,
-    "mllm_vision/data/messages.py": CHAT,
-    "mllm_vision/data/chat.py": CHAT,
-    "mllm_vision/data/packing.py": {"recipes/instruct.py"},
+    "mllm_vision/data/chat/conversations.py": CHAT,
+    "mllm_vision/data/chat/messages.py": CHAT,
+    "mllm_vision/data/chat/templates.py": CHAT,
+    "mllm_vision/data/chat/packing.py": {"recipes/instruct.py"},
     "mllm_vision/encoder": PAIRS | IMAGES | {"recipes/align.py"},
     "mllm_vision/encoder/dual.py": PAIRS,
     "mllm_vision/encoder/features.py": PAIRS,
     "mllm_vision/evaluation": {"scripts/evaluate.py"},
-    "mllm_vision/evaluation/labelled_flags.py": {"recipes/pretrain_images.py"},
+    "mllm_vision/evaluation/labelled/flags.py": {"recipes/pretrain_images.py"},
     "mllm_vision/objectives": {"recipes/pretrain_images.py"},
-    "mllm_vision/training/language.py": {"recipes/language_model.py"},
+    "mllm_vision/data/documents.py": {"recipes/language_model.py"},
     "mllm_vision/training/doctor": {"scripts/doctor.py"},
     "mllm_vision/vlm": CHAT,
     "mllm_vision/vlm/packing.py": {"recipes/instruct.py"},
 }
 ELSEWHERE = {  # file -> flags that its messages name for another script, which they name too, or for one recipe's case
-    "mllm_vision/training/flags.py": {"eval_dataset_name", "pack_turns", "train"},
-    "mllm_vision/training/trainer.py": {"artifact", "streaming", "nproc"},
-    "mllm_vision/training/resume.py": {"streaming"},
+    "mllm_vision/training/recipe/flags.py": {"eval_dataset_name", "pack_turns", "train"},
+    "mllm_vision/training/trainer/objective_trainer.py": {"artifact", "streaming", "nproc"},
+    "mllm_vision/training/checkpoint/resume.py": {"streaming"},
     "mllm_vision/distributed.py": {"device"},
     "mllm_vision/vlm/conversation.py": {"pack_turns"},
     "mllm_vision/vlm/model.py": {"pack_turns"},
     "mllm_vision/vlm/tokens.py": {"tokenizer"},
     "mllm_vision/vlm/freezing.py": {"train"},
-    "mllm_vision/training/recipe.py": {"flag", "allow_import"},
+    "mllm_vision/training/recipe/parser.py": {"flag", "allow_import"},
     "mllm_vision/errors.py": set(),
     "recipes/pretrain_images.py": {"model", "task"},
     "scripts/push_to_hub.py": set(),
@@ -313,7 +313,7 @@ def test_no_pickle_is_read(folders, tmp_path):
 def test_no_pickle_is_read_from_a_checkpoint(tmp_path):
     from training.test_trainer import arguments, llama, text_rows
 
-    from mllm_vision.training.recipe_trainer import RecipeTrainer
+    from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
 
     mark = tmp_path / "it was run"
     args = arguments(tmp_path / "run", max_steps=4, save_steps=2)

@@ -1,4 +1,4 @@
-"""Small models, tokenizers, pictures and data files made on the spot, so that no test needs a download.
+"""Small models, tokenizers, images and data files made on the spot, so that no test needs a download.
 
 Everything is deterministic in its ``seed``. Models are 32 px, patch 8 (16 patches), width 32, two layers by
 default; any configuration field may be overridden by keyword.
@@ -133,7 +133,7 @@ def tiny_llama(vocab: int = 256, seed: int = 0, **overrides: Any) -> Any:
 
 
 def tiny_image_processor(kind: str = "clip", size: int = 32) -> Any:
-    """The processor that goes with `kind`: "clip", "siglip", "vit" or "dinov2", for `size` px pictures."""
+    """The processor that goes with `kind`: "clip", "siglip", "vit" or "dinov2", for `size` px images."""
     import transformers
 
     square = {"height": size, "width": size}
@@ -163,7 +163,7 @@ def tiny_sentences(n: int = 60, seed: int = 0) -> list[str]:
                         f"a {colour} {shape} on the {place}",
                         f"question: what colour is the {shape}? answer: {colour}",
                         f"question: how many {shape}s are there? answer: {rng.integers(1, 5)}",
-                        f"there is a {colour} {shape} at the {place} of the picture",
+                        f"there is a {colour} {shape} at the {place} of the image",
                     ]
                 )
             )
@@ -221,7 +221,7 @@ def tiny_tokenizer(path: str | Path, vocab_size: int = 400) -> Any:
 
 
 def random_image(seed: int = 0, size: int | tuple[int, int] = 32, mode: str = "RGB") -> Image.Image:
-    """A picture of smooth random colours; `size` is a side or (width, height)."""
+    """An image of smooth random colours; `size` is a side or (width, height)."""
     width, height = (size, size) if isinstance(size, int) else size
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (max(2, height // 8), max(2, width // 8), 3), dtype=np.uint8)
@@ -240,7 +240,7 @@ def image_bytes(image: Image.Image, kind: str = "PNG") -> bytes:
 
 
 def labelled_image(index: int, size: int = 32) -> tuple[Image.Image, str, str]:
-    """A picture that can be learnt: a flat colour with a darker block whose corner tells the shape."""
+    """An image that can be learnt: a flat colour with a darker block whose corner tells the shape."""
     colour, shape = COLOURS[index % 4], SHAPES[(index // 4) % 4]
     pixels = np.empty((size, size, 3), dtype=np.uint8)
     pixels[:] = COLOUR_VALUES[colour]
@@ -262,7 +262,7 @@ def write_pairs_parquet(path: str | Path, n: int = 16, captions_each: int = 1, s
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    wordings = ("a {c} {s}", "there is a {c} {s}", "the {s} is {c}", "one {s}, {c}", "a picture of a {c} {s}")
+    wordings = ("a {c} {s}", "there is a {c} {s}", "the {s} is {c}", "one {s}, {c}", "an image of a {c} {s}")
     names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     rows: dict[str, list] = {
         name: [] for name in ("image", "captions", "questions", "answers", "question_types", "label", "label_name")
@@ -293,7 +293,7 @@ def write_pairs_parquet(path: str | Path, n: int = 16, captions_each: int = 1, s
 
 
 def write_conversations_jsonl(path: str | Path, n: int = 16, style: str = "messages", size: int = 32) -> Path:
-    """`n` one-picture conversations as JSONL beside an `images/` folder; the `image` column holds full paths.
+    """`n` one-image conversations as JSONL beside an `images/` folder; the `image` column holds full paths.
 
     style "messages": a `messages` column of role/content with image and text parts; style "llava": a
     `conversations` column of from/value with `<image>` in the text.

@@ -22,7 +22,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def make_encoder(kind: str = "vit", *, seed: int = 0, **overrides: Any) -> Any:
     """A tiny encoder of 32 px, of the kinds above; a ViT without pooler, as the recipe builds it."""
-    from mllm_vision.encoder.build import build_encoder
+    from mllm_vision.encoder.sources import build_encoder
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -40,8 +40,8 @@ def make_method(method: type, kind: str = "vit", *, encoder: dict[str, Any] | No
 
 
 def view_batch(count: int = 6, views: int = 2, size: int = 32, seed: int = 0) -> torch.Tensor:
-    """`[count, views, 3, size, size]`: views of a picture are alike, pictures are not."""
+    """`[count, views, 3, size, size]`: views of an image are alike, images are not."""
     generator = torch.Generator().manual_seed(seed)
-    pictures = torch.randn(count, 1, 3, size // 8, size // 8, generator=generator)
-    pictures = pictures.repeat_interleave(8, -1).repeat_interleave(8, -2)
-    return pictures + 0.3 * torch.randn(count, views, 3, size, size, generator=generator)
+    images = torch.randn(count, 1, 3, size // 8, size // 8, generator=generator)
+    images = images.repeat_interleave(8, -1).repeat_interleave(8, -2)
+    return images + 0.3 * torch.randn(count, views, 3, size, size, generator=generator)

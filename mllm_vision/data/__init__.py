@@ -1,48 +1,34 @@
-"""Data: records of any common format, decoding and transforming pictures, pairs, conversations, the scenes generator.
+"""Data: rows of any common format, images, views, pairs, conversations, streams, the Scenes generator."""
 
-The names are imported lazily: `python -m mllm_vision.data.scenes --help` needs no torch.
-"""
+from mllm_vision.lazy import attach
 
-from __future__ import annotations
-
-from importlib import import_module
-from typing import Any
-
-_HOMES = {
-    "load_records": "records",
-    "bind_columns": "records",
-    "BadImage": "images",
-    "ImageTransform": "images",
-    "load_image": "images",
-    "BadRow": "sampling",
-    "BadSamples": "sampling",
-    "EpochCallback": "sampling",
-    "PairCollator": "pairs",
-    "PairDataset": "pairs",
-    "PictureCollator": "pictures",
-    "PictureDataset": "pictures",
-    "ViewArguments": "views",
-    "ViewMaker": "views",
-    "CHAT_TEMPLATES": "chat",
-    "ConversationCollator": "conversations",
-    "ConversationDataset": "conversations",
-    "PackedConversations": "packing",
-    "bind_conversations": "forms",
-    "preview_labels": "conversations",
-    "to_messages": "forms",
-    "Stream": "streams",
-    "StreamArguments": "stream_flags",
-    "StreamDataset": "streams",
-    "StreamLoader": "stream_loader",
-}
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "load_records": "records.records",
+        "bind_columns": "records.columns",
+        "BadImage": "images.files",
+        "ImageTransform": "images.transforms",
+        "load_image": "images.decoding",
+        "BadRow": "records.sampling",
+        "BadSamples": "records.sampling",
+        "EpochCallback": "records.sampling",
+        "PairCollator": "pairs",
+        "PairDataset": "pairs",
+        "ImageCollator": "images.dataset",
+        "ImageDataset": "images.dataset",
+        "ViewArguments": "views.views",
+        "ViewMaker": "views.views",
+        "CHAT_TEMPLATES": "chat.templates",
+        "ConversationCollator": "chat.collate",
+        "ConversationDataset": "chat.conversations",
+        "PackedConversations": "chat.packing",
+        "bind_conversations": "records.forms",
+        "preview_labels": "chat.collate",
+        "to_messages": "records.forms",
+        "Stream": "streams.streams",
+        "StreamArguments": "streams.flags",
+        "StreamDataset": "streams.streams",
+        "StreamLoader": "streams.loader",
+    },
+)

@@ -9,25 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .columns import bind_columns
-from .forms import tell_of_more_images
-from .image_files import BadImage, describe, first_image, image_source
-from .images import ImageTransform, load_image
-from .sampling import BadRow, BadSamples, EpochDataset, bytes_id, draw_key, only_columns, rows_of, text_id
-from .text_length import cut_text
+from mllm_vision.data.images.files import BadImage, describe, first_image, image_source
+from mllm_vision.data.images.transforms import ImageTransform, load_image
+from mllm_vision.data.records.columns import bind_columns
+from mllm_vision.data.records.forms import tell_of_more_images
+from mllm_vision.data.records.sampling import (
+    BadRow,
+    BadSamples,
+    EpochDataset,
+    bytes_id,
+    draw_key,
+    only_columns,
+    rows_of,
+    text_id,
+)
+from mllm_vision.data.text_length import cut_text
 
 
 class PairDataset(EpochDataset):
-    """One picture and one of its captions a row.
+    """One image and one of its captions a row.
 
     Args:
-        records: a `datasets.Dataset` (or a list of dicts) with undecoded pictures, see `load_records`.
+        records: a `datasets.Dataset` (or a list of dicts) with undecoded images, see `load_records`.
         columns: role -> column for "image" and "caption", as `bind_columns` gives it.
         transform: decodes with its own settings (large JPEGs at reduced scale in training); optional.
         seed: with the epoch and the index it decides which caption is drawn, and the sample's random crop.
         bad_samples: a counter to share; otherwise one is made (`bad_samples`).
 
-    A row is {"image": PIL, "caption": str, "image_id": int, "key": int, "index": int}. A row whose picture cannot
+    A row is {"image": PIL, "caption": str, "image_id": int, "key": int, "index": int}. A row whose image cannot
     be decoded or that has no caption with words is counted and replaced by the next good one; `index` is then
     the other row's.
 
@@ -82,13 +91,13 @@ class PairCollator:
     """Rows of `PairDataset` (or `{"image", "caption"}` dicts) to the batch that contrastive objectives take.
 
     Args:
-        transform: pictures to pixel values.
+        transform: images to pixel values.
         tokenizer: of the text tower; it must have a padding token, and add by itself what the tower expects.
         max_length: in tokens; longer captions are cut (special tokens stay).
         padding: "longest", or "max_length" for towers that read a fixed position (SigLIP).
 
     Gives "pixel_values" `[B, 3, H, W]`, "input_ids" and "attention_mask" `[B, T]`, and "caption_ids" and
-    "image_ids" `[B]` int64: equal ids mean the very same caption or picture, so that the loss does not take
+    "image_ids" `[B]` int64: equal ids mean the very same caption or image, so that the loss does not take
     one for the other's negative.
     """
 
@@ -126,7 +135,7 @@ class PairCollator:
 
 
 def image_id(value: Any) -> int:
-    """A stable 63-bit id of a picture: of its encoded bytes where they are known, otherwise of its pixels.
+    """A stable 63-bit id of an image: of its encoded bytes where they are known, otherwise of its pixels.
 
     Two encodings of the same pixels get two ids; a path is read, so that copies of a file are recognised.
     """

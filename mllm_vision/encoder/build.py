@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -13,13 +12,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.efficientnet.modeling_efficientnet import round_filters
 
 from mllm_vision.encoder.families import COMPOSITES, FAMILIES, _side, family_of
-from mllm_vision.encoder.files import Source, read_json
+from mllm_vision.encoder.files import read_json
 from mllm_vision.encoder.sizes import check_image_size, resize_processor
 from mllm_vision.encoder.stems import check_stem, set_stem, stem_of
 from mllm_vision.errors import unknown_name
-
-if TYPE_CHECKING:
-    from mllm_vision.encoder.encoder import VisionEncoder
 
 ALIASES = {
     "clip": "clip_vision_model",
@@ -27,95 +23,6 @@ ALIASES = {
     "siglip2": "siglip_vision_model",  # SigLIP 2 of fixed size is SigLIP's own architecture
     "dinov3": "dinov3_vit",
 }
-
-
-def is_model_type(source: str | Path) -> bool:
-    """Whether `--encoder` names a model type, to be built with random weights, and not a checkpoint.
-
-    Of a bare name that is neither a model type nor a path nor in the Hub's cache, the Hub is asked (not offline).
-
-    Raises:
-        FileNotFoundError: a bare name that is none of these; the nearest model type is named.
-    """
-    if source in FAMILIES or source in ALIASES:
-        return True
-    _refuse_misspelt(os.fspath(source))
-    return False
-
-
-def is_convolutional(source: str | Path) -> bool:
-    """Whether a model type, or the config of a folder or Hub id, is of a convolutional network.
-
-    False where there is none: what is wrong with it is told when it is loaded.
-    """
-    model_type = str(source)
-    if source not in FAMILIES and source not in ALIASES:
-        try:
-            model_type = str(read_json(Source(source).file("config.json")).get("model_type"))
-        except (OSError, ValueError):
-            return False
-    family = FAMILIES.get(ALIASES.get(model_type, model_type))
-    return family is not None and family.convolutional
-
-
-def _refuse_misspelt(name: str) -> None:
-    """Said here, or "vitt" would be told of as a parent on the Hub, and its overrides be refused as a checkpoint's."""
-    if "/" in name or os.path.exists(os.path.expanduser(name)):
-        return
-    import huggingface_hub
-    from huggingface_hub import constants, errors
-
-    if (Path(constants.HF_HUB_CACHE) / f"models--{name}").is_dir():
-        return
-    place = "in the Hub's cache (HF_HUB_OFFLINE is set)"
-    if not constants.HF_HUB_OFFLINE:
-        place = "on the Hub that this token may read"
-        try:
-            if huggingface_hub.repo_exists(name):
-                return
-        except errors.HFValidationError:  # nothing that could be a repository's name
-            pass
-        except Exception:  # no answer (of whichever transport the client has): loading says what is wrong with the Hub
-            return
-    raise FileNotFoundError(
-        f"{unknown_name('model type', name, [*FAMILIES, *ALIASES])}; {name!r} is no path either (working folder: "
-        f"{Path.cwd()}), and no repository {place}"
-    )
-
-
-def build_encoder(
-    source: str | Path,
-    *,
-    image_size: int | None = None,
-    overrides: dict[str, Any] | None = None,
-    pooler: bool = True,
-) -> VisionEncoder:
-    """An encoder by path, by Hub id, or with random weights by model type.
-
-    Args:
-        source: path or Hub id of an encoder, or a model type such as `"vit"`.
-        image_size: side of the square picture.
-        overrides: config fields of an encoder built here.
-        pooler: False leaves a ViT that is built here without BERT's tanh layer: its pooled vector is then the
-            normalised class token.
-
-    Raises:
-        ValueError: overrides for a checkpoint, or what `build_backbone` or `VisionEncoder.from_pretrained` refuse.
-        FileNotFoundError: a path or Hub id that does not exist.
-    """
-    from mllm_vision.encoder.encoder import VisionEncoder
-
-    if is_model_type(source):
-        backbone, processor = build_backbone(source, image_size=image_size, **(overrides or {}))
-        if not pooler and backbone.config.model_type == "vit":
-            backbone.pooler = None
-        return VisionEncoder.from_backbone(backbone, processor)
-    if overrides:
-        names = ", ".join(sorted(overrides))
-        raise ValueError(
-            f"encoder overrides ({names}) only apply to a model type, not to the checkpoint {str(source)!r}"
-        )
-    return VisionEncoder.from_pretrained(source, image_size=image_size)
 
 
 def build_backbone(
@@ -126,7 +33,7 @@ def build_backbone(
     Args:
         spec: a model type (`"clip_vision_model"`, or short `"clip"`, `"siglip"`, `"vit"`, `"dinov2"`, `"resnet"`...),
             a config as a dict with `model_type`, or the path of a `config.json` (or of the directory that holds it).
-        image_size: side of the square picture.
+        image_size: side of the square image.
         **overrides: fields of the config (`hidden_size`, `num_hidden_layers`, `num_attention_heads`,
             `intermediate_size`, `patch_size`, ...); of a ResNet also `stem="cifar"` (`encoder.stems.set_stem`).
 
@@ -188,7 +95,7 @@ def _initialise_efficientnet(backbone: PreTrainedModel) -> None:
 
 
 def build_processor(config: Any, image_size: int) -> Any:
-    """The image processor of a family at one size. Square pictures are only resized, others as the family does."""
+    """The image processor of a family at one size. Square images are only resized, others as the family does."""
     family = family_of(config)
     # The PIL backend by name: the same pixels with or without torchvision, and a config that loads with either.
     name = family.processor + ("Pil" if hasattr(transformers, family.processor + "Pil") else "")

@@ -14,13 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllm_vision.data.text_length import cut_text
+from mllm_vision.encoder.activations import use_fast_activations
 from mllm_vision.encoder.encoder import VisionEncoder
 from mllm_vision.encoder.families import family_of
 from mllm_vision.encoder.files import Source, read_json
-from mllm_vision.errors import reading
-from mllm_vision.lineage import check_lineage, hash_weights
-from mllm_vision.modules.activations import use_fast_activations
-from mllm_vision.modules.text import (
+from mllm_vision.encoder.text.towers import (
     CLIP_TEXT,
     POOLINGS,
     SIGLIP_TEXT,
@@ -31,6 +29,8 @@ from mllm_vision.modules.text import (
     prepare_tokenizer,
     text_positions,
 )
+from mllm_vision.errors import reading
+from mllm_vision.hub.lineage import check_lineage, hash_weights
 
 COMPOSITE = "mllm_vision_dual"
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
@@ -45,11 +45,11 @@ class DualEncoder(nn.Module):
 
     Args:
         vision: the image tower; its pooled vector is what gets projected.
-        text: a transformers text model (see `modules.text.build_text_tower`).
-        tokenizer: the tokenizer prepared for it (see `modules.text.prepare_tokenizer`).
+        text: a transformers text model (see `encoder.text.towers.build_text_tower`).
+        tokenizer: the tokenizer prepared for it (see `encoder.text.towers.prepare_tokenizer`).
         embed_dim: width E of the shared space. Two SigLIP towers share the image tower's width without
             projections; for them leave it out or give that width.
-        pooling: "pooler", "mean" or "last" (`modules.text.pool_text`); by default what the tower has.
+        pooling: "pooler", "mean" or "last" (`encoder.text.towers.pool_text`); by default what the tower has.
         logit_scale: initial value of the log scale.
         logit_bias: initial bias of the sigmoid loss; `None` for the softmax loss, which has none.
 
@@ -359,9 +359,9 @@ def build_dual(
             image tower and CLIP's for any other.
         tokenizer: path or Hub id; by default the text tower's.
         encoder_overrides, text_overrides: config fields of towers built here.
-        image_size: side of the square picture.
+        image_size: side of the square image.
         embed_dim, logit_bias: see `DualEncoder`.
-        max_text_length: see `modules.text.build_text_tower`.
+        max_text_length: see `encoder.text.towers.build_text_tower`.
 
     Raises:
         ValueError: no tokenizer named, overrides for a checkpoint, or parts that do not fit together.
@@ -369,7 +369,7 @@ def build_dual(
     """
     from transformers import AutoTokenizer
 
-    from mllm_vision.encoder.build import build_encoder
+    from mllm_vision.encoder.sources import build_encoder
 
     vision = build_encoder(encoder, image_size=image_size, overrides=encoder_overrides)
     siglip = vision.config.model_type == "siglip_vision_model"

@@ -21,6 +21,7 @@ from mllm_vision.encoder.features import (
     num_layers,
     resolve_layer,
 )
+from mllm_vision.encoder.loading import carry_lineage, load_tower
 from mllm_vision.encoder.sizes import processor_size, resize_backbone, resize_processor
 
 
@@ -76,7 +77,7 @@ class VisionEncoder(nn.Module):
 
         Raises:
             ValueError: a model that is no vision backbone, an impossible layer, feature or size, or a processor
-                that makes pictures of another size than the backbone takes.
+                that makes images of another size than the backbone takes.
         """
         if processor is None:
             raise ValueError("processor=None: an encoder needs its image processor (see encoder.build_processor)")
@@ -128,8 +129,6 @@ class VisionEncoder(nn.Module):
             ValueError: not a vision model, incomplete weights, weights that differ from what lineage.json says,
                 an impossible layer, feature or size.
         """
-        from mllm_vision.encoder.loading import load_tower
-
         tower = load_tower(path_or_id, revision=revision, token=token, processor=processor, dtype=dtype)
         encoder = cls.from_backbone(
             tower.backbone,
@@ -150,7 +149,7 @@ class VisionEncoder(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Side of the square picture that the processor makes, in pixels."""
+        """Side of the square image that the processor makes, in pixels."""
         return self._image_size
 
     @property
@@ -210,7 +209,7 @@ class VisionEncoder(nn.Module):
             pixel_values: `[B, 3, H, W]` as the processor makes them; another size interpolates the positions.
             pooled: False runs only the layers that `select_layer` needs, and gives `pooled=None`.
             tokens: False leaves out what only the tokens need, and gives `tokens=None`.
-            patch_dropout: share of the patches that training leaves out, drawn for each picture anew; none in
+            patch_dropout: share of the patches that training leaves out, drawn for each image anew; none in
                 evaluation mode (FLIP, `features.drop_patches`).
 
         Returns:
@@ -231,12 +230,12 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Any, *, batch_size: int = 64, feature: str = "tokens", progress: bool = False) -> Tensor:
-        """Encode pictures, in batches, without gradient and in evaluation mode.
+        """Encode images, in batches, without gradient and in evaluation mode.
 
         Args:
             images: PIL images, paths, bytes of image files or arrays [H, W, C] (see `load_image`): a sequence or an
                 array [N, H, W, C]; a single one is a batch of one.
-            batch_size: pictures at a time.
+            batch_size: images at a time.
             feature: `tokens` for `[N, T, D]`, `pooled` for `[N, P]`.
             progress: show a bar.
 
@@ -244,14 +243,14 @@ class VisionEncoder(nn.Module):
             Tensor: on the CPU, in the order of `images`.
 
         Raises:
-            ValueError: unknown `feature`, or a picture that cannot be decoded (`BadImage`).
+            ValueError: unknown `feature`, or an image that cannot be decoded (`BadImage`).
         """
-        from mllm_vision.data.images import load_image
+        from mllm_vision.data.images.transforms import load_image
 
         if feature not in ("tokens", "pooled"):
             raise ValueError(f"feature={feature!r} is unknown; use 'tokens' or 'pooled'")
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is no number of pictures; use 1 or more")
+            raise ValueError(f"batch_size={batch_size} is no number of images; use 1 or more")
         one = isinstance(images, (str, bytes, os.PathLike, dict)) or hasattr(images, "convert")
         one = one or 0 < getattr(images, "ndim", 4) < 4  # an array [H, W] or [H, W, C] is one image, [N, H, W, C] are N
         images = [images] if one else list(images)
@@ -260,8 +259,8 @@ class VisionEncoder(nn.Module):
         try:
             rows = []
             for start in tqdm(range(0, len(images), batch_size), desc="encode", disable=not progress):
-                pictures = [load_image(image) for image in images[start : start + batch_size]]
-                pixel_values = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+                batch = [load_image(image) for image in images[start : start + batch_size]]
+                pixel_values = self.processor(images=batch, return_tensors="pt")["pixel_values"]
                 wanted = feature == "pooled"
                 features = self(pixel_values.to(self.device), pooled=wanted, tokens=not wanted)
                 rows.append((features.pooled if feature == "pooled" else features.tokens).cpu())
@@ -280,8 +279,6 @@ class VisionEncoder(nn.Module):
         whose weights are still those it was loaded with takes its lineage.json and recipe.yaml along. Files are
         written aside and moved in place together: a full disk leaves what was there before.
         """
-        from mllm_vision.encoder.loading import carry_lineage
-
         self._remember_selection()
         target = Path(path)
         if target.exists() and not target.is_dir():
@@ -292,7 +289,7 @@ class VisionEncoder(nn.Module):
             aside = Path(folder)
             self.backbone.save_pretrained(aside)
             self.processor.save_pretrained(aside)
-            carry_lineage(self, aside)
+            carry_lineage(self.lineage, self._source, aside)
             target.mkdir(exist_ok=True)
             # Of the model that was here before: keeping them would lie about the one that comes.
             written = {file.name for file in aside.iterdir()}
@@ -327,8 +324,8 @@ class VisionEncoder(nn.Module):
             PermissionError: the Hub refuses the token.
             ConnectionError: the Hub is out of reach, or the upload broke; nothing of it is visible then.
         """
-        from mllm_vision.encoder.card import find_run
-        from mllm_vision.encoder.hub import push_directory
+        from mllm_vision.hub.card import find_run
+        from mllm_vision.hub.push import push_directory
 
         run = find_run(self._source, self.lineage or {}) if self._source is not None else {}
         with tempfile.TemporaryDirectory() as folder:
@@ -354,9 +351,9 @@ class VisionEncoder(nn.Module):
         if self._probed is None or self._probed[0] != key:
             was_training = self.training
             self.eval()
-            picture = torch.zeros(1, getattr(self.config, "num_channels", 3), *(self.image_size,) * 2)
+            image = torch.zeros(1, getattr(self.config, "num_channels", 3), *(self.image_size,) * 2)
             tokens = extract_features(
-                self.backbone, picture.to(self.device), select_layer=self.select_layer, select_feature="patch"
+                self.backbone, image.to(self.device), select_layer=self.select_layer, select_feature="patch"
             ).tokens
             self.train(was_training)
             self._probed = (key, (tokens.shape[1], tokens.shape[2]))
@@ -364,21 +361,21 @@ class VisionEncoder(nn.Module):
 
 
 def _agreed_size(backbone: PreTrainedModel, processor: Any) -> int:
-    """The picture size that processor and backbone agree on, or ValueError; for patches that are no squares, too."""
+    """The image size that processor and backbone agree on, or ValueError; for patches that are no squares, too."""
     family = family_of(backbone)
     if not family.convolutional:
         _side(backbone.config.patch_size)
     size = processor_size(processor)
     if size is None:
         raise ValueError(
-            f"{type(processor).__name__} does not make square pictures of one size (size={processor.size}, "
+            f"{type(processor).__name__} does not make square images of one size (size={processor.size}, "
             f"crop_size={getattr(processor, 'crop_size', None)}); set both, or pass image_size="
         )
     fixed = family.positions is not None and not family.model_type.startswith("dinov2")
     if fixed and size != _side(backbone.config.image_size):
         own = _side(backbone.config.image_size)
         raise ValueError(
-            f"the image processor makes pictures of {size}, the {family.model_type} takes image_size={own}; "
+            f"the image processor makes images of {size}, the {family.model_type} takes image_size={own}; "
             f"pass image_size={own} or image_size={size} to make both agree"
         )
     return size

@@ -95,7 +95,7 @@ def _pool_vit(model: nn.Module, hidden: Hidden) -> Tensor:
 def _pool_efficientnet(model: nn.Module, hidden: Hidden) -> Tensor:
     encoder = model.encoder
     hidden = encoder.top_activation(encoder.top_bn(encoder.top_conv(hidden)))
-    # The model's own pooler has a fixed window of `hidden_dim` pixels: a global pool for any picture smaller.
+    # The model's own pooler has a fixed window of `hidden_dim` pixels: a global pool for any image smaller.
     return hidden.amax(dim=(2, 3)) if model.config.pooling_type == "max" else hidden.mean(dim=(2, 3))
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from mllm_vision.encoder.clip_layers import is_plain, pooled_layer
 from mllm_vision.encoder.families import Family, family_of, select_tokens
 from mllm_vision.encoder.sizes import check_pixels
-from mllm_vision.modules.clip_layers import is_plain, pooled_layer
 
 CLIP_VISION = "clip_vision_model"
 SELECT_FEATURES = ("patch", "cls_patch", "cls", "pooled")
@@ -92,9 +92,9 @@ def check_patch_dropout(patch_dropout: float, backbone: PreTrainedModel) -> None
 def drop_patches(
     hidden: Tensor, arguments: dict[str, Any], patch_dropout: float, prefix: int
 ) -> tuple[Tensor, dict[str, Any]]:
-    """A random subset of each picture's patches, before the first layer; prefix tokens (class, registers) stay.
+    """A random subset of each image's patches, before the first layer; prefix tokens (class, registers) stay.
 
-    Every picture keeps the same number, `round((1 - patch_dropout) * N)` and at least one, drawn without
+    Every image keeps the same number, `round((1 - patch_dropout) * N)` and at least one, drawn without
     replacement from torch's global generator of the device, so that replaying its state draws the same ones.
 
     Args:
@@ -121,7 +121,7 @@ def drop_patches(
 def pick_patches(
     hidden: Tensor, arguments: dict[str, Any], chosen: Tensor, prefix: int
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The chosen patches of each picture, before the first layer, behind the prefix tokens (class, registers).
+    """The chosen patches of each image, before the first layer, behind the prefix tokens (class, registers).
 
     Args:
         hidden: `[B, prefix + N, D]`, positions already added.
@@ -178,7 +178,7 @@ def extract_features(
         convolutional networks become tokens row by row.
 
     Raises:
-        ValueError: unknown family, layer or feature, or a picture size that the patches do not divide.
+        ValueError: unknown family, layer or feature, or an image size that the patches do not divide.
     """
     family = family_of(backbone)
     if select_layer is None or select_feature is None:

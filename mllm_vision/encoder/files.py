@@ -73,7 +73,7 @@ class Source:
 
     def lineage(self) -> dict[str, Any] | None:
         """What lineage.json says, after its weight hash was checked against the weights."""
-        from mllm_vision.lineage import check_lineage
+        from mllm_vision.hub.lineage import check_lineage
 
         if self.file("lineage.json", optional=True) is None or self.directory is None:
             return None

@@ -7,7 +7,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,9 +18,6 @@ from mllm_vision.encoder.families import COMPOSITES, FAMILIES, accepted_types, f
 from mllm_vision.encoder.files import Source, read_json
 from mllm_vision.encoder.stems import stem_of, with_stem
 from mllm_vision.errors import reading
-
-if TYPE_CHECKING:
-    from mllm_vision.encoder.encoder import VisionEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +58,7 @@ def _load_tower(source: Source, processor: Any, dtype: torch.dtype | str) -> Tow
     if model_type == "siglip2":
         raise ValueError(
             f"{source}: model_type='siglip2' is the NaFlex variant, which takes patches of any aspect instead of "
-            "pictures; use a SigLIP 2 checkpoint of fixed size (their config says model_type='siglip')"
+            "images; use a SigLIP 2 checkpoint of fixed size (their config says model_type='siglip')"
         )
     if model_type not in FAMILIES and model_type not in COMPOSITES:
         raise ValueError(f"{source} is no vision model: model_type={model_type!r}; accepted are {accepted_types()}")
@@ -203,15 +200,15 @@ def _remembered(
     return layer, feature
 
 
-def carry_lineage(encoder: VisionEncoder, directory: Path) -> None:
-    """Copy lineage.json and recipe.yaml next to weights that are still the ones they speak of."""
-    if encoder.lineage is None or encoder._source is None:
+def carry_lineage(lineage: dict[str, Any] | None, source: Path | None, directory: Path) -> None:
+    """Copy lineage.json and recipe.yaml from `source` next to weights that are still the ones they speak of."""
+    if lineage is None or source is None:
         return
-    from mllm_vision.lineage import hash_weights
+    from mllm_vision.hub.lineage import hash_weights
 
-    stated = encoder.lineage.get("weights_sha256")
+    stated = lineage.get("weights_sha256")
     if stated is None or hash_weights(directory) != stated:
         return
     for name in ("lineage.json", "recipe.yaml"):
-        if (encoder._source / name).is_file():
-            shutil.copy2(encoder._source / name, directory / name)
+        if (source / name).is_file():
+            shutil.copy2(source / name, directory / name)

@@ -44,17 +44,17 @@ def masked_patches(backbone: PreTrainedModel, mask: Tensor, token: Tensor) -> It
     """Inside, `backbone` sees `token` where `mask` is True; positions are added to it as to any patch.
 
     Args:
-        mask: bool `[B, N]` for the pictures that pass.
+        mask: bool `[B, N]` for the images that pass.
         token: `[D]`, or with leading ones.
 
     Raises:
-        ValueError: a mask of another number of pictures or patches than pass, or a convolutional network.
+        ValueError: a mask of another number of images or patches than pass, or a convolutional network.
     """
 
     def replace(module: nn.Module, given: Any, output: Tensor) -> Tensor:
         patches = output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
         if patches.shape[:2] != mask.shape:
-            raise ValueError(f"mask must be [B, N] = {list(patches.shape[:2])} for these pictures, got {[*mask.shape]}")
+            raise ValueError(f"mask must be [B, N] = {list(patches.shape[:2])} for these images, got {[*mask.shape]}")
         seen = torch.where(mask[..., None], token.to(patches.dtype).reshape(1, 1, -1), patches)
         return seen.transpose(1, 2).reshape(output.shape) if output.ndim == 4 else seen
 
@@ -72,14 +72,14 @@ def masked_features(
 
     Args:
         pixel_values: `[B, 3, H, W]`.
-        mask: bool `[B, N]`, True where the backbone is to see `token` instead; None for the whole picture.
+        mask: bool `[B, N]`, True where the backbone is to see `token` instead; None for the whole image.
         token: `[D]`; with a mask.
 
     Returns:
         (pooled `[B, P]`, patches `[B, N, D]` without class and register tokens)
 
     Raises:
-        ValueError: a convolutional network, a picture size that the patches do not divide, or a mask that does not
+        ValueError: a convolutional network, an image size that the patches do not divide, or a mask that does not
             fit.
     """
     family = family_of(backbone)

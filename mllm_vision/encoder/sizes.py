@@ -15,7 +15,7 @@ from mllm_vision.encoder.families import Family, _side, family_of
 def check_image_size(image_size: int, patch_size: int | None) -> None:
     """Raises ValueError unless `image_size` is a positive multiple of `patch_size` (if there is one)."""
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
-        raise ValueError(f"image_size={image_size!r} is not a size; give the side of the square picture in pixels")
+        raise ValueError(f"image_size={image_size!r} is not a size; give the side of the square image in pixels")
     if patch_size and image_size % patch_size:
         below, above = image_size // patch_size * patch_size, (image_size // patch_size + 1) * patch_size
         remedy = f"{below} or {above}" if below else f"{above}"
@@ -41,7 +41,7 @@ def check_pixels(pixel_values: Tensor, config: Any, family: Family) -> None:
 
 
 def processor_size(processor: Any) -> int | None:
-    """Side of the square picture an image processor makes; None if it makes pictures of varying size."""
+    """Side of the square image an image processor makes; None if it makes images of varying size."""
     crop, size = getattr(processor, "crop_size", None), getattr(processor, "size", None)
     if getattr(processor, "do_center_crop", False) and crop:
         height, width = _height_width(crop)
@@ -65,9 +65,9 @@ def _height_width(size: Any) -> tuple[Any, Any]:
 
 
 def resize_processor(processor: Any, image_size: int) -> Any:
-    """A copy of an image processor that makes square pictures of `image_size`.
+    """A copy of an image processor that makes square images of `image_size`.
 
-    Resize-then-crop processors keep the ratio between the two, so the same part of the picture is seen.
+    Resize-then-crop processors keep the ratio between the two, so the same part of the image is seen.
     """
     old = processor_size(processor)
     if old == image_size:
@@ -93,7 +93,7 @@ def resize_processor(processor: Any, image_size: int) -> Any:
 
 @torch.no_grad()
 def resize_backbone(backbone: PreTrainedModel, image_size: int) -> PreTrainedModel:
-    """Change a backbone, in place, to take square pictures of `image_size` natively.
+    """Change a backbone, in place, to take square images of `image_size` natively.
 
     A table of learned positions is interpolated once, by the model's own `interpolate_pos_encoding`, and
     `config.image_size` follows, so that the saved checkpoint is an ordinary one of the new size. Rotary positions

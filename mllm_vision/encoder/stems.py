@@ -1,4 +1,4 @@
-"""A ResNet's stem for small pictures, which transformers' ResNet does not have."""
+"""A ResNet's stem for small images, which transformers' ResNet does not have."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def stem_of(config: Any) -> str:
 
 
 def set_stem(backbone: PreTrainedModel, stem: str) -> None:
-    """Gives a ResNet the stem for 32-pixel pictures: a 3x3 convolution of stride 1, and no max-pooling.
+    """Gives a ResNet the stem for 32-pixel images: a 3x3 convolution of stride 1, and no max-pooling.
 
-    The ImageNet stem (7x7 of stride 2, then pooling) shrinks a 32-pixel picture to 8x8 before the first block. The
+    The ImageNet stem (7x7 of stride 2, then pooling) shrinks a 32-pixel image to 8x8 before the first block. The
     config remembers the choice under `mllm_vision.stem`; `VisionEncoder.from_pretrained` restores it. Plain
     transformers has no such stem: it refuses the checkpoint, whose first kernel has another shape.
 

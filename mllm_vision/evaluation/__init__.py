@@ -1,35 +1,25 @@
-"""Evaluators: callables ``(model, step) -> dict`` that say whether an encoder got better, and against
-what.
-"""
+"""Evaluators: callables `(model, step) -> dict` that say whether an encoder got better, and against what."""
 
-from __future__ import annotations
+from mllm_vision.lazy import attach
 
-import importlib
-from typing import Any
-
-_HOMES = {
-    "Evaluation": "base",
-    "Evaluator": "base",
-    "ZeroShot": "zero_shot",
-    "Retrieval": "retrieval",
-    "QuestionAnswering": "question_answering",
-    "LabelledImages": "labelled",
-    "KnnAccuracy": "knn",
-    "LinearProbe": "linear_probe",
-    "ClassifierAccuracy": "classifier",
-    "Geometry": "collapse",
-    "Maps": "maps",
-    "Attention": "attention",
-    "normalize_answer": "answers",
-    "consensus": "answers",
-    "load_model": "models",
-    "reinitialise": "models",
-}
-
-__all__ = [*_HOMES]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names are {', '.join(_HOMES)}")
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "Evaluation": "base",
+        "Evaluator": "base",
+        "ZeroShot": "zero_shot",
+        "Retrieval": "retrieval",
+        "QuestionAnswering": "language.question_answering",
+        "LabelledImages": "labelled.images",
+        "KnnAccuracy": "labelled.knn",
+        "LinearProbe": "labelled.linear_probe",
+        "ClassifierAccuracy": "labelled.classifier",
+        "Geometry": "geometry",
+        "Maps": "maps.maps",
+        "Attention": "maps.attention",
+        "normalize_answer": "language.answers",
+        "consensus": "language.answers",
+        "load_model": "models",
+        "reinitialise": "models",
+    },
+)

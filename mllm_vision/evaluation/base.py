@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mllm_vision.data.sampling import BadRow
+from mllm_vision.data.records.sampling import BadRow
 from mllm_vision.distributed import agree_on_error, all_gather, all_reduce, communication_device, row_counts
 from mllm_vision.functional.precision import full_fp32
 

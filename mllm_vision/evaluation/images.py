@@ -1,4 +1,4 @@
-"""Pictures for evaluators: rows to PIL, and thumbnails small enough for a JSON file."""
+"""Images for evaluators: rows to PIL, and thumbnails small enough for a JSON file."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from mllm_vision.data.forms import tell_of_more_images
-from mllm_vision.data.image_files import first_image
-from mllm_vision.data.images import load_image
-from mllm_vision.data.sampling import BadRow, draw_rows, judge, only_columns
+from mllm_vision.data.images.files import first_image
+from mllm_vision.data.images.transforms import load_image
+from mllm_vision.data.records.forms import tell_of_more_images
+from mllm_vision.data.records.sampling import BadRow, draw_rows, judge, only_columns
 
 __all__ = [
     "as_list",
@@ -106,7 +106,7 @@ def row_image(records: Any, column: str, index: int) -> Any:
 
 
 def data_uri(image: Any, size: int = 96) -> str:
-    """A thumbnail as a ``data:`` URI: PNG for small pictures (exact), JPEG for larger ones."""
+    """A thumbnail as a ``data:`` URI: PNG for small images (exact), JPEG for larger ones."""
     image = image.convert("RGB")
     buffer = io.BytesIO()
     if max(image.size) <= size:
@@ -121,7 +121,7 @@ def data_uri(image: Any, size: int = 96) -> str:
 
 
 def displayed(pixel_values: Any, processor: Any) -> Any:
-    """The preprocessed picture ``[3, H, W]`` back as a PIL picture: exactly what the model sees, crop
+    """The preprocessed image ``[3, H, W]`` back as a PIL image: exactly what the model sees, crop
     included.
     """
     import torch

@@ -1,4 +1,4 @@
-"""Encoding many pictures: read, skip bad ones, share out over the ranks."""
+"""Encoding many images: read, skip bad ones, share out over the ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mllm_vision.data.sampling import BadRow
+from mllm_vision.data.records.sampling import BadRow
 from mllm_vision.distributed import total_over_ranks
 from mllm_vision.evaluation.base import agree_on_error, batches, gather_rows, my_share
 from mllm_vision.evaluation.images import usable_images
@@ -25,20 +25,20 @@ def encode_records(
     batch_size: int,
     refused: dict[Any, BadRow] | None = None,
 ) -> tuple[torch.Tensor, list[int]]:
-    """Encode the pictures of some rows, every rank its share.
+    """Encode the images of some rows, every rank its share.
 
     Args:
-        encode: list of PIL pictures to ``[n, ...]``.
-        records: the rows; ``column`` holds the picture.
+        encode: list of PIL images to ``[n, ...]``.
+        records: the rows; ``column`` holds the image.
         indices: rows wanted.
-        batch_size: pictures read and encoded at once.
+        batch_size: images read and encoded at once.
         refused: row -> why it was left out, is added to.
 
     Returns:
         (features ``[N, ...]`` float32 on the CPU, the row of each one), complete on every rank.
 
     Raises:
-        ValueError: not one picture could be read, or none has finite features.
+        ValueError: not one image could be read, or none has finite features.
     """
     indices = list(indices)
     rows: list[torch.Tensor] = []
@@ -47,9 +47,9 @@ def encode_records(
     read = 0
     try:
         for chunk in batches(my_share(len(indices)), batch_size):
-            pictures, kept = usable_images(records, column, [indices[place] for place in chunk], refused)
-            if pictures:
-                features = encode(pictures).detach().float().cpu()
+            images, kept = usable_images(records, column, [indices[place] for place in chunk], refused)
+            if images:
+                features = encode(images).detach().float().cpu()
                 sound = finite_rows(features, kept, f"column {column!r}")
                 read += len(kept)
                 rows.append(features[sound])
@@ -61,7 +61,7 @@ def encode_records(
     if not found:
         (read,) = total_over_ranks([read])
         raise ValueError(
-            f"none of the {len(indices)} pictures in column {column!r} "
+            f"none of the {len(indices)} images in column {column!r} "
             + ("has finite features; look at the model's weights" if read else "could be read")
         )
     return merged, found
@@ -75,13 +75,13 @@ def finite_rows(features: torch.Tensor, rows: Sequence[int], where: str) -> list
     sound = features.flatten(1).isfinite().all(dim=1).tolist()
     if broken := [row for row, fine in zip(rows, sound, strict=True) if not fine]:
         logger.warning(
-            "%d pictures of %s are left out: their features are not finite (the first is row %d)",
+            "%d images of %s are left out: their features are not finite (the first is row %d)",
             len(broken), where, broken[0],
         )  # fmt: skip
     return [place for place, fine in enumerate(sound) if fine]
 
 
-def encode_pictures(
+def encode_images(
     dual: Any,
     records: Any,
     column: str,

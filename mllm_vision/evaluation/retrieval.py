@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from mllm_vision.data.pairs import captions_of
-from mllm_vision.data.sampling import BadRow, column_values
+from mllm_vision.data.records.sampling import BadRow, column_values
 from mllm_vision.evaluation.base import Evaluation, Evaluator, dual_model, encode_rows, exact_arithmetic, refusal_counts
 from mllm_vision.evaluation.images import check_columns, draw_rows, row_image
-from mllm_vision.evaluation.loading import encode_pictures
+from mllm_vision.evaluation.loading import encode_images
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +66,12 @@ class Retrieval(Evaluator):
         records: rows with an image and one caption or a list of captions.
         columns: roles ``image`` and ``caption`` to column names.
         ks: the K's of R@K.
-        batch_size: pictures encoded at once.
-        captions_each: use at most this many captions a picture (None: all).
-        distinct: leave out pictures whose captions repeat an earlier picture's text.
-        limit: at most this many pictures, drawn at random.
+        batch_size: images encoded at once.
+        captions_each: use at most this many captions an image (None: all).
+        distinct: leave out images whose captions repeat an earlier image's text.
+        limit: at most this many images, drawn at random.
 
-    The same text under two pictures is one and the same query to the model, so every picture that carries it
+    The same text under two images is one and the same query to the model, so every image that carries it
     counts as right (and the reverse); on data without repeated captions this is the standard protocol.
 
     Metrics: ``r1``, ``r5``, ``r10`` (mean of both ways), ``image_to_text_r<k>``, ``text_to_image_r<k>``,
@@ -79,7 +79,7 @@ class Retrieval(Evaluator):
     ``chance``.
 
     Raises:
-        ValueError: missing columns, fewer than two usable pictures.
+        ValueError: missing columns, fewer than two usable images.
     """
 
     primary_metric = "r1"
@@ -119,11 +119,11 @@ class Retrieval(Evaluator):
             self.rows = [rows[place] for place in draw_rows(len(rows), limit)]
         self.captions = {row: captions[row] for row in self.rows}
         if len(self.rows) < 2:
-            raise ValueError(f"Retrieval {name!r} needs two pictures or more; {len(self.rows)} left of {len(records)}")
+            raise ValueError(f"Retrieval {name!r} needs two images or more; {len(self.rows)} left of {len(records)}")
 
     def evaluate(self, model: Any) -> Evaluation:
         dual = dual_model(model)
-        images, kept = encode_pictures(
+        images, kept = encode_images(
             dual, self.records, self.columns["image"], self.rows, self.batch_size, self.refused
         )
         pairs = [(place, text) for place, row in enumerate(kept) for text in self.captions[row]]
@@ -179,7 +179,7 @@ def retrieval_metrics(
     has[owner, text_id] = True  # image carries this text
     positives = has[:, text_id]  # [N, T]
     ranks: dict[str, list[torch.Tensor]] = {"image_to_text": [], "text_to_image": []}
-    for start in range(0, len(images), 1024):  # blocks: 5k pictures x 25k captions need not fit at once
+    for start in range(0, len(images), 1024):  # blocks: 5k images x 25k captions need not fit at once
         block = slice(start, start + 1024)
         ranks["image_to_text"].append(first_hit_ranks(images[block] @ texts.T, positives[block]))
     for start in range(0, len(texts), 1024):

@@ -1,4 +1,4 @@
-"""Zero-shot classification: a picture belongs to the class whose name is nearest to it.
+"""Zero-shot classification: an image belongs to the class whose name is nearest to it.
 
 Source: Radford et al. 2021 (CLIP), section 3.1.4: prompt templates are ensembled in embedding space.
 """
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mllm_vision.data.labels import Labels, column_labels, read_labels
-from mllm_vision.data.sampling import column_values
+from mllm_vision.data.records.labels import Labels, column_labels, read_labels
+from mllm_vision.data.records.sampling import column_values
 from mllm_vision.evaluation.base import Evaluation, Evaluator, dual_model, encode_rows, exact_arithmetic
 from mllm_vision.evaluation.images import check_columns, column_of, data_uri, draw_rows, row_image
-from mllm_vision.evaluation.loading import encode_pictures
+from mllm_vision.evaluation.loading import encode_images
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 CONFUSION_LIMIT = 40  # more classes than this make an unreadable (and long) table
@@ -75,17 +75,17 @@ class ZeroShot(Evaluator):
         class_names: names by label index; None takes them from the label feature (or the strings found).
         templates: prompts with ``{}``; several are ensembled.
         columns: roles ``image`` and ``label`` to column names.
-        batch_size: pictures encoded at once.
+        batch_size: images encoded at once.
         limit: at most so many labelled rows, drawn at random by ``seed``; the classes are those of all rows.
         per_class: also fill ``tables["class"]`` and, for few classes, ``arrays["confusion"]``.
 
-    Rows without a label, or with one that is none (0.5), are left out and told, as are unreadable pictures.
+    Rows without a label, or with one that is none (0.5), are left out and told, as are unreadable images.
 
     Metrics: ``accuracy``, ``top5_accuracy`` (ten classes or more), ``mean_class_accuracy``, ``count``; ``skipped``
     where rows were left out; baselines ``chance`` (one over the classes) and ``most_frequent_class``.
 
     Raises:
-        ValueError: missing columns, labels outside the classes, templates without ``{}``, no usable picture.
+        ValueError: missing columns, labels outside the classes, templates without ``{}``, no usable image.
     """
 
     primary_metric = "accuracy"
@@ -121,7 +121,7 @@ class ZeroShot(Evaluator):
     def evaluate(self, model: Any) -> Evaluation:
         dual = dual_model(model)
         classes = class_embeddings(dual, self.class_names, self.templates)
-        images, kept = encode_pictures(
+        images, kept = encode_images(
             dual, self.records, self.columns["image"], self.rows, self.batch_size, self.refused
         )
         with exact_arithmetic():

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_vision.distributed import all_gather, all_gather_with_grad, row_counts, sum_over_ranks, world_size
+from mllm_vision.functional.engine.tiles import choose_tile, first_row
 from mllm_vision.functional.image_text import at_least_fp32
 from mllm_vision.functional.precision import full_fp32
-from mllm_vision.functional.tiles import choose_tile, first_row
 
 __all__ = ["centred_softmax", "dino_loss", "ibot_loss", "koleo", "negative_cosine", "sinkhorn_knopp"]
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_vision.distributed import Columns, row_counts, sum_over_ranks
+from mllm_vision.functional.engine.sigmoid import sigmoid_losses
+from mllm_vision.functional.engine.softmax import softmax_losses
+from mllm_vision.functional.engine.tiles import Grid, Plan, Relations, choose_tile, find_targets, first_row, related
 from mllm_vision.functional.precision import full_fp32
-from mllm_vision.functional.sigmoid_tiles import sigmoid_losses
-from mllm_vision.functional.softmax_tiles import softmax_losses
-from mllm_vision.functional.tiles import Grid, Plan, Relations, choose_tile, find_targets, first_row, related
 
 __all__ = ["clip_loss", "related", "siglip_loss"]
 

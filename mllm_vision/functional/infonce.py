@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_vision.distributed import Columns, all_gather, all_reduce, mean_gradient, row_counts, sum_over_ranks
+from mllm_vision.functional.engine.softmax import softmax_losses
+from mllm_vision.functional.engine.tiles import Grid, Plan, choose_tile, diagonal, first_row, rolled
 from mllm_vision.functional.image_text import at_least_fp32, full_precision
 from mllm_vision.functional.precision import full_fp32
-from mllm_vision.functional.softmax_tiles import softmax_losses
-from mllm_vision.functional.tiles import Grid, Plan, choose_tile, diagonal, first_row, rolled
 
 __all__ = ["dcl", "info_nce", "mutual_information_bound", "nt_xent", "sup_con"]
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_vision.distributed import all_gather, all_reduce, reduce_scatter, row_counts, sum_over_ranks, world_size
+from mllm_vision.functional.engine.tiles import first_row
 from mllm_vision.functional.image_text import at_least_fp32
 from mllm_vision.functional.precision import full_fp32, wide_dtype
-from mllm_vision.functional.tiles import first_row
 
 __all__ = ["STRATEGIES", "TripletMasks", "Triplets", "batch_triplet", "contrastive", "mine_triplets", "triplet"]
 __all__ += ["triplet_masks"]

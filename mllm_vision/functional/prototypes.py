@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_vision.distributed import Columns, all_gather, all_reduce, rank, row_counts, sum_over_ranks
+from mllm_vision.functional.engine.softmax import softmax_losses
+from mllm_vision.functional.engine.tiles import Grid, Plan, choose_tile, first_row
 from mllm_vision.functional.image_text import at_least_fp32
 from mllm_vision.functional.precision import full_fp32, wide_dtype
-from mllm_vision.functional.softmax_tiles import softmax_losses
-from mllm_vision.functional.tiles import Grid, Plan, choose_tile, first_row
 
 __all__ = ["Clusters", "concentration", "proto_nce", "spherical_kmeans"]
 
@@ -157,7 +157,7 @@ def concentration(
 
     phi = (sum of the distances of the cluster's n rows to its centroid) / (n ln(n + smoothing)). A cluster of one
     row or none gets the largest; then all are clipped to their 10th and 90th percentile and scaled to the mean
-    `temperature`. None is left below a tenth of it: a cluster of copies of one picture has no width at all, and where
+    `temperature`. None is left below a tenth of it: a cluster of copies of one image has no width at all, and where
     clusters are few, the percentiles let it pass.
 
     Args:

@@ -1,4 +1,4 @@
-"""Pictures as patches of pixels, and the error of predicting the masked ones."""
+"""Images as patches of pixels, and the error of predicting the masked ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["masked_reconstruction", "patchify", "unpatchify"]
 
 
 def patchify(pixels: Tensor, patch_size: int) -> Tensor:
-    """Cuts pictures into patches, row by row; within a patch row, column, channel.
+    """Cuts images into patches, row by row; within a patch row, column, channel.
 
     Args:
         pixels: `[B, C, H, W]`.
@@ -21,25 +21,25 @@ def patchify(pixels: Tensor, patch_size: int) -> Tensor:
         `[B, (H / p) (W / p), p p C]`.
 
     Raises:
-        ValueError: a picture that the patches do not divide.
+        ValueError: an image that the patches do not divide.
 
     Example:
         >>> patchify(torch.arange(16.0).view(1, 1, 4, 4), 2)[0, 1].tolist()
         [2.0, 3.0, 6.0, 7.0]
     """
     if pixels.ndim != 4 or patch_size < 1 or pixels.shape[2] % patch_size or pixels.shape[3] % patch_size:
-        raise ValueError(f"pictures {list(pixels.shape)} cannot be cut into patches of {patch_size} pixels")
+        raise ValueError(f"images {list(pixels.shape)} cannot be cut into patches of {patch_size} pixels")
     parts = pixels.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
     return parts.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches: Tensor, patch_size: int, height: int) -> Tensor:
-    """The pictures of their patches: the inverse of `patchify`.
+    """The images of their patches: the inverse of `patchify`.
 
     Args:
         patches: `[B, N, p p C]`.
         patch_size: p.
-        height: H of the pictures, in pixels.
+        height: H of the images, in pixels.
 
     Returns:
         `[B, C, H, W]`.
@@ -54,13 +54,13 @@ def unpatchify(patches: Tensor, patch_size: int, height: int) -> Tensor:
     """
     rows, area = height // patch_size, patch_size * patch_size
     if patches.ndim != 3 or height % patch_size or patches.shape[1] % max(rows, 1) or patches.shape[2] % area:
-        raise ValueError(f"patches {list(patches.shape)} of {patch_size} pixels make no pictures of height {height}")
+        raise ValueError(f"patches {list(patches.shape)} of {patch_size} pixels make no images of height {height}")
     parts = patches.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (rows, -1))
     return parts.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
 def masked_reconstruction(predicted: Tensor, target: Tensor, mask: Tensor, *, normalize: bool = True) -> Tensor:
-    """The mean squared error of each picture over its masked patches; the visible ones do not count.
+    """The mean squared error of each image over its masked patches; the visible ones do not count.
 
     Args:
         predicted: `[B, N, P]`, the predicted pixels of every patch.
@@ -70,7 +70,7 @@ def masked_reconstruction(predicted: Tensor, target: Tensor, mask: Tensor, *, no
             paper found better than the pixels themselves.
 
     Returns:
-        `[B]`, fp32 at least; zero for a picture with nothing hidden. Predicting zeros gives 1 - 1/P with `normalize`.
+        `[B]`, fp32 at least; zero for an image with nothing hidden. Predicting zeros gives 1 - 1/P with `normalize`.
 
     Raises:
         ValueError: shapes that disagree.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch_norm import GlobalBatchNorm1d
+from mllm_vision.modules.batch_norm import GlobalBatchNorm1d
 
 NORMS = (None, "batch", "batch_no_bias", "batch_no_affine")
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}

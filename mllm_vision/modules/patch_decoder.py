@@ -1,4 +1,4 @@
-"""A small transformer that predicts every patch of a picture from the visible ones."""
+"""A small transformer that predicts every patch of an image from the visible ones."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def shuffled(
 ) -> Tensor:
     """`function` of the rows without gradient, after they were dealt anew over ranks and groups; in the old order.
 
-    A key encoder with BatchNorm then sees each picture in other company than the query encoder did, so that the
+    A key encoder with BatchNorm then sees each image in other company than the query encoder did, so that the
     statistics of a group do not give away which key belongs to which query.
 
     Args:

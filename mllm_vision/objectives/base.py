@@ -16,8 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from mllm_vision.encoder.build import is_convolutional
 from mllm_vision.encoder.encoder import VisionEncoder
+from mllm_vision.encoder.sources import is_convolutional
 from mllm_vision.encoder.stems import zero_last_norms
 from mllm_vision.functional.geometry import participation_ratio, spread
 
@@ -213,7 +213,7 @@ class ImageObjective(Objective):
         config: the method's `Config`.
 
     Attributes:
-        views: name of the view policy (data/views.py).
+        views: name of the view policy (data/views/views.py).
         training_defaults: the paper's values of `TrainingArguments` and `OptimizerArguments`; flags and YAML win.
         convolutional_defaults: those that differ with a convolutional network.
         needs_features: whether the trainer passes over the data before each epoch and calls `before_epoch` with
@@ -335,7 +335,7 @@ class ImageObjective(Objective):
         if views.ndim != 5 or views.shape[1] < least:
             raise ValueError(
                 f"{type(self).__name__} needs views [B, V, 3, H, W] with V >= {least}, got {list(views.shape)}; "
-                f"the view policy {self.views!r} makes them (data/views.py)"
+                f"the view policy {self.views!r} makes them (data/views/views.py)"
             )
 
     def epoch_features(self, views: Tensor) -> Tensor:
@@ -386,7 +386,7 @@ class ImageObjective(Objective):
     @staticmethod
     @torch.no_grad()
     def collapse_metrics(**vectors: Tensor) -> dict[str, Tensor]:
-        """`<name>_spread` and `<name>_rank` of `[N, D]` vectors (at most 256 rows), which `training.health` watches."""
+        """`<name>_spread` and `<name>_rank` of `[N, D]` vectors (at most 256 rows), which the health callback reads."""
         found: dict[str, Tensor] = {}
         for name, rows in vectors.items():
             some = rows.detach()[:256]

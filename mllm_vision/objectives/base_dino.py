@@ -23,7 +23,7 @@ ARTIFACTS = ("teacher", "student")
 
 
 @dataclass
-class DinoConfig:
+class DINOConfig:
     """Flags of both methods."""
 
     out_dim: int | None = field(
@@ -52,7 +52,7 @@ class DinoConfig:
     )
 
 
-class DinoObjective(MomentumObjective):
+class DINOObjective(MomentumObjective):
     """A student that sees all crops learns what a teacher says of the global ones.
 
     What a run saves and evaluates is the teacher's encoder, as in the official codes; `artifact="student"` keeps the

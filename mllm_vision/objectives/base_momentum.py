@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mllm_vision.data.counter_random import uniform
 from mllm_vision.distributed import world_size
 from mllm_vision.encoder.encoder import VisionEncoder
 from mllm_vision.functional.infonce import info_nce, mutual_information_bound
+from mllm_vision.functional.random import uniform
 from mllm_vision.modules.batch_norm import GlobalBatchNorm2d
 from mllm_vision.modules.momentum import MomentumTeacher, cosine_momentum
 from mllm_vision.modules.queue import FeatureQueue

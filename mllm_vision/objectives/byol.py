@@ -15,7 +15,7 @@ from mllm_vision.objectives.base import ObjectiveOutput
 from mllm_vision.objectives.base_momentum import MomentumObjective
 
 
-class Byol(MomentumObjective):
+class BYOL(MomentumObjective):
     """Squared distance of unit vectors, 2 - 2 cos, of the prediction of each view to the target of the other, summed.
 
     What keeps it from the constant solution is the predictor and the target without gradient: without either of

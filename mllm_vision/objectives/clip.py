@@ -14,7 +14,7 @@ from mllm_vision.objectives.base import ObjectiveOutput
 from mllm_vision.objectives.image_text import ImageTextObjective, TiledConfig
 
 
-class Clip(ImageTextObjective):
+class CLIP(ImageTextObjective):
     """Symmetric softmax contrast of the images and texts of the whole batch, over all ranks.
 
     Duplicates of a caption or an image within the batch are positives: their targets share the row.

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from mllm_vision.objectives.base_dino import DinoConfig, DinoObjective
+from mllm_vision.objectives.base_dino import DINOConfig, DINOObjective
 
 
-class Dino(DinoObjective):
+class DINO(DINOObjective):
     """Self-distillation over multi-crop views, with a centred and sharpened teacher.
 
     The head is an MLP with GELU to a bottleneck of unit length and weight-normalised prototypes, which stand still for
     the first epoch. The order of a step is the official code's: the loss with the centre as it is, the optimizer,
-    then the centre and the teacher move. See `DinoObjective` for the details.
+    then the centre and the teacher move. See `DINOObjective` for the details.
 
     Args:
         encoder: to train; any backbone (with a ResNet `head_batch_norm` suits).
@@ -42,4 +42,4 @@ class Dino(DinoObjective):
         "max_grad_norm": 3.0,
     }
 
-    Config = DinoConfig
+    Config = DINOConfig

@@ -8,19 +8,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mllm_vision.data.counter_random import uniform
 from mllm_vision.encoder.encoder import VisionEncoder
 from mllm_vision.encoder.masking import mask_token, masked_features, patch_embedding
 from mllm_vision.functional.distillation import ibot_loss, koleo
 from mllm_vision.functional.masking import block_masks, draws_of_blocks, random_masks
+from mllm_vision.functional.random import uniform
 from mllm_vision.modules.momentum import MomentumTeacher
 from mllm_vision.objectives.base import POSITIONS, TOKENS, ObjectiveOutput
-from mllm_vision.objectives.base_dino import DinoConfig, DinoObjective
+from mllm_vision.objectives.base_dino import DINOConfig, DINOObjective
 
 MASKS = 1600  # stream of the masks' random numbers; two for each global crop
 
 
-class DinoV2(DinoObjective):
+class DINOv2(DINOObjective):
     """Half of the global crops lose patches, and the student says what the teacher sees there; DINO beside it.
 
     The loss is DINO's over the image vectors, iBOT's over the masked patches, and 0.1 times KoLeo over the image
@@ -36,7 +36,7 @@ class DinoV2(DinoObjective):
         config: see `Config`.
 
     Raises:
-        ValueError: a convolutional backbone, a probability, ratio or weight out of range, and what `DinoObjective`
+        ValueError: a convolutional backbone, a probability, ratio or weight out of range, and what `DINOObjective`
             refuses.
 
     Reference:
@@ -64,7 +64,7 @@ class DinoV2(DinoObjective):
     also_decays: ClassVar[tuple[str, ...]] = (*TOKENS, *POSITIONS, "last_layer.norm")
 
     @dataclass
-    class Config(DinoConfig):
+    class Config(DINOConfig):
         """Flags of the method, beside DINO's."""
 
         momentum: float = field(default=0.992, metadata={"help": "of the teacher at the start; rises to 1 by a cosine"})
@@ -139,7 +139,7 @@ class DinoV2(DinoObjective):
         """Image vectors, and the masked patches of the global crops.
 
         Args:
-            views: `[B, G, 3, H, W]` global crops of the encoder's picture size.
+            views: `[B, G, 3, H, W]` global crops of the encoder's image size.
             seeds: int64 `[B]`, the key of each row's masks.
             local_views: `[B, L, 3, h, w]`, which only the student sees, whole.
 
@@ -151,8 +151,8 @@ class DinoV2(DinoObjective):
         size = self.encoder.image_size
         if views.ndim != 5 or views.shape[1] < self.least_views or views.shape[-2:] != (size, size):
             raise ValueError(
-                f"DinoV2 needs views [B, V, 3, {size}, {size}] with V >= {self.least_views}, got {list(views.shape)}; "
-                f"the view policy {self.views!r} makes them (data/views.py)"
+                f"DINOv2 needs views [B, V, 3, {size}, {size}] with V >= {self.least_views}, got {list(views.shape)}; "
+                f"the view policy {self.views!r} makes them (data/views/views.py)"
             )
         rows, crops = views.shape[:2]
         mask = self.masks(seeds, crops).flatten(0, 1)
@@ -208,7 +208,7 @@ def _pick(patches: Tensor, places: Tensor) -> Tensor:
     return patches.gather(1, places[..., None].expand(-1, -1, patches.shape[-1]))
 
 
-def _check(config: DinoV2.Config) -> None:
+def _check(config: DINOv2.Config) -> None:
     low, high = config.mask_ratio_min, config.mask_ratio_max
     if not 0 <= low <= high <= 1:
         raise ValueError(

@@ -144,7 +144,7 @@ class ImageTextObjective(Objective):
     def metrics(self, embeddings: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scale, bias, the mean cosine of the pairs, and how the embeddings fill their space.
 
-        What costs nothing and shows trouble early; `training.health.Health` reads it. Spread and rank are those of at
+        What costs nothing and shows trouble early; `callbacks.health.Health` reads it. Spread and rank are those of at
         most 256 rows of this rank, averaged over ranks when logged.
         """
         cosine = F.cosine_similarity(embeddings["image"].float(), embeddings["text"].float(), dim=-1).mean()

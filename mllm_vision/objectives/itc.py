@@ -20,7 +20,7 @@ from mllm_vision.objectives.image_text import ImageTextConfig, ImageTextObjectiv
 MIN_LOGIT_SCALE = 2.0  # the official code keeps the temperature below 0.5
 
 
-class Itc(ImageTextObjective):
+class ITC(ImageTextObjective):
     """Images and texts find the momentum features of one another among the batch of all ranks and a queue.
 
     The targets are a mixture of the true pair (and its duplicates, in the batch and in the queue) and of what the
@@ -199,7 +199,7 @@ class Itc(ImageTextObjective):
         return MIN_LOGIT_SCALE, self.config.max_logit_scale
 
 
-def _read_alpha_share(objective: Itc, _: Any) -> None:
+def _read_alpha_share(objective: ITC, _: Any) -> None:
     objective._alpha_share = float(objective.alpha_share)
 
 

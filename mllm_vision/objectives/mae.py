@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mllm_vision.data.counter_random import uniform
 from mllm_vision.distributed import row_counts, sum_over_ranks
 from mllm_vision.encoder.encoder import VisionEncoder
 from mllm_vision.encoder.families import family_of
 from mllm_vision.encoder.features import final_norm, pick_patches
 from mllm_vision.encoder.positions import fix_positions, sincos_positions
+from mllm_vision.functional.random import uniform
 from mllm_vision.functional.reconstruction import masked_reconstruction, patchify
 from mllm_vision.modules.patch_decoder import PatchDecoder
 from mllm_vision.objectives.base import TOKENS, ImageObjective, ObjectiveOutput
@@ -21,10 +21,10 @@ from mllm_vision.objectives.base import TOKENS, ImageObjective, ObjectiveOutput
 MASKS = 1400  # stream of the masks' random numbers; one more for each view
 
 
-class Mae(ImageObjective):
-    """Masked autoencoding: no pairs, no negatives, an error for each picture.
+class MAE(ImageObjective):
+    """Masked autoencoding: no pairs, no negatives, an error for each image.
 
-    A random set of patches, another for each picture and epoch, goes through the encoder; the others cost nothing
+    A random set of patches, another for each image and epoch, goes through the encoder; the others cost nothing
     there. The decoder gets their places and predicts them, and is thrown away afterwards. The loss is computed row by
     row in `embed`, so accumulation and gradient caching change nothing.
 
@@ -104,17 +104,17 @@ class Mae(ImageObjective):
         )
 
     def embed(self, views: Tensor, seeds: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        """The error of every picture.
+        """The error of every image.
 
         Args:
-            views: `[B, V, 3, H, W]` of the encoder's picture size; V = 1 as a rule.
+            views: `[B, V, 3, H, W]` of the encoder's image size; V = 1 as a rule.
             seeds: `[B]` int64, the key of each row's masks.
 
         Returns:
             `error` `[B]`, the mean over views.
 
         Raises:
-            ValueError: pictures of another size than the encoder's.
+            ValueError: images of another size than the encoder's.
         """
         predicted, target, visible = self.reconstruct(views, seeds)
         mask = torch.ones(target.shape[:2], dtype=torch.bool, device=target.device).scatter(1, visible, False)

@@ -19,7 +19,7 @@ from mllm_vision.objectives.base_momentum import QueueObjective
 logger = logging.getLogger(__name__)
 
 
-class Pcl(QueueObjective):
+class PCL(QueueObjective):
     """MoCo v2 with ProtoNCE: after some epochs a query also finds the prototype of its image's cluster.
 
     Before each of those epochs the momentum encoder passes over the data, as they are, and spherical k-means finds
@@ -118,7 +118,7 @@ class Pcl(QueueObjective):
         return self.epoch + 1e-6 >= self.config.prototype_warmup_epochs
 
     def epoch_features(self, views: Tensor) -> Tensor:
-        """The keys of pictures that are not augmented: `[B, 1, 3, H, W]` to `[B, dim]`."""
+        """The keys of images that are not augmented: `[B, 1, 3, H, W]` to `[B, dim]`."""
         return self._project(self.teacher.module, views)[:, 0]
 
     @torch.no_grad()
@@ -175,5 +175,5 @@ class Pcl(QueueObjective):
         return None if self._clustered else super().chance_loss(batch_size, positives)
 
 
-def _read_clustered(objective: Pcl, _: Any) -> None:
+def _read_clustered(objective: PCL, _: Any) -> None:
     objective._clustered = bool(objective.clustered)

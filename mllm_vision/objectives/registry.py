@@ -9,21 +9,21 @@ from mllm_vision.objectives.base import Objective
 
 _CLASSES = {
     "barlow_twins": "BarlowTwins",
-    "byol": "Byol",
-    "clip": "Clip",
-    "dino": "Dino",
-    "dinov2": "DinoV2",
-    "itc": "Itc",
-    "mae": "Mae",
+    "byol": "BYOL",
+    "clip": "CLIP",
+    "dino": "DINO",
+    "dinov2": "DINOv2",
+    "itc": "ITC",
+    "mae": "MAE",
     "moco_v1": "MoCoV1",
     "moco_v2": "MoCoV2",
     "moco_v3": "MoCoV3",
-    "pcl": "Pcl",
-    "siglip": "SigLip",
-    "simclr": "SimClr",
+    "pcl": "PCL",
+    "siglip": "SigLIP",
+    "simclr": "SimCLR",
     "simsiam": "SimSiam",
     "supcon": "SupCon",
-    "vicreg": "VicReg",
+    "vicreg": "VICReg",
 }
 OBJECTIVES = {name: f"mllm_vision.objectives.{name}:{attribute}" for name, attribute in _CLASSES.items()}
 

@@ -16,7 +16,7 @@ from mllm_vision.objectives.base import ObjectiveOutput
 from mllm_vision.objectives.image_text import ImageTextObjective, TiledConfig
 
 
-class SigLip(ImageTextObjective):
+class SigLIP(ImageTextObjective):
     """Pairwise sigmoid loss over the images and texts of the whole batch, over all ranks.
 
     Duplicates of a caption or an image within the batch are positives (labelled +1).

@@ -15,7 +15,7 @@ from mllm_vision.modules.heads import MLPHead
 from mllm_vision.objectives.base import ImageObjective, ObjectiveOutput
 
 
-class SimClr(ImageObjective):
+class SimCLR(ImageObjective):
     """NT-Xent over the 2N views of the whole batch, over all ranks, behind a projection head.
 
     The head is the official code's: a BatchNorm (of all ranks) after every layer, the last one without bias; the

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mllm_vision.distributed import row_counts
 from mllm_vision.encoder.encoder import VisionEncoder
+from mllm_vision.functional.engine.tiles import first_row
 from mllm_vision.functional.infonce import sup_con
-from mllm_vision.functional.tiles import first_row
 from mllm_vision.modules.heads import MLPHead
 from mllm_vision.objectives.base import ImageObjective, ObjectiveOutput
 

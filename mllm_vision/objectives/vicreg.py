@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mllm_vision.encoder.build import build_encoder
 from mllm_vision.encoder.encoder import VisionEncoder
+from mllm_vision.encoder.sources import build_encoder
 from mllm_vision.encoder.stems import zero_last_norms
 from mllm_vision.functional.redundancy import vicreg_terms
 from mllm_vision.modules.heads import MLPHead
@@ -17,7 +17,7 @@ from mllm_vision.objectives.base import ImageObjective, ObjectiveOutput
 VARIANCE_EPS = 1e-4
 
 
-class VicReg(ImageObjective):
+class VICReg(ImageObjective):
     """Invariance, variance and covariance of the two branches' embeddings, over the batch of all ranks.
 
     Variance and covariance are taken of each branch by itself, so that the branches need nothing in common but the

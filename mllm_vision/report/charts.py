@@ -194,15 +194,15 @@ def _grid(
 
 
 def similarity_matrix(matrix: Sequence[Sequence[float]], captions: Sequence[str], images: Sequence[Any]) -> str:
-    """Texts down, pictures across; the right pairs lie on the diagonal, the best of each row is framed."""
+    """Texts down, images across; the right pairs lie on the diagonal, the best of each row is framed."""
     count = min(len(matrix), len(captions))
     if count < 2:
         return ""
     columns = list(zip(*[row[:count] for row in matrix[:count]]))  # [text][image]
     values = [value for row in columns for value in row if math.isfinite(value)]
     low, high = min(values), max(values)
-    cell, text_width, picture = 34, 330, 34
-    width, height = text_width + cell * count + 4, picture + 8 + cell * count + 4
+    cell, text_width, head = 34, 330, 34
+    width, height = text_width + cell * count + 4, head + 8 + cell * count + 4
     parts = []
     for place, image in enumerate(images[:count]):
         if str(image).startswith("data:image/"):
@@ -212,7 +212,7 @@ def similarity_matrix(matrix: Sequence[Sequence[float]], captions: Sequence[str]
             )
     hits = 0
     for row, (caption, scores) in enumerate(zip(captions, columns)):
-        y = picture + 8 + cell * row
+        y = head + 8 + cell * row
         best = max(range(count), key=lambda place: scores[place])
         hits += best == row
         short = caption if len(caption) <= 52 else caption[:51].rstrip() + "…"
@@ -232,11 +232,11 @@ def similarity_matrix(matrix: Sequence[Sequence[float]], captions: Sequence[str]
                 f"<title>{score:.3f}: {esc(caption)}</title></rect>"
             )
     return (
-        "<figure class=matrix><figcaption>Similarity of pictures and texts</figcaption>"
+        "<figure class=matrix><figcaption>Similarity of images and texts</figcaption>"
         f'<div class=scroll><svg viewBox="0 0 {width} {height}" '
         f'style="min-width:{min(width, 620)}px;max-width:{width}px" '
         f'role="img" aria-label="similarity matrix">{"".join(parts)}</svg></div>'
-        f"<p class=note>Dark is near ({low:.2f} to {high:.2f}). The nearest picture of each text is framed: "
+        f"<p class=note>Dark is near ({low:.2f} to {high:.2f}). The nearest image of each text is framed: "
         f"<b class=right>{hits}</b> of {count} are the right one.</p></figure>"
     )
 
@@ -288,7 +288,7 @@ def pair_grid(cells: Mapping[tuple[str, str], tuple[float, int, bool]]) -> str:
     """Accuracy of classes named by two words: first words down, second across; unseen pairs are framed.
 
     Args:
-        cells: (first word, second word) to (accuracy, pictures, whether the pair was absent from training).
+        cells: (first word, second word) to (accuracy, images, whether the pair was absent from training).
     """
     firsts, seconds = (list(dict.fromkeys(pair[place] for pair in cells)) for place in (0, 1))
     if len(firsts) < 2 or len(seconds) < 2 or len(cells) * 2 < len(firsts) * len(seconds):

@@ -1,4 +1,4 @@
-"""The parts of the page with pictures in them: maps over pictures and sample answers."""
+"""The parts of the page with images in them: maps over images and sample answers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from mllm_vision.report.chain import as_dict, as_list
-from mllm_vision.report.markup import esc, picture, png
+from mllm_vision.report.markup import esc, image, png
 
 
 def veil(grid: Sequence[Sequence[float]]) -> str:
-    """A white veil over what does not matter; where the map is strong, the picture shines through.
+    """A white veil over what does not matter; where the map is strong, the image shines through.
 
     Only what speaks for the text counts (negative values are as unimportant as zero); the strongest square is
     fully clear.
@@ -23,16 +23,16 @@ def veil(grid: Sequence[Sequence[float]]) -> str:
 
 
 def maps_gallery(maps: Any) -> str:
-    """Pictures in rows: the picture as the model sees it, then one veiled copy a text."""
+    """Images in rows: the image as the model sees it, then one veiled copy a text."""
     rows = []
     for entry in as_list(maps):
         entry = as_dict(entry)
         source = entry.get("image", "")
-        base = picture(source, "pixels")
+        base = image(source, "pixels")
         items = [as_dict(item) for item in as_list(entry.get("items"))]
         if not base or not items:
             continue
-        cells = [f"<figure>{base}<figcaption class=muted>picture</figcaption></figure>"]
+        cells = [f"<figure>{base}<figcaption class=muted>image</figcaption></figure>"]
         for item in items:
             grid = as_list(item.get("grid"))
             if not grid or not all(as_list(row) for row in grid):
@@ -48,7 +48,7 @@ def maps_gallery(maps: Any) -> str:
             if empty:
                 text += "<br><span class=muted>no single square matters</span>"
             cells.append(
-                f"<figure><div class=veiled>{base}{picture(veil(grid), 'veil')}</div>"
+                f"<figure><div class=veiled>{base}{image(veil(grid), 'veil')}</div>"
                 f"<figcaption>{text}</figcaption></figure>"
             )
         rows.append(f"<div class=map-row>{''.join(cells)}</div>")
@@ -56,13 +56,13 @@ def maps_gallery(maps: Any) -> str:
         return ""
     return (
         "<p class=note>White covers what does not matter. For a text or an answer, a square counts by how much the "
-        "score falls when that square is painted over in the picture's own ground colour; attention is the last "
+        "score falls when that square is painted over in the image's own ground colour; attention is the last "
         f"layer's, as it is.</p><div class=maps>{''.join(rows)}</div>"
     )
 
 
 def sample_cards(samples: Sequence[dict[str, Any]], most: int = 12) -> str:
-    """Right and wrong answers, each with its picture."""
+    """Right and wrong answers, each with its image."""
     parts = []
     for wanted, title in ((True, "Answered right"), (False, "Answered wrong"), (None, "What it says")):
         chosen = [sample for sample in samples if judged(sample) is wanted][:most]
@@ -102,6 +102,6 @@ def _card(sample: dict[str, Any]) -> str:
     tag = f"<span class=tag>{esc(str(kind).replace('_', ' '))}</span>" if kind else ""
     asked = f"<div class=question>{esc(question)}</div>" if question else ""
     return (
-        f"<div class='card is-{css}'>{picture(sample.get('image', ''), 'pixels')}"
+        f"<div class='card is-{css}'>{image(sample.get('image', ''), 'pixels')}"
         f"<div class=words>{asked}<div>{said}</div>{truth}{tag}</div></div>"
     )

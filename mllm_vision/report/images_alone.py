@@ -8,22 +8,22 @@ from typing import Any
 from mllm_vision.report import charts
 from mllm_vision.report.chain import Stage, as_dict, as_list
 from mllm_vision.report.charts import Line
-from mllm_vision.report.markup import label, picture
+from mllm_vision.report.markup import image, label
 
 TINTS = ("var(--model)", "var(--blind)", "var(--right)", "var(--other)", "var(--wrong)", "var(--untrained)")
 PARTS = ("invariance", "variance", "covariance", "dino", "ibot", "koleo", "info_nce", "proto_nce")
 ENTROPIES = ("teacher_entropy", "prototype_entropy", "divergence")
-ABOUT = "A vision encoder learns from pictures alone: from what stays when one is cropped, coloured or covered."
+ABOUT = "A vision encoder learns from images alone: from what stays when one is cropped, coloured or covered."
 
 
 def from_images_alone(run: dict[str, Any]) -> bool:
-    """Whether the training set of a stage zero had pictures and no captions."""
+    """Whether the training set of a stage zero had images and no captions."""
     columns = as_dict(as_dict(as_dict(run.get("data")).get("train")).get("columns"))
     return run.get("kind") == "stage_zero" and "image" in columns and "caption" not in columns
 
 
 def collapse(series: dict[str, list[tuple[float, float]]]) -> list[str]:
-    """Charts of spread and directions, which fall when all pictures become alike; `series` by logged name."""
+    """Charts of spread and directions, which fall when all images become alike; `series` by logged name."""
     drawn = []
     for ending, title in (
         ("_spread", "Spread: 1 evenly on the sphere, 0 all alike"),
@@ -45,13 +45,13 @@ def parts(series: dict[str, list[tuple[float, float]]]) -> list[str]:
 
 
 def views(stage: Stage) -> str:
-    """Pictures, each beside the random views that the method compared."""
+    """Images, each beside the random views that the method compared."""
     rows = []
     for entry in (as_dict(each) for each in as_list(stage.array("views"))):
-        whole = picture(entry.get("image", ""), "pixels")
-        made = [picture(each, "pixels") for each in as_list(entry.get("views"))]
+        whole = image(entry.get("image", ""), "pixels")
+        made = [image(each, "pixels") for each in as_list(entry.get("views"))]
         if whole and any(made):
-            cells = [f"<figure>{whole}<figcaption class=muted>picture</figcaption></figure>"]
+            cells = [f"<figure>{whole}<figcaption class=muted>image</figcaption></figure>"]
             cells += [
                 f"<figure>{each}<figcaption>view {n}</figcaption></figure>" for n, each in enumerate(made, 1) if each
             ]

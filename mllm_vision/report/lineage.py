@@ -1,4 +1,4 @@
-"""The chain as a picture: a box a stage, an arrow wherever one stage's weights became another's parent."""
+"""The chain as an image: a box a stage, an arrow wherever one stage's weights became another's parent."""
 
 from __future__ import annotations
 

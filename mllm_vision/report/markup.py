@@ -28,7 +28,7 @@ NAMES = {
     "untrained": "untrained",
     "untrained_encoder": "untrained encoder",
     "blind": "trained blind",
-    "no_image": "picture removed",
+    "no_image": "image removed",
     "majority": "majority answer",
     "majority_by_type": "majority by type",
     "most_frequent_class": "most frequent class",
@@ -158,7 +158,7 @@ def legend(names: Iterable[str]) -> str:
 
 
 def png(rows: Sequence[Sequence[tuple[int, int, int, int]]]) -> str:
-    """A tiny RGBA picture as a data URI."""
+    """A tiny RGBA image as a data URI."""
     height, width = len(rows), len(rows[0])
     raw = b"".join(b"\0" + bytes(channel for pixel in row for channel in pixel) for row in rows)
 
@@ -170,8 +170,8 @@ def png(rows: Sequence[Sequence[tuple[int, int, int, int]]]) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
 
 
-def picture(source: Any, css: str = "") -> str:
-    """An embedded picture; anything but a data URI is refused, so that the page never reaches out."""
+def image(source: Any, css: str = "") -> str:
+    """An embedded image; anything but a data URI is refused, so that the page never reaches out."""
     source = str(source)
     if not source.startswith("data:image/"):
         return ""

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 # (stage, task, metric, title)
 HEADLINES = (
     ("stage_zero", "zero_shot", "accuracy", "Names what it sees, never taught to"),
-    ("stage_zero", "retrieval", "r1", "Matches pictures and texts, R@1"),
-    ("stage_two", "vqa", "accuracy", "Answers questions about pictures"),
+    ("stage_zero", "retrieval", "r1", "Matches images and texts, R@1"),
+    ("stage_two", "vqa", "accuracy", "Answers questions about images"),
 )
 
 
@@ -75,7 +75,7 @@ def stage_section(stage: Stage) -> str:
         guarded(sections.curves, stage),
         f"<h3>Measured</h3>{evaluated}" if evaluated else "",
         guarded(sections.by_type, stage),
-        guarded(sections.pictures, stage),
+        guarded(sections.images, stage),
         guarded(sections.modules, stage),
         guarded(sections.recipe, stage),
     ]
@@ -114,7 +114,7 @@ def times(chain: Chain) -> str:
 def title_of(chain: Chain) -> str:
     """What the page is about: a chain of stages, or a single training."""
     if len(chain.stages) != 1:
-        return "From pictures to answers"
+        return "From images to answers"
     (stage,) = chain.stages
     return " · ".join(part for part in (stage.title, str(stage.run.get("name") or "")) if part)
 

@@ -29,17 +29,17 @@ from mllm_vision.report.results import COUNTS, baselines_of, numbers, task_of
 SERIES = ("var(--model)", "var(--blind)", "var(--right)", "var(--other)", "var(--wrong)", "var(--untrained)")
 ABLATIONS = ("blind", "untrained_encoder", "untrained")
 ABOUT = {
-    "stage_zero": "A vision encoder learns from pictures and their texts: what belongs together is pulled together, "
+    "stage_zero": "A vision encoder learns from images and their texts: what belongs together is pulled together, "
     "everything else in the batch is pushed apart.",
-    "language_model": "A small language model learns to read and write, from text alone. It has never seen a picture.",
+    "language_model": "A small language model learns to read and write, from text alone. It has never seen an image.",
     "stage_one": "Encoder and language model are frozen; a projector between them learns, from captions, to say in the "
     "language model's terms what the encoder sees.",
-    "stage_two": "The pair learns to answer questions about pictures. Only the assistant's words are learnt from.",
+    "stage_two": "The pair learns to answer questions about images. Only the assistant's words are learnt from.",
 }
 TASKS = {
     "zero_shot": "Zero-shot classification",
     "retrieval": "Retrieval",
-    "vqa": "Questions about pictures",
+    "vqa": "Questions about images",
     "geometry": "Geometry of the embeddings",
     "board": "Geometry of the embeddings",
     "knn": "Nearest neighbours",
@@ -251,7 +251,7 @@ def classes(stage: Stage) -> str:
     return charts.pair_grid(cells)
 
 
-def pictures(stage: Stage) -> str:
+def images(stage: Stage) -> str:
     """Similarity matrix, spectrum, confusion, maps, samples: whatever the evaluation left."""
     matrix = as_dict(stage.array("similarity"))
     similarity = charts.similarity_matrix(
@@ -366,4 +366,4 @@ def recipe(stage: Stage) -> str:
     return f"<div class=folds>{text}</div>" if text else ""
 
 
-__all__ = ["by_type", "curves", "evaluation_tables", "intro", "modules", "percent", "pictures", "recipe"]
+__all__ = ["by_type", "curves", "evaluation_tables", "images", "intro", "modules", "percent", "recipe"]

@@ -1,32 +1,21 @@
-"""Training: recipes parsed from flags and YAML, the run folder with its lineage, and the trainers.
+"""Training: recipes parsed from flags and YAML, the run folder, the trainers, optimizers and checkpoints."""
 
-Names are imported when first used: parsing a recipe does not load the Trainer.
-"""
+from mllm_vision.lazy import attach
 
-from __future__ import annotations
-
-import importlib
-from typing import Any
-
-_HOMES = {
-    "parse_recipe": "recipe",
-    "peek_recipe": "recipe",
-    "recipe_dict": "recipe",
-    "run_recipe": "recipe",
-    "RecipeArguments": "arguments",
-    "Run": "run",
-    "RecipeTrainer": "trainer",
-    "ObjectiveTrainer": "trainer",
-    "parameter_groups": "optimizers",
-    "LARS": "lars",
-    "LAMB": "lamb",
-    "WeightAverage": "ema",
-}
-
-__all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names are {', '.join(_HOMES)}")
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "parse_recipe": "recipe.parser",
+        "peek_recipe": "recipe.parser",
+        "recipe_dict": "recipe.parser",
+        "run_recipe": "recipe.parser",
+        "RecipeArguments": "recipe.arguments",
+        "Run": "recipe.run",
+        "RecipeTrainer": "trainer.recipe_trainer",
+        "ObjectiveTrainer": "trainer.objective_trainer",
+        "parameter_groups": "optim.optimizers",
+        "LARS": "optim.lars",
+        "LAMB": "optim.lamb",
+        "WeightAverage": "callbacks.ema",
+    },
+)

@@ -59,9 +59,9 @@ def build_vlm(
         projector: one of ``list_projectors()``.
         tokenizer: default: the one beside ``llm``; needed when ``llm`` is a model.
         chat_template: a Jinja template with generation marks, set on the processor; None keeps the tokenizer's.
-        image_token: the word that stands for a picture.
+        image_token: the word that stands for an image.
         dtype: of the language model and the projector, when ``llm`` is a path; "auto" keeps the checkpoint's.
-        blind: replace every picture by zeros (an ablation).
+        blind: replace every image by zeros (an ablation).
         token, revision: for a language model on the Hub.
 
     Returns:
@@ -161,7 +161,7 @@ def tower_layout(encoder: VisionEncoder) -> dict[str, Any]:
     name = getattr(config, "model_type", type(encoder.backbone).__name__)
     if feature not in ("patch", "cls_patch"):
         raise ValueError(
-            f"select_feature={feature!r} gives one vector a picture; a language model needs the patch tokens: "
+            f"select_feature={feature!r} gives one vector an image; a language model needs the patch tokens: "
             "load the encoder with select_feature='patch'"
         )
     if not isinstance(encoder.select_layer, int):

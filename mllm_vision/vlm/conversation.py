@@ -21,9 +21,9 @@ from mllm_vision.data import (
     load_records,
     preview_labels,
 )
-from mllm_vision.data.forms import FORMS, image_counts
-from mllm_vision.data.records import UsualSplit
-from mllm_vision.data.sampling import BadRow, judge
+from mllm_vision.data.records.forms import FORMS, image_counts
+from mllm_vision.data.records.records import UsualSplit
+from mllm_vision.data.records.sampling import BadRow, judge
 from mllm_vision.errors import unknown_name
 from mllm_vision.vlm.packing import check_packing
 
@@ -120,7 +120,7 @@ def load_stage_data(
     """Load, bind and tokenise what a stage trains on, for this model and its processor's chat template.
 
     Args:
-        model, processor: from ``build_vlm`` or ``load_vlm``; they say how many tokens a picture takes, how long a
+        model, processor: from ``build_vlm`` or ``load_vlm``; they say how many tokens an image takes, how long a
             sequence may be, and how a conversation is written down.
         dataset_name: file, pattern, folder or Hub id.
         eval_dataset_name: held-out data; None holds rows of the training data out (at most a tenth).
@@ -132,7 +132,7 @@ def load_stage_data(
         max_rows: of the training data; ``eval_rows``: of the held-out data.
         max_length: in tokens, image tokens included; None: what the language model allows, at most 2048.
         on_truncation, max_turns, shuffle_turns: see ``ConversationDataset``.
-        pack_turns: questions on one picture are independent samples, packed as ``PackedConversations`` says.
+        pack_turns: questions on one image are independent samples, packed as ``PackedConversations`` says.
         seed: decides which rows are held out, which caption is drawn and in which order questions come.
         streams: with `streaming`, the training data is read as a stream (`train_records` is the stream then);
             ``max_steps`` says how long where a stream has no end.
@@ -173,7 +173,7 @@ def load_stage_data(
     columns, eval_columns = (
         bind_conversations(each, dict(overrides or {}), forms=forms, tell=each is records) for each in (records, held)
     )
-    # Positions matter to questions and captions: no crops, so training pictures are transformed as all others.
+    # Positions matter to questions and captions: no crops, so training images are transformed as all others.
     transform = ImageTransform(processor.image_processor, train=False)
     options: dict[str, Any] = {
         "num_image_tokens": model.config.image_seq_length,

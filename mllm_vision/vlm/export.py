@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaProcessor
 
-from mllm_vision.data.images import ImageTransform
+from mllm_vision.data.images.transforms import ImageTransform
 from mllm_vision.encoder.files import read_json
 from mllm_vision.errors import nearby, reading
 from mllm_vision.vlm.model import VisionLanguageModel
@@ -91,7 +91,7 @@ def load_vlm(
     pad_left(processor.tokenizer)
     settle_ends(model, processor)
     if model.blind:
-        logger.warning("%s was trained blind: it sees zeros instead of pictures", path)
+        logger.warning("%s was trained blind: it sees zeros instead of images", path)
     return model.eval(), processor
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_vision.distributed import rank
-from mllm_vision.lineage import combined, tensor_digests
+from mllm_vision.hub.lineage import combined, tensor_digests
 from mllm_vision.vlm.model import VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -56,12 +56,12 @@ def freeze(model: VisionLanguageModel, train: Iterable[str] = ("projector",)) ->
 
 
 def _freeze_unused_encoder(model: VisionLanguageModel) -> None:
-    """Freeze the tower's parameters that no gradient reaches, as one blank picture shows."""
+    """Freeze the tower's parameters that no gradient reaches, as one blank image shows."""
     tower = model.model.vision_tower
     learning = [parameter for parameter in tower.parameters() if parameter.requires_grad]
     was_training = model.training
     with torch.enable_grad():
-        total = model.eval().blank_picture()
+        total = model.eval().blank_image()
         gradients = torch.autograd.grad(total, learning, allow_unused=True)
     model.train(was_training)
     for parameter, gradient in zip(learning, gradients, strict=True):

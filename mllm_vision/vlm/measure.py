@@ -11,35 +11,35 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import GenerationConfig
 
-from mllm_vision.data.images import ImageTransform
-from mllm_vision.data.prompts import prompt_ids
-from mllm_vision.data.sampling import BadRow, EpochDataset, OwnRows
+from mllm_vision.data.chat.prompts import prompt_ids
+from mllm_vision.data.images.transforms import ImageTransform
+from mllm_vision.data.records.sampling import BadRow, EpochDataset, OwnRows
 from mllm_vision.distributed import agree_on_error, rank, total_over_ranks, world_size
 from mllm_vision.vlm.tokens import stop_ids
 
 logger = logging.getLogger(__name__)
 INPUTS = ("input_ids", "attention_mask", "position_ids", "labels", "pixel_values")
-PICTURES = ("own", "shuffled", "blank")
+IMAGES = ("own", "shuffled", "blank")
 
 
 @torch.no_grad()
-def supervised_loss(model: Any, batches: Iterable[Mapping[str, Tensor]], pictures: str = "own") -> float:
+def supervised_loss(model: Any, batches: Iterable[Mapping[str, Tensor]], images: str = "own") -> float:
     """Mean loss over all supervised tokens, in nats a token.
 
     Args:
         model: a ``VisionLanguageModel`` (or the peft model around it), already in evaluation mode.
         batches: what ``ConversationCollator`` gives; on several ranks each rank's share of it.
-        pictures: "own"; "shuffled": each text beside the picture of another row of its batch; "blank": zeros.
-            The distance from "own" to "shuffled" is what the model takes from the picture.
+        images: "own"; "shuffled": each text beside the image of another row of its batch; "blank": zeros.
+            The distance from "own" to "shuffled" is what the model takes from the image.
 
     Raises:
-        ValueError: an unknown value of ``pictures``, or not one supervised token.
+        ValueError: an unknown value of ``images``, or not one supervised token.
     """
-    if pictures not in PICTURES:
-        raise ValueError(f"pictures={pictures!r} is none of {', '.join(PICTURES)}")
+    if images not in IMAGES:
+        raise ValueError(f"images={images!r} is none of {', '.join(IMAGES)}")
     sums, error = (0.0, 0), None
     try:
-        sums = _own_loss(model, batches, pictures)
+        sums = _own_loss(model, batches, images)
     except Exception as problem:  # the others would wait for this rank
         error = problem
     agree_on_error(error)
@@ -49,7 +49,7 @@ def supervised_loss(model: Any, batches: Iterable[Mapping[str, Tensor]], picture
     return loss / tokens
 
 
-def _own_loss(model: Any, batches: Iterable[Mapping[str, Tensor]], pictures: str) -> tuple[float, int]:
+def _own_loss(model: Any, batches: Iterable[Mapping[str, Tensor]], images: str) -> tuple[float, int]:
     """(the sum of the loss over this rank's supervised tokens, their number)."""
     device = next(model.parameters()).device
     # summed on the device in double, so that a batch waits for none before it (MPS knows no double)
@@ -58,9 +58,9 @@ def _own_loss(model: Any, batches: Iterable[Mapping[str, Tensor]], pictures: str
     for batch in batches:
         tokens = int((batch["labels"][:, 1:] != -100).sum())  # where the collator made them: on the CPU
         inputs = {name: batch[name].to(device, non_blocking=True) for name in INPUTS if name in batch}
-        if "pixel_values" in inputs and pictures != "own":
+        if "pixel_values" in inputs and images != "own":
             values = inputs["pixel_values"]
-            shuffled = pictures == "shuffled"
+            shuffled = images == "shuffled"
             inputs["pixel_values"] = values.roll(1, dims=0) if shuffled else torch.zeros_like(values)
         if tokens:
             total += model(**inputs).loss.to(kind) * tokens
@@ -69,16 +69,16 @@ def _own_loss(model: Any, batches: Iterable[Mapping[str, Tensor]], pictures: str
 
 
 class HeldOutLoss:
-    """Evaluator: the loss on held-out texts, beside the same texts with another picture and with none.
+    """Evaluator: the loss on held-out texts, beside the same texts with another image and with none.
 
     A callable ``(model, step) -> dict`` for ``RecipeTrainer``: ``loss``, and under ``baselines`` the primary metric
-    with shuffled pictures ("shuffled") and with zeros in their place ("no_image").
+    with shuffled images ("shuffled") and with zeros in their place ("no_image").
 
     Args:
         name: of the evaluator; keys become ``eval_<name>_loss``...
         dataset: what the collator takes, one conversation an item; on several ranks each takes its share.
         collator: a ``ConversationCollator``.
-        batch_size: rows at a time; at least 2, so that pictures can change places.
+        batch_size: rows at a time; at least 2, so that images can change places.
 
     A row that cannot be used (a broken image) is left out and told of once; ``skipped`` is their number.
 
@@ -108,7 +108,7 @@ class HeldOutLoss:
                 yield self.collator(kept)
 
     def __call__(self, model: Any, step: int = 0) -> dict[str, Any]:
-        own, shuffled, blank = (supervised_loss(model, self.batches(), pictures) for pictures in PICTURES)
+        own, shuffled, blank = (supervised_loss(model, self.batches(), images) for images in IMAGES)
         (skipped,) = total_over_ranks([len(self.refused)])
         told = {"skipped": float(skipped)} if skipped else {}
         return {"loss": own, **told, "baselines": {"shuffled": shuffled, "no_image": blank}}
@@ -129,11 +129,11 @@ def answer(
         model: a LLaVA model in evaluation mode.
         processor: its processor, with a chat template.
         messages: the dialogue so far in the ``messages`` format, ending with the user's turn.
-        images: PIL pictures, as many as the messages have image parts.
+        images: PIL images, as many as the messages have image parts.
         max_new_tokens: length limit.
 
     Raises:
-        ValueError: no chat template; more or fewer pictures than image parts; no room for an answer.
+        ValueError: no chat template; more or fewer images than image parts; no room for an answer.
     """
     ids = torch.tensor([prompt_ids(processor, messages)])
     image_token = model.config.image_token_id

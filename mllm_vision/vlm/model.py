@@ -103,7 +103,7 @@ class VisionLanguageBackbone(LlavaModel):
         """Projected tokens of ``pixel_values [n, 3, H, W]``: ``pooler_output`` is a list of n ``[N, D_text]``.
 
         Other layers or another strategy than the config's may be asked for; these, several layers at once,
-        and towers of pictures of varying size take transformers' own (slower) way.
+        and towers of images of varying size take transformers' own (slower) way.
         """
         if settings(self.config).get("blind", False):
             pixel_values = torch.zeros_like(pixel_values)
@@ -132,8 +132,8 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
     """A LLaVA model whose checkpoints plain transformers loads; build one with ``build_vlm`` or ``load_vlm``.
 
     ``config.mllm_vision`` holds what Llava's config has no field for: ``projector`` ("mlp" or "linear"),
-    ``select_feature`` and ``blind`` (every picture is replaced by zeros: the "no image" ablation; plain
-    transformers does not know this key and would look at the pictures).
+    ``select_feature`` and ``blind`` (every image is replaced by zeros: the "no image" ablation; plain
+    transformers does not know this key and would look at the images).
 
     Source: LLaVA (arXiv:2304.08485), LLaVA-1.5 (arXiv:2310.03744).
     """
@@ -154,7 +154,7 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
 
     @property
     def blind(self) -> bool:
-        """Whether pictures are replaced by zeros."""
+        """Whether images are replaced by zeros."""
         return bool(settings(self.config).get("blind", False))
 
     @blind.setter
@@ -213,7 +213,7 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
         """One pass through tower, projector and language model.
 
         Args:
-            input_ids: ``[B, T]``, each picture spelt as ``config.image_seq_length`` image tokens.
+            input_ids: ``[B, T]``, each image spelt as ``config.image_seq_length`` image tokens.
             pixel_values: ``[n_images, 3, H, W]`` in reading order, or None for text only.
             attention_mask: ``[B, T]``, or ``[B, 1, T, T]`` bool as ``ConversationCollator`` gives it for packed rows.
             labels: ``[B, T]``, -100 where nothing is learnt; shifted here. With labels, ``logits`` is
@@ -244,16 +244,16 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
             )
             if value is not None
         }
-        no_pictures = pixel_values is None and mm_encoder_outputs is None and input_ids is not None
-        if labels is not None and no_pictures and (input_ids == self.config.image_token_id).any():
+        no_images = pixel_values is None and mm_encoder_outputs is None and input_ids is not None
+        if labels is not None and no_images and (input_ids == self.config.image_token_id).any():
             raise ValueError(
                 f"input_ids hold {int((input_ids == self.config.image_token_id).sum())} image tokens, but "
-                "pixel_values is None; pass the pictures, or leave the image token out of a text-only batch"
+                "pixel_values is None; pass the images, or leave the image token out of a text-only batch"
             )
-        if self.training and no_pictures:
-            # A batch without pictures still has to run tower and projector: in a sharded or data-parallel run
+        if self.training and no_images:
+            # A batch without images still has to run tower and projector: in a sharded or data-parallel run
             # the other ranks wait for them, and a projector-only run would have no graph at all.
-            inputs_embeds = self.get_input_embeddings()(input_ids) + 0.0 * self.blank_picture()
+            inputs_embeds = self.get_input_embeddings()(input_ids) + 0.0 * self.blank_image()
             input_ids = None
         outputs = self.model(
             input_ids=input_ids,
@@ -302,13 +302,13 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
         dtype = self.get_input_embeddings().weight.dtype
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
-    def blank_picture(self) -> Tensor:
-        """The sum of the projected tokens of one black picture; a scalar."""
+    def blank_image(self) -> Tensor:
+        """The sum of the projected tokens of one black image; a scalar."""
         size = self.config.vision_config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         tower = next(self.model.vision_tower.parameters())
-        picture = tower.new_zeros(1, getattr(self.config.vision_config, "num_channels", 3), height, width)
-        return self.model.get_image_features(picture).pooler_output[0].sum()
+        image = tower.new_zeros(1, getattr(self.config.vision_config, "num_channels", 3), height, width)
+        return self.model.get_image_features(image).pooler_output[0].sum()
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As in transformers; ``config.json`` names LlavaForConditionalGeneration, which can load it too."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_vision.data.collate import IGNORED, ConversationCollator
+from mllm_vision.data.chat.collate import IGNORED, ConversationCollator
 
 _TRIED = 48  # tokens of a conversation in the trial, where no window makes more of them necessary
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mllm_vision.data.chat import ChatTokenizer
-from mllm_vision.data.prompts import chat_template_of, has_marks, prompt_text, tokens_before_answer
-from mllm_vision.data.sampling import BadRow, judge
+from mllm_vision.data.chat.prompts import chat_template_of, has_marks, prompt_text, tokens_before_answer
+from mllm_vision.data.chat.templates import ChatTokenizer
+from mllm_vision.data.records.sampling import BadRow, judge
 from mllm_vision.errors import short
 
 logger = logging.getLogger(__name__)

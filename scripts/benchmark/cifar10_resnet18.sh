@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The published CIFAR-10 protocols, one after the other, on one GPU: a ResNet-18 for 32 px, 200 epochs, kNN at every
-# epoch (k = 200, temperature 0.1). What each should reach stands in the first lines of its config. Two views a picture
+# epoch (k = 200, temperature 0.1). What each should reach stands in the first lines of its config. Two views an image
 # are 3.4e16 operations in 200 epochs: by that estimate, not by a measurement, half an hour to an hour on a GPU that
 # does 10 to 20 TFLOP/s of it.
 #

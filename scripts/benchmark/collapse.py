@@ -4,7 +4,7 @@
 
 Every case trains a small ViT from scratch for some hundred steps (about half a minute each on one core) on CIFAR-10,
 or any two labelled data sets: `--train a.parquet --test b.parquet`. Leaves `collapse.json` with every figure, the
-tables as Markdown on the screen, and the pictures `images/collapse_*.png`. `--claims BYOL DINO` runs some only.
+tables as Markdown on the screen, and the images `images/collapse_*.png`. `--claims BYOL DINO` runs some only.
 `--from_json collapse.json` draws and prints again what was measured before.
 """
 
@@ -139,7 +139,7 @@ def bound_table(records: list[dict[str, float]]) -> str:
 
 
 def draw(report: dict[str, Any], folder: Path) -> None:
-    """The pictures of docs/collapse.md."""
+    """The images of docs/collapse.md."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
 """The cases of collapse.py: methods as they are and with one part taken out, and the short training that tells.
 
-A case trains a small ViT from scratch on pictures that are decoded once, in plain PyTorch, with views made as in any
+A case trains a small ViT from scratch on images that are decoded once, in plain PyTorch, with views made as in any
 training. What a batch's outputs look like is recorded as it goes: `spread` (1 for vectors evenly on the sphere, 0 when
 all are one) and the number of directions they use. At the end kNN says what the encoder's vector h is worth.
 """
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mllm_vision.data.pictures import PictureCollator, PictureDataset
-from mllm_vision.data.records import load_records
-from mllm_vision.data.views import ViewArguments, ViewMaker
-from mllm_vision.encoder.build import build_encoder
-from mllm_vision.evaluation.knn import knn_predict
-from mllm_vision.evaluation.linear_probe import fit_linear, principal_axes
+from mllm_vision.data.images.dataset import ImageCollator, ImageDataset
+from mllm_vision.data.records.records import load_records
+from mllm_vision.data.views.views import ViewArguments, ViewMaker
+from mllm_vision.encoder.sources import build_encoder
+from mllm_vision.evaluation.labelled.knn import knn_predict
+from mllm_vision.evaluation.labelled.linear_probe import fit_linear, principal_axes
 from mllm_vision.objectives.base import ImageObjective
 from mllm_vision.objectives.registry import load_objective
 
@@ -56,8 +56,8 @@ class Case:
     warm_up: float = 0.0
 
 
-class Pictures(NamedTuple):
-    """Decoded pictures `[N, 3, H, W]` uint8, their sizes `[N, 2]` and labels `[N]`."""
+class Images(NamedTuple):
+    """Decoded images `[N, 3, H, W]` uint8, their sizes `[N, 2]` and labels `[N]`."""
 
     pixels: Tensor
     sizes: Tensor
@@ -67,8 +67,8 @@ class Pictures(NamedTuple):
 class Data(NamedTuple):
     """What a case learns from, and what is held out for kNN and probes."""
 
-    train: Pictures
-    test: Pictures
+    train: Images
+    test: Images
 
 
 def no_predictor(objective: Any) -> None:
@@ -174,21 +174,21 @@ def train(
         warm_up.step()
         objective.after_step((step + 1) / steps)
         record = {name: float(value) for name, value in output.metrics.items()}
-        if "prototype_entropy" in record:  # what a teacher's answer says of the picture: 0 in either kind of collapse
+        if "prototype_entropy" in record:  # what a teacher's answer says of the image: 0 in either kind of collapse
             record["information"] = record["prototype_entropy"] - record["teacher_entropy"]
         history.append({"step": step + 1, "loss": float(output.loss.detach())} | record)
     return objective.eval(), history
 
 
 @torch.no_grad()
-def features(objective: ImageObjective, pictures: Pictures) -> Tensor:
-    """`[N, P]`: h of pictures as they are."""
-    pixels = (pictures.pixels.float() / 255 - 0.5) / 0.25
+def features(objective: ImageObjective, images: Images) -> Tensor:
+    """`[N, P]`: h of images as they are."""
+    pixels = (images.pixels.float() / 255 - 0.5) / 0.25
     return torch.cat([objective.epoch_features(part[:, None]) for part in pixels.split(256)])
 
 
 def knn(objective: ImageObjective, data: Data) -> float:
-    """Accuracy of weighted kNN (k = 20) on h, from the training pictures to the test pictures."""
+    """Accuracy of weighted kNN (k = 20) on h, from the training images to the test images."""
     return knn_of(features(objective, data.train), features(objective, data.test), data)
 
 
@@ -211,9 +211,9 @@ def load(train: Path, test: Path, train_rows: int, test_rows: int) -> Data:
     return Data(*(_read(path, rows) for path, rows in ((train, train_rows), (test, test_rows))))
 
 
-def _read(path: Path, rows: int) -> Pictures:
-    dataset = PictureDataset(load_records(path, max_rows=rows))
+def _read(path: Path, rows: int) -> Images:
+    dataset = ImageDataset(load_records(path, max_rows=rows))
     if dataset.labels is None:
         raise ValueError(f"{path} has no label column, which kNN and the probe need")
-    batch = PictureCollator()([dataset[row] for row in range(len(dataset))])
-    return Pictures(batch["pixels"], batch["sizes"], batch["labels"])
+    batch = ImageCollator()([dataset[row] for row in range(len(dataset))])
+    return Images(batch["pixels"], batch["sizes"], batch["labels"])

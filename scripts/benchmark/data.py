@@ -2,11 +2,11 @@
 
     python scripts/benchmark/data.py --data ../shared/data
 
-The JPEGs are mosaics of Flickr8k pictures in quality 90: the texture of photographs in the sizes that data sets of
+The JPEGs are mosaics of Flickr8k images in quality 90: the texture of photographs in the sizes that data sets of
 photographs have. Four ways to make `[B, 3, 224, 224]` of a batch of them, in turn, on one thread:
 
 - stock: decoded by Pillow, then the transformers image processor of CLIP, as every example does;
-- PIL: decoded by Pillow, random crop, bicubic resize, then tensor, division and normalisation picture by picture,
+- PIL: decoded by Pillow, random crop, bicubic resize, then tensor, division and normalisation image by image,
   as the usual stack of transforms does;
 - ours, training: `ImageTransform(train=True)`;
 - ours, evaluation: `ImageTransform`, which gives the stock processor's pixels within one grey level.
@@ -40,23 +40,23 @@ from step import OurStep, build_clip, clip_tokenizer
 from timing import Timing, header, side_by_side, speedup, table
 
 from mllm_vision.data import ImageTransform, load_image
-from mllm_vision.data.image_files import FORMATS
+from mllm_vision.data.images.files import FORMATS
 from mllm_vision.encoder.dual import DualEncoder
 
 SIZES = ((640, 480), (320, 240))
 
 
-def jpegs(pictures: Sequence[Image.Image], size: tuple[int, int], count: int, quality: int) -> list[bytes]:
-    """`count` JPEGs of `size` (width, height), each a mosaic of pictures side by side."""
+def jpegs(images: Sequence[Image.Image], size: tuple[int, int], count: int, quality: int) -> list[bytes]:
+    """`count` JPEGs of `size` (width, height), each a mosaic of images side by side."""
     rng, out = random.Random(0), []
     for _ in range(count):
         canvas, top = Image.new("RGB", size), 0
         while top < size[1]:
             left, below = 0, top
             while left < size[0]:
-                picture = pictures[rng.randrange(len(pictures))]
-                canvas.paste(picture, (left, top))
-                left, below = left + picture.width, max(below, top + picture.height)
+                image = images[rng.randrange(len(images))]
+                canvas.paste(image, (left, top))
+                left, below = left + image.width, max(below, top + image.height)
             top = below
         stream = io.BytesIO()
         canvas.save(stream, "JPEG", quality=quality)
@@ -65,23 +65,23 @@ def jpegs(pictures: Sequence[Image.Image], size: tuple[int, int], count: int, qu
 
 
 def usual_crop(data: bytes, side: int, mean: torch.Tensor, std: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """One picture as the usual transforms make it: a crop of 90 to 100 % of its area, `[3, side, side]`."""
-    picture = Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB")
+    """One image as the usual transforms make it: a crop of 90 to 100 % of its area, `[3, side, side]`."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB")
     for _ in range(10):
-        area = picture.width * picture.height * rng.uniform(0.9, 1.0)
+        area = image.width * image.height * rng.uniform(0.9, 1.0)
         aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
         width, height = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-        if width <= picture.width and height <= picture.height:
+        if width <= image.width and height <= image.height:
             break
     else:
-        width, height = picture.size
-    left, top = rng.randint(0, picture.width - width), rng.randint(0, picture.height - height)
-    picture = picture.crop((left, top, left + width, top + height)).resize((side, side), Image.Resampling.BICUBIC)
-    tensor = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+        width, height = image.size
+    left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+    image = image.crop((left, top, left + width, top + height)).resize((side, side), Image.Resampling.BICUBIC)
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
     return tensor.sub_(mean).div_(std)
 
 
-def decoding(pictures: Sequence[Image.Image], args: argparse.Namespace) -> list[dict[str, Any]]:
+def decoding(images: Sequence[Image.Image], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Images per second of the four ways at each size."""
     from transformers import CLIPImageProcessor
 
@@ -94,7 +94,7 @@ def decoding(pictures: Sequence[Image.Image], args: argparse.Namespace) -> list[
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for size in SIZES:
-        batch, rng = jpegs(pictures, size, args.count, args.quality), random.Random(0)
+        batch, rng = jpegs(images, size, args.count, args.quality), random.Random(0)
         contenders = {
             "stock": lambda batch=batch: processor(
                 images=[Image.open(io.BytesIO(data), formats=FORMATS) for data in batch], return_tensors="pt"
@@ -118,7 +118,7 @@ def decoding(pictures: Sequence[Image.Image], args: argparse.Namespace) -> list[
     return found
 
 
-def waiting(pictures: Sequence[Image.Image], args: argparse.Namespace) -> list[dict[str, Any]]:
+def waiting(images: Sequence[Image.Image], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Of some training steps, the share spent until the loader gave the next batch."""
     from transformers import CLIPImageProcessorPil, CLIPProcessor
 
@@ -130,9 +130,9 @@ def waiting(pictures: Sequence[Image.Image], args: argparse.Namespace) -> list[d
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         dual = DualEncoder.from_pretrained(folder).to(args.device)
-    images = jpegs(pictures, SIZES[0], args.batch_size, args.quality)
+    encoded = jpegs(images, SIZES[0], args.batch_size, args.quality)
     texts = [f"photograph number {number} of a mosaic of other photographs" for number in range(args.batch_size)]
-    rows = [{"image": data, "captions": [text]} for data, text in zip(images, texts)] * (args.steps + 1)
+    rows = [{"image": data, "captions": [text]} for data, text in zip(encoded, texts)] * (args.steps + 1)
     ours = OurStep(dual, rows, [])
     found = []
     for workers in args.workers:
@@ -162,7 +162,7 @@ def show(figures: dict[str, Any]) -> str:
         label = f"{each['size']}, {each['kilobytes']:.0f} kB"
         rows.append([label, each["name"], f"{each['images_per_second']:.0f}", *gains, Timing("", each["seconds"])])
     lines = [
-        f"{figures['machine']}; decoding on one thread, {figures['count']} pictures a time",
+        f"{figures['machine']}; decoding on one thread, {figures['count']} images a time",
         "",
         table(["JPEG", "way", "images/s", "against stock", "against PIL", "time (low to high)"], rows),
     ]
@@ -178,7 +178,7 @@ def show(figures: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with flickr8k_train.parquet")
-    parser.add_argument("--count", type=int, default=32, help="pictures in a batch of the first part")
+    parser.add_argument("--count", type=int, default=32, help="images in a batch of the first part")
     parser.add_argument("--quality", type=int, default=90, help="of the JPEGs")
     parser.add_argument("--rounds", type=int, default=9, help="of the first part")
     parser.add_argument("--steps", type=int, default=4, help="training steps of the second part; 0 leaves it out")
@@ -194,9 +194,9 @@ def main(argv: list[str] | None = None) -> None:
     import pyarrow.parquet as pq
 
     column = pq.read_table(args.data / "flickr8k_train.parquet", columns=["image"])[:256].column("image")
-    pictures = [load_image(row) for row in column.to_pylist()]
-    figures = {"machine": header(), "count": args.count, "decoding": decoding(pictures, args)}
-    figures["waiting"] = waiting(pictures, args) if args.steps else []
+    images = [load_image(row) for row in column.to_pylist()]
+    figures = {"machine": header(), "count": args.count, "decoding": decoding(images, args)}
+    figures["waiting"] = waiting(images, args) if args.steps else []
     print(show(figures))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

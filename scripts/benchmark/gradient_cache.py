@@ -27,7 +27,7 @@ import timing
 
 from mllm_vision.functional.image_text import clip_loss, siglip_loss
 from mllm_vision.objectives.base import ObjectiveOutput
-from mllm_vision.training.gradient_cache import cached_backward
+from mllm_vision.training.trainer.gradient_cache import cached_backward
 
 
 class Pair(nn.Module):
@@ -49,8 +49,8 @@ class Pair(nn.Module):
             "num_attention_heads": max(1, arguments.width // 64),
             "projection_dim": arguments.width,
         }
-        picture = {"image_size": arguments.image_size, "patch_size": arguments.patch_size}
-        self.vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, **picture))
+        image = {"image_size": arguments.image_size, "patch_size": arguments.patch_size}
+        self.vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, **image))
         self.text = CLIPTextModelWithProjection(
             CLIPTextConfig(**sizes, vocab_size=1000, max_position_embeddings=arguments.tokens, eos_token_id=2)
         )

@@ -9,7 +9,7 @@ Plain is the formula as open_clip writes it: for CLIP both matrices of logits an
 -logsigmoid(labels * logits) over all pairs. Features come normalised, as there. The floor is the matrix products
 alone: four of N x N x D for the softmax (scores, scores again, two gradients), three for the sigmoid, in tiles of the
 same shapes, by `torch.mm`; the quick floor takes the route that the losses themselves take, which some processors run
-faster (mllm_vision/functional/products.py). Memory is what a run needs above the features themselves, gradients
+faster (mllm_vision/functional/engine/products.py). Memory is what a run needs above the features themselves, gradients
 included.
 """
 
@@ -114,7 +114,7 @@ class Problem:
         """The products alone, by `torch.mm`, or by the route the losses themselves take."""
         import torch
 
-        from mllm_vision.functional.products import add_product, product
+        from mllm_vision.functional.engine.products import add_product, product
 
         with torch.no_grad():
             image, text = self.image.detach(), self.text.detach()

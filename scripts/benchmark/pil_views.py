@@ -1,6 +1,6 @@
-"""Views as the usual stack of per-image transforms makes them: Pillow picture by picture, then a normalised tensor.
+"""Views as the usual stack of per-image transforms makes them: Pillow image by image, then a normalised tensor.
 
-What torchvision's transforms do on Pillow pictures (`RandomResizedCrop`, `ColorJitter` through `ImageEnhance` and an
+What torchvision's transforms do on Pillow images (`RandomResizedCrop`, `ColorJitter` through `ImageEnhance` and an
 8-bit HSV, `RandomGrayscale`, Pillow's own `GaussianBlur`, `solarize`, `ToTensor`, `Normalize`), without torchvision.
 The rival of scripts/benchmark/views.py, and what tests/data/test_views.py compares pixels with.
 """
@@ -32,8 +32,8 @@ class PilView:
     sigma: float = 0.0
     solarize: bool = False
 
-    def picture(self, image: Image.Image, size: tuple[int, int], resample: str) -> Image.Image:
-        """The view as a Pillow picture of `size` (height, width)."""
+    def apply(self, image: Image.Image, size: tuple[int, int], resample: str) -> Image.Image:
+        """The view as a Pillow image of `size` (height, width)."""
         image = image.crop(self.box).resize(size[::-1], Image.Resampling[resample.upper()])
         if self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -53,7 +53,7 @@ class PilView:
 
 
 def draw_simclr(size: tuple[int, int], rng: random.Random, strength: float = 0.5) -> PilView:
-    """SimCLR's parameters for a picture of `size` (width, height)."""
+    """SimCLR's parameters for an image of `size` (width, height)."""
     width, height = size
     for _ in range(10):
         area = width * height * rng.uniform(0.08, 1.0)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What an encoder that learnt from images alone is worth to a language model: the quickstart's chain with another stage
-# zero. Each method trains the quickstart's tower on the quickstart's pictures, without a word, for as many steps; then
+# zero. Each method trains the quickstart's tower on the quickstart's images, without a word, for as many steps; then
 # the quickstart's own stages one and two, and its test questions.
 #
 #     make quickstart-ablations

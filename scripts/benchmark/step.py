@@ -4,9 +4,9 @@
 
 Three contenders start from the same weights and take turns with the same rows of Flickr8k:
 
-- plain: a loop as one writes it: decoded pictures through `CLIPProcessor`, captions padded to 77 tokens,
+- plain: a loop as one writes it: decoded images through `CLIPProcessor`, captions padded to 77 tokens,
   `CLIPModel`, `torch.optim.AdamW` as it comes;
-- ours: what `recipes/pretrain.py` runs: `PairDataset`, `PairCollator`, the `Clip` objective, fused AdamW;
+- ours: what `recipes/pretrain.py` runs: `PairDataset`, `PairCollator`, the `CLIP` objective, fused AdamW;
 - ours, half: the same with `--patch_dropout 0.5`, which is other mathematics on purpose (FLIP).
 
 Before anything is timed, one batch goes through plain and ours, and loss and gradients must agree. Speed-ups are
@@ -39,8 +39,8 @@ from timing import Timing, header, side_by_side, speedup, table
 
 from mllm_vision.data import ImageTransform, PairCollator, PairDataset, load_records
 from mllm_vision.encoder.dual import DualEncoder
-from mllm_vision.objectives.clip import Clip
-from mllm_vision.training.optimizers import parameter_groups
+from mllm_vision.objectives.clip import CLIP
+from mllm_vision.training.optim.optimizers import parameter_groups
 
 PARTS = ("data", "forward", "loss", "backward", "optimizer")
 ADAMW: dict[str, Any] = {"lr": 5e-4, "betas": (0.9, 0.98), "eps": 1e-6}
@@ -149,7 +149,7 @@ class OurStep:
     def __init__(
         self, dual: DualEncoder, records: Any, batches: Sequence[Sequence[int]], patch_dropout: float = 0.0
     ) -> None:
-        self.objective = Clip(dual, Clip.Config(patch_dropout=patch_dropout)).train()
+        self.objective = CLIP(dual, CLIP.Config(patch_dropout=patch_dropout)).train()
         self.device, self.batches = dual.logit_scale.device, batches
         transform = ImageTransform(dual.vision.processor, train=True)
         self.dataset = PairDataset(records, {"image": "image", "caption": "captions"}, transform=transform)

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from timing import side_by_side
 
-from mllm_vision.data.sampling import BadSamples
-from mllm_vision.data.stream_loader import StreamLoader
-from mllm_vision.data.streams import Stream, StreamDataset
+from mllm_vision.data.records.sampling import BadSamples
+from mllm_vision.data.streams.loader import StreamLoader
+from mllm_vision.data.streams.streams import Stream, StreamDataset
 
 
 class Raw:

@@ -25,7 +25,7 @@ from mllm_vision.data import (
     load_records,
     preview_labels,
 )
-from mllm_vision.data.chat import ChatTokenizer
+from mllm_vision.data.chat.templates import ChatTokenizer
 
 IMAGE = {"type": "image"}
 QA = {"image": "image", "question": "questions", "answer": "answers"}
@@ -38,7 +38,7 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     return image_bytes(random_image())
 
 
@@ -46,10 +46,10 @@ def part(text):
     return {"type": "text", "text": text}
 
 
-def talk(picture, *turns):
+def talk(image, *turns):
     """A LLaVA record: turns alternate between human and gpt."""
     said = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
-    return {"image": picture, "conversations": said}
+    return {"image": image, "conversations": said}
 
 
 def build(records, columns, tokenizer, **options):
@@ -111,15 +111,15 @@ def test_the_prompt_in_use_is_the_beginning_seen_in_training(tokenizer, template
     assert mask[start:].all() and ids[-1] == tokenizer.eos_token_id
 
 
-def test_labels_are_the_answers_and_nothing_else(tokenizer, picture):
-    record = {"image": picture, "questions": ["what colour?", "how many?"], "answers": ["red", "two"]}
+def test_labels_are_the_answers_and_nothing_else(tokenizer, image):
+    record = {"image": image, "questions": ["what colour?", "how many?"], "answers": ["red", "two"]}
     sample = build([record], QA, tokenizer, shuffle_turns=False)[0]
     ids, labels = sample["input_ids"], sample["labels"]
     assert ids.shape == labels.shape and ids.dtype == labels.dtype == np.int64
     assert (ids == tokenizer.convert_tokens_to_ids("<image>")).sum() == 4
     assert ((labels == -100) | (labels == ids)).all()
     assert supervised(sample, tokenizer).split() == ["red</s>", "two</s>"]
-    captioned = [{"image": picture, "captions": "a red circle"}]
+    captioned = [{"image": image, "captions": "a red circle"}]
     plain = build(captioned, {"image": "image", "caption": "captions"}, tokenizer, chat_template="plain")[0]
     bos = tokenizer.bos_token_id
     assert plain["input_ids"][:5].tolist() == [bos, *[tokenizer.convert_tokens_to_ids("<image>")] * 4]
@@ -127,19 +127,19 @@ def test_labels_are_the_answers_and_nothing_else(tokenizer, picture):
     assert supervised(plain, tokenizer) == "a red circle</s>"
 
 
-def test_a_preview_shows_what_is_learnt(tokenizer, picture):
-    dataset = build([talk(picture, "<image>\nwhat colour?", "red")], TALK, tokenizer, chat_template="vicuna")
+def test_a_preview_shows_what_is_learnt(tokenizer, image):
+    dataset = build([talk(image, "<image>\nwhat colour?", "red")], TALK, tokenizer, chat_template="vicuna")
     batch = ConversationCollator(tokenizer, ImageTransform(tiny_image_processor()))([dataset[0]])
     text = preview_labels(batch, tokenizer)
     assert text == "<s>USER: <image>×4\nwhat colour? ASSISTANT:«red</s>»"
 
 
-def test_templates_and_tokenizers_that_cannot_work(tokenizer, picture):
-    records = [talk(picture, "<image>\nq?", "a")]
+def test_templates_and_tokenizers_that_cannot_work(tokenizer, image):
+    records = [talk(image, "<image>\nq?", "a")]
     with pytest.raises(ValueError, match=r"no generation marks.*\{% generation %\}.*'plain', 'vicuna', 'qa'"):
         build(records, TALK, tokenizer, chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    with pytest.raises(ValueError, match="'<picture>' is no token"):
-        build(records, TALK, tokenizer, image_token="<picture>")
+    with pytest.raises(ValueError, match="'<image>' is no token"):
+        build(records, TALK, tokenizer, image_token="<image>")
 
     class Without:
         chat_template = None
@@ -153,15 +153,15 @@ def test_templates_and_tokenizers_that_cannot_work(tokenizer, picture):
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_image_tokens_and_images_must_agree(tokenizer, picture, caplog):
+def test_image_tokens_and_images_must_agree(tokenizer, image, caplog):
     records = [
-        talk(picture, "<image>\nfine?", "yes"),
-        talk(picture, "<image> <image>\nq?", "two marks, one picture"),
-        talk(None, "<image>\nq?", "a mark, no picture"),
-        talk(picture, "q?", "a picture, no mark"),
-        talk([picture, picture], "<image>\nq?", "two pictures, one mark"),
+        talk(image, "<image>\nfine?", "yes"),
+        talk(image, "<image> <image>\nq?", "two marks, one image"),
+        talk(None, "<image>\nq?", "a mark, no image"),
+        talk(image, "q?", "an image, no mark"),
+        talk([image, image], "<image>\nq?", "two images, one mark"),
         talk(None, "hello", "only text"),
-        {"image": picture, "conversations": talk(picture, "<image>\nq?", "what is <image> about")["conversations"]},
+        {"image": image, "conversations": talk(image, "<image>\nq?", "what is <image> about")["conversations"]},
     ]
     with caplog.at_level(logging.WARNING):
         dataset = build(records, TALK, tokenizer)
@@ -172,16 +172,16 @@ def test_image_tokens_and_images_must_agree(tokenizer, picture, caplog):
         dataset.bad_samples.check(0.01)
     assert len(dataset) == 2 and [dataset[i]["index"] for i in range(2)] == [0, 5]
     assert dataset[1]["images"] == [] and len(dataset[0]["images"]) == 1
-    caption = [{"image": picture, "captions": ["an <image> of text", "a dog"]}]
+    caption = [{"image": image, "captions": ["an <image> of text", "a dog"]}]
     kept = build(caption, {"image": "image", "caption": "captions"}, tokenizer)
     for number in range(4):
         kept.set_epoch(number)
         assert supervised(kept[0], tokenizer) == "a dog</s>"
 
 
-def test_truncation_never_cuts_image_tokens(tokenizer, picture):
+def test_truncation_never_cuts_image_tokens(tokenizer, image):
     long = "a red circle on the left " * 20
-    records = [talk(picture, f"{long}\n<image>", "cut in the picture"), talk(picture, "<image>\nq?", long)]
+    records = [talk(image, f"{long}\n<image>", "cut in the image"), talk(image, "<image>\nq?", long)]
     with pytest.raises(
         ValueError, match=r"no conversation of 2 can be used[\s\S]*longer than max_length.*max_length=40"
     ):
@@ -190,7 +190,7 @@ def test_truncation_never_cuts_image_tokens(tokenizer, picture):
     assert len(dataset) == 1 and dataset.refused == {"truncation would cut image tokens": 1}
     sample = dataset[0]
     assert len(sample["input_ids"]) == 40 and (sample["input_ids"] == dataset.chat.image_token_id).sum() == 4
-    unanswered = [talk(picture, f"<image>\n{long}", "never reached"), records[1]]
+    unanswered = [talk(image, f"<image>\n{long}", "never reached"), records[1]]
     assert build(unanswered, TALK, tokenizer, max_length=40, on_truncation="truncate").refused == {
         "truncation leaves no supervised token": 1
     }
@@ -201,19 +201,19 @@ def test_truncation_never_cuts_image_tokens(tokenizer, picture):
         build(records[1:], TALK, tokenizer, max_length=length - 1)
 
 
-def test_samples_without_supervised_words_are_refused(tokenizer, picture):
+def test_samples_without_supervised_words_are_refused(tokenizer, image):
     records = [
-        talk(picture, "<image>\nnobody answers"),
-        talk(picture, "<image>\nq?", "a"),
-        talk(picture, "<image>\nq?", ""),
+        talk(image, "<image>\nnobody answers"),
+        talk(image, "<image>\nq?", "a"),
+        talk(image, "<image>\nq?", ""),
     ]
     dataset = build(records, TALK, tokenizer)
     assert len(dataset) == 1
     assert dataset.refused == {"no supervised token": 1, "a turn of the conversation is empty": 1}
 
 
-def test_impossible_settings(tokenizer, picture):
-    records = [talk(picture, "<image>\nq?", "a")]
+def test_impossible_settings(tokenizer, image):
+    records = [talk(image, "<image>\nq?", "a")]
     for options, message in (
         ({"num_image_tokens": 0}, "num_image_tokens=0"),
         ({"max_length": 4}, "max_length=4 has no room for words beside num_image_tokens=4"),
@@ -225,11 +225,11 @@ def test_impossible_settings(tokenizer, picture):
     with pytest.raises(ValueError, match="0 rows"):
         build([], TALK, tokenizer)
     with pytest.raises(ValueError, match="no conversation found.*columns are: image"):
-        bind_conversations([{"image": picture}])
+        bind_conversations([{"image": image}])
 
 
-def test_a_corrupt_picture_is_replaced_and_counted(tokenizer, picture):
-    records = [talk(picture[:60], "<image>\nq?", "first"), talk(picture, "<image>\nq?", "second")]
+def test_a_corrupt_image_is_replaced_and_counted(tokenizer, image):
+    records = [talk(image[:60], "<image>\nq?", "first"), talk(image, "<image>\nq?", "second")]
     dataset = build(records, TALK, tokenizer)
     assert len(dataset) == 2
     assert supervised(dataset[0], tokenizer) == "second</s>" and dataset.bad_samples.count == 1
@@ -239,10 +239,10 @@ def test_a_corrupt_picture_is_replaced_and_counted(tokenizer, picture):
 # -- drawing, batches, files ------------------------------------------------------------------------------------------
 
 
-def many(picture, n=6, turns=5):
+def many(image, n=6, turns=5):
     return [
         {
-            "image": picture,
+            "image": image,
             "questions": [f"what colour is star {k} of {i}?" for k in range(turns)],
             "answers": [f"{k} of {i}" for k in range(turns)],
         }
@@ -251,8 +251,8 @@ def many(picture, n=6, turns=5):
 
 
 @pytest.mark.parametrize("template, reorders", [("qa", True), ("vicuna", False)])
-def test_questions_come_in_another_order_each_epoch(tokenizer, picture, template, reorders):
-    dataset = build(many(picture), QA, tokenizer, chat_template=template, max_length=1000, seed=4)
+def test_questions_come_in_another_order_each_epoch(tokenizer, image, template, reorders):
+    dataset = build(many(image), QA, tokenizer, chat_template=template, max_length=1000, seed=4)
     assert dataset._reorders is reorders, "cached turns where the template allows it, tokenised anew where not"
 
     def epoch(number):
@@ -275,8 +275,8 @@ def test_questions_come_in_another_order_each_epoch(tokenizer, picture, template
         assert np.array_equal(np.repeat(mask, repeat), sample["labels"] != -100)
 
 
-def test_long_dialogues_are_shared_out_over_samples(tokenizer, picture):
-    dataset = build(many(picture, 4, 5), QA, tokenizer, max_turns=2, max_length=1000)
+def test_long_dialogues_are_shared_out_over_samples(tokenizer, image):
+    dataset = build(many(image, 4, 5), QA, tokenizer, max_turns=2, max_length=1000)
     assert len(dataset) == 12
     for number in range(3):
         dataset.set_epoch(number)
@@ -285,12 +285,12 @@ def test_long_dialogues_are_shared_out_over_samples(tokenizer, picture):
         said = sorted(text.strip() for answer in answers for text in answer.split("</s>") if text.strip())
         assert said == sorted(f"{k} of {i}" for i in range(4) for k in range(5)), "each question once an epoch"
     assert all(len(dataset[i]["images"]) == 1 for i in range(12))
-    fixed = build(many(picture, 1, 3), QA, tokenizer, max_turns=2, max_length=1000, shuffle_turns=False)
+    fixed = build(many(image, 1, 3), QA, tokenizer, max_turns=2, max_length=1000, shuffle_turns=False)
     assert [supervised(fixed[i], tokenizer).split("</s>")[0].strip() for i in range(2)] == ["0 of 0", "2 of 0"]
 
 
-def test_captions_are_drawn_by_epoch(tokenizer, picture):
-    records = [{"image": picture, "captions": [f"caption {k}" for k in range(4)]}] * 3
+def test_captions_are_drawn_by_epoch(tokenizer, image):
+    records = [{"image": image, "captions": [f"caption {k}" for k in range(4)]}] * 3
     dataset = build(records, {"image": "image", "caption": "captions"}, tokenizer, chat_template="plain")
     seen = set()
     for number in range(12):
@@ -299,11 +299,11 @@ def test_captions_are_drawn_by_epoch(tokenizer, picture):
     assert seen == {f"caption {k}</s>" for k in range(4)}
 
 
-def test_batches(tokenizer, picture):
+def test_batches(tokenizer, image):
     other = image_bytes(random_image(9))
     records = [
         talk(None, "only text", "yes"),
-        talk([picture, other], "<image> and <image>\nwhat colour is the star at the left?", "red and blue"),
+        talk([image, other], "<image> and <image>\nwhat colour is the star at the left?", "red and blue"),
         talk(other, "<image>\nq?", "a"),
     ]
     dataset = build(records, TALK, tokenizer)
@@ -311,7 +311,7 @@ def test_batches(tokenizer, picture):
     batch = ConversationCollator(tokenizer, transform)([dataset[i] for i in range(3)])
     assert set(batch) == {"input_ids", "attention_mask", "labels", "pixel_values"}
     assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["labels"].shape
-    assert torch.equal(batch["pixel_values"], transform([picture, other, other])), "in the order of their tokens"
+    assert torch.equal(batch["pixel_values"], transform([image, other, other])), "in the order of their tokens"
     images = (batch["input_ids"] == dataset.chat.image_token_id).sum(1)
     assert images.tolist() == [0, 8, 4]
     padding = batch["attention_mask"] == 0
@@ -341,7 +341,7 @@ def test_which_form_is_bound(tmp_path):
         bind_conversations(records, {"messages": "turns"})
 
 
-def test_inline_pictures_and_nulls_in_arrow(tokenizer, picture):
+def test_inline_images_and_nulls_in_arrow(tokenizer, image):
     from datasets import Dataset
 
     inline = [{"messages": [
@@ -352,7 +352,7 @@ def test_inline_pictures_and_nulls_in_arrow(tokenizer, picture):
     assert len(sample["images"]) == 1 and sample["images"][0].size == (32, 32)
     table = Dataset.from_dict(
         {
-            "image": [{"bytes": picture, "path": None}, None, {"bytes": None, "path": None}],
+            "image": [{"bytes": image, "path": None}, None, {"bytes": None, "path": None}],
             "questions": [["q?"]] * 3,
             "answers": [["a"]] * 3,
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mllm_vision.data.counter_random import uniform
+from mllm_vision.functional.random import uniform
 
 ALL = (1 << 64) - 1
 

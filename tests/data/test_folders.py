@@ -9,9 +9,9 @@ import pytest
 from tiny import image_bytes, random_image, write_pairs_parquet
 
 from mllm_vision.data import load_image, load_records
-from mllm_vision.data.files import LeftOut, braces, find, image_splits, table_splits
-from mllm_vision.data.records import UsualSplit
-from mllm_vision.data.shards import find_shards
+from mllm_vision.data.records.readers.files import LeftOut, braces, find, image_splits, table_splits
+from mllm_vision.data.records.records import UsualSplit
+from mllm_vision.data.streams.shards import find_shards
 
 PNG = image_bytes(random_image(1, 8))
 

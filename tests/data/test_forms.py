@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tiny import image_bytes, random_image, tiny_tokenizer
 
 from mllm_vision.data import ConversationDataset, bind_conversations
-from mllm_vision.data.forms import ConversationForm
-from mllm_vision.data.messages import BadConversation, from_turns, words
-from mllm_vision.data.sampling import judge
+from mllm_vision.data.chat.messages import BadConversation, from_turns, words
+from mllm_vision.data.records.forms import ConversationForm
+from mllm_vision.data.records.sampling import judge
 
-PICTURE = image_bytes(random_image())
+IMAGE = image_bytes(random_image())
 Q, A = "what colour is the star?", "red"
 MARKED = f"<image>\n{Q}"
 
@@ -73,11 +73,11 @@ def supervised(sample, tokenizer):
 
 @pytest.mark.parametrize("name", ONE_CONVERSATION)
 def test_one_conversation_in_every_form_is_one_sample(tokenizer, name):
-    record = {"image": PICTURE, **ONE_CONVERSATION[name]}
-    expected = build([{"image": PICTURE, "question": Q, "answer": A}], tokenizer)[0]
+    record = {"image": IMAGE, **ONE_CONVERSATION[name]}
+    expected = build([{"image": IMAGE, "question": Q, "answer": A}], tokenizer)[0]
     if name == "Alpaca":
-        expected = build([{"image": PICTURE, "question": "what colour\nis the star?", "answer": A}], tokenizer)[0]
-    listed = build([record | {"image": [PICTURE]}], tokenizer)
+        expected = build([{"image": IMAGE, "question": "what colour\nis the star?", "answer": A}], tokenizer)[0]
+    listed = build([record | {"image": [IMAGE]}], tokenizer)
     for dataset in (build([record], tokenizer), build(Dataset.from_list([record]), tokenizer), listed):
         sample = dataset[0]
         assert np.array_equal(sample["input_ids"], expected["input_ids"])
@@ -203,13 +203,13 @@ def test_a_template_that_raises_refuses_that_row_alone(tokenizer, caplog):
 
 def test_odd_values_refuse_their_rows_alone(tokenizer):
     rows = [
-        {"image": PICTURE, "questions": ["a?", "b?"], "answers": ["1", "2"]},
-        {"image": PICTURE, "questions": ["a?", "b?"], "answers": ["1"]},
-        {"image": PICTURE, "questions": [], "answers": []},
-        {"image": PICTURE, "questions": None, "answers": None},
-        {"image": PICTURE, "questions": ["a?"], "answers": [b"\xff"]},
-        {"image": PICTURE, "questions": ["\ud800"], "answers": ["half a pair"]},
-        {"image": [None, PICTURE, {"bytes": None, "path": ""}], "questions": "a?", "answers": 3},
+        {"image": IMAGE, "questions": ["a?", "b?"], "answers": ["1", "2"]},
+        {"image": IMAGE, "questions": ["a?", "b?"], "answers": ["1"]},
+        {"image": IMAGE, "questions": [], "answers": []},
+        {"image": IMAGE, "questions": None, "answers": None},
+        {"image": IMAGE, "questions": ["a?"], "answers": [b"\xff"]},
+        {"image": IMAGE, "questions": ["\ud800"], "answers": ["half a pair"]},
+        {"image": [None, IMAGE, {"bytes": None, "path": ""}], "questions": "a?", "answers": 3},
         {"image": [], "questions": "of no image?", "answers": [4.0]},
     ]
     dataset = build(rows, tokenizer, {"image": "image", "question": "questions", "answer": "answers"})
@@ -233,10 +233,10 @@ def test_images_inside_messages_beside_a_column(tokenizer, caplog):
         return {"image": column, "messages": said}
 
     rows = [
-        row({"type": "image", "image": PICTURE}, {"type": "image"}, column=[other]),
-        row({"type": "image", "image": PICTURE}, column=[other, other]),
-        row({"type": "image", "index": 1}, {"type": "image", "index": 0}, column=[PICTURE, other]),
-        row({"type": "image", "image": PICTURE}, {"type": "image"}),
+        row({"type": "image", "image": IMAGE}, {"type": "image"}, column=[other]),
+        row({"type": "image", "image": IMAGE}, column=[other, other]),
+        row({"type": "image", "index": 1}, {"type": "image", "index": 0}, column=[IMAGE, other]),
+        row({"type": "image", "image": IMAGE}, {"type": "image"}),
     ]
     with caplog.at_level(logging.WARNING):
         dataset = build(rows, tokenizer, {"image": "image", "messages": "messages"})
@@ -260,7 +260,7 @@ def test_long_texts_are_not_read_to_their_end(tokenizer):
     )
     whole = build([{"question": "q", "answer": "star " * 400}], tokenizer, on_truncation="truncate")
     assert np.array_equal(cut[0]["input_ids"], whole[0]["input_ids"]), "the beginning of the whole text"
-    marked = {"image": [PICTURE] * 2, **say("user", "assistant")}
+    marked = {"image": [IMAGE] * 2, **say("user", "assistant")}
     marked["messages"][0]["content"] = f"<image> {long} <image>"
     kept = build([marked, {"image": None, **say("user", "assistant")}], tokenizer, on_truncation="truncate")
     assert kept.refused == {"truncation would cut image tokens": 1}
@@ -269,22 +269,22 @@ def test_long_texts_are_not_read_to_their_end(tokenizer):
 def test_the_plain_template_takes_captions_alone(tokenizer):
     pair = turns("from", "value", said=("human", "gpt"))
     more = turns("from", "value", mark="and?", said=("human", "gpt"))
-    rows = [{"image": PICTURE, "conversations": said} for said in (pair, pair + more)]
+    rows = [{"image": IMAGE, "conversations": said} for said in (pair, pair + more)]
     dataset = build(rows, tokenizer, chat_template="plain")
     assert len(dataset) == 1 and dataset.refused == {"the template 'plain' writes captions only": 1}
     assert supervised(dataset[0], tokenizer) == f"{A}</s>"
     with pytest.raises(
         ValueError, match="template 'plain' writes captions only: the words of 1 questions would be lost"
     ):
-        build([{"image": PICTURE, "question": Q, "answer": A}], tokenizer, chat_template="plain")
-    captions = [{"image": PICTURE, "caption": "a star"}, {"image": None, "caption": "of nothing"}]
+        build([{"image": IMAGE, "question": Q, "answer": A}], tokenizer, chat_template="plain")
+    captions = [{"image": IMAGE, "caption": "a star"}, {"image": None, "caption": "of nothing"}]
     assert build(captions, tokenizer, chat_template="plain").refused == {"the caption has no image": 1}
 
 
 def test_which_columns_are_taken(caplog):
-    text = {"image": PICTURE, "dialogue": "A: hi. B: hello.", "question": "q", "answer": "a"}
+    text = {"image": IMAGE, "dialogue": "A: hi. B: hello.", "question": "q", "answer": "a"}
     assert bind_conversations([text]) == {"image": "image", "question": "question", "answer": "answer"}
-    pretrain = {"image": PICTURE, "conversations": json.dumps(turns("from", "value", said=("human", "gpt")))}
+    pretrain = {"image": IMAGE, "conversations": json.dumps(turns("from", "value", said=("human", "gpt")))}
     forms = [("caption",), ("conversations",)]  # as align.py asks; turns in a JSON text are no caption
     assert bind_conversations([pretrain], forms=forms) == {"image": "image", "conversations": "conversations"}
     both = {"messages": turns("role", "content"), "conversations": turns("from", "value", said=("human", "gpt"))}
@@ -292,7 +292,7 @@ def test_which_columns_are_taken(caplog):
         assert bind_conversations([both]) == {"messages": "messages"}
     assert "not used: 'conversations'" in caplog.text
     with pytest.raises(ValueError, match="no conversation found.*prompt with completion.*columns are: image") as found:
-        bind_conversations([{"image": PICTURE}], {"image": None, "messages": None})
+        bind_conversations([{"image": IMAGE}], {"image": None, "messages": None})
     assert "--messages_column" in str(found.value)
 
 

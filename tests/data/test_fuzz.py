@@ -24,11 +24,11 @@ from mllm_vision.data import (
     BadImage,
     ConversationCollator,
     ConversationDataset,
+    ImageCollator,
+    ImageDataset,
     ImageTransform,
     PairCollator,
     PairDataset,
-    PictureCollator,
-    PictureDataset,
     Stream,
     StreamDataset,
     StreamLoader,
@@ -37,8 +37,8 @@ from mllm_vision.data import (
     load_image,
     load_records,
 )
-from mllm_vision.data.labels import column_labels
-from mllm_vision.data.sampling import BadRow, judge
+from mllm_vision.data.records.labels import column_labels
+from mllm_vision.data.records.sampling import BadRow, judge
 from mllm_vision.evaluation.images import usable_images
 
 EXPECTED = (ValueError, FileNotFoundError)
@@ -196,7 +196,7 @@ def check_images(found: tuple[str, list[dict[str, Any]]]) -> None:
         objective, make_views = simclr()
         for labelled in (False, True):
             try:
-                dataset = PictureDataset(records, decode_size=64, labelled=labelled)
+                dataset = ImageDataset(records, decode_size=64, labelled=labelled)
             except EXPECTED as error:
                 in_words(error)
                 continue
@@ -212,10 +212,10 @@ def check_images(found: tuple[str, list[dict[str, Any]]]) -> None:
                 _, rows = usable_images(records, dataset.columns["image"], range(len(records)), refused)
                 assert rows == [sample["index"] for sample in kept] and len(rows) + len(refused) == len(records)
             if kept and not labelled:
-                batches = [make_views(PictureCollator()(batch)) for batch in pairs_of(kept)]
+                batches = [make_views(ImageCollator()(batch)) for batch in pairs_of(kept)]
                 trained(objective, [{"views": batch["views"]} for batch in batches])
         if not isinstance(source, list):
-            streamed(source, lambda rows: PictureDataset(rows, decode_size=64), PictureCollator())
+            streamed(source, lambda rows: ImageDataset(rows, decode_size=64), ImageCollator())
 
 
 @profile(40)
@@ -301,7 +301,7 @@ def test_folders_of_files(files: dict[tuple[str, str], bytes]) -> None:
             in_words(error)
             return
         assert len(records) + sum(records.left_out.values()) == len(files), records.left_out
-        judged(PictureDataset(records, decode_size=64))
+        judged(ImageDataset(records, decode_size=64))
 
 
 @profile(400)

@@ -13,8 +13,8 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageOps
 
 from mllm_vision.data import BadImage, load_image
-from mllm_vision.data.decoding import _Cost
-from mllm_vision.data.image_files import FORMATS, first_image, image_source, images_of, open_image, orientation_of
+from mllm_vision.data.images.decoding import _Cost
+from mllm_vision.data.images.files import FORMATS, first_image, image_source, images_of, open_image, orientation_of
 from tests.tiny import image_bytes, random_image
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""Decoding and transforming: against the stock image processors, and every broken picture of the list."""
+"""Decoding and transforming: against the stock image processors, and every broken image of the list."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from tiny import image_bytes, random_image, tiny_image_processor
 
-from mllm_vision.data.images import BadImage, ImageTransform, load_image
+from mllm_vision.data.images.transforms import BadImage, ImageTransform, load_image
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    """White noise, half of it saturated: the hardest picture to resize alike."""
+    """White noise, half of it saturated: the hardest image to resize alike."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     pixels[: height // 2] = np.where(pixels[: height // 2] < 128, 0, 255)
     return Image.fromarray(pixels)
@@ -80,7 +80,7 @@ def test_real_photographs_equal_the_processor(data_dir):
     for kind in ("clip", "siglip", "vit"):
         processor = tiny_image_processor(kind, 96)
         transform = ImageTransform(processor)
-        ours = transform([image_bytes(image) for image in images])  # encoded bytes go in as well as pictures
+        ours = transform([image_bytes(image) for image in images])  # encoded bytes go in as well as images
         theirs = processor(images=images, return_tensors="pt")["pixel_values"]
         assert ((ours - theirs) * 255 * 0.3).abs().max() <= 1.01  # 0.3: above every deviation used here
 
@@ -176,11 +176,11 @@ def test_exif_orientation_is_applied_once():
     assert load_image(out).size == (20, 30)
 
 
-def test_broken_pictures_say_what_is_wrong(tmp_path):
+def test_broken_images_say_what_is_wrong(tmp_path):
     good = image_bytes(random_image(0, 64), "JPEG")
     png = image_bytes(random_image(0, 64), "PNG")
     cases = {
-        "cannot be decoded": [good[: len(good) // 2], png[: len(png) // 2], b"not a picture", png[:40] + b"\0" * 40],
+        "cannot be decoded": [good[: len(good) // 2], png[: len(png) // 2], b"not an image", png[:40] + b"\0" * 40],
         "has no bytes": [b"", {"bytes": b"", "path": None}],
         "missing": [None, {"bytes": None, "path": None}],
         "does not exist": [str(tmp_path / "none.jpg"), {"bytes": None, "path": str(tmp_path / "none.jpg")}],
@@ -277,7 +277,7 @@ def test_settings_and_calls_that_cannot_work(stock):
         transform([])
     with pytest.raises(ValueError, match="wrap it in a list"):
         transform(random_image())
-    with pytest.raises(ValueError, match="2 keys for 1 pictures"):
+    with pytest.raises(ValueError, match="2 keys for 1 images"):
         transform([random_image()], keys=[1, 2])
 
 
@@ -292,7 +292,7 @@ def test_large_jpegs_are_decoded_small_in_training_only(stock):
 
 
 def crop_in_full(transform: ImageTransform, data: bytes, key: int) -> torch.Tensor:
-    """The same share of the picture, cut from a full decode with Pillow; `[3, H, W]` in grey levels."""
+    """The same share of the image, cut from a full decode with Pillow; `[3, H, W]` in grey levels."""
     small, full = transform.load(data, key), load_image(data)
     box = np.asarray(transform._random_box(small.size, key)) * (full.width / small.width)
     pixels = np.array(full.resize(transform.size[::-1], Image.Resampling.BICUBIC, box=tuple(box)))
@@ -301,12 +301,12 @@ def crop_in_full(transform: ImageTransform, data: bytes, key: int) -> torch.Tens
 
 def test_the_crop_decides_how_small_a_jpeg_is_decoded(stock):
     """Never so small that the crop would have to be enlarged, and close to a full decode."""
-    picture = image_bytes(random_image(1, (640, 480)), "JPEG")
+    image = image_bytes(random_image(1, (640, 480)), "JPEG")
     for scale, expected in (((0.9, 1.0), {(160, 120)}), ((0.01, 1.0), {(640, 480), (320, 240), (160, 120)})):
         transform = ImageTransform(stock["clip"], train=True, scale=scale)
         seen = set()
         for key in range(60):
-            loaded = transform.load(picture, key)
+            loaded = transform.load(image, key)
             left, top, right, bottom = transform._random_box(loaded.size, key)
             # at the full scale a crop may be smaller than the target; a pixel of it is lost to rounding
             assert loaded.size == (640, 480) or (right - left >= 63 and bottom - top >= 63)
@@ -316,8 +316,8 @@ def test_the_crop_decides_how_small_a_jpeg_is_decoded(stock):
     level = torch.tensor(transform._plan.multiply).view(3, 1, 1)
     offset = torch.tensor(transform._plan.add).view(3, 1, 1)
     for key in range(4):
-        ours = (transform([picture], keys=[key])[0] - offset) / level
-        assert (ours - crop_in_full(transform, picture, key)).abs().mean() < 2.0
+        ours = (transform([image], keys=[key])[0] - offset) / level
+        assert (ours - crop_in_full(transform, image, key)).abs().mean() < 2.0
     png = image_bytes(random_image(1, (640, 480)), "PNG")
     assert transform.load(png, 0).size == (640, 480)
 

@@ -9,8 +9,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from tiny import image_bytes, random_image
 
-from mllm_vision.data import BadRow, PictureDataset, bind_columns, load_records
-from mllm_vision.data.labels import column_labels, label_value, read_labels
+from mllm_vision.data import BadRow, ImageDataset, bind_columns, load_records
+from mllm_vision.data.records.labels import column_labels, label_value, read_labels
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_every_type_of_column_is_bound_by_its_name(kind) -> None:
     values = {"string": ["1", "0", None], "null": [None] * 3}.get(str(kind.dtype), [1, 0, None])
     data = Dataset.from_dict({"image": [image_bytes(random_image(0, 8))] * 3, "target": values}, features=features)
     assert bind_columns(data, ("image", "label"))["label"] == "target"
-    dataset = PictureDataset(data)
+    dataset = ImageDataset(data)
     assert dataset.labels.tolist() == ([-1] * 3 if kind.dtype == "null" else [1, 0, -1])
 
 
@@ -77,7 +77,7 @@ def test_a_table_of_comma_separated_values(tmp_path) -> None:
     for number in range(4):
         random_image(number, 8).save(tmp_path / f"{number}.png")
     (tmp_path / "sums.csv").write_text("image,class\n0.png,2\n1.png,\n2.png,5\n3.png,2\n")
-    dataset = PictureDataset(load_records(tmp_path / "sums.csv"), labelled=True)
+    dataset = ImageDataset(load_records(tmp_path / "sums.csv"), labelled=True)
     assert len(dataset) == 3 and [dataset[index]["label"] for index in range(3)] == [0, 1, 0]
     assert dataset.class_names == ["2", "5"] and [dataset.record_of(index) for index in range(3)] == [0, 2, 3]
 
@@ -87,12 +87,12 @@ def test_partly_labelled_rows(caplog) -> None:
     labels = [0, None, 1, 0.5, None, 1]
     rows = [{"image": image_bytes(random_image(i, 8)), "label": label} for i, label in enumerate(labels)]
     with caplog.at_level(logging.WARNING):
-        dataset = PictureDataset(rows, labelled=True)
+        dataset = ImageDataset(rows, labelled=True)
     assert "4 of the 6 rows have a label" in caplog.text and "row 3: the label is no whole number" in caplog.text
     assert len(dataset) == 4 and {dataset[index]["label"] for index in range(4)} == {0, 1}
     assert dataset.bad_samples.count == 1 and dataset.bad_samples.examples[0].startswith("row 3: the label is no whole")
-    free = PictureDataset(rows)  # where labels are not asked for, none of them is a reason to lose an image
+    free = ImageDataset(rows)  # where labels are not asked for, none of them is a reason to lose an image
     assert [free[index]["label"] for index in range(6)] == [0, -1, 1, -1, -1, 1] and free.bad_samples.count == 0
     for nothing in ([None] * 3, [0.25] * 3):
         with pytest.raises(ValueError, match="none of the 3 rows has a label in column 'label'.*--label_column"):
-            PictureDataset([{"image": b"?", "label": label} for label in nothing], labelled=True)
+            ImageDataset([{"image": b"?", "label": label} for label in nothing], labelled=True)

@@ -6,7 +6,7 @@ import pytest
 from tiny import image_bytes, random_image
 
 from mllm_vision.data import to_messages
-from mllm_vision.data.messages import BadConversation
+from mllm_vision.data.chat.messages import BadConversation
 
 IMAGE = {"type": "image"}
 QA = {"image": "image", "question": "questions", "answer": "answers"}
@@ -14,7 +14,7 @@ TALK = {"image": "image", "conversations": "conversations"}
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     return image_bytes(random_image())
 
 
@@ -22,46 +22,46 @@ def part(text):
     return {"type": "text", "text": text}
 
 
-def talk(picture, *turns):
+def talk(image, *turns):
     """A LLaVA record: turns alternate between human and gpt."""
     said = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
-    return {"image": picture, "conversations": said}
+    return {"image": image, "conversations": said}
 
 
-def test_forms_of_conversation_become_the_same_messages(picture):
+def test_forms_of_conversation_become_the_same_messages(image):
     expected = [
         {"role": "user", "content": [IMAGE, part("what colour?")]},
         {"role": "assistant", "content": "red"},
     ]
-    llava = talk(picture, "<image>\nwhat colour?", "red")
+    llava = talk(image, "<image>\nwhat colour?", "red")
     assert to_messages(llava, TALK) == expected
     as_lists = {
-        "image": picture,
+        "image": image,
         "conversations": {"from": ["human", "gpt"], "value": ["<image>\nwhat colour?", "red"]},
     }
     assert to_messages(as_lists, TALK) == expected
     roles = [{"role": "user", "content": "<image>what colour?"}, {"role": "assistant", "content": "red"}]
-    assert to_messages({"image": picture, "messages": roles}, {"image": "image", "messages": "messages"}) == expected
+    assert to_messages({"image": image, "messages": roles}, {"image": "image", "messages": "messages"}) == expected
     parts = [
         {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": " what colour? "}]},
         {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
     ]
-    assert to_messages({"image": picture, "messages": parts}, {"image": "image", "messages": "messages"}) == expected
-    assert to_messages({"image": picture, "questions": ["what colour?"], "answers": ["red"]}, QA) == expected
-    assert to_messages({"image": picture, "questions": "what colour?", "answers": "red"}, QA) == expected
+    assert to_messages({"image": image, "messages": parts}, {"image": "image", "messages": "messages"}) == expected
+    assert to_messages({"image": image, "questions": ["what colour?"], "answers": ["red"]}, QA) == expected
+    assert to_messages({"image": image, "questions": "what colour?", "answers": "red"}, QA) == expected
 
 
-def test_several_questions_become_one_dialogue(picture):
-    record = {"image": picture, "questions": ["a?", "b?", "c?"], "answers": ["1", "2", "3"]}
+def test_several_questions_become_one_dialogue(image):
+    record = {"image": image, "questions": ["a?", "b?", "c?"], "answers": ["1", "2", "3"]}
     messages = to_messages(record, QA)
     assert [message["role"] for message in messages] == ["user", "assistant"] * 3
     assert messages[0]["content"] == [IMAGE, part("a?")] and messages[2]["content"] == "b?"
     assert [message["content"] for message in messages[1::2]] == ["1", "2", "3"]
 
 
-def test_captions_system_turns_two_pictures_and_answers_by_vote(picture):
+def test_captions_system_turns_two_images_and_answers_by_vote(image):
     columns = {"image": "image", "caption": "captions"}
-    record = {"image": picture, "captions": ["a dog", "", "a cat"]}
+    record = {"image": image, "captions": ["a dog", "", "a cat"]}
     assert to_messages(record, columns)[1]["content"] == "a dog"
     assert to_messages(record, columns, choice=3)[1]["content"] == "a cat", "the empty one is no choice"
     record = {
@@ -69,11 +69,11 @@ def test_captions_system_turns_two_pictures_and_answers_by_vote(picture):
         "conversations": [{"from": "system", "value": "be brief"}, {"from": "human", "value": "hi"}],
     }
     assert to_messages(record, TALK) == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
-    two = talk([picture, picture], "<image>first <image> then\n<image>", "three")
+    two = talk([image, image], "<image>first <image> then\n<image>", "three")
     assert to_messages(two, TALK)[0]["content"] == [IMAGE, part("first"), IMAGE, part("then"), IMAGE]
-    votes = {"image": picture, "questions": "q?", "answers": ["no", "yes", "yes"]}
+    votes = {"image": image, "questions": "q?", "answers": ["no", "yes", "yes"]}
     assert to_messages(votes, QA)[1]["content"] == "yes"
-    vqa = {"image": picture, "questions": "q?", "answers": [{"answer": "2"}, {"answer": "2"}, {"answer": "3"}]}
+    vqa = {"image": image, "questions": "q?", "answers": [{"answer": "2"}, {"answer": "2"}, {"answer": "3"}]}
     assert to_messages(vqa, QA)[1]["content"] == "2"
 
 

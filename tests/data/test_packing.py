@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from mllm_vision.data import ConversationCollator, ConversationDataset, ImageTransform, PackedConversations
-from mllm_vision.data.chat import CHAT_TEMPLATES
+from mllm_vision.data.chat.templates import CHAT_TEMPLATES
 from mllm_vision.encoder import VisionEncoder
 from mllm_vision.vlm import build_vlm
 

@@ -11,7 +11,7 @@ from tiny import image_bytes, labelled_image, random_image, tiny_image_processor
 from torch.utils.data import DataLoader
 
 from mllm_vision.data import BadSamples, ImageTransform, PairCollator, PairDataset, load_records
-from mllm_vision.data.sampling import bytes_id, draw_key, text_id
+from mllm_vision.data.records.sampling import bytes_id, draw_key, text_id
 
 COLUMNS = {"image": "image", "caption": "captions"}
 
@@ -129,7 +129,7 @@ def test_wrong_records_and_columns(tmp_path):
 def test_batches_and_exact_ids(tokenizer):
     data = rows(4, captions=1)
     data[2]["captions"] = data[0]["captions"]  # the same caption
-    data[3]["image"] = data[1]["image"]  # the same picture
+    data[3]["image"] = data[1]["image"]  # the same image
     dataset = PairDataset(data, COLUMNS)
     batch = PairCollator(ImageTransform(tiny_image_processor()), tokenizer, 16)([dataset[i] for i in range(4)])
     assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "caption_ids", "image_ids"}
@@ -144,7 +144,7 @@ def test_batches_and_exact_ids(tokenizer):
     assert text_id("a red circle") == 1934406655020654534
 
 
-def test_ids_of_paths_and_pictures(tmp_path, tokenizer):
+def test_ids_of_paths_and_images(tmp_path, tokenizer):
     image, _, _ = labelled_image(0)
     for name in ("a.png", "copy.png"):
         image.save(tmp_path / name)
@@ -187,7 +187,7 @@ def test_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(tmp_path, tokeni
     """Through the Trainer: captions and crops of the second epoch are the same after a restart inside it."""
     from transformers import Trainer, TrainingArguments
 
-    from mllm_vision.data.sampling import EpochCallback
+    from mllm_vision.data.records.sampling import EpochCallback
 
     class Model(torch.nn.Module):
         def __init__(self):

@@ -10,7 +10,7 @@ import pytest
 from tiny import image_bytes, random_image, write_conversations_jsonl, write_pairs_parquet
 
 from mllm_vision.data import bind_columns, load_image, load_records
-from mllm_vision.data.records import UsualSplit
+from mllm_vision.data.records.records import UsualSplit
 
 
 @pytest.fixture(autouse=True)
@@ -21,13 +21,13 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def picture(path, seed=0):
+def image(path, seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     random_image(seed).save(path)
     return path
 
 
-def test_parquet_keeps_pictures_undecoded(tmp_path):
+def test_parquet_keeps_images_undecoded(tmp_path):
     path = write_pairs_parquet(tmp_path / "train.parquet", 6, captions_each=2)
     records = load_records(str(path))
     assert len(records) == 6
@@ -51,16 +51,16 @@ def test_globs_and_folders_of_splits(tmp_path):
 
 
 def test_jsonl_paths_are_relative_to_the_file_or_the_root(tmp_path):
-    picture(tmp_path / "a" / "pictures" / "0.png")
-    lines = [{"image": "pictures/0.png", "caption": "a dog"}, {"image": None, "caption": "nothing"}]
+    image(tmp_path / "a" / "images" / "0.png")
+    lines = [{"image": "images/0.png", "caption": "a dog"}, {"image": None, "caption": "nothing"}]
     file = tmp_path / "a" / "data.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     records = load_records(file)
-    assert records[0]["image"] == str(tmp_path / "a" / "pictures" / "0.png") and records[1]["image"] is None
+    assert records[0]["image"] == str(tmp_path / "a" / "images" / "0.png") and records[1]["image"] is None
     moved = tmp_path / "b" / "data.jsonl"
     moved.parent.mkdir()
     moved.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
-    with pytest.raises(FileNotFoundError, match=r"'pictures/0.png'.*--image_root"):
+    with pytest.raises(FileNotFoundError, match=r"'images/0.png'.*--image_root"):
         load_records(moved)
     assert load_image(load_records(moved, image_root=tmp_path / "a")[0]["image"]).size == (32, 32)
     with pytest.raises(FileNotFoundError, match="image_root=.* is no folder"):
@@ -68,7 +68,7 @@ def test_jsonl_paths_are_relative_to_the_file_or_the_root(tmp_path):
 
 
 def test_llava_json_with_mixed_rows(tmp_path):
-    picture(tmp_path / "coco" / "1.png")
+    image(tmp_path / "coco" / "1.png")
     rows = [
         {
             "id": 1,
@@ -84,7 +84,7 @@ def test_llava_json_with_mixed_rows(tmp_path):
 
 
 def test_csv_and_tsv(tmp_path):
-    picture(tmp_path / "x.png")
+    image(tmp_path / "x.png")
     for suffix, comma in ((".csv", ","), (".tsv", "\t")):
         file = tmp_path / f"data{suffix}"
         file.write_text(f"image{comma}caption\nx.png{comma}a red square\n", encoding="utf-8")
@@ -95,14 +95,14 @@ def test_csv_and_tsv(tmp_path):
 def test_image_folders(tmp_path):
     for label in ("cat", "dog"):
         for number in range(2):
-            picture(tmp_path / "classes" / label / f"{number}.png")
+            image(tmp_path / "classes" / label / f"{number}.png")
     records = load_records(tmp_path / "classes")
     assert records.features["label"].names == ["cat", "dog"] and len(records) == 4
     assert records[0]["image"]["bytes"] is None and load_image(records[0]["image"]).size == (32, 32)
     with pytest.raises(ValueError, match=r"no split 'test'; it has 'train'.*Name it with the flag that ends in _split"):
         load_records(tmp_path / "classes", split="test")
-    picture(tmp_path / "captioned" / "0.png")
-    line = {"file_name": "0.png", "text": "a smooth picture"}
+    image(tmp_path / "captioned" / "0.png")
+    line = {"file_name": "0.png", "text": "a smooth image"}
     (tmp_path / "captioned" / "metadata.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
     captioned = load_records(tmp_path / "captioned")
     assert bind_columns(captioned, ["image", "caption"]) == {"image": "image", "caption": "text"}
@@ -114,7 +114,7 @@ def test_webdataset_tars(tmp_path):
             for number in range(first, first + rows):
                 members = {
                     "png": image_bytes(random_image(number)),
-                    "txt": f"picture {number}".encode(),
+                    "txt": f"image {number}".encode(),
                     "json": json.dumps({"width": 32, "source": "web"}).encode(),
                 }
                 for suffix, data in members.items():
@@ -129,7 +129,7 @@ def test_webdataset_tars(tmp_path):
     assert len(records) == 5 and "source" in records.column_names
     columns = bind_columns(records, ["image", "caption"])
     assert columns == {"image": "image", "caption": "txt"}
-    assert records[4]["txt"] == "picture 4" and load_image(records[4]["image"]).size == (32, 32)
+    assert records[4]["txt"] == "image 4" and load_image(records[4]["image"]).size == (32, 32)
     assert len(load_records(tmp_path / "tars" / "001.tar")) == 2
 
 
@@ -153,12 +153,12 @@ def test_a_split_that_nobody_named_gives_way_to_the_only_one(tmp_path, caplog):
     from datasets import Dataset, DatasetDict
 
     for label in ("cat", "dog"):
-        picture(tmp_path / "pictures" / label / "0.png")
+        image(tmp_path / "images" / label / "0.png")
     write_pairs_parquet(tmp_path / "table" / "train.parquet", 3)
     data = Dataset.from_dict({"caption": ["a"]})
     DatasetDict({"train": data}).save_to_disk(tmp_path / "saved")
     data.save_to_disk(tmp_path / "one")
-    for name, rows in (("pictures", 2), ("table", 3), ("saved", 1)):
+    for name, rows in (("images", 2), ("table", 3), ("saved", 1)):
         caplog.clear()
         assert len(load_records(tmp_path / name, split=USUAL)) == rows
         assert f"{name} has no split 'test'; its only one, 'train', is taken" in caplog.text
@@ -179,7 +179,7 @@ def test_several_splits_of_which_none_is_the_usual_one(tmp_path):
 
     for name in ("train", "validation"):
         for label in ("cat", "dog"):
-            picture(tmp_path / "pictures" / name / label / "0.png")
+            image(tmp_path / "images" / name / label / "0.png")
         write_pairs_parquet(tmp_path / "table" / f"{name}.parquet", 3)
         tar = tmp_path / "tars" / f"{name}-000.tar"
         tar.parent.mkdir(exist_ok=True)
@@ -190,7 +190,7 @@ def test_several_splits_of_which_none_is_the_usual_one(tmp_path):
             archive.addfile(member, io.BytesIO(content))
     data = Dataset.from_dict({"caption": ["a"]})
     DatasetDict({"train": data, "validation": data}).save_to_disk(tmp_path / "saved")
-    for name in ("pictures", "table", "saved", "tars"):
+    for name in ("images", "table", "saved", "tars"):
         told = rf"{name} has no split 'test'; it has 'train', 'validation': name one with --eval_split"
         with pytest.raises(ValueError, match=told):
             load_records(tmp_path / name, split=USUAL)
@@ -271,15 +271,15 @@ def test_missing_and_wrong_columns(tmp_path):
         bind_columns(records, ["caption"], {"caption": "caption"})
     with pytest.raises(ValueError, match=r"column 'label' \(class\) cannot serve as image"):
         bind_columns(records, ["image"], {"image": "label"})
-    with pytest.raises(ValueError, match=r"column 'image' \(picture\) cannot serve as caption"):
+    with pytest.raises(ValueError, match=r"column 'image' \(image\) cannot serve as caption"):
         bind_columns(records, ["caption"], {"caption": "image"})
-    with pytest.raises(ValueError, match="unknown role 'picture'"):
-        bind_columns(records, ["picture"])
+    with pytest.raises(ValueError, match="unknown role 'image'"):
+        bind_columns(records, ["photograph"])
     with pytest.raises(ValueError, match="no column found for image"):
         bind_columns(records.select_columns(["label"]), ["image"])
 
 
-def test_a_column_of_names_does_not_hide_the_pictures():
+def test_a_column_of_names_does_not_hide_the_images():
     rows = [{"file_name": "x.png", "thumbnail": random_image(), "text": "a"}]
     assert bind_columns(rows, ["image"]) == {"image": "thumbnail"}
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mllm_vision.data import BadImage, BadRow, BadSamples
-from mllm_vision.data.messages import BadConversation
-from mllm_vision.data.sampling import EpochDataset, judge
+from mllm_vision.data.chat.messages import BadConversation
+from mllm_vision.data.records.sampling import EpochDataset, judge
 
 
 class Rows(EpochDataset):
@@ -83,7 +83,7 @@ def test_images_of_a_data_set_that_decodes_them_are_judged_too():
     from datasets import Dataset, Features, Image, Value
     from tiny import image_bytes, random_image
 
-    from mllm_vision.data import PairDataset, PictureDataset
+    from mllm_vision.data import ImageDataset, PairDataset
     from mllm_vision.evaluation.images import usable_images
 
     features = Features({"image": Image(), "caption": Value("string")})
@@ -91,7 +91,7 @@ def test_images_of_a_data_set_that_decodes_them_are_judged_too():
         {"bytes": data, "path": None} for data in (image_bytes(random_image(0, 8)), b"broken", b"%!PS-Adobe-3.0 EPSF")
     ]
     data = Dataset.from_dict({"image": cells, "caption": ["a", "b", "c"]}, features=features)
-    for dataset in (PairDataset(data), PictureDataset(data)):
+    for dataset in (PairDataset(data), ImageDataset(data)):
         assert {dataset[index]["index"] for index in range(3)} == {0}
         assert dataset.bad_samples.reasons == {"the image cannot be decoded": 3}
     assert usable_images(data, "image", range(3))[1] == [0]

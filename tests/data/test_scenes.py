@@ -1,4 +1,4 @@
-"""Scenes: reproducible, split as told, and every word about a picture true.
+"""Scenes: reproducible, split as told, and every word about an image true.
 
 What is true is derived here a second time, from the `scene` column and the pixels, with tables of its own.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_vision.data import scenes
+from mllm_vision.data.scenes import scenes
 
 PLACES = ["top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right"]
 NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4}
@@ -111,7 +111,7 @@ def test_a_row_depends_on_seed_split_and_index_alone(splits):
     for other in ({"seed": 12}, {"split": "validation"}):
         assert scenes.make_row(7, **{"seed": 11, "split": "train", "image_size": 24, **other}) != splits["train"][7]
     seen = Counter(row["image"]["bytes"] for rows in splits.values() for row in rows)
-    assert max(seen.values()) == 1, "two rows hold the very same picture"
+    assert max(seen.values()) == 1, "two rows hold the very same image"
 
 
 def test_files_do_not_depend_on_the_number_of_workers(tmp_path):
@@ -132,7 +132,7 @@ def test_files_do_not_depend_on_the_number_of_workers(tmp_path):
 # ---- splits --------------------------------------------------------------------------------------------------
 
 
-def test_unseen_pairs_are_in_no_picture_of_training(splits):
+def test_unseen_pairs_are_in_no_image_of_training(splits):
     unseen = set(scenes.unseen_pairs())
     assert len(unseen) == 6 and len({c for c, _ in unseen}) == 6 and len({s for _, s in unseen}) == 6
     for split in ("train", "validation", "test", "single_validation", "single_test"):
@@ -239,7 +239,7 @@ def test_no_answer_can_be_guessed_from_the_question(splits):
     assert 0.46 < by_type["yes/no"]["yes"] / by_type["yes/no"].total() < 0.54
 
 
-def test_a_no_is_asked_of_things_that_are_in_the_picture(splits):
+def test_a_no_is_asked_of_things_that_are_in_the_image(splits):
     """Half of the thing is there, and where two objects allow it mostly both halves: seeing "red" is not enough."""
     both = total = 0
     for row in splits["train"]:
@@ -309,10 +309,10 @@ def test_documents_answer_from_their_own_story():
     assert 200 < talks < 280
 
 
-# ---- pictures ------------------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------------------
 
 
-def test_the_picture_shows_the_scene():
+def test_the_image_shows_the_scene():
     """In every cell that holds an object its colour, in every other one nothing; large is larger than small."""
     areas = defaultdict(list)
     names, pure = list(PURE), np.array(list(PURE.values()), dtype=float)
@@ -337,7 +337,7 @@ def test_the_picture_shows_the_scene():
         assert max(areas[shape, "small"]) < min(areas[shape, "large"]), shape
 
 
-def test_shapes_differ_on_the_picture():
+def test_shapes_differ_on_the_image():
     masks = {}
     for shape in SHAPE.split("|"):
         item = scenes.SceneObject("white", shape, "large", 4)
@@ -362,7 +362,7 @@ def test_what_a_scene_cannot_hold_is_refused():
 def test_help_and_a_small_set_from_the_command_line(tmp_path):
     from datasets import ClassLabel, load_dataset
 
-    command = [sys.executable, "-m", "mllm_vision.data.scenes"]
+    command = [sys.executable, "-m", "mllm_vision.data.scenes.scenes"]
     done = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--questions_each" in done.stdout and "(default: 48)" in done.stdout
 

@@ -19,13 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_vision.data import PairDataset, bind_columns
-from mllm_vision.data.shards import Shard, find_shards
-from mllm_vision.data.stream_flags import StreamArguments
-from mllm_vision.data.stream_loader import StreamLoader
-from mllm_vision.data.stream_order import Source, StreamOrder, deal
-from mllm_vision.data.streams import Stream, StreamDataset, row_filter
+from mllm_vision.data.streams.flags import StreamArguments
+from mllm_vision.data.streams.loader import StreamLoader
+from mllm_vision.data.streams.order import Source, StreamOrder, deal
+from mllm_vision.data.streams.shards import Shard, find_shards
+from mllm_vision.data.streams.streams import Stream, StreamDataset, row_filter
 
-PICTURE = tiny.image_bytes(tiny.random_image(0, 8))
+IMAGE = tiny.image_bytes(tiny.random_image(0, 8))
 
 
 def parquet(path: Path, rows: list[dict], group: int = 4) -> Path:
@@ -52,7 +52,7 @@ def tar(path: Path, rows: list[dict], fields: tuple[str, ...] = ()) -> Path:
 
 
 def rows_of(name: str, count: int) -> list[dict]:
-    return [{"image": {"bytes": PICTURE, "path": None}, "caption": f"{name}{i}", "score": i} for i in range(count)]
+    return [{"image": {"bytes": IMAGE, "path": None}, "caption": f"{name}{i}", "score": i} for i in range(count)]
 
 
 SIZES = (7, 10, 3, 9, 12)  # five shards: no number of ranks but five divides them
@@ -309,7 +309,7 @@ def test_filters_keep_what_they_say(shards: Path, kind: str, monkeypatch: pytest
 def test_a_bad_row_is_replaced_and_disturbs_no_other(tmp_path: Path, workers: int) -> None:
     rows = rows_of("a", 24)
     parquet(tmp_path / "good" / "0.parquet", rows, group=6)
-    rows[7] = {**rows[7], "image": {"bytes": b"no picture", "path": None}}
+    rows[7] = {**rows[7], "image": {"bytes": b"no image", "path": None}}
     parquet(tmp_path / "bad" / "0.parquet", rows, group=6)
     good, bad = (loader_of(stream_of(tmp_path / name), 6, num_workers=workers) for name in ("good", "bad"))
     found = [name for batch in batches(bad, 4) for name, _ in batch]
@@ -470,7 +470,7 @@ def test_shards_of_a_hub_data_set(shards: Path, tmp_path: Path, run_python) -> N
         repository = hub.repositories["somebody/pairs"] = Repository()
         files = {f"data/train-{n}.parquet": (shards / "parquet" / f"part-{n}.parquet").read_bytes() for n in range(3)}
         repository.commit("main", {**files, "README.md": b"# Pairs"}, "pairs")
-        words = {"train.csv": b"image,label\ni/0.png,NA\ni/1.png,None\n", "i/0.png": PICTURE, "i/1.png": PICTURE}
+        words = {"train.csv": b"image,label\ni/0.png,NA\ni/1.png,None\n", "i/0.png": IMAGE, "i/1.png": IMAGE}
         hub.repositories["somebody/words"] = Repository()
         hub.repositories["somebody/words"].commit("main", {**words, ".gitattributes": b"", "README.md": b""}, "words")
         code = f"""

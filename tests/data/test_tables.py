@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from tiny import image_bytes, random_image
 
 from mllm_vision.data import bind_columns, load_image, load_records
-from mllm_vision.data.arrow import array_of, values_of
-from mllm_vision.data.streams import Stream
+from mllm_vision.data.records.readers.arrow import array_of, values_of
+from mllm_vision.data.streams.streams import Stream
 
 PNG = image_bytes(random_image(3, 8))
 
@@ -214,7 +214,7 @@ def test_parts_with_other_columns_types_and_no_rows(place, caplog) -> None:
 
 
 def test_texts_that_are_no_utf8_and_json_that_is_broken_are_single_cells(place, caplog) -> None:
-    from mllm_vision.data.sampling import BadRow
+    from mllm_vision.data.records.sampling import BadRow
 
     texts = pa.array([b"fine", b"caf\xe9", None], pa.binary()).view(pa.string())
     path = parquet(place / "odd.parquet", image=["shots/0.PNG"] * 3, caption=texts)
@@ -257,7 +257,7 @@ def test_classes_that_differ_between_parts_are_read_as_words(place) -> None:
 def test_large_parts_are_mapped_from_the_disk_and_give_the_same(place, monkeypatch) -> None:
     import datasets
 
-    from mllm_vision.data import table_cache
+    from mllm_vision.data.records.readers import table_cache
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(place / "cache"))
     parquet(place / "q" / "a.parquet", image=["../shots/0.PNG"] * 3, label=[1, 2, None])
@@ -392,7 +392,7 @@ def test_a_pattern_of_folders_pairs_each_row_with_its_own_image(tmp_path) -> Non
 
 def test_captions_of_digits_and_lists_of_images(place) -> None:
     from mllm_vision.data import PairDataset
-    from mllm_vision.data.columns import further_images
+    from mllm_vision.data.records.columns import further_images
 
     rows = [{"image": ["shots/0.PNG", "shots/1.PNG"], "caption": 7}, {"image": ["shots/2.PNG"], "caption": 42}]
     records = load_records(file(place / "digits.jsonl", lines(*rows)))

@@ -12,8 +12,8 @@ import pytest
 from tiny import image_bytes, random_image
 
 from mllm_vision.data import PairDataset, StreamDataset, StreamLoader, bind_columns, load_image, load_records
-from mllm_vision.data.shards import Shard
-from mllm_vision.data.streams import Stream
+from mllm_vision.data.streams.shards import Shard
+from mllm_vision.data.streams.streams import Stream
 
 PNG = image_bytes(random_image(2, 8))
 

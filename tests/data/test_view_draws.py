@@ -12,9 +12,9 @@ import pytest
 import torch
 from tiny import random_image
 
-from mllm_vision.data import PictureCollator, ViewMaker
-from mllm_vision.data.view_draws import View, ViewParameters, draw_view
-from mllm_vision.data.views import POLICIES, ViewPolicy
+from mllm_vision.data import ImageCollator, ViewMaker
+from mllm_vision.data.views.draws import View, ViewParameters, draw_view
+from mllm_vision.data.views.views import POLICIES, ViewPolicy
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
 FOLDER = str(Path(__file__).resolve().parents[2] / "scripts" / "benchmark")
@@ -104,16 +104,16 @@ def test_local_crops() -> None:
     area = (p.height * p.width).double() / 300**2
     assert float(area.min()) > 0.04 and float(area.max()) < 0.41 and near(p.sigma > 0, 0.5)
     assert dinov2.policy.local.scale == (0.05, 0.32) and dinov2.policy.views[0].scale == (0.32, 1.0)
-    made = ViewMaker("dino", 32, **PLAIN, patch_size=4)(PictureCollator()([{"image": random_image(0, 40)}]))
+    made = ViewMaker("dino", 32, **PLAIN, patch_size=4)(ImageCollator()([{"image": random_image(0, 40)}]))
     assert made["views"].shape == (1, 2, 3, 32, 32) and made["local_views"].shape == (1, 8, 3, 12, 12)
     flat = made["local_views"][0].flatten(1)
     assert len({tuple(view.tolist()) for view in flat}) == 8  # each its own
     alike = ViewMaker(ViewPolicy((View(),), "one view", local=View(), local_views=2, local_share=1.0), 32, **PLAIN)
-    one = alike(PictureCollator()([{"image": random_image(0, 40)}]))
+    one = alike(ImageCollator()([{"image": random_image(0, 40)}]))
     assert not torch.equal(one["views"][0, 0], one["local_views"][0, 0])  # nor those of the views
 
 
-def test_views_of_a_picture_and_its_changes_are_independent() -> None:
+def test_views_of_a_image_and_its_changes_are_independent() -> None:
     """No two numbers of a view, nor of two views, go together."""
     half = View(
         scale=(0.08, 0.5), jitter=(0.4, 0.4, 0.4, 0.1), jitter_probability=0.5, gray=0.5, blur=0.5, solarize=0.5
@@ -165,7 +165,7 @@ def test_every_strength_is_uniform() -> None:
 
 
 def test_crops_stay_inside() -> None:
-    """Of any picture, a single pixel and a panorama that no crop fits included."""
+    """Of any image, a single pixel and a panorama that no crop fits included."""
     for size in ((1, 1), (2, 300), (300, 2), (32, 32), (7, 5)):
         for view in (POLICIES["simclr"].views[0], POLICIES["clip"].views[0]):
             p = drawn(view, size)

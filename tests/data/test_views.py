@@ -1,4 +1,4 @@
-"""Views: parameters as the papers say, pixels as Pillow's, and a function of each picture's seed alone."""
+"""Views: parameters as the papers say, pixels as Pillow's, and a function of each image's seed alone."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from tiny import random_image
 
-from mllm_vision.data import PictureCollator, ViewArguments, ViewMaker
-from mllm_vision.data import view_pixels as vp
-from mllm_vision.data.view_draws import MAX_VIEWS, View, ViewParameters, draw_view
-from mllm_vision.data.views import POLICIES, ViewPolicy
+from mllm_vision.data import ImageCollator, ViewArguments, ViewMaker
+from mllm_vision.data.views import pixels as vp
+from mllm_vision.data.views.draws import MAX_VIEWS, View, ViewParameters, draw_view
+from mllm_vision.data.views.views import POLICIES, ViewPolicy
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # pixel values stay 0..255
 FOLDER = str(Path(__file__).resolve().parents[2] / "scripts" / "benchmark")
@@ -37,14 +37,14 @@ def scripts():
 
 
 def photograph(seed: int, size: tuple[int, int]) -> Image.Image:
-    """A picture of `size` (width, height) with large shapes, fine texture and saturated colours."""
+    """An image of `size` (width, height) with large shapes, fine texture and saturated colours."""
     coarse = random_image(seed, 6).resize(size, Image.Resampling.BICUBIC)
     noise = np.random.default_rng(seed).normal(0, 12, (size[1], size[0], 3))
     return Image.fromarray(np.clip(np.asarray(coarse, dtype=float) + noise, 0, 255).astype(np.uint8))
 
 
-def batch_of(pictures: list[Image.Image], first: int = 0) -> dict[str, torch.Tensor]:
-    return PictureCollator()([{"image": picture, "key": 17 * i + first} for i, picture in enumerate(pictures)])
+def batch_of(images: list[Image.Image], first: int = 0) -> dict[str, torch.Tensor]:
+    return ImageCollator()([{"image": image, "key": 17 * i + first} for i, image in enumerate(images)])
 
 
 # -- pixels against Pillow ------------------------------------------------------------------------------------------
@@ -81,14 +81,14 @@ CASES = {
 
 def compare(scripts, case: dict, size: tuple[int, int], resample: str) -> np.ndarray:
     """Differences from the per-image transforms in grey levels, `[h, w, 3]`."""
-    picture, p = photograph(3, (48, 40)), parameters(**case)
+    image, p = photograph(3, (48, 40)), parameters(**case)
     values = vp.make_views(
-        batch_of([picture])["pixels"], p, size, multiply=torch.ones(3), add=torch.zeros(3), resample=resample
+        batch_of([image])["pixels"], p, size, multiply=torch.ones(3), add=torch.zeros(3), resample=resample
     )
     left, top = int(p.left), int(p.top)
     fixed = {name: value for name, value in case.items() if name not in ("top", "left", "height", "width")}
     box = (left, top, left + int(p.width), top + int(p.height))
-    expected = np.asarray(scripts["pil_views"].PilView(box, **fixed).picture(picture, size, resample), dtype=float)
+    expected = np.asarray(scripts["pil_views"].PilView(box, **fixed).apply(image, size, resample), dtype=float)
     found = values[0, 0].permute(1, 2, 0).numpy()
     if case.get("solarize"):  # a value at the threshold may fall on either side
         unsure = np.abs(found - 127.5) < 1.6
@@ -96,7 +96,7 @@ def compare(scripts, case: dict, size: tuple[int, int], resample: str) -> np.nda
     return found - expected
 
 
-# size of the views, and the side up to which there is no call for every row; the pictures have 48 x 40
+# size of the views, and the side up to which there is no call for every row; the images have 48 x 40
 WAYS = {"by products": ((32, 32), 48), "by row": ((32, 32), 40), "by row, in groups": ((64, 56), 48)}
 
 
@@ -115,10 +115,10 @@ def test_pixels_agree_with_pillow(
 def test_the_comparison_can_fail(scripts) -> None:
     wrong = {**CASES["jitter, one order"][0], "factors": [1.3, 0.8, 1.2, 0.0]}
     right = compare(scripts, CASES["jitter, one order"][0], (32, 32), "bilinear")
-    picture, p = photograph(3, (48, 40)), parameters(**wrong)
-    values = vp.make_views(batch_of([picture])["pixels"], p, (32, 32), multiply=torch.ones(3), add=torch.zeros(3))
+    image, p = photograph(3, (48, 40)), parameters(**wrong)
+    values = vp.make_views(batch_of([image])["pixels"], p, (32, 32), multiply=torch.ones(3), add=torch.zeros(3))
     reference = scripts["pil_views"].PilView((0, 0, 48, 40), **CASES["jitter, one order"][0])
-    expected = np.asarray(reference.picture(picture, (32, 32), "bilinear"), dtype=float)
+    expected = np.asarray(reference.apply(image, (32, 32), "bilinear"), dtype=float)
     assert np.abs(values[0, 0].permute(1, 2, 0).numpy() - expected).mean() > 2 * np.abs(right).mean()
 
 
@@ -153,10 +153,10 @@ def test_the_kernel_of_simclr_and_byol_is_a_tenth_of_the_side() -> None:
     cases = (("simclr", 32, 1), ("byol", 32, 1), ("simclr", 96, 4), ("byol", 96, 4), ("moco_v2", 32, 6))
     flags = {"crop_scale": [1.0, 1.0], "jitter_strength": 0.0, "flip": 0.0, "gray": 0.0, "blur": 1.0, "solarize": 0.0}
     for name, size, reach in cases:
-        picture = Image.new("RGB", (size, size))
-        picture.putpixel((size // 2, size // 2), (255, 255, 255))
+        image = Image.new("RGB", (size, size))
+        image.putpixel((size // 2, size // 2), (255, 255, 255))
         maker = ViewMaker(name, size, **PLAIN, arguments=ViewArguments(**flags, blur_sigma=[2.0, 2.0]))
-        for view in maker(batch_of([picture]))["views"][0]:
+        for view in maker(batch_of([image]))["views"][0]:
             lit = (view[0] > 1e-3).nonzero()
             assert (lit.amax(0) - lit.amin(0)).tolist() == [2 * reach] * 2
 
@@ -178,8 +178,8 @@ def test_both_ways_to_crop_agree(resample: str) -> None:
 @pytest.mark.parametrize(("name", "size"), [("simclr", 32), ("byol", 32), ("dino", 64)])
 def test_a_view_depends_on_its_seed_alone(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not on the batch, its order, its padding, the chunk or the rank, nor on any generator."""
-    pictures = [photograph(i, (48, 40)) for i in range(9)]
-    maker, batch = ViewMaker(name, size, **PLAIN, patch_size=8), batch_of(pictures)
+    images = [photograph(i, (48, 40)) for i in range(9)]
+    maker, batch = ViewMaker(name, size, **PLAIN, patch_size=8), batch_of(images)
     state = torch.get_rng_state()
     whole = maker(batch)
     assert torch.equal(torch.get_rng_state(), state)
@@ -189,7 +189,7 @@ def test_a_view_depends_on_its_seed_alone(name: str, size: int, monkeypatch: pyt
     # As ranks and chunks see it: rows 0, 3, 6, ... in one batch, the others in two more.
     parts = [maker({column: values[rank::3] for column, values in batch.items()}) for rank in range(3)]
     for name in ("_SMALL_ELEMENTS", "_LARGE_ELEMENTS", "_CACHED_ELEMENTS"):
-        monkeypatch.setattr(vp, name, 1)  # picture by picture
+        monkeypatch.setattr(vp, name, 1)  # image by image
     single = maker({**batch, "pixels": torch.nn.functional.pad(batch["pixels"], (0, 0, 0, 6))})
     for column in maker.columns:
         assert torch.equal(shuffled[column], whole[column][order])
@@ -221,7 +221,7 @@ def test_views_do_not_depend_on_what_surrounds_the_call(size: int) -> None:
 @pytest.mark.parametrize("name", ["byol", "moco_v1"])
 def test_the_way_without_a_cpu_gives_the_same(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """There, every change is computed for all rows, and nothing asks the device which rows it is for."""
-    # no picture is resized: large ones are resized in 8 bits on a CPU, to a level in a few pixels of a hundred
+    # no image is resized: large ones are resized in 8 bits on a CPU, to a level in a few pixels of a hundred
     whole = ViewArguments(crop_scale=[1.0, 1.0]) if size > 48 else None
     maker = ViewMaker(name, size, **PLAIN, arguments=whole)
     batch = batch_of([photograph(i, (size, size) if whole else (40, 36)) for i in range(12)])
@@ -231,8 +231,8 @@ def test_the_way_without_a_cpu_gives_the_same(name: str, size: int, monkeypatch:
 
 
 def test_columns_and_normalisation() -> None:
-    picture = Image.new("RGB", (20, 20), (51, 102, 204))
-    batch = {**batch_of([picture]), "labels": torch.tensor([3])}
+    image = Image.new("RGB", (20, 20), (51, 102, 204))
+    batch = {**batch_of([image]), "labels": torch.tensor([3])}
     made = ViewMaker("mae", 8, (0.5, 0.4, 0.3), (0.1, 0.2, 0.4))(batch)
     assert set(made) == {"views", "seeds", "index", "labels"} and made["views"].shape == (1, 1, 3, 8, 8)
     expected = torch.tensor([(0.2 - 0.5) / 0.1, (0.4 - 0.4) / 0.2, (0.8 - 0.3) / 0.4])

@@ -71,10 +71,10 @@ def image_method(name: str, kind: str = "vit", **changed: Any) -> Callable[[Plac
 def _features(made: Any, move: Move) -> None:
     """The pass over the data that PCL makes before an epoch."""
     if made.needs_features:
-        data, (_, plain) = methods.PictureDataset(methods.records()), methods.view_makers(made)
-        pictures = plain(methods.PictureCollator()([data[row] for row in range(methods.ROWS)]))
+        data, (_, plain) = methods.ImageDataset(methods.records()), methods.view_makers(made)
+        images = plain(methods.ImageCollator()([data[row] for row in range(methods.ROWS)]))
         with torch.no_grad():
-            made.before_epoch(made.eval().epoch_features(move(pictures)["views"]))
+            made.before_epoch(made.eval().epoch_features(move(images)["views"]))
         made.train()
 
 
@@ -87,10 +87,10 @@ def pair_method(name: str, **changed: Any) -> Callable[[Place, Move], list[float
 
 def views_on_the_device(place: Place, move: Move) -> list[float]:
     """Every policy's views, made of 8-bit images where they lie."""
-    from mllm_vision.data.views import POLICIES
+    from mllm_vision.data.views.views import POLICIES
 
     found = []
-    collated = methods.PictureCollator()([methods.PictureDataset(methods.records())[row] for row in range(4)])
+    collated = methods.ImageCollator()([methods.ImageDataset(methods.records())[row] for row in range(4)])
     for name in POLICIES:
         made = methods.ViewMaker(name, 32, [0.5] * 3, [0.5] * 3, patch_size=8)(move(collated))
         found += [float(made[key].float().sum()) for key in ("views", "local_views") if made.get(key) is not None]
@@ -99,7 +99,7 @@ def views_on_the_device(place: Place, move: Move) -> list[float]:
 
 def gradient_cache(place: Place, move: Move) -> list[float]:
     """SimCLR in chunks that are moved when their turn comes."""
-    from mllm_vision.training.gradient_cache import cached_backward
+    from mllm_vision.training.trainer.gradient_cache import cached_backward
 
     objective = methods.objective("simclr")
     (batch,) = methods.batches(objective, 1)
@@ -161,25 +161,25 @@ def _language_model() -> tuple[Any, Any]:
     return build_vlm(encoder, llm, tokenizer=tokenizer, chat_template=CHAT_TEMPLATES["qa"])
 
 
-def _conversations(model: Any, rows: int = 4, pictures: bool = True) -> dict[str, torch.Tensor]:
+def _conversations(model: Any, rows: int = 4, images: bool = True) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    spelt = model.config.image_seq_length if pictures else 0
+    spelt = model.config.image_seq_length if images else 0
     ids = torch.randint(20, 200, (rows, 9 + spelt), generator=generator)
     ids[:, 1 : 1 + spelt] = model.config.image_token_id
     mask, labels = torch.ones_like(ids), ids.clone()
     labels[:, : spelt + 4] = -100
     mask[1, -2:], labels[1, -2:] = 0, -100
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return batch | ({"pixel_values": torch.randn(rows, 3, 32, 32, generator=generator)} if pictures else {})
+    return batch | ({"pixel_values": torch.randn(rows, 3, 32, 32, generator=generator)} if images else {})
 
 
-def language_stage(*groups: str, pictures: bool = True) -> Callable[[Place, Move], list[float]]:
+def language_stage(*groups: str, images: bool = True) -> Callable[[Place, Move], list[float]]:
     def run(place: Place, move: Move) -> list[float]:
         from mllm_vision.vlm import freeze
 
         model, _ = _language_model()
         place(freeze(model, groups).train())
-        batch = move(_conversations(model, pictures=pictures))
+        batch = move(_conversations(model, images=images))
         with stand_in.counting():
             loss = model(**batch).loss
             loss.backward()
@@ -262,7 +262,7 @@ def next_turn(place: Place, move: Move) -> list[float]:
 
 
 def perplexity(place: Place, move: Move) -> list[float]:
-    from mllm_vision.training.language import PackedBlocks, Perplexity
+    from mllm_vision.data.documents import PackedBlocks, Perplexity
 
     blocks = PackedBlocks([list(range(5, 45))] * 3, 16)
     return list(Perplexity(blocks, batch_size=2)(place(tiny.tiny_llama())).values())
@@ -285,7 +285,7 @@ CASES: dict[str, Callable[[Place, Move], list[float]]] = {
     "language projector": language_stage("projector"),
     "language projector and model": language_stage("projector", "language_model"),
     "language all": language_stage("encoder", "projector", "language_model"),
-    "language without images": language_stage("projector", pictures=False),
+    "language without images": language_stage("projector", images=False),
     "evaluator knn": evaluator(lambda: _labelled("knn")),
     "evaluator probe": evaluator(lambda: _labelled("probe")),
     **{

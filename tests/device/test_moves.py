@@ -10,7 +10,7 @@ import methods_for_tests as methods
 import pytest
 import torch
 
-from mllm_vision.training.gradient_cache import cached_backward
+from mllm_vision.training.trainer.gradient_cache import cached_backward
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import cases
@@ -35,7 +35,8 @@ def test_a_chunk_is_moved_once_and_prepared_for_each_pass():
 @pytest.mark.parametrize(("room", "decoded"), [(4.0, 0), (0.0, 6), (3 * 2 * 32 * 32 * 3 / 2**30, 3)])
 def test_decoded_images_are_kept_up_to_the_flag(room, decoded, monkeypatch):
     """Of batches of two, three fit where there is room for three: the second pass decodes the others anew."""
-    from mllm_vision.evaluation import LabelledImages, labelled
+    from mllm_vision.evaluation import LabelledImages
+    from mllm_vision.evaluation.labelled import images as labelled
 
     rows = methods.records(12)
     data = LabelledImages(rows, rows[:2], batch_size=2, cache_gb=room)
@@ -57,7 +58,7 @@ def test_decoded_images_are_kept_up_to_the_flag(room, decoded, monkeypatch):
 
 
 def test_the_freeze_audit_hashes_what_is_frozen_once_each_time_and_samples_what_trains(monkeypatch):
-    from mllm_vision import lineage
+    from mllm_vision.hub import lineage
     from mllm_vision.vlm import FreezeProof, audit, freeze, freezing
 
     model, _ = cases._language_model()

@@ -13,9 +13,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from mllm_vision.modules.queue import FeatureQueue
-from mllm_vision.training.callbacks import AfterStep
-from mllm_vision.training.ema import WeightAverage
-from mllm_vision.training.muon import MuonAdamW
+from mllm_vision.training.callbacks.ema import WeightAverage
+from mllm_vision.training.callbacks.progress import AfterStep
+from mllm_vision.training.optim.muon import MuonAdamW
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import cases
@@ -53,7 +53,7 @@ def test_whatever_of_a_stage_trains_has_a_gradient_with_images_and_without(how, 
     from mllm_vision.vlm import add_lora, freeze
 
     model, _ = cases._language_model()
-    batch = cases._conversations(model, pictures=images)
+    batch = cases._conversations(model, images=images)
     model = add_lora(model, rank=2, train_encoder=True) if how == "lora" else freeze(model, how.split())
     model.train()(**batch).loss.backward()
     assert not without_gradient(model)

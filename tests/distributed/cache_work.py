@@ -13,7 +13,7 @@ import torch.distributed as dist
 from work import share
 
 from mllm_vision import distributed
-from mllm_vision.training.gradient_cache import cached_backward
+from mllm_vision.training.trainer.gradient_cache import cached_backward
 
 
 def steps(kind, chunk, sizes, find_unused=False, count=3):
@@ -54,8 +54,8 @@ def trained(kind, world, settings):
     """The same through the Trainer: the history it logged, the parameters, how often after_step ran."""
     from accelerate.state import AcceleratorState, GradientState
 
-    from mllm_vision.training.arguments import RecipeArguments
-    from mllm_vision.training.trainer import ObjectiveTrainer
+    from mllm_vision.training.recipe.arguments import RecipeArguments
+    from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
     rank = str(distributed.rank())
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from mllm_vision.distributed import rank
-from mllm_vision.training import ending
+from mllm_vision.training.recipe import ending
 
 
 def failing_on_rank_one(*, alone: bool) -> float:

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 
 class NumberDual:
-    """A picture's embedding comes from its mean colour, a text's from its letters; not collapsed, nothing learnt."""
+    """An image's embedding comes from its mean colour, a text's from its letters; not collapsed, nothing learnt."""
 
     def encode_images(self, images: list[Any]) -> torch.Tensor:
         pixels = torch.tensor([list(image.resize((2, 2)).tobytes()) for image in images], dtype=torch.float32)
@@ -54,7 +54,7 @@ def retrieve_and_classify(path: str) -> dict[str, Any]:
 
 
 def answer(path: str, folder: str) -> dict[str, Any]:
-    """Metrics and samples of a tiny vision-language model that says something about each picture."""
+    """Metrics and samples of a tiny vision-language model that says something about each image."""
     import tiny
     from transformers import AutoTokenizer
 

@@ -45,7 +45,7 @@ def trained(world, chunk=None, steps=4):
     """An ITC objective trained by SGD, alone or inside DDP, in chunks or not: losses and its whole state."""
     from pairs_for_tests import make_objective, pair_batches
 
-    from mllm_vision.training.gradient_cache import cached_backward
+    from mllm_vision.training.trainer.gradient_cache import cached_backward
 
     objective = make_objective("itc", queue_size=19, momentum=0.8).train()
     model = DistributedDataParallel(objective) if world > 1 else objective

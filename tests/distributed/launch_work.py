@@ -7,9 +7,9 @@ import time
 import torch
 import torch.distributed as dist
 
-from mllm_vision.training.checkpoints import found_by_first
-from mllm_vision.training.launch import is_collective_error, limit_collectives
-from mllm_vision.training.signals import AnyRank
+from mllm_vision.training.checkpoint.checkpoints import found_by_first
+from mllm_vision.training.checkpoint.signals import AnyRank
+from mllm_vision.training.recipe.launch import is_collective_error, limit_collectives
 
 
 def wait_for_slow_rank(pause: float, timeout: float) -> tuple[str, float]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mllm_vision.training.clipping import clip_per_parameter_
-from mllm_vision.training.lamb import LAMB
-from mllm_vision.training.lars import LARS
+from mllm_vision.training.optim.clipping import clip_per_parameter_
+from mllm_vision.training.optim.lamb import LAMB
+from mllm_vision.training.optim.lars import LARS
 
 SHAPES = ((6, 4), (4, 2), (8,))
 

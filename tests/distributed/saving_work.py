@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from mllm_vision import distributed
-from mllm_vision.training.callbacks import SaveByMinutes
+from mllm_vision.training.callbacks.progress import SaveByMinutes
 
 
 def saved_steps(clocks):

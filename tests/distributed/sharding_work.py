@@ -61,7 +61,7 @@ def train_sharded():
     """Steps of SGD on a sharded model and on a plain one with averaged gradients; then made whole."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    from mllm_vision.training.sharding import is_sharded, make_whole, prepare_sharding, whole_parameters
+    from mllm_vision.training.trainer.sharding import is_sharded, make_whole, prepare_sharding, whole_parameters
 
     torch.manual_seed(0)
     model = Scaled()
@@ -136,7 +136,7 @@ def launched(sharded: bool):
     """As torchrun starts a process; `sharded`: accelerate takes the CPU for an accelerator, where alone it shards."""
     import accelerate.state as state
 
-    from mllm_vision.training import arguments
+    from mllm_vision.training.recipe import arguments
 
     rank, world = str(dist.get_rank()), str(dist.get_world_size())
     given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
@@ -166,9 +166,9 @@ def through_the_trainer(folder, sharded, resume=None, embed_batch_size=None):
     from pairs_for_tests import make_objective
     from two_hosts_work import Pairs
 
-    from mllm_vision.training.arguments import RecipeArguments
-    from mllm_vision.training.sharding import is_sharded
-    from mllm_vision.training.trainer import ObjectiveTrainer
+    from mllm_vision.training.recipe.arguments import RecipeArguments
+    from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
+    from mllm_vision.training.trainer.sharding import is_sharded
 
     kinds = []
 

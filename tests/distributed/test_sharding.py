@@ -7,7 +7,7 @@ import sharding_work
 import torch
 from torch import nn
 
-from mllm_vision.training.sharding import is_sharded, layer_classes, make_whole, whole_parameters
+from mllm_vision.training.trainer.sharding import is_sharded, layer_classes, make_whole, whole_parameters
 
 
 def test_a_sharded_model_trains_as_a_plain_one_and_comes_out_whole(gloo):

@@ -16,10 +16,10 @@ def tokenizer(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("train", [("projector",), ("encoder", "projector", "language_model")])
-@pytest.mark.parametrize("pictures", [[True, False], [False, False], [True, True]])
-def test_a_rank_without_pictures_neither_hangs_nor_bends_the_gradient(gloo, tokenizer, train, pictures):
-    expected = work.gradients(tokenizer, train, pictures)
-    for found in gloo.run(2, work.gradients, tokenizer, train, pictures):
+@pytest.mark.parametrize("images", [[True, False], [False, False], [True, True]])
+def test_a_rank_without_images_neither_hangs_nor_bends_the_gradient(gloo, tokenizer, train, images):
+    expected = work.gradients(tokenizer, train, images)
+    for found in gloo.run(2, work.gradients, tokenizer, train, images):
         assert found.keys() == expected.keys()
         for name in expected:
             assert torch.allclose(found[name], expected[name], atol=1e-6), name

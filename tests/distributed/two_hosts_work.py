@@ -36,8 +36,8 @@ def train(folder: Path, batch_size: int) -> dict[str, torch.Tensor]:
     """CLIP for three steps of eight pairs, however many ranks share them; the parameters at the end."""
     from pairs_for_tests import make_objective
 
-    from mllm_vision.training.arguments import RecipeArguments
-    from mllm_vision.training.trainer import ObjectiveTrainer
+    from mllm_vision.training.recipe.arguments import RecipeArguments
+    from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
     arguments = RecipeArguments(
         output_dir=str(folder), use_cpu=True, per_device_train_batch_size=batch_size, max_steps=STEPS,
@@ -50,7 +50,7 @@ def train(folder: Path, batch_size: int) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    from mllm_vision.training.recipe import run_recipe
+    from mllm_vision.training.recipe.parser import run_recipe
 
     folder = Path(sys.argv[1])
 

@@ -10,7 +10,7 @@ from views_for_tests import make_method, view_batch
 
 from mllm_vision import distributed
 from mllm_vision.objectives import load_objective
-from mllm_vision.training.gradient_cache import cached_backward
+from mllm_vision.training.trainer.gradient_cache import cached_backward
 
 
 def batch_of(count, step):

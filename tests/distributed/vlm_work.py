@@ -20,29 +20,29 @@ def small_model(folder: str, train: tuple[str, ...]):
     return freeze(model, train).train()
 
 
-def rows(model, pictures: list[bool]) -> list[dict]:
-    """One batch of one row for each entry: with a picture, or text alone; all of them supervise 5 tokens."""
+def rows(model, images: list[bool]) -> list[dict]:
+    """One batch of one row for each entry: with an image, or text alone; all of them supervise 5 tokens."""
     batches = []
-    for index, picture in enumerate(pictures):
+    for index, image in enumerate(images):
         generator = torch.Generator().manual_seed(index)
-        spelt = model.config.image_seq_length if picture else 0
+        spelt = model.config.image_seq_length if image else 0
         ids = torch.randint(20, 200, (1, 1 + spelt + 8), generator=generator)
         ids[:, 1 : 1 + spelt] = model.config.image_token_id
         labels = ids.clone()
         labels[:, :-5] = -100
         batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
-        if picture:
+        if image:
             batch["pixel_values"] = torch.randn(1, 3, 32, 32, generator=generator)
         batches.append(batch)
     return batches
 
 
-def gradients(folder: str, train: tuple[str, ...], pictures: list[bool]) -> dict[str, torch.Tensor]:
+def gradients(folder: str, train: tuple[str, ...], images: list[bool]) -> dict[str, torch.Tensor]:
     """Gradients of the mean loss: each rank takes its own batch, or one process takes them all."""
     from mllm_vision.distributed import rank, world_size
 
     model = small_model(folder, train)
-    batches = rows(model, pictures)
+    batches = rows(model, images)
     if world_size() > 1:
         wrapped = DistributedDataParallel(model)  # by name: its reducer would be gone before the backward pass
         wrapped(**batches[rank()]).loss.backward()

@@ -36,9 +36,9 @@ def main(folder: Path, hub: HubServer) -> None:
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
     from mllm_vision.encoder import DualEncoder, VisionEncoder
-    from mllm_vision.lineage import hash_weights, write_lineage
+    from mllm_vision.hub.lineage import hash_weights, write_lineage
 
-    picture = tiny.random_image(3, (40, 56))
+    image = tiny.random_image(3, (40, 56))
 
     # A run folder as the recipes leave it.
     home = folder / "run" / "encoder"
@@ -52,7 +52,7 @@ def main(folder: Path, hub: HubServer) -> None:
     (folder / "run" / "run.json").write_text(json.dumps(run))
 
     loaded = VisionEncoder.from_pretrained(home)
-    tokens = loaded.encode([picture])
+    tokens = loaded.encode([image])
     out["address"] = loaded.push_to_hub("us/first", private=True)
     first = hub.repositories["us/first"]
     loaded.save_pretrained(folder / "again")
@@ -64,7 +64,7 @@ def main(folder: Path, hub: HubServer) -> None:
     out["exactly"] = remote == written
     out["private"] = first.private
     back = VisionEncoder.from_pretrained("us/first")
-    out["same_tokens"] = bool(torch.equal(back.encode([picture]), tokens))
+    out["same_tokens"] = bool(torch.equal(back.encode([image]), tokens))
     out["lineage_back"] = back.lineage["weights_sha256"] == sha
 
     # The ten lines of use on the card, as they stand.
@@ -82,7 +82,7 @@ def main(folder: Path, hub: HubServer) -> None:
     out["main_stays"] = first.branches["main"] == before
     out["message"] = first.messages[-1]
     second = VisionEncoder.from_pretrained("us/first", revision="second")
-    out["second_same"] = bool(torch.equal(second.encode([picture]), other.encode([picture])))
+    out["second_same"] = bool(torch.equal(second.encode([image]), other.encode([image])))
     out["second_selection"] = [second.select_layer, second.select_feature]
     out["second_lineage_gone"] = "lineage.json" not in first.files("second")
     out["no_revision"] = refused(lambda: VisionEncoder.from_pretrained("us/first", revision="third"))
@@ -114,7 +114,7 @@ def main(folder: Path, hub: HubServer) -> None:
     hub.fail = {}
     time.sleep = waits
     out["untouched"] = state == (dict(first.branches), len(first.commits), dict(first.files("main")))
-    out["loads_after"] = bool(torch.equal(VisionEncoder.from_pretrained("us/first").encode([picture]), tokens))
+    out["loads_after"] = bool(torch.equal(VisionEncoder.from_pretrained("us/first").encode([image]), tokens))
 
     # Trained on: the lineage no longer speaks of these weights, and must go from the Hub too.
     with torch.no_grad():
@@ -187,7 +187,7 @@ def main(folder: Path, hub: HubServer) -> None:
         DualEncoder(encoder, bert, words, pooling="mean").save_pretrained(own)
         push_to_hub.main(["--model", str(own), "--repo_id", "us/own"])
         out["own_same"] = bool(
-            torch.equal(VisionEncoder.from_pretrained("us/own").encode([picture]), encoder.encode([picture]))
+            torch.equal(VisionEncoder.from_pretrained("us/own").encode([image]), encoder.encode([image]))
         )
 
 
@@ -197,8 +197,8 @@ def checked_before_training(folder: Path, hub: HubServer) -> None:
     import push_to_hub
     import tiny
 
-    from mllm_vision.training.arguments import RecipeArguments
-    from mllm_vision.training.run import Run
+    from mllm_vision.training.recipe.arguments import RecipeArguments
+    from mllm_vision.training.recipe.run import Run
 
     def begin(name: str, repo_id: str, token: str | None = None) -> Run:
         asked = {"push_to_hub": True, "hub_model_id": repo_id, "hub_token": token, "use_cpu": True}

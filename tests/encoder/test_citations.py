@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from mllm_vision.encoder.citations import citations
+from mllm_vision.hub.citations import citations
 from mllm_vision.objectives import list_objectives
 
 

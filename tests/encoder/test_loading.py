@@ -13,9 +13,9 @@ from families import FAMILIES, small
 from safetensors.torch import load_file, save_file
 
 from mllm_vision.encoder import VisionEncoder, build_backbone
-from mllm_vision.encoder.build import build_encoder, is_model_type
+from mllm_vision.encoder.sources import build_encoder, is_model_type
 
-PICTURE = tiny.random_image(5, (45, 36))
+IMAGE = tiny.random_image(5, (45, 36))
 
 
 def same_weights(backbone, other) -> bool:
@@ -35,10 +35,10 @@ def test_the_image_tower_of_a_dual_model(tmp_path, kind):
     encoder = VisionEncoder.from_pretrained(tmp_path)
     assert same_weights(encoder.backbone, model.vision_model)
     assert (encoder.select_layer, encoder.select_feature) == (-2, "patch")
-    pixel_values = encoder.processor(images=PICTURE, return_tensors="pt")["pixel_values"]
+    pixel_values = encoder.processor(images=IMAGE, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         wanted = model.vision_model(pixel_values, output_hidden_states=True).hidden_states[-2]
-    assert torch.equal(encoder.encode([PICTURE]), wanted[:, 1:] if kind == "clip" else wanted)
+    assert torch.equal(encoder.encode([IMAGE]), wanted[:, 1:] if kind == "clip" else wanted)
 
 
 def test_the_image_tower_of_a_generic_pair(tmp_path):
@@ -82,7 +82,7 @@ def test_the_tuned_tower_of_a_llava(tmp_path, kind):
     encoder = VisionEncoder.from_pretrained(tmp_path)
     assert same_weights(encoder.backbone, model.model.vision_tower)
     assert (encoder.select_layer, encoder.select_feature) == (-1, "patch")
-    pixel_values = encoder.processor(images=PICTURE, return_tensors="pt")["pixel_values"]
+    pixel_values = encoder.processor(images=IMAGE, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-1]
         seen = model.model.multi_modal_projector(states[:, 1:] if strategy == "default" else states)
@@ -242,28 +242,28 @@ def test_dinov3s_processor_works_without_torchvision(tmp_path):
     loaded.save_pretrained(tmp_path / "b")
     plain = transformers.AutoImageProcessor.from_pretrained(tmp_path / "b")
     assert torch.equal(
-        plain(images=PICTURE, return_tensors="pt")["pixel_values"],
-        loaded.processor(images=PICTURE, return_tensors="pt")["pixel_values"],
+        plain(images=IMAGE, return_tensors="pt")["pixel_values"],
+        loaded.processor(images=IMAGE, return_tensors="pt")["pixel_values"],
     )
 
 
 # -- encode ----------------------------------------------------------------------------------------------------
 
 
-def test_encode_takes_pictures_paths_and_bytes_in_batches(tmp_path):
+def test_encode_takes_images_paths_and_bytes_in_batches(tmp_path):
     encoder = small("clip_vision_model").train()
-    pictures = [tiny.random_image(seed, (30 + seed, 44)) for seed in range(5)]
-    for index, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{index}.png")
+    images = [tiny.random_image(seed, (30 + seed, 44)) for seed in range(5)]
+    for index, image in enumerate(images):
+        image.save(tmp_path / f"{index}.png")
     paths = [tmp_path / f"{index}.png" for index in range(5)]
-    mixed = [pictures[0], paths[1], str(paths[2]), tiny.image_bytes(pictures[3]), pictures[4]]
-    whole = encoder.encode(pictures)
+    mixed = [images[0], paths[1], str(paths[2]), tiny.image_bytes(images[3]), images[4]]
+    whole = encoder.encode(images)
     assert whole.shape == (5, 16, 32) and not whole.requires_grad
     torch.testing.assert_close(encoder.encode(mixed, batch_size=2), whole)
-    torch.testing.assert_close(encoder.encode(iter(pictures), batch_size=3), whole)
-    torch.testing.assert_close(encoder.encode(pictures[2]), whole[2:3])
-    torch.testing.assert_close(encoder.encode(tiny.image_bytes(pictures[2])), whole[2:3])
-    assert encoder.encode(pictures, feature="pooled").shape == (5, 32)
+    torch.testing.assert_close(encoder.encode(iter(images), batch_size=3), whole)
+    torch.testing.assert_close(encoder.encode(images[2]), whole[2:3])
+    torch.testing.assert_close(encoder.encode(tiny.image_bytes(images[2])), whole[2:3])
+    assert encoder.encode(images, feature="pooled").shape == (5, 32)
     assert encoder.encode([]).shape == (0, 16, 32)
     assert encoder.encode([tiny.random_image(0, mode="L"), tiny.random_image(1, mode="CMYK")]).shape == (2, 16, 32)
     assert encoder.training  # as it was
@@ -272,11 +272,11 @@ def test_encode_takes_pictures_paths_and_bytes_in_batches(tmp_path):
 def test_encode_says_what_it_cannot_take():
     encoder = small("clip_vision_model")
     with pytest.raises(ValueError, match=r"use 'tokens' or 'pooled'"):
-        encoder.encode([PICTURE], feature="token")
+        encoder.encode([IMAGE], feature="token")
     with pytest.raises(ValueError, match=r"batch_size=0"):
-        encoder.encode([PICTURE], batch_size=0)
+        encoder.encode([IMAGE], batch_size=0)
     with pytest.raises(ValueError):
-        encoder.encode([b"no picture"])
+        encoder.encode([b"no image"])
 
 
 # -- refusals --------------------------------------------------------------------------------------------------

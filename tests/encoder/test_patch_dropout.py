@@ -9,8 +9,8 @@ from families import CONVOLUTIONAL, FAMILIES, small
 from pairs_for_tests import make_dual, make_objective, pair_batches
 
 from mllm_vision.encoder.families import family_of
-from mllm_vision.objectives.clip import Clip
-from mllm_vision.training.gradient_cache import cached_backward
+from mllm_vision.objectives.clip import CLIP
+from mllm_vision.training.trainer.gradient_cache import cached_backward
 
 TRANSFORMERS = [name for name in FAMILIES if name not in CONVOLUTIONAL]
 
@@ -69,7 +69,7 @@ def test_a_subset_is_the_whole_with_the_others_hidden_from_attention(model_type,
     torch.testing.assert_close(alone.pooled, pooled, rtol=1e-4, atol=1e-5)
 
 
-def test_every_picture_draws_its_own_and_every_patch_is_drawn_alike():
+def test_every_image_draws_its_own_and_every_patch_is_drawn_alike():
     counts = torch.zeros(16)
     rows = []
     for number in range(40):
@@ -127,7 +127,7 @@ def test_gradient_caching_drops_the_same_patches_twice(kind, chunk):
 def test_what_cannot_be_dropped():
     for share in (1.0, -0.1, 1.5):
         with pytest.raises(ValueError, match=rf"patch_dropout={share} must lie in \[0, 1\)"):
-            Clip(make_dual("clip"), Clip.Config(patch_dropout=share))
+            CLIP(make_dual("clip"), CLIP.Config(patch_dropout=share))
     encoder = small("resnet").train()
     with pytest.raises(ValueError, match="resnet is convolutional and has no patches"):
         encoder(torch.randn(2, 3, 32, 32), patch_dropout=0.5)

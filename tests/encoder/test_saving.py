@@ -12,8 +12,8 @@ from families import CONVOLUTIONAL, FAMILIES, TABLES, small
 from safetensors.torch import load_file
 
 from mllm_vision.encoder import VisionEncoder, model_card
-from mllm_vision.encoder.build import build_encoder
-from mllm_vision.lineage import hash_weights, read_lineage, write_lineage
+from mllm_vision.encoder.sources import build_encoder
+from mllm_vision.hub.lineage import hash_weights, read_lineage, write_lineage
 
 PLAIN = """
 import json, pathlib, torch
@@ -44,9 +44,9 @@ def plain_errors(tmp_path_factory, run_python):
     from safetensors.torch import save_file
 
     root = tmp_path_factory.mktemp("plain")
-    pictures = [tiny.random_image(1, (50, 40)), tiny.random_image(2, (32, 61))]
-    for name, picture in zip("ab", pictures, strict=True):
-        picture.save(root / f"{name}.png")
+    images = [tiny.random_image(1, (50, 40)), tiny.random_image(2, (32, 61))]
+    for name, image in zip("ab", images, strict=True):
+        image.save(root / f"{name}.png")
     cases = {}
     for model_type in FAMILIES:
         encoder = small(model_type)
@@ -55,7 +55,7 @@ def plain_errors(tmp_path_factory, run_python):
                 encoder.save_pretrained(root / "again")
                 encoder = VisionEncoder.from_pretrained(root / "again", image_size=size)
             encoder.save_pretrained(root / name)
-            features = {feature: encoder.encode(pictures, feature=feature) for feature in ("tokens", "pooled")}
+            features = {feature: encoder.encode(images, feature=feature) for feature in ("tokens", "pooled")}
             save_file({key: value.contiguous() for key, value in features.items()}, root / f"{name}.safetensors")
             cases[name] = (encoder.select_layer, encoder.num_prefix_tokens)
     (root / "cases.json").write_text(json.dumps(cases))
@@ -77,8 +77,8 @@ def test_our_own_round_trip_keeps_everything(tmp_path, model_type):
     encoder = small(model_type, select_layer=1)
     encoder.save_pretrained(tmp_path / "encoder")
     back = VisionEncoder.from_pretrained(tmp_path / "encoder")
-    picture = tiny.random_image(4, 40)
-    assert torch.equal(back.encode([picture]), encoder.encode([picture]))
+    image = tiny.random_image(4, 40)
+    assert torch.equal(back.encode([image]), encoder.encode([image]))
     for name in (
         "select_layer",
         "select_feature",
@@ -225,7 +225,7 @@ def test_convolutional_networks_take_any_size(tmp_path, model_type):
         VisionEncoder.from_pretrained(tmp_path, image_size=-1)
 
 
-def test_rectangular_pictures_run_when_the_patches_divide_them():
+def test_rectangular_images_run_when_the_patches_divide_them():
     for model_type in FAMILIES:
         encoder = small(model_type)
         if model_type not in CONVOLUTIONAL:
@@ -236,16 +236,16 @@ def test_dinov2_runs_at_the_size_of_its_processor(tmp_path):
     """DINOv2's checkpoints say 518 in the config and are used at the 224 of the processor."""
     backbone = tiny.tiny_dinov2(image_size=56)
     encoder = VisionEncoder.from_backbone(backbone, tiny.tiny_image_processor("dinov2", size=32))
-    picture = tiny.random_image(0, 50)
+    image = tiny.random_image(0, 50)
     assert (encoder.image_size, encoder.num_tokens) == (32, 16)
-    tokens = encoder.encode([picture])
+    tokens = encoder.encode([image])
     encoder.save_pretrained(tmp_path)
     fixed = VisionEncoder.from_pretrained(tmp_path, image_size=32)  # the table itself at the smaller size
-    torch.testing.assert_close(fixed.encode([picture]), tokens)
+    torch.testing.assert_close(fixed.encode([image]), tokens)
     assert fixed.config.image_size == 32
 
 
-def test_patches_that_do_not_fill_a_native_picture_are_accepted():
+def test_patches_that_do_not_fill_a_native_image_are_accepted():
     """SigLIP so400m: 384 pixels, patches of 14, 27 x 27 tokens."""
     backbone = tiny.tiny_siglip_vision(image_size=38, patch_size=8)
     encoder = VisionEncoder.from_backbone(backbone, tiny.tiny_image_processor("siglip", size=38))
@@ -256,16 +256,16 @@ def test_patches_that_do_not_fill_a_native_picture_are_accepted():
 def test_a_processor_of_another_size_is_refused_with_the_remedy(tmp_path):
     processor = tiny.tiny_image_processor("clip", size=48)
     with pytest.raises(
-        ValueError, match=r"makes pictures of 48.*takes image_size=32; pass image_size=32 or image_size=48"
+        ValueError, match=r"makes images of 48.*takes image_size=32; pass image_size=32 or image_size=48"
     ):
         VisionEncoder.from_backbone(tiny.tiny_clip_vision(), processor)
     assert VisionEncoder.from_backbone(tiny.tiny_clip_vision(), processor, image_size=48).num_tokens == 36
-    with pytest.raises(ValueError, match=r"does not make square pictures of one size"):
+    with pytest.raises(ValueError, match=r"does not make square images of one size"):
         processor.do_center_crop = False
         VisionEncoder.from_backbone(tiny.tiny_clip_vision(), processor)
 
 
-def test_a_resized_processor_sees_the_same_part_of_the_picture():
+def test_a_resized_processor_sees_the_same_part_of_the_image():
     from transformers import BitImageProcessor
 
     from mllm_vision.encoder.sizes import processor_size, resize_processor

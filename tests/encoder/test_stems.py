@@ -1,4 +1,4 @@
-"""The ResNet stem for small pictures: built, saved, restored, and told apart by plain transformers."""
+"""The ResNet stem for small images: built, saved, restored, and told apart by plain transformers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from mllm_vision.encoder.build import build_backbone, build_encoder
+from mllm_vision.encoder.build import build_backbone
 from mllm_vision.encoder.encoder import VisionEncoder
+from mllm_vision.encoder.sources import build_encoder
 from mllm_vision.encoder.stems import zero_last_norms
 
 SMALL = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
@@ -20,11 +21,11 @@ def test_it_is_saved_and_restored(tmp_path):
     convolution = encoder.backbone.embedder.embedder.convolution
     assert (convolution.kernel_size, convolution.stride) == ((3, 3), (1, 1))
     assert isinstance(encoder.backbone.embedder.pooler, nn.Identity)
-    pictures = torch.randn(2, 3, 32, 32)
-    assert encoder(pictures).tokens.shape == (2, 16 * 16, 16)  # only the second stage halves the picture
+    images = torch.randn(2, 3, 32, 32)
+    assert encoder(images).tokens.shape == (2, 16 * 16, 16)  # only the second stage halves the image
     encoder.save_pretrained(tmp_path / "encoder")
     again = VisionEncoder.from_pretrained(tmp_path / "encoder")
-    assert torch.equal(again(pictures).pooled, encoder(pictures).pooled)
+    assert torch.equal(again(images).pooled, encoder(images).pooled)
     assert type(again.backbone) is type(encoder.backbone)
     assert again.config.mllm_vision["stem"] == "cifar"
     built, _ = build_backbone(tmp_path / "encoder", image_size=32)  # a config alone says the stem too

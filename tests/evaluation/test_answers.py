@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mllm_vision.evaluation.answers import MajorityBaseline, consensus, exact_match, normalize_answer
+from mllm_vision.evaluation.language.answers import MajorityBaseline, consensus, exact_match, normalize_answer
 
 
 @pytest.mark.parametrize(

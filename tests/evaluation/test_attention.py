@@ -12,9 +12,9 @@ from mllm_vision.data import load_records
 from mllm_vision.encoder import VisionEncoder
 from mllm_vision.encoder.build import build_backbone
 from mllm_vision.evaluation import Attention, Geometry
-from mllm_vision.evaluation.attention import attention_heads, attention_map, head_figures, patch_components
-from mllm_vision.evaluation.collapse import geometry_of, warnings_of
-from mllm_vision.evaluation.drawing import draw_board, draw_heads
+from mllm_vision.evaluation.geometry import geometry_of, warnings_of
+from mllm_vision.evaluation.maps.attention import attention_heads, attention_map, head_figures, patch_components
+from mllm_vision.evaluation.maps.drawing import draw_board, draw_heads
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOWERS = {
@@ -114,7 +114,7 @@ def test_layers_and_what_has_no_attention(caplog):
 
 
 @torch.no_grad()
-def test_components_tell_the_halves_of_a_picture_apart(monkeypatch):
+def test_components_tell_the_halves_of_a_image_apart(monkeypatch):
     """Patch features that differ between left and right, and a little between top and bottom: the first two axes."""
     encoder = build("vit")
     tokens = torch.zeros(2, 4, 4, 32)
@@ -145,7 +145,7 @@ def test_figures_of_the_heads():
     assert head_figures(torch.cat([one, other], dim=1))["head_similarity"] == pytest.approx(-1 / 15)
 
 
-def test_pictures_are_drawn(tmp_path):
+def test_images_are_drawn(tmp_path):
     records = load_records(str(tiny.write_pairs_parquet(tmp_path / "pairs.parquet", n=8)))
     encoder = build("dinov2_with_registers")
     evaluator = Attention("looks/at", records, count=3)
@@ -168,7 +168,7 @@ def test_a_tile_is_bright_where_the_map_is(tmp_path):
     assert torch.equal(brightness.argsort(), heads[1, 1].flatten().argsort())
 
 
-def test_a_large_picture_is_smoothed_where_it_shrinks(tmp_path):
+def test_a_large_image_is_smoothed_where_it_shrinks(tmp_path):
     """Lines of single pixels become grey, not whichever line is hit; and words say what bright means."""
     lines = Image.new("RGB", (256, 256))
     lines.paste("white", (0, 0, 256, 128))
@@ -207,10 +207,10 @@ def test_the_board(tmp_path, caplog):
     deviations = result.arrays["deviations"]["values"]
     assert len(deviations) == 32 and deviations == sorted(deviations, reverse=True)
     assert sum(deviations) / 32 == pytest.approx(metrics["std"], rel=1e-2)
-    with torch.no_grad():  # a collapsed one: every picture the same class token
+    with torch.no_grad():  # a collapsed one: every image the same class token
         encoder.backbone.layernorm.weight.zero_()
     collapsed = board.examine(encoder)
-    assert "collapse: the features of all pictures are nearly alike" in caplog.text
+    assert "collapse: the features of all images are nearly alike" in caplog.text
     assert collapsed.metrics["view_alignment"] == pytest.approx(0.0, abs=1e-9)
     result.add_baseline("collapsed", collapsed)
     assert len(result.arrays["deviations"]["collapsed"]) == 32

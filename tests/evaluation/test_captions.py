@@ -9,7 +9,7 @@ import tiny
 
 from mllm_vision.data import CHAT_TEMPLATES, bind_conversations
 from mllm_vision.encoder import VisionEncoder
-from mllm_vision.evaluation.captions import caption_samples
+from mllm_vision.evaluation.language.captions import caption_samples
 from mllm_vision.vlm import build_vlm
 
 

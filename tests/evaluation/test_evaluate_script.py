@@ -34,7 +34,7 @@ evaluate = load_script("evaluate")
 def folder(tmp_path_factory):
     """Saved tiny models and data: dual/, encoder/, vlm/, pairs.parquet."""
     from mllm_vision.encoder.dual import DualEncoder
-    from mllm_vision.modules.text import build_text_tower
+    from mllm_vision.encoder.text.towers import build_text_tower
     from mllm_vision.vlm import build_vlm
     from mllm_vision.vlm.export import save_vlm
 
@@ -89,7 +89,7 @@ def test_a_pair_in_one_process(folder, capsys) -> None:
     assert wanted <= {key.removeprefix("stage_zero/") for key in results}
     page = render(chain)
     for words in (
-        "Similarity of pictures and texts",
+        "Similarity of images and texts",
         "Spectrum of the embeddings",
         "What it looks at",
         "taken for what",
@@ -116,14 +116,14 @@ def test_an_encoder(folder) -> None:
 
 
 def test_an_encoder_by_its_features(folder, tmp_path, capsys) -> None:
-    """kNN, probe, board and attention with their baselines and pictures, in one call."""
+    """kNN, probe, board and attention with their baselines and images, in one call."""
     data = str(folder / "pairs.parquet")
     flags = ["--training_dataset_name", data, "--knn_k", "1", "3", "--probe_regularisation", "0.01", "--map_count", "2"]
     tasks = ["knn", "probe", "board", "attention", "near/knn"]
-    words = ["--untrained", "--raw_pixels", "--pictures", str(tmp_path), "--max_samples", "12"]
+    words = ["--untrained", "--raw_pixels", "--images", str(tmp_path), "--max_samples", "12"]
     record = run(folder, "--model", str(folder / "encoder"), "--task", *tasks, *flags, *words)
     knn, probe, board = (record["evaluations"][name] for name in ("knn", "probe", "board"))
-    assert knn["accuracy"] == 1.0 and knn["count"] == 12  # each picture is its own neighbour
+    assert knn["accuracy"] == 1.0 and knn["count"] == 12  # each image is its own neighbour
     assert set(knn["baselines"]) == {"chance", "most_frequent_class", "raw_pixels", "untrained"}
     assert knn["accuracy_k3"] == record["evaluations"]["near/knn"]["accuracy_k3"]
     assert probe["regularisation"] == 0.01 and "untrained" in probe["baselines"]
@@ -131,7 +131,7 @@ def test_an_encoder_by_its_features(folder, tmp_path, capsys) -> None:
     assert 0 < record["evaluations"]["attention"]["entropy"] <= 1
     written = sorted(path.name for path in tmp_path.iterdir())
     assert written == ["attention_heads.png", "attention_patches.png", "board.png"]
-    assert sorted(Path(path).name for path in record["pictures"]) == written
+    assert sorted(Path(path).name for path in record["images"]) == written
     assert "raw_pixels" in capsys.readouterr().out
     with pytest.raises(ValueError, match="name them with --training_dataset_name"):
         run(folder, "--model", str(folder / "encoder"), "--task", "knn")
@@ -154,13 +154,13 @@ def test_bad_flags(folder, words, message) -> None:
         run(folder, "--model", str(folder / "encoder"), *words)
 
 
-def test_a_folder_of_pictures_is_a_test_set(folder, tmp_path, caplog) -> None:
+def test_a_folder_of_images_is_a_test_set(folder, tmp_path, caplog) -> None:
     """It has one split, which `datasets` calls train: nobody has to know."""
     for number in range(6):
-        path = tmp_path / "pictures" / ("cat", "dog")[number % 2] / f"{number}.png"
+        path = tmp_path / "images" / ("cat", "dog")[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         tiny.random_image(number, 40).save(path)
-    words = ["--model", str(folder / "encoder"), "--task", f"geometry={tmp_path / 'pictures'}"]
+    words = ["--model", str(folder / "encoder"), "--task", f"geometry={tmp_path / 'images'}"]
     record = run(folder, *words)
     assert record["datasets"]["geometry"]["rows"] == 6 and "its only one, 'train', is taken" in caplog.text
     with pytest.raises(ValueError, match=r"no split .tset.*_split"):

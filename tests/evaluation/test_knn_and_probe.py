@@ -15,10 +15,10 @@ from mllm_vision.data import load_records
 from mllm_vision.encoder import VisionEncoder
 from mllm_vision.encoder.build import build_backbone
 from mllm_vision.evaluation import Geometry, KnnAccuracy, LabelledImages, LinearProbe
-from mllm_vision.evaluation.knn import knn_predict, nearest
-from mllm_vision.evaluation.labelled import Labelled
-from mllm_vision.evaluation.labelled_flags import LabelledArguments
-from mllm_vision.evaluation.linear_probe import fit_linear, principal_axes
+from mllm_vision.evaluation.labelled.flags import LabelledArguments
+from mllm_vision.evaluation.labelled.images import Labelled
+from mllm_vision.evaluation.labelled.knn import knn_predict, nearest
+from mllm_vision.evaluation.labelled.linear_probe import fit_linear, principal_axes
 
 
 def clusters(rows: int, classes: int = 3, width: int = 8, seed: int = 0, noise: float = 1.0):
@@ -211,7 +211,7 @@ def rows(tmp_path_factory):
     return load_records(str(tiny.write_pairs_parquet(tmp_path_factory.mktemp("d") / "pairs.parquet", n=96)))
 
 
-def test_both_on_pictures_that_can_be_told_apart(encoder, rows):
+def test_both_on_images_that_can_be_told_apart(encoder, rows):
     train, test = rows.select(range(64)), rows.select(range(64, 96))
     data = LabelledImages(train, test, batch_size=20)
     knn = KnnAccuracy("knn", data, k=[3, 5], raw_pixels=True)
@@ -231,8 +231,8 @@ def test_both_on_pictures_that_can_be_told_apart(encoder, rows):
     torch.testing.assert_close(data.features(encoder)[1].features, own, atol=2e-2, rtol=1e-2)
 
 
-def test_the_encoder_sees_whole_pictures_as_its_processor_gives_them(encoder):
-    """No random crop, no flip: to a grey level, also of the pictures that were kept."""
+def test_the_encoder_sees_whole_images_as_its_processor_gives_them(encoder):
+    """No random crop, no flip: to a grey level, also of the images that were kept."""
     records = [{"image": tiny.random_image(place, 45), "label": place % 2} for place in range(6)]
     data, processor = LabelledImages(records, records, feature="pixels", batch_size=4), encoder.processor
     expected = processor([row["image"] for row in records], return_tensors="pt")["pixel_values"].flatten(1)
@@ -274,9 +274,9 @@ def test_a_network_in_training_is_left_as_it_is(rows):
     assert all(value.grad is None for value in encoder.parameters())
 
 
-def test_limits_draw_at_random_and_bad_pictures_are_left_out(encoder, rows, caplog):
+def test_limits_draw_at_random_and_bad_images_are_left_out(encoder, rows, caplog):
     broken = [dict(row) for row in rows.select(range(40))]
-    broken[3]["image"] = b"no picture"
+    broken[3]["image"] = b"no image"
     by_class = sorted(broken, key=lambda row: row["label"])
     data = LabelledImages(by_class, broken, train_limit=20)
     assert len({by_class[place]["label"] for place in data.train_rows()}) > 5  # the first 20 rows hold fewer
@@ -300,21 +300,21 @@ def test_features_that_are_not_finite_are_told_and_left_out(rows, caplog, monkey
     with caplog.at_level(logging.WARNING):
         metrics = KnnAccuracy("knn", LabelledImages(rows, rows), k=3)(encoder)
         geometry = Geometry("board", rows, batch_size=96)(encoder)
-    assert "1 pictures of the test set are left out: their features are not finite (the first is row 1)" in caplog.text
+    assert "1 images of the test set are left out: their features are not finite (the first is row 1)" in caplog.text
     assert (metrics["skipped"], metrics["count"], whole["count"]) == (1, 95, 96)
     assert geometry["count"] == 95 and geometry["effective_rank"] > 1
     monkeypatch.undo()
     with torch.no_grad():
         encoder.backbone.layernorm.weight.fill_(torch.nan)
     for evaluator in (KnnAccuracy("k", LabelledImages(rows, rows), k=3), LinearProbe("p", LabelledImages(rows, rows))):
-        with pytest.raises(ValueError, match="no picture of the training set has finite features"):
+        with pytest.raises(ValueError, match="no image of the training set has finite features"):
             evaluator(encoder)
-    with pytest.raises(ValueError, match="none of the 96 pictures in column 'image' has finite features"):
+    with pytest.raises(ValueError, match="none of the 96 images in column 'image' has finite features"):
         Geometry("board", rows)(encoder)
 
 
 def test_only_what_is_asked_for_is_built(rows):
-    """Twelve labelled pictures are too few for 20 neighbours, and enough for a probe."""
+    """Twelve labelled images are too few for 20 neighbours, and enough for a probe."""
     data = [dict(row) for row in rows.select(range(12))]
     words = {"eval_dataset_name": "test", "evaluators": ["probe"], "final_evaluators": ["probe"]}
     with pytest.MonkeyPatch.context() as patch:
@@ -358,7 +358,7 @@ def test_training_rows_without_a_label_are_left_out(rows, encoder, caplog):
 
 def test_labels_that_will_not_do(rows, encoder):
     images = [{"image": row["image"]} for row in rows]
-    with pytest.raises(ValueError, match="need labelled pictures; the test set: no column found for label"):
+    with pytest.raises(ValueError, match="need labelled images; the test set: no column found for label"):
         LabelledImages(rows, images)
     hidden = rows.remove_columns("label").add_column("label", [-1] * 4 + list(rows["label"])[4:])
     shown = rows.cast_column("label", Value("int64"))
@@ -375,13 +375,13 @@ def test_labels_that_will_not_do(rows, encoder):
         LabelledImages(one, one)
     data = LabelledImages(rows, rows, train_limit=12)
     for wrong, message in (
-        (lambda: KnnAccuracy("k", data, k=20), "k=20 neighbours among 12 training pictures; use 1 to 12"),
+        (lambda: KnnAccuracy("k", data, k=20), "k=20 neighbours among 12 training images; use 1 to 12"),
         (lambda: KnnAccuracy("k", data, k=1, temperature=0.0), "temperature=0.0 must be positive"),
         (lambda: LinearProbe("p", data, regularisation=[0.0]), "must be one positive number or more"),
         (lambda: LinearProbe("p", data, validation=1.5), "validation=1.5 must lie in"),
         (lambda: LinearProbe("p", data, validation=0.01), "holds out 0"),
         (lambda: LabelledImages(rows, rows, feature="cls"), "feature='cls' is none of"),
-        (lambda: LabelledImages(rows, rows, train_limit=0), "train_limit=0 leaves no pictures"),
+        (lambda: LabelledImages(rows, rows, train_limit=0), "train_limit=0 leaves no images"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()

@@ -1,4 +1,4 @@
-"""Questions about pictures: reading rows, batched generation against one by one, tables against hand counts."""
+"""Questions about images: reading rows, batched generation against one by one, tables against hand counts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from datasets import Dataset
 from mllm_vision.data import CHAT_TEMPLATES, load_image, load_records
 from mllm_vision.encoder import VisionEncoder
 from mllm_vision.evaluation import QuestionAnswering
-from mllm_vision.evaluation.generation import AnswerGenerator
-from mllm_vision.evaluation.question_answering import read_questions
+from mllm_vision.evaluation.language.generation import AnswerGenerator
+from mllm_vision.evaluation.language.question_answering import read_questions
 from mllm_vision.vlm import build_vlm
 from mllm_vision.vlm.measure import answer as answer_one
 
 
-def plain_answer(model, processor, messages, picture, max_new_tokens: int) -> str:
+def plain_answer(model, processor, messages, image, max_new_tokens: int) -> str:
     """transformers' own way: the processor's prompt, image tokens and pixels, generate from input ids."""
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    inputs = processor(text=text, images=picture, return_tensors="pt", add_special_tokens=False)
+    inputs = processor(text=text, images=image, return_tensors="pt", add_special_tokens=False)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
@@ -30,7 +30,7 @@ COLUMNS = {"image": "image", "question": "questions", "answer": "answers"}
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A vision-language model with random weights that still says different things about different pictures."""
+    """A vision-language model with random weights that still says different things about different images."""
     torch.manual_seed(0)
     tokenizer = tiny.tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     encoder = VisionEncoder.from_backbone(tiny.tiny_clip_vision(), tiny.tiny_image_processor("clip"))
@@ -50,20 +50,20 @@ def records(tmp_path_factory):
 def test_batched_answers_equal_one_by_one(pair, records) -> None:
     """The oracle is the processor's own path: its image tokens, its pixels, generate from input ids, no padding."""
     model, processor = pair
-    pictures = [load_image(records[row]["image"]) for row in range(4)]
+    images = [load_image(records[row]["image"]) for row in range(4)]
     asked = [(row, text) for row in range(4) for text in ("what?", "how many big red circles are there in it?", "why")]
     generator = AnswerGenerator(model, processor, batch_size=5, max_new_tokens=6)
     expected = []
     for row, text in asked:
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-        expected.append(plain_answer(model, processor, messages, pictures[row], 6))
-        assert answer_one(model, processor, messages, [pictures[row]], max_new_tokens=6) == expected[-1]
-    answers = generator.answer(pictures, asked)
+        expected.append(plain_answer(model, processor, messages, images[row], 6))
+        assert answer_one(model, processor, messages, [images[row]], max_new_tokens=6) == expected[-1]
+    answers = generator.answer(images, asked)
     assert answers == expected
     assert len(set(answers)) > 3  # otherwise the comparison would say nothing
 
 
-def test_every_picture_is_encoded_once(pair, records, monkeypatch) -> None:
+def test_every_image_is_encoded_once(pair, records, monkeypatch) -> None:
     model, processor = pair
     seen = []
     inner = model.get_image_features
@@ -76,15 +76,15 @@ def test_every_picture_is_encoded_once(pair, records, monkeypatch) -> None:
     assert sum(seen) == len(records)
 
 
-def test_blind_answers_do_not_depend_on_the_picture(pair, records) -> None:
+def test_blind_answers_do_not_depend_on_the_image(pair, records) -> None:
     model, processor = pair
     generator = AnswerGenerator(model, processor, batch_size=4, max_new_tokens=6, blind=True)
-    pictures = [load_image(records[row]["image"]) for row in range(3)]
-    answers = generator.answer(pictures, [(0, "what?"), (1, "what?"), (2, "what?")])
+    images = [load_image(records[row]["image"]) for row in range(3)]
+    answers = generator.answer(images, [(0, "what?"), (1, "what?"), (2, "what?")])
     assert len(set(answers)) == 1
     pixels = torch.zeros(1, 3, 32, 32)
     assert torch.equal(
-        generator.image_features(pictures)[1], model.get_image_features(pixel_values=pixels).pooler_output[0]
+        generator.image_features(images)[1], model.get_image_features(pixel_values=pixels).pooler_output[0]
     )
 
 
@@ -92,12 +92,12 @@ def test_figures_against_hand_counts(pair, records, monkeypatch) -> None:
     model, processor = pair
     said = {"what colour is the circle?": "Red.", "what shape is there?": "a square"}
     monkeypatch.setattr(
-        AnswerGenerator, "answer", lambda self, pictures, asked: [said.get(text, "nothing") for _, text in asked]
+        AnswerGenerator, "answer", lambda self, images, asked: [said.get(text, "nothing") for _, text in asked]
     )
     evaluator = QuestionAnswering("vqa", records, COLUMNS, processor, no_image_baseline=True)
     result = evaluator.examine(model)
     metrics = result.metrics
-    # Pictures 0-3 are circles in red, green, blue, yellow; 4-6 squares: each asked for its colour and its shape.
+    # Images 0-3 are circles in red, green, blue, yellow; 4-6 squares: each asked for its colour and its shape.
     answers = [(q, a, t) for row in records for q, a, t in zip(row["questions"], row["answers"], row["question_types"])]
     right = [said.get(q, "nothing").lower().strip(". ").removeprefix("a ") == a for q, a, _ in answers]
     assert metrics["count"] == len(answers) == 14
@@ -139,11 +139,11 @@ def test_batched_answers_of_other_families(family, records, tmp_path) -> None:
     with torch.no_grad():
         for parameter in model.model.multi_modal_projector.parameters():
             parameter.mul_(20)
-    pictures = [load_image(records[row]["image"]) for row in range(3)]
+    images = [load_image(records[row]["image"]) for row in range(3)]
     asked = [(row, text) for row in range(3) for text in ("what?", "how many big red circles are there in it?")]
-    answers = AnswerGenerator(model, processor, batch_size=6, max_new_tokens=5).answer(pictures, asked)
+    answers = AnswerGenerator(model, processor, batch_size=6, max_new_tokens=5).answer(images, asked)
     one = AnswerGenerator(model, processor, batch_size=1, max_new_tokens=5)
-    assert answers == [one.answer([pictures[row]], [(0, text)])[0] for row, text in asked]
+    assert answers == [one.answer([images[row]], [(0, text)])[0] for row, text in asked]
     assert len(set(answers)) > 1
 
 

@@ -10,10 +10,10 @@ from datasets import Dataset
 from tiny import image_bytes, random_image
 
 from mllm_vision.data import PairDataset
-from mllm_vision.data.sampling import EpochDataset, OwnRows
+from mllm_vision.data.records.sampling import EpochDataset, OwnRows
 from mllm_vision.evaluation import Geometry, LabelledImages, Retrieval, ZeroShot
 from mllm_vision.evaluation.base import examine
-from mllm_vision.evaluation.question_answering import read_questions
+from mllm_vision.evaluation.language.question_answering import read_questions
 
 IMAGE, BROKEN = image_bytes(random_image(0, 16)), b"broken"
 

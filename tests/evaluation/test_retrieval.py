@@ -90,7 +90,7 @@ def test_ranks_count_ties_against_the_query() -> None:
 
 
 class FakeDual:
-    """Pictures and texts both become their number; encode_images reads it from the picture's red channel."""
+    """Images and texts both become their number; encode_images reads it from the image's red channel."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -109,10 +109,10 @@ def numbered(number: int):
     return image
 
 
-def test_evaluator_reads_rows_skips_bad_pictures_and_keeps_a_matrix() -> None:
-    pictures = [{"bytes": image_bytes(numbered(i)), "path": None} for i in range(6)]
-    pictures[4] = {"bytes": b"no picture", "path": None}
-    records = Dataset.from_dict({"image": pictures, "captions": [[f"{i} first", f"{i} second"] for i in range(6)]})
+def test_evaluator_reads_rows_skips_bad_images_and_keeps_a_matrix() -> None:
+    images = [{"bytes": image_bytes(numbered(i)), "path": None} for i in range(6)]
+    images[4] = {"bytes": b"no image", "path": None}
+    records = Dataset.from_dict({"image": images, "captions": [[f"{i} first", f"{i} second"] for i in range(6)]})
     evaluator = Retrieval("retrieval", records, {"image": "image", "caption": "captions"}, batch_size=4)
     result = evaluator.examine(FakeDual())
     metrics = result.metrics
@@ -128,7 +128,7 @@ def test_evaluator_reads_rows_skips_bad_pictures_and_keeps_a_matrix() -> None:
 
 def test_bad_input() -> None:
     records = Dataset.from_dict({"image": ["x", "y"], "captions": [["a"], []]})
-    with pytest.raises(ValueError, match="two pictures or more; 1 left of 2"):  # the other has no caption
+    with pytest.raises(ValueError, match="two images or more; 1 left of 2"):  # the other has no caption
         Retrieval("r", records, {"image": "image", "caption": "captions"})
     with pytest.raises(ValueError, match="'text' .* is not in the data; found"):
         Retrieval("r", records, {"image": "image", "caption": "text"})
@@ -136,7 +136,7 @@ def test_bad_input() -> None:
         Retrieval("r", records.select([]), {"image": "image", "caption": "captions"})
     with pytest.raises(ValueError, match="positive whole numbers"):
         Retrieval("r", records, {"image": "image", "caption": "captions"}, ks=(0,))
-    with pytest.raises(ValueError, match="two pictures or more"):
+    with pytest.raises(ValueError, match="two images or more"):
         Retrieval("r", records, {"image": "image", "caption": "captions"}, limit=1)
     with pytest.raises(ValueError, match="encode_images"):
         Retrieval("r", records.select([0, 0]), {"image": "image", "caption": "captions"})(torch.nn.Linear(1, 1))

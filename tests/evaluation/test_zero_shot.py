@@ -14,20 +14,20 @@ COLUMNS = {"image": "image", "label": "label"}
 
 
 def records(labels: list, seen: list[int], feature: object = None) -> Dataset:
-    """Pictures whose first pixel says which class FakeDual will see in them."""
-    pictures = []
+    """Images whose first pixel says which class FakeDual will see in them."""
+    images = []
     for number in seen:
         image = random_image(0, 8)
         image.putpixel((0, 0), (number, 0, 0))
-        pictures.append({"bytes": image_bytes(image), "path": None})
+        images.append({"bytes": image_bytes(image), "path": None})
     features = None
     if feature is not None:
         features = Features({"image": {"bytes": Value("binary"), "path": Value("string")}, "label": feature})
-    return Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+    return Dataset.from_dict({"image": images, "label": labels}, features=features)
 
 
 class FakeDual:
-    """Embeds a picture by its first pixel and a text by the position of its first letter in "abc...": one-hot."""
+    """Embeds an image by its first pixel and a text by the position of its first letter in "abc...": one-hot."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -107,5 +107,5 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="letters, digits"):
         ZeroShot("zero shot", data, ["ape"], columns=COLUMNS)
     broken = Dataset.from_dict({"image": [{"bytes": b"x", "path": None}], "label": ["a"]})
-    with pytest.raises(ValueError, match="none of the 1 pictures"):
+    with pytest.raises(ValueError, match="none of the 1 images"):
         ZeroShot("zs", broken, ["a"], columns=COLUMNS)(FakeDual(), 0)

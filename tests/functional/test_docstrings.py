@@ -15,7 +15,7 @@ MODULES = [module.name for module in pkgutil.iter_modules(mllm_vision.functional
 # what the losses are made of: not for users, and explained where it is used
 TOOLS = {"precision", "products", "tiles", "sigmoid_tiles", "softmax_tiles"}
 HELPERS = {"at_least_fp32", "full_precision", "draws_of_blocks"}
-# arithmetic on pictures, on loss values and on eigenvalues: no paper is its source
+# arithmetic on images, on loss values and on eigenvalues: no paper is its source
 WITHOUT_PAPER = {"patchify", "unpatchify", "random_masks", "spectrum", "spread"}
 ANY_SHAPE = {"mutual_information_bound", "triplet_masks"}
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import image_text as oracle
 
-from mllm_vision.functional import products, tiles
+from mllm_vision.functional.engine import products, tiles
 from mllm_vision.functional.image_text import clip_loss, related, siglip_loss
 
 cases = st.fixed_dictionaries(

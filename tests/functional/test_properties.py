@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mllm_vision.functional
-from mllm_vision.functional import distillation, geometry, image_text, infonce, pairs, prototypes, redundancy, tiles
+from mllm_vision.functional import distillation, geometry, image_text, infonce, pairs, prototypes, redundancy
+from mllm_vision.functional.engine import tiles
 from mllm_vision.functional.momentum_contrast import momentum_contrast
 from mllm_vision.functional.reconstruction import masked_reconstruction
 

@@ -103,7 +103,7 @@ def test_concentrations_of_rows_that_all_coincide_are_the_temperature():
 
 
 def test_clusters_of_copies_have_a_temperature_to_divide_by():
-    """Two pictures four times each, and two loose pairs: clipped or not, the official phi of the copies is zero."""
+    """Two images four times each, and two loose pairs: clipped or not, the official phi of the copies is zero."""
     corners = torch.eye(4)
     loose = [F.normalize(corners[place] + 0.3 * corners[place - 1], dim=0) for place in (2, 3)]
     rows = torch.stack([*corners[:2].repeat_interleave(4, 0), corners[2], loose[0], corners[3], loose[1]])

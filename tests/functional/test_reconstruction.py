@@ -12,8 +12,8 @@ from mllm_vision.functional.reconstruction import masked_reconstruction, patchif
 def test_patchify_cuts_as_loops_do():
     pixels = torch.randn(2, 3, 6, 4)
     expected = [
-        [picture[:, top : top + 2, left : left + 2].permute(1, 2, 0).flatten() for top in (0, 2, 4) for left in (0, 2)]
-        for picture in pixels
+        [image[:, top : top + 2, left : left + 2].permute(1, 2, 0).flatten() for top in (0, 2, 4) for left in (0, 2)]
+        for image in pixels
     ]
     assert torch.equal(patchify(pixels, 2), torch.stack([torch.stack(row) for row in expected]))
     assert torch.equal(unpatchify(patchify(pixels, 2), 2, 6), pixels)
@@ -60,7 +60,7 @@ def test_autocast_computes_in_full_precision():
 def test_shapes_that_disagree_are_refused():
     with pytest.raises(ValueError, match=r"cannot be cut into patches of 5"):
         patchify(torch.zeros(1, 3, 8, 8), 5)
-    with pytest.raises(ValueError, match=r"make no pictures of height 9"):
+    with pytest.raises(ValueError, match=r"make no images of height 9"):
         unpatchify(torch.zeros(1, 4, 12), 2, 9)
     with pytest.raises(ValueError, match=r"mask \[B, N\], got \[1, 4, 12\]"):
         masked_reconstruction(torch.zeros(1, 4, 12), torch.zeros(1, 4, 12), torch.ones(1, 3, dtype=torch.bool))

@@ -9,10 +9,10 @@ from tiny import tiny_clip
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import QuickGELUActivation
 
+from mllm_vision.encoder.activations import QuickGelu, use_fast_activations
+from mllm_vision.encoder.clip_layers import Packing, is_plain
 from mllm_vision.encoder.features import extract_features
-from mllm_vision.modules.activations import QuickGelu, use_fast_activations
-from mllm_vision.modules.clip_layers import Packing, is_plain
-from mllm_vision.modules.text import pool_text
+from mllm_vision.encoder.text.towers import pool_text
 
 LENGTHS = (4, 9, 32, 2, 9, 17)
 ENDS = {3: 3, 2: 255}  # eos_token_id of the config -> the id that ends a text (2 is the legacy mark: the highest id)
@@ -92,7 +92,7 @@ def test_packing_and_back():
     assert (padded[0, 2:] == 0).all() and (padded[2, 1:] == 0).all()
 
 
-def test_the_pooled_vector_of_a_picture_without_its_last_tokens():
+def test_the_pooled_vector_of_a_image_without_its_last_tokens():
     model = tiny_clip().vision_model.double()
     pixel_values = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     expected = with_gradients(model, model(pixel_values).pooler_output)

@@ -11,7 +11,7 @@ from views_for_tests import make_method, view_batch
 
 from mllm_vision.modules.batch_norm import GlobalBatchNorm1d
 from mllm_vision.objectives.barlow_twins import BarlowTwins
-from mllm_vision.objectives.vicreg import VicReg
+from mllm_vision.objectives.vicreg import VICReg
 
 HEAD = {"head_hidden": 24, "head_out": 16}
 
@@ -40,7 +40,7 @@ def test_barlow_twins_is_the_papers_loss_of_its_projections(lambd):
 @pytest.mark.parametrize("weights", [(25.0, 25.0, 1.0), (3.0, 2.0, 10.0)])
 def test_vicreg_is_the_papers_loss_of_its_projections(weights):
     names = dict(zip(("invariance", "variance", "covariance"), weights, strict=True))
-    objective = make_method(VicReg, **names, **HEAD)
+    objective = make_method(VICReg, **names, **HEAD)
     views = view_batch()
     output = objective(views=views)
     terms = oracle.vicreg(*projections(objective, views), 1e-4)
@@ -49,7 +49,7 @@ def test_vicreg_is_the_papers_loss_of_its_projections(weights):
     assert told == pytest.approx(list(terms), rel=1e-4)
 
 
-@pytest.mark.parametrize("method", [BarlowTwins, VicReg])
+@pytest.mark.parametrize("method", [BarlowTwins, VICReg])
 def test_the_projector_is_the_official_one(method):
     """Three linear layers of 8192 by default, BatchNorm and ReLU between them, no norm and no bias at the end."""
     config = method.Config()
@@ -64,7 +64,7 @@ def test_the_projector_is_the_official_one(method):
     assert all(module.affine for module in head if isinstance(module, GlobalBatchNorm1d))
 
 
-@pytest.mark.parametrize("method", [BarlowTwins, VicReg])
+@pytest.mark.parametrize("method", [BarlowTwins, VICReg])
 def test_each_view_has_its_own_batch_statistics(method):
     """A shift and a gain of one view's features alone change nothing behind the BatchNorm."""
     objective = make_method(method, **HEAD)
@@ -73,7 +73,7 @@ def test_each_view_has_its_own_batch_statistics(method):
     assert objective.loss(moved).loss.item() == pytest.approx(objective.loss(h).loss.item(), rel=1e-2)
 
 
-@pytest.mark.parametrize(("method", "chance"), [(BarlowTwins, 16.0), (VicReg, 24.75)])
+@pytest.mark.parametrize(("method", "chance"), [(BarlowTwins, 16.0), (VICReg, 24.75)])
 def test_collapsed_embeddings_cost_what_chance_says(method, chance):
     objective = make_method(method, **HEAD)
     h = torch.ones(8, 2, 32)
@@ -92,9 +92,9 @@ def train(objective, steps=30, lr=0.05):
 
 
 def test_vicreg_shrinks_without_its_variance_term():
-    start = make_method(VicReg, **HEAD)(views=view_batch(32)).metrics
-    whole = train(make_method(VicReg, **HEAD), lr=0.002).metrics
-    without = train(make_method(VicReg, variance=0.0, covariance=0.0, **HEAD), lr=0.1).metrics
+    start = make_method(VICReg, **HEAD)(views=view_batch(32)).metrics
+    whole = train(make_method(VICReg, **HEAD), lr=0.002).metrics
+    without = train(make_method(VICReg, variance=0.0, covariance=0.0, **HEAD), lr=0.1).metrics
     assert without["variance"] > start["variance"] + 0.1  # towards 1, where no dimension varies
     assert without["invariance"] < 0.02 * start["invariance"]
     assert whole["variance"] < 0.5 * start["variance"]
@@ -102,7 +102,7 @@ def test_vicreg_shrinks_without_its_variance_term():
 
 def test_branches_may_be_different_networks():
     objective = make_method(
-        VicReg, second_encoder="resnet", second_encoder_overrides={
+        VICReg, second_encoder="resnet", second_encoder_overrides={
             "embedding_size": 8, "hidden_sizes": [8, 24], "depths": [1, 1], "layer_type": "basic",
         }, **HEAD,
     )  # fmt: skip
@@ -124,18 +124,18 @@ def test_branches_may_be_different_networks():
 
 
 def test_a_second_encoder_may_be_a_checkpoint(tmp_path):
-    make_method(VicReg, "clip", **HEAD).encoder.save_pretrained(tmp_path)
-    objective = make_method(VicReg, second_encoder=str(tmp_path), **HEAD)
+    make_method(VICReg, "clip", **HEAD).encoder.save_pretrained(tmp_path)
+    objective = make_method(VICReg, second_encoder=str(tmp_path), **HEAD)
     assert objective.second_encoder.config.model_type == "clip_vision_model"
 
 
 def test_expanders_apart_for_one_encoder():
-    objective = make_method(VicReg, shared_expander=False, **HEAD)
+    objective = make_method(VICReg, shared_expander=False, **HEAD)
     assert objective.second_encoder is None
     views = view_batch()
     terms = oracle.vicreg(*projections(objective, views), 1e-4)
     assert objective(views=views).metrics["invariance"].item() == pytest.approx(terms[0], rel=1e-4)
-    assert make_method(VicReg, **HEAD).second_head is None
+    assert make_method(VICReg, **HEAD).second_head is None
 
 
 def test_an_encoder_with_batchnorm_sees_one_view_at_a_time():
@@ -146,9 +146,9 @@ def test_an_encoder_with_batchnorm_sees_one_view_at_a_time():
     torch.testing.assert_close(h, expected)
 
 
-@pytest.mark.parametrize("method", [BarlowTwins, VicReg])
+@pytest.mark.parametrize("method", [BarlowTwins, VICReg])
 def test_training_defaults_are_flags(method):
-    from mllm_vision.training.arguments import RecipeArguments
+    from mllm_vision.training.recipe.arguments import RecipeArguments
 
     given = RecipeArguments(output_dir="unused", **method.training_defaults)
     assert given.base_learning_rate == 0.2 and given.lr_scaling == "linear" and given.weight_decay == 1e-6
@@ -159,12 +159,12 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="lambd=-1"):
         make_method(BarlowTwins, lambd=-1, **HEAD)
     with pytest.raises(ValueError, match="variance=-2: no weight|variance=-2, covariance"):
-        make_method(VicReg, variance=-2, **HEAD)
+        make_method(VICReg, variance=-2, **HEAD)
     with pytest.raises(ValueError, match="second_encoder_overrides without second_encoder"):
-        make_method(VicReg, second_encoder_overrides=tiny.SIZES, **HEAD)
+        make_method(VICReg, second_encoder_overrides=tiny.SIZES, **HEAD)
     with pytest.raises(FileNotFoundError, match="resnett"):
-        make_method(VicReg, second_encoder="resnett", **HEAD)
-    for method in (BarlowTwins, VicReg):
+        make_method(VICReg, second_encoder="resnett", **HEAD)
+    for method in (BarlowTwins, VICReg):
         with pytest.raises(ValueError, match="--per_device_train_batch_size 2"):
             make_method(method, **HEAD).before_training(10, 1)
         with pytest.raises(ValueError, match=r"V >= 2|views"):

@@ -125,8 +125,8 @@ def test_the_heads_are_the_papers():
 def test_byols_lars_has_the_rate_outside_of_the_momentum(tmp_path):
     """Its official code multiplies by the rate last: while that falls, the momentum of earlier steps falls with it."""
     from mllm_vision.objectives import load_objective
-    from mllm_vision.training.optimizer_arguments import OptimizerArguments
-    from mllm_vision.training.optimizers import optimizer_class
+    from mllm_vision.training.optim.arguments import OptimizerArguments
+    from mllm_vision.training.optim.optimizers import optimizer_class
 
     settings = load_objective("byol").training_defaults
     cls, given = optimizer_class(OptimizerArguments(output_dir=str(tmp_path), use_cpu=True, **settings))
@@ -164,7 +164,7 @@ def test_an_encoder_with_batch_norm_sees_one_view_at_a_time(name):
 @pytest.mark.parametrize("name", ["moco_v1", "moco_v2", "moco_v3", *METHODS])
 def test_the_papers_settings_are_arguments_that_the_trainer_takes(name, tmp_path):
     from mllm_vision.objectives import load_objective
-    from mllm_vision.training.optimizer_arguments import OptimizerArguments
+    from mllm_vision.training.optim.arguments import OptimizerArguments
 
     settings = load_objective(name).training_defaults
     arguments = OptimizerArguments(output_dir=str(tmp_path), use_cpu=True, **settings)

@@ -29,15 +29,15 @@ def scripts():
 
 @pytest.fixture(scope="module")
 def data(scripts):
-    """Pictures of 16 pixels, each a few smooth colours of its own."""
+    """Images of 16 pixels, each a few smooth colours of its own."""
     cases = scripts["collapse_cases"]
 
-    def pictures(count, seed):
+    def images(count, seed):
         colours = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 255
         pixels = torch.nn.functional.interpolate(colours, size=(16, 16), mode="bilinear").to(torch.uint8)
-        return cases.Pictures(pixels, torch.full((count, 2), 16), torch.arange(count) % 4)
+        return cases.Images(pixels, torch.full((count, 2), 16), torch.arange(count) % 4)
 
-    return cases.Data(pictures(256, 0), pictures(64, 1))
+    return cases.Data(images(256, 0), images(64, 1))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_moco_fails_with_a_teacher_that_has_no_momentum(at_the_end):
 
 
 def test_dino_collapses_to_one_prototype_or_to_none(at_the_end):
-    """Sharpening alone and centring alone, each to its own side; together they keep what tells pictures apart."""
+    """Sharpening alone and centring alone, each to its own side; together they keep what tells images apart."""
     assert at_the_end("DINO", "as published", "information") > 0.03
     assert at_the_end("DINO", "without centring", "prototype_entropy") < 0.1
     assert at_the_end("DINO", "without sharpening", "teacher_entropy") > 0.99 * math.log(256)

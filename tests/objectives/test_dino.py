@@ -11,9 +11,9 @@ from linear_encoder import LinearEncoder, make_method, sgd_steps, tiny_encoder, 
 from oracles import distillation as oracle
 from torch import nn
 
-from mllm_vision.objectives.dino import Dino
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.trainer import ObjectiveTrainer
+from mllm_vision.objectives.dino import DINO
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
 SMALL = {"out_dim": 16, "head_hidden": 12, "head_bottleneck": 6}
 
@@ -30,7 +30,7 @@ class NoHead(nn.Identity):
     out_features = 5
 
 
-class PlainDino(Dino):
+class PlainDino(DINO):
     """No head, and every step an epoch."""
 
     def build_head(self, width):
@@ -45,7 +45,7 @@ def test_steps_are_those_of_algorithm_one():
     """Losses of six steps, and weights, teacher and centre after them; momentum and temperature rise meanwhile."""
     torch.manual_seed(0)
     encoder = LinearEncoder(12, 5).double()
-    config = Dino.Config(momentum=0.7, centre_momentum=0.6, student_temperature=0.4, teacher_temperature_start=0.2)
+    config = DINO.Config(momentum=0.7, centre_momentum=0.6, student_temperature=0.4, teacher_temperature_start=0.2)
     config.teacher_temperature, config.teacher_temperature_warmup_epochs = 0.3, 4.0
     objective = PlainDino(encoder, config).double().train()
     paper = oracle.LinearDino(
@@ -137,7 +137,7 @@ def test_a_collapse_shows_in_the_metrics():
     one_for_all = torch.randn(1, 1, 32)
     same = objective.loss({"student": one_for_all.expand(4, 2, 32), "teacher": one_for_all.expand(4, 2, 32)}).metrics
     for metrics in (uniform, same):
-        # every picture gets the same answer: how sure it is and how evenly the prototypes are used are one number
+        # every image gets the same answer: how sure it is and how evenly the prototypes are used are one number
         assert metrics["teacher_entropy"].item() == pytest.approx(metrics["prototype_entropy"].item(), abs=1e-4)
     assert objective.chance_loss(4) == pytest.approx(math.log(16))
 
@@ -188,7 +188,7 @@ def test_a_training_follows_the_papers_settings(tmp_path):
 
     arguments = RecipeArguments(
         output_dir=str(tmp_path), num_train_epochs=2, per_device_train_batch_size=4, report_to=[], use_cpu=True,
-        save_strategy="no", **Dino.training_defaults,
+        save_strategy="no", **DINO.training_defaults,
     )  # fmt: skip
     ObjectiveTrainer(model=objective, args=arguments, train_dataset=_Rows(16), callbacks=[Watch()]).train()
     assert [step["still"] for step in seen] == [True] * 4 + [False] * 4  # four steps an epoch

@@ -7,7 +7,7 @@ import torch
 from linear_encoder import make_method, sgd_steps, tiny_encoder, view_batch
 from oracles import distillation as oracle
 
-from mllm_vision.objectives.dinov2 import DinoV2
+from mllm_vision.objectives.dinov2 import DINOv2
 
 SMALL = {"out_dim": 16, "head_hidden": 12, "head_bottleneck": 6}
 KEYS = torch.arange(400) * 1_000_003
@@ -124,7 +124,7 @@ def test_the_second_pass_of_gradient_caching_leaves_the_teacher_out():
 def test_the_papers_settings():
     objective = dinov2(separate_patch_head=True)
     assert objective.rates() == {"head.last_layer": "still:1", "patch_head.last_layer": "still:1"}
-    config, defaults = DinoV2.Config(), DinoV2.training_defaults
+    config, defaults = DINOv2.Config(), DINOv2.training_defaults
     assert (config.momentum, config.koleo_weight, config.mask_probability) == (0.992, 0.1, 0.5)
     assert (config.mask_ratio_min, config.mask_ratio_max, config.centring) == (0.1, 0.5, "sinkhorn")
     assert (defaults["layer_decay"], defaults["patch_embedding_lr_scale"]) == (0.9, 0.2)

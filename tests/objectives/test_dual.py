@@ -12,7 +12,7 @@ from tiny import random_image, tiny_clip, tiny_image_processor, tiny_llama
 
 from mllm_vision.encoder.dual import DualEncoder
 
-LABELS = ["a red circle", "there is a blue square at the left of the picture", "star"]
+LABELS = ["a red circle", "there is a blue square at the left of the image", "star"]
 PAIRS = [
     ("clip", None, "clip"),
     ("clip", -3.0, "clip"),
@@ -120,7 +120,7 @@ def test_embeddings_are_unit_rows_without_gradient_and_modes_come_back():
 def test_a_decoder_as_text_tower(tmp_path):
     from pairs_for_tests import tokenizer
 
-    from mllm_vision.modules.text import build_text_tower
+    from mllm_vision.encoder.text.towers import build_text_tower
 
     tiny_llama(400).save_pretrained(tmp_path / "llama")
     text, prepared = build_text_tower(str(tmp_path / "llama"), tokenizer())
@@ -149,7 +149,7 @@ def test_refusals(tmp_path):
 
 @pytest.mark.parametrize(("towers", "bias"), [("clip", None), ("vit", -3.0)])
 def test_exchanged_weights_are_noticed(towers, bias, tmp_path):
-    from mllm_vision.lineage import hash_weights, write_lineage
+    from mllm_vision.hub.lineage import hash_weights, write_lineage
 
     dual = make_dual(towers, bias=bias)
     dual.save_pretrained(tmp_path)

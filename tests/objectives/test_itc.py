@@ -14,7 +14,7 @@ from pairs_for_tests import make_dual, make_objective, pair_batches
 from torch import nn
 
 from mllm_vision.objectives import load_objective
-from mllm_vision.objectives.itc import Itc
+from mllm_vision.objectives.itc import ITC
 
 
 class LinearTowers(nn.Module):
@@ -40,7 +40,7 @@ def test_steps_are_those_of_the_papers_algorithm():
     rng = np.random.default_rng(3)
     epoch = 8  # steps
     dual = LinearTowers(6, 4, 3).double()
-    objective = Itc(dual, Itc.Config(queue_size=7, momentum=0.9, initial_logit_scale=5.0)).double().train()
+    objective = ITC(dual, ITC.Config(queue_size=7, momentum=0.9, initial_logit_scale=5.0)).double().train()
     paper = oracle.LinearAlbef(
         dual.image.weight.detach().numpy(), dual.text.weight.detach().numpy(), math.log(5.0),
         momentum=0.9, size=7, alpha=0.4, rate=0.5,
@@ -239,7 +239,7 @@ def test_a_few_steps_learn_the_pairs():
 
 def test_what_it_refuses():
     with pytest.raises(ValueError, match="has no bias"):
-        Itc(make_dual("clip", bias=-1.0))
+        ITC(make_dual("clip", bias=-1.0))
     for config, message in (
         ({"alpha": 1.4}, "alpha=1.4 is not between"),
         ({"momentum": -0.1}, "momentum=-0.1 is not between"),
@@ -249,7 +249,7 @@ def test_what_it_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             make_objective("itc", **config)
-    assert load_objective("itc") is Itc
+    assert load_objective("itc") is ITC
 
 
 def test_the_pair_it_leaves_is_a_pair_and_nothing_else(tmp_path):

@@ -9,23 +9,23 @@ from transformers import AutoModel, ViTMAEConfig, ViTMAEForPreTraining
 from views_for_tests import SIZES as KINDS
 from views_for_tests import make_encoder, make_method, view_batch
 
-from mllm_vision.data.counter_random import uniform
 from mllm_vision.encoder import VisionEncoder
-from mllm_vision.objectives.mae import MASKS, Mae
+from mllm_vision.functional.random import uniform
+from mllm_vision.objectives.mae import MAE, MASKS
 
 SMALL = {"decoder_width": 16, "decoder_layers": 2, "decoder_heads": 2}
 SEEDS = torch.arange(100, 106)
 
 
-def make(kind: str = "vit", **config) -> Mae:
-    return make_method(Mae, kind, **{**SMALL, **config})
+def make(kind: str = "vit", **config) -> MAE:
+    return make_method(MAE, kind, **{**SMALL, **config})
 
 
-def pictures(count: int = 6, views: int = 1) -> torch.Tensor:
+def images(count: int = 6, views: int = 1) -> torch.Tensor:
     return view_batch(count, views)
 
 
-def transformers_mae(objective: Mae) -> ViTMAEForPreTraining:
+def transformers_mae(objective: MAE) -> ViTMAEForPreTraining:
     """transformers' MAE with the objective's weights."""
     backbone, decoder = objective.encoder.backbone, objective.decoder
     config = ViTMAEConfig(
@@ -62,7 +62,7 @@ def test_loss_and_gradients_are_those_of_transformers_mae():
     for norm in objective.modules():
         if isinstance(norm, torch.nn.LayerNorm):
             norm.eps = 1e-6  # transformers' MAE has one for encoder and decoder
-    views = pictures()
+    views = images()
     theirs = transformers_mae(objective)
     expected = theirs(views[:, 0], noise=uniform(SEEDS, MASKS, 16).float()).loss
     loss = objective(views=views, seeds=SEEDS).loss
@@ -77,11 +77,11 @@ def test_loss_and_gradients_are_those_of_transformers_mae():
 
 def test_masks_come_from_the_seeds_alone():
     objective = make().eval()
-    views = pictures(views=2)
+    views = images(views=2)
     _, _, visible = objective.reconstruct(views, SEEDS)
     assert visible.shape == (12, 4)
     assert all(row.unique().numel() == 4 for row in visible)
-    assert len(visible.sort(dim=1).values.unique(dim=0)) > 6  # another mask for each picture and view
+    assert len(visible.sort(dim=1).values.unique(dim=0)) > 6  # another mask for each image and view
     torch.manual_seed(99)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     _, _, again = objective.reconstruct(views[order], SEEDS[order])
@@ -94,7 +94,7 @@ def test_masks_come_from_the_seeds_alone():
 def test_hidden_patches_do_not_reach_the_encoder():
     """Pixels under the mask change the target and nothing else."""
     objective = make(normalize_pixels=False).eval()
-    views = pictures()
+    views = images()
     predicted, target, visible = objective.reconstruct(views, SEEDS)
     hidden = torch.ones(6, 16, dtype=torch.bool).scatter(1, visible, False)
     pixels = hidden.view(6, 1, 4, 1, 4, 1).expand(-1, 3, -1, 8, -1, 8).reshape(6, 1, 3, 32, 32)
@@ -105,7 +105,7 @@ def test_hidden_patches_do_not_reach_the_encoder():
 
 def test_the_mask_ratio_says_how_many_patches_the_encoder_sees():
     for ratio, visible in ((0.75, 4), (0.5, 8), (0.9, 1)):
-        assert make(mask_ratio=ratio).eval().reconstruct(pictures(), SEEDS)[2].shape[1] == visible
+        assert make(mask_ratio=ratio).eval().reconstruct(images(), SEEDS)[2].shape[1] == visible
     for ratio in (0.0, 1.0, 0.99):
         with pytest.raises(ValueError, match=f"mask_ratio={ratio}"):
             make(mask_ratio=ratio)
@@ -114,7 +114,7 @@ def test_the_mask_ratio_says_how_many_patches_the_encoder_sees():
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "resnet"])
 def test_every_parameter_that_learns_gets_a_gradient_and_the_artifact_is_native(kind, tmp_path):
     objective = make(kind)
-    objective(views=pictures(), seeds=SEEDS).loss.backward()
+    objective(views=images(), seeds=SEEDS).loss.backward()
     idle = [name for name, value in objective.named_parameters() if value.requires_grad and value.grad is None]
     assert idle == []  # DistributedDataParallel would wait for them
     positions = [value for name, value in objective.encoder.named_parameters() if "position_embedding" in name]
@@ -122,12 +122,12 @@ def test_every_parameter_that_learns_gets_a_gradient_and_the_artifact_is_native(
     assert not any(value.requires_grad for value in positions)
 
     objective.eval()
-    h = objective.features(objective.encoder, pictures())[:, 0]
+    h = objective.features(objective.encoder, images())[:, 0]
     objective.encoder.save_pretrained(tmp_path)
     again = VisionEncoder.from_pretrained(tmp_path).eval()
-    assert torch.equal(again(pictures()[:, 0]).pooled, h)  # no random pooler comes in its place
+    assert torch.equal(again(images()[:, 0]).pooled, h)  # no random pooler comes in its place
     loaded = AutoModel.from_pretrained(tmp_path).eval()
-    expected = loaded(pictures()[:, 0]).last_hidden_state
+    expected = loaded(images()[:, 0]).last_hidden_state
     norm = loaded.post_layernorm if kind == "clip" else torch.nn.Identity()  # CLIP's pooled token has one more
     vector = expected.mean(1) if kind == "siglip" else norm(expected[:, 0])
     torch.testing.assert_close(h, vector)
@@ -144,7 +144,7 @@ def test_a_loaded_encoder_keeps_its_positions(tmp_path):
     make_encoder().save_pretrained(tmp_path)
     encoder = VisionEncoder.from_pretrained(tmp_path)
     before = encoder.backbone.embeddings.position_embeddings.detach().clone()
-    Mae(encoder, Mae.Config(**SMALL))
+    MAE(encoder, MAE.Config(**SMALL))
     table = encoder.backbone.embeddings.position_embeddings
     assert table.requires_grad and torch.equal(table, before)
 
@@ -159,7 +159,7 @@ def test_the_decoder_starts_as_in_the_official_code():
 
 
 def test_it_learns_to_predict():
-    """Pictures of one patch repeated: what is visible tells what is hidden."""
+    """Images of one patch repeated: what is visible tells what is hidden."""
     torch.manual_seed(0)
     views = torch.randn(24, 1, 3, 8, 8).repeat(1, 1, 1, 4, 4)
     objective = make()
@@ -176,14 +176,14 @@ def test_it_learns_to_predict():
 
 
 def test_accumulation_is_allowed_and_needs_no_chunks():
-    Mae.check_accumulation(4, 8)
-    assert not Mae.couples_batch and Mae.chunkable
+    MAE.check_accumulation(4, 8)
+    assert not MAE.couples_batch and MAE.chunkable
     make().before_training(10, 1)  # a batch of one is enough
 
 
 def test_what_mae_refuses():
     with pytest.raises(ValueError, match="resnet is convolutional; use a transformer"):
-        Mae(make_encoder("resnet"))
+        MAE(make_encoder("resnet"))
     with pytest.raises(ValueError, match="decoder_width=16 is not divisible by decoder_heads=3"):
         make(decoder_heads=3)
     with pytest.raises(ValueError, match="divisible by 4, got 18"):
@@ -193,4 +193,4 @@ def test_what_mae_refuses():
     with pytest.raises(ValueError, match="make them 32 x 32"):
         make()(views=torch.zeros(2, 1, 3, 64, 64), seeds=SEEDS[:2])
     with pytest.raises(ValueError, match="needs the column 'seeds'"):
-        make()(views=pictures())
+        make()(views=images())

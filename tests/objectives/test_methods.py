@@ -23,11 +23,11 @@ from methods_for_tests import (
 )
 from torch import nn
 
-from mllm_vision.data.pictures import PictureCollator, PictureDataset
-from mllm_vision.data.views import POLICIES
+from mllm_vision.data.images.dataset import ImageCollator, ImageDataset
+from mllm_vision.data.views.views import POLICIES
 from mllm_vision.objectives import ImageObjective, load_objective
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.trainer import ObjectiveTrainer
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
 every_method = pytest.mark.parametrize("name", IMAGE_METHODS)
 
@@ -124,8 +124,8 @@ def train(name, folder, resume=False, **changed):
     trainer = ObjectiveTrainer(
         made,
         RecipeArguments(**{**settings, **changed}),
-        train_dataset=PictureDataset(records()),
-        data_collator=PictureCollator(),
+        train_dataset=ImageDataset(records()),
+        data_collator=ImageCollator(),
         make_views=make,
         make_plain_views=plain,
     )
@@ -147,7 +147,7 @@ def test_an_encoder_with_batch_norm_is_not_chunked(name):
 
 @every_method
 def test_bad_batches(name):
-    """One view, pictures instead of views, a missing column, a batch of one: told with the remedy."""
+    """One view, images instead of views, a missing column, a batch of one: told with the remedy."""
     made = objective(name)
     batch = batches(made, 1)[0]
     with pytest.raises(ValueError, match=r"needs views \[B, V, 3, \w+, \w+\]"):
@@ -170,7 +170,7 @@ def test_bad_batches(name):
 def test_what_embed_returns_is_told():
     made = objective("simclr")
     made.embed = lambda views: made.features(made.encoder, views)
-    with pytest.raises(ValueError, match=r"SimClr.embed returned Tensor; it returns a dict of tensors \[B, ...\]"):
+    with pytest.raises(ValueError, match=r"SimCLR.embed returned Tensor; it returns a dict of tensors \[B, ...\]"):
         made(views=torch.zeros(2, 2, 3, 32, 32))
 
 

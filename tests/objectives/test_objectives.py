@@ -12,8 +12,8 @@ from oracles import image_text as oracle
 from pairs_for_tests import make_dual, make_objective, pair_batches
 
 from mllm_vision.objectives import Objective, list_objectives, load_objective
-from mllm_vision.objectives.clip import Clip
-from mllm_vision.objectives.siglip import SigLip
+from mllm_vision.objectives.clip import CLIP
+from mllm_vision.objectives.siglip import SigLIP
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
@@ -59,7 +59,7 @@ def test_clip_starts_at_the_papers_temperature_and_stays_within_its_clamp():
         objective.dual.logit_scale.fill_(-1.0)
     objective.after_step(0.5)
     assert objective.dual.logit_scale.item() == 0.0
-    kept = Clip(objective.dual, Clip.Config(initial_logit_scale=None))
+    kept = CLIP(objective.dual, CLIP.Config(initial_logit_scale=None))
     assert kept.dual.logit_scale.item() == 0.0
     with pytest.raises(ValueError, match="must lie in"):
         make_objective("clip", initial_logit_scale=200.0)
@@ -71,9 +71,9 @@ def test_siglip_starts_as_the_paper_says():
     assert objective.dual.logit_bias.item() == -10
     assert make_objective("siglip", initial_logit_bias=-2.71).dual.logit_bias.item() == pytest.approx(-2.71)
     with pytest.raises(ValueError, match="needs a logit bias"):
-        SigLip(make_dual("clip"))
+        SigLIP(make_dual("clip"))
     with pytest.raises(ValueError, match="has no bias"):
-        Clip(make_dual("clip", bias=-1.0))
+        CLIP(make_dual("clip", bias=-1.0))
 
 
 @pytest.mark.parametrize("n", [2, 16, 1000])
@@ -105,7 +105,7 @@ def test_forward_names_the_columns_and_every_trainable_parameter_has_a_gradient(
 
 
 def test_dinov2s_mask_token_does_not_train():
-    objective = Clip(make_dual("dinov2"))
+    objective = CLIP(make_dual("dinov2"))
     objective(**pair_batches(1, 8)[0]).loss.backward()
     assert [n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None] == []
 
@@ -129,11 +129,11 @@ def test_a_few_steps_learn_the_pairs(kind):
 
 def test_names():
     assert {"clip", "itc", "siglip"} <= set(list_objectives())
-    assert load_objective("CLIP") is Clip and load_objective("mllm_vision.objectives.siglip:SigLip") is SigLip
+    assert load_objective("CLIP") is CLIP and load_objective("mllm_vision.objectives.siglip:SigLIP") is SigLIP
     with pytest.raises(ValueError, match="nearest known one is 'siglip'"):
         load_objective("siglp")
     with pytest.raises(ValueError, match="cannot load"):
         load_objective("no_such_package:Thing")
     with pytest.raises(ValueError, match="no subclass of"):
         load_objective("math:sqrt")
-    assert issubclass(Clip, Objective) and Clip.couples_batch
+    assert issubclass(CLIP, Objective) and CLIP.couples_batch

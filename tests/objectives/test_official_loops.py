@@ -19,11 +19,12 @@ from oracles.methods import Start
 from pairs_for_tests import make_dual, pair_batches
 from torch.utils.data import default_collate
 
-from mllm_vision.encoder.build import build_backbone, is_convolutional
+from mllm_vision.encoder.build import build_backbone
 from mllm_vision.encoder.encoder import VisionEncoder
+from mllm_vision.encoder.sources import is_convolutional
 from mllm_vision.objectives import ImageObjective, list_objectives, load_objective
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.trainer import ObjectiveTrainer
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
 ROWS, BATCH, STEPS, SIZE = 16, 8, 10, 16
 RESNET = {"hidden_sizes": [8], "depths": [1], "embedding_size": 8, "layer_type": "basic", "stem": "cifar"}

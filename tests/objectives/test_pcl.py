@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from linear_encoder import make_method, tiny_encoder, view_batch
 from oracles import prototypes as oracle
 
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.trainer import ObjectiveTrainer
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
 ROWS = 24
 
@@ -92,7 +92,7 @@ def test_it_is_the_momentum_encoder_whose_features_are_clustered():
     torch.testing.assert_close(objective.epoch_features(views), expected)
 
 
-class _Pictures(torch.utils.data.Dataset):
+class _Images(torch.utils.data.Dataset):
     def __len__(self):
         return ROWS
 
@@ -106,8 +106,8 @@ def test_a_training_clusters_before_each_epoch_from_the_second_on(tmp_path, monk
     seen, before_epoch = [], objective.before_epoch
 
     def watched(features):
-        # what the momentum encoder says of the pictures, in the data's order, at this very moment
-        plain = torch.stack([_Pictures()[row]["views"][:1] for row in range(ROWS)])
+        # what the momentum encoder says of the images, in the data's order, at this very moment
+        plain = torch.stack([_Images()[row]["views"][:1] for row in range(ROWS)])
         with torch.no_grad():
             torch.testing.assert_close(features, objective.epoch_features(plain), rtol=1e-4, atol=1e-5)
         before_epoch(features)
@@ -121,7 +121,7 @@ def test_a_training_clusters_before_each_epoch_from_the_second_on(tmp_path, monk
     trainer = ObjectiveTrainer(
         model=objective,
         args=arguments,
-        train_dataset=_Pictures(),
+        train_dataset=_Images(),
         make_plain_views=lambda columns: columns | {"views": columns["views"][:, :1]},
     )
     trainer.train()

@@ -13,14 +13,14 @@ import tiny_runs
 import torch
 from dry import _load
 
+from mllm_vision.data import documents as language
 from mllm_vision.data import load_records
 from mllm_vision.encoder import DualEncoder, VisionEncoder
 from mllm_vision.errors import IncompleteRun
 from mllm_vision.evaluation import Geometry, KnnAccuracy, LabelledImages, LinearProbe, Retrieval, ZeroShot
 from mllm_vision.evaluation.base import examine
-from mllm_vision.evaluation.question_answering import QuestionAnswering
-from mllm_vision.lineage import check_lineage, hash_weights
-from mllm_vision.training import language
+from mllm_vision.evaluation.language.question_answering import QuestionAnswering
+from mllm_vision.hub.lineage import check_lineage, hash_weights
 from mllm_vision.vlm import HeldOutLoss, load_vlm
 from mllm_vision.vlm.conversation import load_stage_data
 
@@ -184,17 +184,17 @@ def second_only(function: Any) -> Any:
 
 
 STEPS = {
-    "evaluation": ("mllm_vision.training.evaluating", "examine", after_training_only),
-    "log": ("mllm_vision.training.evaluating.Evaluating", "_log_final", lambda _: fails),
-    "captions": ("mllm_vision.evaluation.captions", "caption_samples", lambda _: fails),
-    "continuations": ("mllm_vision.training.language", "continuations", lambda _: fails),
-    "tokenizer": ("mllm_vision.training.language", "check_tokenizer", lambda check: saved_only(check)),
+    "evaluation": ("mllm_vision.training.trainer.evaluating", "examine", after_training_only),
+    "log": ("mllm_vision.training.trainer.evaluating.Evaluating", "_log_final", lambda _: fails),
+    "captions": ("mllm_vision.evaluation.language.captions", "caption_samples", lambda _: fails),
+    "continuations": ("mllm_vision.data.documents", "continuations", lambda _: fails),
+    "tokenizer": ("mllm_vision.data.documents", "check_tokenizer", lambda check: saved_only(check)),
     "adapters": ("mllm_vision.vlm.export", "merge_lora", lambda merge: second_only(merge)),
-    "drawing": ("mllm_vision.evaluation.view_pictures", "view_samples", lambda _: fails),
-    "audit": ("mllm_vision.training.module_audit.ModuleAudit", "close", lambda _: fails),
+    "drawing": ("mllm_vision.evaluation.maps.views", "view_samples", lambda _: fails),
+    "audit": ("mllm_vision.training.recipe.module_audit.ModuleAudit", "close", lambda _: fails),
     "freeze audit": ("mllm_vision.vlm.freezing.FreezeProof", "close", lambda _: fails),
-    "lineage": ("mllm_vision.training.run.Run", "_close_lineages", lambda _: fails),
-    "card and push": ("mllm_vision.encoder.hub", "model_card", lambda _: fails),
+    "lineage": ("mllm_vision.training.recipe.run.Run", "_close_lineages", lambda _: fails),
+    "card and push": ("mllm_vision.hub.push", "model_card", lambda _: fails),
 }
 NAMES = {  # of the steps in run.json
     "log": "log of the evaluation", "captions": "sample captions", "continuations": "sample continuations",

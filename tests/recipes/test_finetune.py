@@ -11,7 +11,7 @@ from transformers import AutoModelForImageClassification, pipeline
 
 from mllm_vision.data import load_records
 from mllm_vision.encoder import VisionEncoder
-from mllm_vision.evaluation.classifier import save_classifier
+from mllm_vision.evaluation.labelled.classifier import save_classifier
 from mllm_vision.objectives.classification import Classification
 from recipes import finetune
 

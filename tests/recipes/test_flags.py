@@ -62,7 +62,7 @@ def test_help_of_scripts(name, capsys):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_mistyped_flag_or_key_names_the_nearest(recipes, name, tmp_path, monkeypatch, capsys):
-    from mllm_vision.training.recipe import run_recipe
+    from mllm_vision.training.recipe.parser import run_recipe
 
     config = tmp_path / "saved.yaml"
     config.write_text("max_stepps: 3\n", encoding="utf-8")

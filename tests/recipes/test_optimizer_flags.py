@@ -72,7 +72,7 @@ def test_each_flag_trains_from_the_command_line(tmp_path, monkeypatch, caplog) -
     assert logged("square root") == pytest.approx([rate / 2 for rate in logged("adamw")])
     assert [row["learning_rate"] for row in runs["linear"]["modules"]] == pytest.approx([2e-3 / 16] * 3)
     assert "base_learning_rate 0.002 x 0.0625 = learning_rate 0.000125" in caplog.text
-    # rates of the deepest layer and the patch embedding: 0.75^3 of the text's, 0.2 * 0.85^3 of the picture's
+    # rates of the deepest layer and the patch embedding: 0.75^3 of the text's, 0.2 * 0.85^3 of the image's
     assert f"learning rates from {2e-3 * 0.2 * 0.85**3:.3g} to 0.002" in caplog.text
     # the artifact is the average, the checkpoint holds what the training goes on from: the weights without it
     average = load_file(tmp_path / "average" / "checkpoint-4" / "ema.safetensors")

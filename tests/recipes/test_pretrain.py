@@ -96,9 +96,9 @@ def test_it_learns_and_leaves_everything(pretrain, data, tmp_path):
     encoder = VisionEncoder.from_pretrained(tmp_path / "run" / "encoder")
     for name, value in encoder.backbone.state_dict().items():
         assert torch.equal(value, dual.vision.backbone.state_dict()[name]), name
-    picture, colour, shape = tiny.labelled_image(5)
+    image, colour, shape = tiny.labelled_image(5)
     names = [f"a {c} {s}" for c in tiny.COLOURS for s in tiny.SHAPES]
-    best = dual.logits(dual.encode_images([picture]), dual.encode_texts(names)).argmax()
+    best = dual.logits(dual.encode_images([image]), dual.encode_texts(names)).argmax()
     assert names[best] == f"a {colour} {shape}"
 
 
@@ -175,9 +175,9 @@ def test_an_existing_encoder_and_a_text_model_of_transformers(pretrain, data, tm
     assert (dual.text.config.model_type, dual.embed_dim) == ("llama", 24)
     tuned = VisionEncoder.from_pretrained(tmp_path / "run" / "encoder")
     assert tuned.config.model_type == "dinov2" and tuned.select_layer == -1
-    picture = tiny.random_image(3)
-    assert torch.equal(tuned.encode([picture]), dual.vision.encode([picture]))
-    assert not torch.allclose(tuned.encode([picture]), start.encode([picture]), atol=1e-3)
+    image = tiny.random_image(3)
+    assert torch.equal(tuned.encode([image]), dual.vision.encode([image]))
+    assert not torch.allclose(tuned.encode([image]), start.encode([image]), atol=1e-3)
 
 
 def test_an_encoder_that_is_not_its_lineages_is_refused(pretrain, data, tmp_path):
@@ -210,12 +210,12 @@ def test_the_best_checkpoint_is_saved_and_its_figures_told(pretrain, data, tmp_p
             pretrain.main(flags(data, tmp_path / f"wrong{wrong}", **more))
 
 
-def test_bad_pictures_are_counted_up_to_the_limit(pretrain, data, tmp_path):
+def test_bad_images_are_counted_up_to_the_limit(pretrain, data, tmp_path):
     from datasets import load_dataset
 
     rows = load_dataset("parquet", data_files=str(data / "train.parquet"), split="train", cache_dir=str(tmp_path))
     rows = rows.cast_column("image", Image(decode=False))
-    broken = {3: b"no picture", 17: rows[17]["image"]["bytes"][:60]}
+    broken = {3: b"no image", 17: rows[17]["image"]["bytes"][:60]}
     spoilt = rows.map(
         lambda row, index: {"image": {"bytes": broken.get(index, row["image"]["bytes"]), "path": None}},
         with_indices=True,
@@ -241,7 +241,7 @@ def test_an_empty_data_set_is_refused(pretrain, data, tmp_path):
 
 
 def test_it_pushes_what_it_saved_when_asked_to(pretrain, data, tmp_path, monkeypatch, caplog):
-    from mllm_vision.encoder import hub
+    from mllm_vision.hub import push as hub
 
     signature, pushed = inspect.signature(hub.push_directory), []
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 from two_ranks import assert_same_run, torchrun
 
-from mllm_vision.encoder.card import model_card
 from mllm_vision.encoder.encoder import VisionEncoder
+from mllm_vision.hub.card import model_card
 
 PREFIXES = {"teacher": "teacher.module.", "student": ""}
 SMALL = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64,patch_size=8"
@@ -28,7 +28,7 @@ def recipe():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     tiny.write_pairs_parquet(folder / "train.parquet", 48)
     tiny.write_pairs_parquet(folder / "test.parquet", 32)
     return folder
@@ -174,8 +174,8 @@ def test_two_ranks_train_as_one(recipe, data, tmp_path, name):
 
 
 def test_images_without_labels(recipe, data, tmp_path, caplog):
-    """A folder of pictures is enough; supcon alone asks for labels."""
-    folder = tmp_path / "pictures"
+    """A folder of images is enough; supcon alone asks for labels."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for row in range(20):
         tiny.random_image(row, 40).save(folder / f"{row}.png")
@@ -183,7 +183,7 @@ def test_images_without_labels(recipe, data, tmp_path, caplog):
     with caplog.at_level("INFO"):
         recipe.main(flags(data, tmp_path / "run", **given, objective="byol", head_hidden=32))
     assert (tmp_path / "run" / "encoder" / "model.safetensors").is_file()
-    assert "nothing measured this encoder: name labelled pictures (--eval_dataset_name)" in caplog.text
+    assert "nothing measured this encoder: name labelled images (--eval_dataset_name)" in caplog.text
     teacher = json.loads((tmp_path / "run" / "run.json").read_text())["modules"][2]
     assert (teacher["group"], teacher["trainable"], teacher["follows"], teacher["moved"]) == ("teacher", 0, True, True)
     assert " follows" in caplog.text and "ten times" not in caplog.text
@@ -209,7 +209,7 @@ def test_the_methods_defaults_give_way_to_flags_and_files(tmp_path):
 
 
 def test_a_head_far_larger_than_the_encoder_is_told(caplog):
-    from mllm_vision.training.module_audit import ModuleAudit
+    from mllm_vision.training.recipe.module_audit import ModuleAudit
 
     sizes = {"encoder": 10, "head": 101, "predictor": 100, "teacher": 999}
     parts = {name: {"weight": torch.zeros(size, requires_grad=name != "teacher")} for name, size in sizes.items()}
@@ -225,7 +225,7 @@ def test_a_head_far_larger_than_the_encoder_is_told(caplog):
         ({"objective": "my_method:Mine"}, "No module named 'my_method'; PYTHONPATH=. finds it, if it is my_method.py"),
         ({"sync_batch_norm": "true"}, "vit has no BatchNorm; leave it out"),
         ({"objective": "dino", "local_size": 40}, "local_size=40 is more than the 32 px of the views"),
-        ({"views": "mae"}, "--views mae makes 1 view of a picture, and SimClr compares 2; leave --views out"),
+        ({"views": "mae"}, "--views mae makes 1 view of an image, and SimCLR compares 2; leave --views out"),
         ({"evaluators": "linear"}, "unknown evaluator 'linear'"),
         ({"objective": "moco_v2"}, "queue_size=65536 is more than the 48 images"),
         ({"per_device_train_batch_size": 64}, "48 rows, fewer than one batch of 64"),
@@ -237,13 +237,13 @@ def test_what_it_refuses(recipe, data, tmp_path, changed, told):
         recipe.main(flags(data, tmp_path / "run", **changed))
 
 
-def test_a_folder_of_pictures_is_a_test_set(recipe, data, tmp_path):
+def test_a_folder_of_images_is_a_test_set(recipe, data, tmp_path):
     """Class folders, and no split named: recipe.yaml keeps that none was."""
     for row in range(8):
-        path = tmp_path / "pictures" / ("cat", "dog")[row % 2] / f"{row}.png"
+        path = tmp_path / "images" / ("cat", "dog")[row % 2] / f"{row}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         tiny.random_image(row, 40).save(path)
-    measured = {"eval_dataset_name": tmp_path / "pictures", "eval_train_dataset_name": tmp_path / "pictures"}
+    measured = {"eval_dataset_name": tmp_path / "images", "eval_train_dataset_name": tmp_path / "images"}
     recipe.main(
         flags(data, tmp_path / "run", **measured, max_steps=1, save_strategy="no", knn_k=1, final_evaluators="knn")
     )
@@ -259,7 +259,7 @@ def test_a_misspelt_encoder_is_no_parent(recipe, data, tmp_path, caplog):
 
 def test_labels_are_needed_for_a_probe(recipe, data, tmp_path):
     """Of the test set, and of what the probe learns from: each message names its own way out."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for row in range(4):
         tiny.random_image(row, 40).save(folder / f"{row}.png")

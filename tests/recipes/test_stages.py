@@ -29,7 +29,7 @@ align, instruct, chat = script("recipes/align.py"), script("recipes/instruct.py"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An untrained encoder, an untrained language model, pictures with captions, questions and conversations."""
+    """An untrained encoder, an untrained language model, images with captions, questions and conversations."""
     from mllm_vision.encoder import VisionEncoder
 
     folder = tmp_path_factory.mktemp("stages")
@@ -100,8 +100,8 @@ def test_stage_one_moves_the_projector_only_and_learns(folder, aligned):
     assert (folder / "aligned" / "model" / "lineage.json").is_file()
 
 
-def test_stage_two_answers_from_the_picture(folder, instructed):
-    """The colour is in the picture, and no constant and no blind guess reaches it."""
+def test_stage_two_answers_from_the_image(folder, instructed):
+    """The colour is in the image, and no constant and no blind guess reaches it."""
     answers = instructed["evaluations"]["answers"]
     assert answers["accuracy_colour"] > 0.8
     assert answers["accuracy"] > answers["baselines"]["majority"] + 0.3
@@ -209,7 +209,7 @@ def test_conversation_files_are_read(folder, aligned, tmp_path, style):
     assert "answers" not in record["evaluations"]
 
 
-def test_conversations_without_a_picture_train_too(folder, aligned, tmp_path):
+def test_conversations_without_a_image_train_too(folder, aligned, tmp_path):
     lines = (folder / "messages.jsonl").read_text().splitlines()[:4]
     with (tmp_path / "mixed.jsonl").open("w") as stream:
         for index in range(40):
@@ -248,7 +248,7 @@ def test_parent_that_was_changed_is_refused(folder, aligned, tmp_path):
 @pytest.mark.parametrize("role", ["encoder", "llm"])
 def test_changed_parents_of_stage_one_are_refused(folder, aligned, tmp_path, role):
 
-    from mllm_vision.lineage import write_lineage
+    from mllm_vision.hub.lineage import write_lineage
 
     shutil.copytree(folder / role, tmp_path / role)
     write_lineage(tmp_path / role, {"kind": role, "weights_sha256": "0" * 64})

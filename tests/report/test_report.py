@@ -112,9 +112,9 @@ def test_a_page_of_images_alone() -> None:
     record["artifact_is"] = "the teacher's encoder"
     record["health"] = [{"step": 50, "name": "collapse", "message": "collapse: all h <embeddings> point one way"}]
     page = render(Chain([Stage("stage_zero", run=record)]))
-    assert "<h1>Stage zero" in page and "From pictures to answers" not in page
+    assert "<h1>Stage zero" in page and "From images to answers" not in page
     text = "".join(check(page).text)
-    for words in ("from pictures alone", "What it was shown", "view 1", "Spread: 1 evenly", "Directions that carry"):
+    for words in ("from images alone", "What it was shown", "view 1", "Spread: 1 evenly", "Directions that carry"):
         assert words in text, words
     assert "<span class=right>moved</span>" in page and "follows" in text  # a teacher is meant to move
     assert "Saved and measured: the teacher's encoder." in text

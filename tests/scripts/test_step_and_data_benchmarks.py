@@ -44,14 +44,14 @@ def test_the_step(scripts, data_dir, tmp_path, capsys):
 
 
 def test_the_optimizer_it_times_is_the_default(tmp_path):
-    from mllm_vision.training.arguments import RecipeArguments
+    from mllm_vision.training.recipe.arguments import RecipeArguments
 
     assert RecipeArguments(output_dir=str(tmp_path), use_cpu=True).optim == "adamw_torch_fused"
 
 
 def test_other_mathematics_are_not_timed(scripts, data_dir, monkeypatch):
     step = scripts["step"]
-    monkeypatch.setattr(step.Clip, "loss", lambda self, e: type("O", (), {"loss": e["image"].pow(2).mean()})())
+    monkeypatch.setattr(step.CLIP, "loss", lambda self, e: type("O", (), {"loss": e["image"].pow(2).mean()})())
     with pytest.raises(ValueError, match="not the same mathematics"):
         step.main([*SMALL, "--data", str(data_dir), "--rounds", "1"])
 

@@ -22,17 +22,25 @@ for folder in (ROOT, ROOT / "tests"):
 import torch  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from mllm_vision.data.sampling import EpochDataset  # noqa: E402
-from mllm_vision.data.streams import Stream, StreamDataset  # noqa: E402
-from mllm_vision.training.arguments import RecipeArguments  # noqa: E402
-from mllm_vision.training.recipe_trainer import RecipeTrainer  # noqa: E402
+from mllm_vision.data.records.sampling import EpochDataset  # noqa: E402
+from mllm_vision.data.streams.streams import Stream, StreamDataset  # noqa: E402
+from mllm_vision.training.recipe.arguments import RecipeArguments  # noqa: E402
+from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer  # noqa: E402
 
 for module in (  # what the recipes load later, loaded before the fork; none of it computes anything yet
     *("datasets", "PIL.Image", "sentencepiece", "transformers.models.clip.modeling_clip"),
     *("transformers.models.llava.modeling_llava", "transformers.models.llama.modeling_llama"),
-    *("transformers.models.llama.tokenization_llama", "mllm_vision.objectives.clip", "mllm_vision.training.trainer"),
-    *("mllm_vision.objectives.pcl", "mllm_vision.objectives.dinov2", "mllm_vision.data.views"),
-    *("mllm_vision.vlm.conversation", "mllm_vision.evaluation.question_answering", "mllm_vision.data.stream_loader"),
+    *(
+        "transformers.models.llama.tokenization_llama",
+        "mllm_vision.objectives.clip",
+        "mllm_vision.training.trainer.objective_trainer",
+    ),
+    *("mllm_vision.objectives.pcl", "mllm_vision.objectives.dinov2", "mllm_vision.data.views.views"),
+    *(
+        "mllm_vision.vlm.conversation",
+        "mllm_vision.evaluation.language.question_answering",
+        "mllm_vision.data.streams.loader",
+    ),
 ):
     with contextlib.suppress(ImportError):
         importlib.import_module(module)

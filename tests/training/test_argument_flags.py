@@ -14,9 +14,9 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from mllm_vision.training import flags
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.callbacks import guard_reporters
+from mllm_vision.training.callbacks.progress import guard_reporters
+from mllm_vision.training.recipe import flags
+from mllm_vision.training.recipe.arguments import RecipeArguments
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments)}
@@ -142,7 +142,7 @@ class Views(torch.utils.data.Dataset):
 
 def losses_with(folder: Path, **given) -> tuple[list[float], int]:
     """Losses of three steps, and how many layers were computed under checkpointing."""
-    from mllm_vision.training.trainer import ObjectiveTrainer
+    from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
     args = kind("pretrain_images")(
         output_dir=str(folder), use_cpu=True, max_steps=3, per_device_train_batch_size=8, logging_steps=1,
@@ -165,7 +165,7 @@ def test_activation_checkpointing_in_stage_zero(tmp_path):
 
 
 def test_batch_norm_refuses_it(tmp_path):
-    from mllm_vision.encoder.build import build_encoder
+    from mllm_vision.encoder.sources import build_encoder
     from mllm_vision.objectives import load_objective
 
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
@@ -208,7 +208,7 @@ def test_a_reporter_that_fails_ends_nothing(tmp_path, caplog):
 
 @pytest.mark.parametrize(("level", "seen"), [("passive", True), ("warning", False), ("debug", True)])
 def test_log_level(level, seen, tmp_path, monkeypatch):
-    from mllm_vision.training.run import Run
+    from mllm_vision.training.recipe.run import Run
 
     ours = logging.getLogger("mllm_vision")
     monkeypatch.setattr(ours, "level", logging.NOTSET)
@@ -218,7 +218,7 @@ def test_log_level(level, seen, tmp_path, monkeypatch):
     root = logging.getLogger()
     monkeypatch.setattr(root, "level", logging.INFO)
     ours.manager._clear_cache()
-    assert logging.getLogger("mllm_vision.training.run").isEnabledFor(logging.INFO) is seen
+    assert logging.getLogger("mllm_vision.training.recipe.run").isEnabledFor(logging.INFO) is seen
     ours.setLevel(logging.NOTSET)
 
 

@@ -16,13 +16,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mllm_vision.data.pairs import PairDataset
-from mllm_vision.data.streams import Stream, StreamDataset
+from mllm_vision.data.streams.streams import Stream, StreamDataset
 from mllm_vision.errors import IncompleteRun
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.changed_flags import changed_flags
-from mllm_vision.training.continuity import ROWS, data_identity
-from mllm_vision.training.recipe import recipe_dict
-from mllm_vision.training.run import Run
+from mllm_vision.training.checkpoint.changed_flags import changed_flags
+from mllm_vision.training.checkpoint.continuity import ROWS, data_identity
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.parser import recipe_dict
+from mllm_vision.training.recipe.run import Run
 
 if str(Path(__file__).parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).parent))
@@ -203,7 +203,7 @@ def test_other_data_are_noticed(begun: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_the_identity_of_data_is_their_content(tmp_path: Path) -> None:
     """Wherever it lies; every value of a small set counts, and of a large one the rows that are read."""
-    from mllm_vision.data.records import load_records
+    from mllm_vision.data.records.records import load_records
 
     tiny.write_pairs_parquet(tmp_path / "a" / "train.parquet", 6)
     shutil.copytree(tmp_path / "a", tmp_path / "copy")

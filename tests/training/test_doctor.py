@@ -18,9 +18,10 @@ from torch import nn
 
 from mllm_vision.data import PairDataset
 from mllm_vision.functional.image_text import related
-from mllm_vision.training import doctor, doctor_settings
-from mllm_vision.training.doctor import Finding, PairSample
-from mllm_vision.training.memory import (
+from mllm_vision.training.preflight import doctor
+from mllm_vision.training.preflight import settings as doctor_settings
+from mllm_vision.training.preflight.doctor import Finding, PairSample
+from mllm_vision.training.preflight.memory import (
     MeasuredStep,
     StepCost,
     available_memory,
@@ -38,15 +39,15 @@ def levels(findings: list[Finding], level: str) -> list[str]:
     return [finding.text for finding in findings if finding.level == level]
 
 
-def rows(captions: list[Any], pictures: list[int] | None = None) -> PairDataset:
-    """Records with these captions; equal numbers in `pictures` are equal pictures."""
-    numbers = pictures or list(range(len(captions)))
+def rows(captions: list[Any], images: list[int] | None = None) -> PairDataset:
+    """Records with these captions; equal numbers in `images` are equal images."""
+    numbers = images or list(range(len(captions)))
     encoded = [tiny.image_bytes(tiny.random_image(number)) for number in numbers]
     return PairDataset([{"image": data, "caption": text} for data, text in zip(encoded, captions)])
 
 
-def sampled(captions: list[Any], pictures: list[int] | None = None, **settings: Any) -> PairSample:
-    dataset = rows(captions, pictures)
+def sampled(captions: list[Any], images: list[int] | None = None, **settings: Any) -> PairSample:
+    dataset = rows(captions, images)
     return doctor.sample_pairs(dataset, rows=len(dataset), **settings)
 
 
@@ -61,7 +62,7 @@ def test_the_sample_has_the_ids_of_training() -> None:
     assert sample.captions == [row["caption"] for row in trained]
     assert sample.image_ids == [row["image_id"] for row in trained]
     assert len(sample.bad) == 1 and "row 3: the caption is empty" in sample.bad[0]
-    assert len(sample.pictures) == 4 and sample.rows == 5
+    assert len(sample.images) == 4 and sample.rows == 5
     few = doctor.sample_pairs(dataset, 2, rows=5)
     assert len(few) + len(few.bad) == 2 and set(few.image_ids) <= set(sample.image_ids)
 
@@ -109,8 +110,8 @@ def test_duplicates_are_counted_and_judged() -> None:
     assert [finding.level for finding in healthy] == ["ok"] and "of all 40 rows 0 repeat a caption" in healthy[0].text
     common = sampled(["one", "two", *(f"caption {index}" for index in range(38))] * 2, list(range(40)) * 2)
     told = doctor.check_duplicates(common, 64)
-    assert "40 repeat a caption (50.00%) and 40 a picture (50.00%)" in told[0].text and "'one' 2 times" in told[0].text
-    assert any("same pictures stand in many rows" in text for text in levels(told, "advice"))
+    assert "40 repeat a caption (50.00%) and 40 an image (50.00%)" in told[0].text and "'one' 2 times" in told[0].text
+    assert any("same images stand in many rows" in text for text in levels(told, "advice"))
     (problem,) = levels(doctor.check_duplicates(common, 64, positives=False), "problem")
     assert "0.8 false negatives per anchor" in problem
     assert any("little is left to tell apart" in text for text in levels(
@@ -120,11 +121,11 @@ def test_duplicates_are_counted_and_judged() -> None:
     assert levels(doctor.check_duplicates(sampled(["", ""]), 4), "problem")
 
 
-def test_pictures_of_the_evaluation_in_the_training_data() -> None:
+def test_images_of_the_evaluation_in_the_training_data() -> None:
     sample = sampled([f"caption {index}" for index in range(10)])
     data = [tiny.image_bytes(tiny.random_image(number)) for number in (3, 11, 12)]
     (found,) = doctor.check_leak(sample, [*data, None])
-    assert found.level == "problem" and found.text.startswith("1 of 3 evaluation pictures")
+    assert found.level == "problem" and found.text.startswith("1 of 3 evaluation images")
     assert doctor.check_leak(sample, data[1:])[0].level == "ok"
 
 
@@ -172,12 +173,12 @@ def test_the_bias_to_start_from(bias: float | None, level: str) -> None:
 # ---- settings ------------------------------------------------------------------------------------------------
 
 
-PICTURES = PairSample(None, pictures=[tiny.labelled_image(index, 64)[0] for index in range(8)])
+IMAGES = PairSample(None, images=[tiny.labelled_image(index, 64)[0] for index in range(8)])
 
 
 def test_image_settings_in_order() -> None:
-    found = doctor_settings.check_images(make_dual().vision, PICTURES)
-    assert [finding.level for finding in found] == ["ok"] and "32 px; 8 pictures come out with mean" in found[0].text
+    found = doctor_settings.check_images(make_dual().vision, IMAGES)
+    assert [finding.level for finding in found] == ["ok"] and "32 px; 8 images come out with mean" in found[0].text
 
 
 @pytest.mark.parametrize(
@@ -195,14 +196,14 @@ def test_image_settings_that_disagree(change: dict, settings: dict, level: str, 
     vision = make_dual().vision
     for name, value in change.items():
         setattr(vision.processor, name, value)
-    found = doctor_settings.check_images(vision, PICTURES, **settings)
+    found = doctor_settings.check_images(vision, IMAGES, **settings)
     assert any(word in text for text in levels(found, level))
 
 
-def test_pictures_that_are_enlarged_or_missing() -> None:
+def test_images_that_are_enlarged_or_missing() -> None:
     vision = make_dual().vision
-    small = PairSample(None, pictures=[tiny.random_image(index, (40, 16)) for index in range(4)])
-    assert any("100% of the pictures are smaller" in text for text in levels(
+    small = PairSample(None, images=[tiny.random_image(index, (40, 16)) for index in range(4)])
+    assert any("100% of the images are smaller" in text for text in levels(
         doctor_settings.check_images(vision, small), "advice"))  # fmt: skip
     assert levels(doctor_settings.check_images(vision, PairSample(None)), "problem")
 
@@ -424,7 +425,7 @@ def test_a_run_with_problems(script: Any, data: Path, capsys: pytest.CaptureFixt
     assert script.main([*flags, "--eval_dataset_name", str(data), "--eval_split", "train"]) == 1
     printed = capsys.readouterr().out
     assert "32 pairs meet in a loss" in printed and "32 rows a process, 16 embedded at once" in printed
-    assert "false negatives per anchor" in printed and "64 of 64 evaluation pictures are among" in printed
+    assert "false negatives per anchor" in printed and "64 of 64 evaluation images are among" in printed
     assert "initial_logit_bias 15 calls" in printed and "measured" not in printed
 
 

@@ -23,10 +23,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from mllm_vision.training import resume
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.callbacks import SaveByMinutes
-from mllm_vision.training.checkpoints import check_checkpoint, is_whole, last_checkpoint, list_checkpoints, rotate
+from mllm_vision.training.callbacks.progress import SaveByMinutes
+from mllm_vision.training.checkpoint import resume
+from mllm_vision.training.checkpoint.checkpoints import (
+    check_checkpoint,
+    is_whole,
+    last_checkpoint,
+    list_checkpoints,
+    rotate,
+)
+from mllm_vision.training.recipe.arguments import RecipeArguments
 
 if str(Path(__file__).parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).parent))
@@ -212,7 +218,7 @@ def test_killed_and_resumed_is_uninterrupted(
         (
             "pretrain_images",
             {"objective": "pcl", "queue_size": None},
-            "Pcl passes over all rows.*leave --streaming out",
+            "PCL passes over all rows.*leave --streaming out",
         ),
         ("pretrain_images", {"eval_dataset_name": "test.parquet"}, "no bank for kNN.*--eval_train_dataset_name"),
     ],

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.folders import check_name, clean, remove, whole_folder, write_whole
-from mllm_vision.training.run import Run
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.folders import check_name, clean, remove, whole_folder, write_whole
+from mllm_vision.training.recipe.run import Run
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_text_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mllm_vision.training.folders.to_disk", full)
+    monkeypatch.setattr("mllm_vision.training.recipe.folders.to_disk", full)
     with pytest.raises(OSError, match="No space left"):
         write_whole(file, "second")
     assert file.read_text() == "first" and list(tmp_path.iterdir()) == [file]

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.gradient_cache import RandomState, cached_backward, count_rows, split_rows
-from mllm_vision.training.recipe_trainer import RecipeTrainer
-from mllm_vision.training.trainer import ObjectiveTrainer
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.trainer.gradient_cache import RandomState, cached_backward, count_rows, split_rows
+from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
+from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
 
 
 def arguments(folder: Path, **settings: Any) -> RecipeArguments:
@@ -276,7 +276,7 @@ def _Stop(step: int) -> Any:
 def test_after_step_waits_for_a_step_that_was_taken() -> None:
     from types import SimpleNamespace
 
-    from mllm_vision.training.callbacks import AfterStep
+    from mllm_vision.training.callbacks.progress import AfterStep
 
     objective = small.build("simclr")
     callback, state = AfterStep(objective), SimpleNamespace(global_step=1, max_steps=2)

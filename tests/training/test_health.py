@@ -19,19 +19,19 @@ from transformers.utils import ModelOutput
 
 from mllm_vision.functional.geometry import participation_ratio, spread
 from mllm_vision.objectives.base import Objective
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.health import Health, expected_chance, level_name, patience
-from mllm_vision.training.run import Run
-from mllm_vision.training.trainer import ObjectiveTrainer
+from mllm_vision.training.callbacks.health import Health, expected_chance, level_name, patience
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.run import Run
+from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
 N = 16
 
 
 class Pairs(torch.utils.data.Dataset):
-    """64 pictures of 16 kinds with their captions; `mixed` gives every picture a caption at random, each time anew."""
+    """64 images of 16 kinds with their captions; `mixed` gives every image a caption at random, each time anew."""
 
     def __init__(self, mixed: bool = False, same: bool = False) -> None:
-        from mllm_vision.data.sampling import text_id
+        from mllm_vision.data.records.sampling import text_id
 
         self.mixed, self.generator = mixed, torch.Generator().manual_seed(0)
         self.pixels, self.words, captions = columns()
@@ -98,7 +98,7 @@ def test_a_healthy_training_is_silent(kind: str, tmp_path: Path, caplog: pytest.
         ("siglip", {}, {"learning_rate": 1e-9, "config": {"initial_logit_bias": -2.7}}),
         ("clip", {"mixed": True}, {"config": {"initial_logit_scale": 3.0}}),
     ],
-    ids=["no learning rate", "siglip, no learning rate", "captions of other pictures"],
+    ids=["no learning rate", "siglip, no learning rate", "captions of other images"],
 )
 def test_a_loss_that_stays_at_chance(kind: str, data: dict, settings: dict, tmp_path: Path, caplog: Any) -> None:
     _, warnings = train(kind, tmp_path, data, **settings)
@@ -119,7 +119,7 @@ def test_a_scale_that_came_to_its_clamp(tmp_path: Path) -> None:
 
 
 def test_a_scale_at_its_lower_clamp(tmp_path: Path) -> None:
-    """Captions of other pictures and nothing but the scale to learn: all pairs alike is the best it can do."""
+    """Captions of other images and nothing but the scale to learn: all pairs alike is the best it can do."""
     mixed = {"mixed": True}
     _, warnings = train("clip", tmp_path, mixed, {"initial_logit_scale": 1.15}, frozen=True, learning_rate=1e-2)
     assert "scale" in names(warnings)
@@ -142,7 +142,7 @@ def test_a_bias_that_is_wrong(bias: float, tmp_path: Path) -> None:
         ({"same": True}, {}, "point one way"),
         ({}, {"learning_rate": 0.03, "warmup_steps": 0}, "vary along a line"),
     ],
-    ids=["rate far too high", "one picture for all", "rate too high"],
+    ids=["rate far too high", "one image for all", "rate too high"],
 )
 def test_a_collapse(data: dict, settings: dict, word: str, tmp_path: Path) -> None:
     _, warnings = train("clip", tmp_path, data, **settings)

@@ -11,9 +11,9 @@ import torch
 from pairs_for_tests import make_objective, pair_batches
 from transformers import TrainerCallback
 
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.run import Run
-from mllm_vision.training.trainer import ObjectiveTrainer
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.run import Run
+from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
 
 class Interrupt(TrainerCallback):

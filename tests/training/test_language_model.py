@@ -13,8 +13,8 @@ import pytest
 import tiny
 import torch
 
-from mllm_vision.lineage import check_lineage, hash_weights
-from mllm_vision.training import language
+from mllm_vision.data import documents as language
+from mllm_vision.hub.lineage import check_lineage, hash_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -95,7 +95,7 @@ def test_words_are_tokens_and_digits_stand_alone(trained: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(trained / "model")
-    for word in ("red", "circle", "question", "picture", "colour"):
+    for word in ("red", "circle", "question", "image", "colour"):
         assert len(tokenizer.tokenize(f"a {word}")) == 2, tokenizer.tokenize(f"a {word}")
     assert tokenizer.tokenize("12")[-2:] == ["1", "2"]
     assert "<unk>" not in tokenizer.tokenize("Grüße aus 東京")  # bytes
@@ -110,7 +110,7 @@ def test_an_interrupted_run_goes_on(trained: Path, text: Path, tmp_path: Path, m
     """Through the recipe itself: stopped after step 24, resumed from step 20, the weights of the whole run."""
     from transformers import TrainerCallback
 
-    from mllm_vision.training import trainer as trainer_module
+    from mllm_vision.training.trainer import objective_trainer as trainer_module
 
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

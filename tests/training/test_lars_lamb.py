@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from mllm_vision.training.lamb import LAMB
-from mllm_vision.training.lars import LARS
-from mllm_vision.training.optimizers import parameter_groups
+from mllm_vision.training.optim.lamb import LAMB
+from mllm_vision.training.optim.lars import LARS
+from mllm_vision.training.optim.optimizers import parameter_groups
 
 
 def matrix(*rows: list[float]) -> torch.Tensor:

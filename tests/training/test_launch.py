@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from mllm_vision.training import launch
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.launch import is_collective_error
-from mllm_vision.training.recipe import run_recipe
+from mllm_vision.training.recipe import launch
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.launch import is_collective_error
+from mllm_vision.training.recipe.parser import run_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "scripts" / "launch"

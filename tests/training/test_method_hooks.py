@@ -11,12 +11,12 @@ from methods_for_tests import BATCH, ROWS, encoder, records, view_makers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mllm_vision.data.pictures import PictureCollator, PictureDataset
+from mllm_vision.data.images.dataset import ImageCollator, ImageDataset
 from mllm_vision.objectives import ImageObjective, ObjectiveOutput
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.finite import last_finite_checkpoint
-from mllm_vision.training.method_rates import MethodRates
-from mllm_vision.training.trainer import ObjectiveTrainer
+from mllm_vision.training.callbacks.finite import last_finite_checkpoint
+from mllm_vision.training.optim.method_rates import MethodRates
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
 STEPS = ROWS // BATCH  # of an epoch
 
@@ -71,8 +71,8 @@ def trainer_of(made, folder, **changed):
     return ObjectiveTrainer(
         made,
         RecipeArguments(**{**settings, **changed}),
-        train_dataset=PictureDataset(records()),
-        data_collator=PictureCollator(),
+        train_dataset=ImageDataset(records()),
+        data_collator=ImageCollator(),
         make_views=make,
         make_plain_views=plain,
     )
@@ -150,8 +150,8 @@ def test_a_pass_before_each_epoch(tmp_path):
     """Every row's features in the order of the data, of the encoder as it is then; the random state stays."""
     made = Watched()
     made.needs_features = True
-    data, (_, plain) = PictureDataset(records()), view_makers(made)
-    whole = plain(PictureCollator()([data[row] for row in range(ROWS)]))["views"]
+    data, (_, plain) = ImageDataset(records()), view_makers(made)
+    whole = plain(ImageCollator()([data[row] for row in range(ROWS)]))["views"]
     wanted = made.eval().epoch_features(whole).detach()
     trainer_of(made, tmp_path).train()
     assert [epoch for epoch, _ in made.passes] == [0.0, 1.0]

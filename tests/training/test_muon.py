@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 
-from mllm_vision.training.muon import MuonAdamW, orthogonalize
-from mllm_vision.training.optimizers import parameter_groups
+from mllm_vision.training.optim.muon import MuonAdamW, orthogonalize
+from mllm_vision.training.optim.optimizers import parameter_groups
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6), (3, 5, 9)])

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import ModelOutput
 
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.ema import FILE, WeightAverage
-from mllm_vision.training.recipe_trainer import RecipeTrainer
-from mllm_vision.training.trainer import ObjectiveTrainer
+from mllm_vision.training.callbacks.ema import FILE, WeightAverage
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
+from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
 
 
 class Net(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mllm_vision.modules.heads import NormalizedLinear
-from mllm_vision.training.optimizers import decays, parameter_groups, plain_name
+from mllm_vision.training.optim.optimizers import decays, parameter_groups, plain_name
 
 
 class Pair(nn.Module):

@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 import yaml
 
-from mllm_vision.training.recipe import build, parse_recipe, peek_recipe, read_recipe, recipe_dict, run_recipe
+from mllm_vision.training.recipe.parser import build, parse_recipe, peek_recipe, read_recipe, recipe_dict, run_recipe
 
 
 class Mode(enum.Enum):
@@ -223,7 +223,7 @@ def test_help_lists_every_flag(capsys: pytest.CaptureFixture) -> None:
 
 def test_recipe_yaml_reproduces_the_recipe(tmp_path: Path) -> None:
     """Written, read back and written again: the same, for ours and for all of TrainingArguments."""
-    from mllm_vision.training.arguments import RecipeArguments
+    from mllm_vision.training.recipe.arguments import RecipeArguments
 
     argv = [
         "--names", "a", "b", "--mode", "slow", "--sizes", "k=v", "--output_dir", str(tmp_path / "run"), "--use_cpu",
@@ -245,7 +245,7 @@ def test_recipe_yaml_reproduces_the_recipe(tmp_path: Path) -> None:
 
 
 def test_the_defaults_of_every_training_argument_survive(tmp_path: Path) -> None:
-    from mllm_vision.training.arguments import RecipeArguments
+    from mllm_vision.training.recipe.arguments import RecipeArguments
 
     config = tmp_path / "all.yaml"
     given = recipe_dict(build(RecipeArguments, {"output_dir": str(tmp_path), "use_cpu": True}))
@@ -282,14 +282,14 @@ def test_user_errors_end_without_traceback(capsys: pytest.CaptureFixture, monkey
     ],
 )
 def test_arguments_out_of_range(settings: dict, message: str, tmp_path: Path) -> None:
-    from mllm_vision.training.arguments import RecipeArguments
+    from mllm_vision.training.recipe.arguments import RecipeArguments
 
     with pytest.raises(ValueError, match=message):
         RecipeArguments(**{"output_dir": str(tmp_path), "use_cpu": True, **settings})
 
 
 def test_resume_takes_true_or_a_path(tmp_path: Path) -> None:
-    from mllm_vision.training.arguments import RecipeArguments
+    from mllm_vision.training.recipe.arguments import RecipeArguments
 
     assert RecipeArguments(output_dir=str(tmp_path), use_cpu=True, resume_from_checkpoint="true").resume is True
     assert RecipeArguments(output_dir=str(tmp_path), use_cpu=True, resume_from_checkpoint="false").resuming is False

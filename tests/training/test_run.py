@@ -15,11 +15,11 @@ import torch
 import yaml
 
 from mllm_vision.errors import IncompleteRun
-from mllm_vision.lineage import LINEAGE_FILE, check_lineage, hash_parameters, hash_weights, read_lineage
-from mllm_vision.training import summary
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.recipe import run_recipe
-from mllm_vision.training.run import Run
+from mllm_vision.hub.lineage import LINEAGE_FILE, check_lineage, hash_parameters, hash_weights, read_lineage
+from mllm_vision.training.recipe import summary
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.parser import run_recipe
+from mllm_vision.training.recipe.run import Run
 
 
 def arguments(folder: Path, **settings: Any) -> RecipeArguments:
@@ -127,7 +127,7 @@ def test_the_command_is_kept_without_secrets(monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
-def test_data_is_described_without_decoding_pictures(tmp_path: Path) -> None:
+def test_data_is_described_without_decoding_images(tmp_path: Path) -> None:
     from datasets import load_dataset
 
     parquet = tiny.write_pairs_parquet(tmp_path / "p.parquet", n=5, captions_each=2)
@@ -384,7 +384,7 @@ def test_a_push_that_fails_ends_nothing(
         raise PermissionError("wrong token")
 
     hub = SimpleNamespace(push_directory=refuse, prepare_repository=lambda repo_id, **settings: repo_id)
-    monkeypatch.setitem(__import__("sys").modules, "mllm_vision.encoder.hub", hub)
+    monkeypatch.setitem(__import__("sys").modules, "mllm_vision.hub.push", hub)
     given = arguments(tmp_path / "a", push_to_hub=True, hub_model_id="me/eyes")
     run = Run("stage_zero", given, {})
     assert given.push_to_hub is False  # the Trainer must not push every checkpoint

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 from transformers.training_args import OptimizerNames
 
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.clipping import clip_per_module_, clip_per_parameter_
-from mllm_vision.training.recipe import parse_recipe, recipe_dict
-from mllm_vision.training.schedules import (
+from mllm_vision.training.optim.clipping import clip_per_module_, clip_per_parameter_
+from mllm_vision.training.optim.schedules import (
     WeightDecaySchedule,
     cosine_between,
     exact_cosine,
     step_schedule,
     warn_of_warmup,
 )
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.parser import parse_recipe, recipe_dict
 
 
 def rates(steps: int, warmup: int, base: tuple[float, ...] = (1.0, 0.1), **settings) -> list[list[float]]:

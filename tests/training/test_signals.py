@@ -17,11 +17,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.checkpoints import check_checkpoint, list_checkpoints
-from mllm_vision.training.folders import step_of
-from mllm_vision.training.run import Run
-from mllm_vision.training.signals import AnyRank, Stopped, StopSignals
+from mllm_vision.training.checkpoint.checkpoints import check_checkpoint, list_checkpoints
+from mllm_vision.training.checkpoint.signals import AnyRank, Stopped, StopSignals
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.folders import step_of
+from mllm_vision.training.recipe.run import Run
 
 if str(Path(__file__).parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).parent))

@@ -22,13 +22,13 @@ from transformers import EarlyStoppingCallback, LlavaConfig, LlavaForConditional
 from transformers.utils import ModelOutput
 
 from mllm_vision.errors import IncompleteRun
-from mllm_vision.lineage import hash_weights
-from mllm_vision.training import recipe_trainer as trainer_module
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.checkpoints import is_whole, last_checkpoint
-from mllm_vision.training.recipe_trainer import RecipeTrainer
-from mllm_vision.training.run import Run
-from mllm_vision.training.trainer import ObjectiveTrainer
+from mllm_vision.hub.lineage import hash_weights
+from mllm_vision.training.checkpoint.checkpoints import is_whole, last_checkpoint
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.run import Run
+from mllm_vision.training.trainer import recipe_trainer as trainer_module
+from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
+from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
 
 
 def arguments(folder: Path, **settings: Any) -> RecipeArguments:

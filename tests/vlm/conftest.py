@@ -47,12 +47,12 @@ def build(tokenizer_folder):
 
 @pytest.fixture
 def make_batch():
-    """`make_batch(model, rows=3)`: ragged, right-padded rows with one picture each and two supervised stretches."""
+    """`make_batch(model, rows=3)`: ragged, right-padded rows with one image each and two supervised stretches."""
 
-    def make(model, rows=3, words=12, pictures=True, seed=0):
+    def make(model, rows=3, words=12, images=True, seed=0):
         generator = torch.Generator().manual_seed(seed)
         config = model.config
-        spelt = config.image_seq_length if pictures else 0
+        spelt = config.image_seq_length if images else 0
         length = 1 + spelt + words
         ids = torch.randint(20, 200, (rows, length), generator=generator)
         ids[:, 1 : 1 + spelt] = config.image_token_id
@@ -65,7 +65,7 @@ def make_batch():
             labels[row, end - 3 : end] = ids[row, end - 3 : end]
             labels[row, spelt + 2 : spelt + 4] = ids[row, spelt + 2 : spelt + 4]
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        if pictures:
+        if images:
             batch["pixel_values"] = torch.randn(rows, 3, 32, 32, generator=generator)
         return batch
 
@@ -74,7 +74,7 @@ def make_batch():
 
 @pytest.fixture
 def dialogue():
-    """One question about one picture, as messages."""
+    """One question about one image, as messages."""
     return SimpleNamespace(
         image=tiny.random_image(3),
         messages=[

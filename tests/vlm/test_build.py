@@ -104,7 +104,7 @@ def test_real_pretrained_llama(data_dir):
 
 
 @pytest.mark.parametrize("feature", ["cls", "pooled"])
-def test_one_vector_a_picture_is_refused(feature, tokenizer_folder):
+def test_one_vector_a_image_is_refused(feature, tokenizer_folder):
     from mllm_vision.vlm import build_vlm
 
     with pytest.raises(ValueError, match=rf"select_feature='{feature}'.*select_feature='patch'"):

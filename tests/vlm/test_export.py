@@ -26,7 +26,7 @@ for folder in sorted(Path(FOLDER).iterdir()):
     assert type(auto) is LlavaForConditionalGeneration, type(auto)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what colour is the star?"}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    inputs = processor(text=text, images=Image.open(f"{FOLDER}/picture.png"), return_tensors="pt",
+    inputs = processor(text=text, images=Image.open(f"{FOLDER}/image.png"), return_tensors="pt",
                        add_special_tokens=False)
     with torch.no_grad():
         logits = model.eval()(**inputs).logits
@@ -35,11 +35,11 @@ for folder in sorted(Path(FOLDER).iterdir()):
     asked = ["what?", "how many red stars are there on the left?", "a star"]
     talks = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]}] for q in asked]
     prompts = [processor.apply_chat_template(talk, add_generation_prompt=True, tokenize=False) for talk in talks]
-    picture = Image.open(f"{FOLDER}/picture.png")
+    image = Image.open(f"{FOLDER}/image.png")
 
     def say(texts, **padding):
         given = processor(
-            text=texts, images=[picture] * len(texts), return_tensors="pt", add_special_tokens=False, **padding
+            text=texts, images=[image] * len(texts), return_tensors="pt", add_special_tokens=False, **padding
         )
         said = model.generate(**given, max_new_tokens=6)[:, given["input_ids"].shape[1]:]
         return processor.batch_decode(said, skip_special_tokens=True)
@@ -77,7 +77,7 @@ def test_plain_transformers_loads_what_was_trained(build, make_batch, dialogue, 
         "siglip-linear-gpt2": {"kind": "siglip", "projector": "linear", "llm": gpt2},
         "clip-qwen2": {"kind": "clip", "llm": qwen},
     }
-    dialogue.image.save(tmp_path / "picture.png")
+    dialogue.image.save(tmp_path / "image.png")
     trained = {}
     for name, case in cases.items():
         model, processor = build(**case)
@@ -130,7 +130,7 @@ def test_buffers_that_no_file_holds_are_there_after_loading(build, tmp_path):
 
 
 def test_saving_again_gives_the_same_weights(build, tmp_path):
-    from mllm_vision.lineage import hash_weights
+    from mllm_vision.hub.lineage import hash_weights
     from mllm_vision.vlm import load_vlm, save_vlm
 
     for projector in ("mlp", "linear"):
@@ -238,7 +238,7 @@ def test_a_processor_or_weights_that_do_not_belong_to_the_model(build, tmp_path)
         load_vlm(tmp_path / "quantised")
 
 
-def test_answer_counts_pictures(build, dialogue):
+def test_answer_counts_images(build, dialogue):
     from mllm_vision.vlm import answer
 
     model, processor = build()

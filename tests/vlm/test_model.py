@@ -106,7 +106,7 @@ def test_label_smoothing_is_of_the_next_token(build, make_batch):
 def test_trainer_leaves_smoothing_to_the_model(build, make_batch, tmp_path):
     from transformers import TrainingArguments
 
-    from mllm_vision.training.recipe_trainer import RecipeTrainer
+    from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
     from mllm_vision.vlm import add_lora
 
     model, _ = build()
@@ -201,7 +201,7 @@ def test_frozen_tower_runs_without_gradient_and_in_evaluation_mode(build, make_b
     assert seen[-1] == (True, True)
 
 
-def test_blind_model_ignores_the_picture_and_remembers_it(build, make_batch, tmp_path):
+def test_blind_model_ignores_the_image_and_remembers_it(build, make_batch, tmp_path):
     from mllm_vision.vlm import load_vlm, save_vlm
 
     model, processor = build(blind=True)
@@ -219,11 +219,11 @@ def test_blind_model_ignores_the_picture_and_remembers_it(build, make_batch, tmp
 
 
 def test_text_only_batch_trains_and_reaches_the_projector(build, make_batch):
-    """Every rank of a data-parallel run must touch the same parameters, pictures or not."""
+    """Every rank of a data-parallel run must touch the same parameters, images or not."""
     from mllm_vision.vlm import freeze
 
     model, _ = build()
-    batch = make_batch(model, pictures=False)
+    batch = make_batch(model, images=False)
     with torch.no_grad():
         expected = plain_twin(model)(**batch).loss
     freeze(model, ("projector", "language_model")).train()
@@ -237,7 +237,7 @@ def test_text_only_batch_trains_and_reaches_the_projector(build, make_batch):
         assert torch.allclose(model(**batch).loss, expected, atol=1e-6)
 
 
-def test_more_image_tokens_than_pictures_and_the_reverse(build, make_batch):
+def test_more_image_tokens_than_images_and_the_reverse(build, make_batch):
     model, _ = build()
     batch = make_batch(model)
     with pytest.raises(ValueError, match=r"48 image tokens, but pixel_values is None"):

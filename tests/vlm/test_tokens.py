@@ -111,9 +111,9 @@ def test_a_template_without_an_end_is_warned_about(join, caplog):
     assert "end with no special token" in caplog.text and model.generation_config.eos_token_id == 3
 
 
-def _pictured(content):
-    picture = {"type": "image", "image": tiny.random_image()}
-    return content if isinstance(content, str) else [picture if part["type"] == "image" else part for part in content]
+def _imaged(content):
+    image = {"type": "image", "image": tiny.random_image()}
+    return content if isinstance(content, str) else [image if part["type"] == "image" else part for part in content]
 
 
 # As llava-hf writes them: strings have no parts, and so no words. As language models come: parts are no strings.
@@ -137,9 +137,9 @@ TEMPLATES = {"roles": with_end("'<|end|>'"), "parts": PARTS, "words": WORDS}
 def test_one_prompt_for_training_evaluation_and_chat(join, name, bos, monkeypatch):
     """Without the answer a training sample is the prompt, whether tokenizer or template begin with <s>."""
     from mllm_vision.data import CHAT_TEMPLATES
-    from mllm_vision.data.chat import ChatTokenizer
-    from mllm_vision.data.messages import from_pairs
-    from mllm_vision.evaluation.generation import AnswerGenerator
+    from mllm_vision.data.chat.messages import from_pairs
+    from mllm_vision.data.chat.templates import ChatTokenizer
+    from mllm_vision.evaluation.language.generation import AnswerGenerator
     from mllm_vision.vlm import answer
 
     model, processor = join(CHAT_TEMPLATES.get(name) or TEMPLATES[name], bos=bos)
@@ -164,7 +164,7 @@ def test_one_prompt_for_training_evaluation_and_chat(join, name, bos, monkeypatc
             generator = AnswerGenerator(model, processor, batch_size=1, max_new_tokens=2)
             assert generator.prompt_ids(asked[0][0]) == expected
         if name not in ("words", "parts"):  # what the export does by itself in plain transformers
-            talk = [{**turn, "content": _pictured(turn["content"])} for turn in dialogue[:-1]]
+            talk = [{**turn, "content": _imaged(turn["content"])} for turn in dialogue[:-1]]
             options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
             assert processor.apply_chat_template(talk, **options)["input_ids"][0] == seen[-1]
     assert bos is False or expected[0] == processor.tokenizer.bos_token_id

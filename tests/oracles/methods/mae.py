@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mllm_vision.data.counter_random import uniform
+from mllm_vision.functional.random import uniform
 
 from . import named, set_rate, warm_cosine
 

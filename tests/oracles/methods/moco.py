@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from mllm_vision.data.counter_random import uniform
+from mllm_vision.functional.random import uniform
 
 from . import follow, named, slow_copy, unit, vectors
 

@@ -1,0 +1,1 @@
+"""Conversations: messages, chat templates, label masks, collation, packing."""

@@ -1,0 +1,104 @@
+"""Rows of conversations to batches, and a batch as text that shows what is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm_vision.data.images.transforms import ImageTransform
+
+IGNORED = -100  # the label of what is not learnt
+
+
+class ConversationCollator:
+    """Rows of `ConversationDataset` to a batch, padded on the right.
+
+    Args:
+        tokenizer: gives the padding id (the end token's where it has none; padding is masked anyway).
+        transform: images to pixel values.
+        pad_to_multiple_of: round the length up.
+
+    Gives "input_ids", "attention_mask" and "labels" `[B, T]`, and "pixel_values" `[images, 3, H, W]` in the order
+    of their tokens; a batch of text alone has no "pixel_values". With rows of `PackedConversations` the
+    "attention_mask" is `[B, 1, T, T]` (True: the row's token attends to the column's), and "position_ids" `[B, T]`
+    begin anew with every conversation.
+    """
+
+    def __init__(self, tokenizer: Any, transform: ImageTransform, *, pad_to_multiple_of: int = 1) -> None:
+        pad = tokenizer.pad_token_id
+        self.pad_id = int(pad if pad is not None else tokenizer.eos_token_id)
+        self.transform, self.multiple = transform, max(1, int(pad_to_multiple_of))
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        length = -(-max(len(row["input_ids"]) for row in rows) // self.multiple) * self.multiple
+        ids = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
+        labels = torch.full((len(rows), length), IGNORED, dtype=torch.int64)
+        attention = torch.zeros(len(rows), length, dtype=torch.int64)
+        for number, row in enumerate(rows):
+            size = len(row["input_ids"])
+            ids[number, :size] = torch.as_tensor(row["input_ids"])
+            labels[number, :size] = torch.as_tensor(row["labels"])
+            attention[number, :size] = 1
+        batch = {"input_ids": ids, "attention_mask": attention, "labels": labels}
+        if any("turns" in row for row in rows):
+            batch |= self.separate(rows, length)
+        images = [image for row in rows for image in row["images"]]
+        if images:
+            batch["pixel_values"] = self.transform(images, keys=[key for row in rows for key in row["keys"]])
+        return batch
+
+    @staticmethod
+    def separate(rows: Sequence[dict[str, Any]], length: int) -> dict[str, Tensor]:
+        """Mask and positions that keep packed conversations apart: each sees the shared beginning and itself."""
+        turns = torch.full((len(rows), length), -1, dtype=torch.int64)  # -1: padding, which sees only padding
+        positions = torch.zeros(len(rows), length, dtype=torch.int64)
+        for number, row in enumerate(rows):
+            size = len(row["input_ids"])
+            own = torch.as_tensor(row["turns"]) if "turns" in row else torch.zeros(size, dtype=torch.int64)
+            turns[number, :size] = own
+            places = torch.arange(size)
+            shared = int((own == 0).sum())
+            starts = torch.cat([torch.ones(1, dtype=torch.bool), own[1:] != own[:-1]])
+            begin = torch.cummax(torch.where(starts, places, 0), dim=0).values
+            positions[number, :size] = torch.where(own == 0, places, places - begin + shared)
+        visible = (turns[:, :, None] == turns[:, None, :]) | ((turns[:, None, :] == 0) & (turns[:, :, None] >= 0))
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        return {"attention_mask": (visible & causal)[:, None], "position_ids": positions}
+
+
+def preview_labels(batch: dict[str, Tensor], tokenizer: Any, row: int = 0) -> str:
+    """One row of a batch as text, its supervised words between « and », repeated tokens as `<image>×16`."""
+    ids, labels = batch["input_ids"][row].tolist(), batch["labels"][row].tolist()
+    mask = batch["attention_mask"][row]
+    kept = [bool(value) for value in (mask if mask.dim() == 1 else mask[0, :, 0]).tolist()]  # all but padding see BOS
+    runs: list[tuple[bool, list[int]]] = []
+    for token, label, keep in zip(ids, labels, kept, strict=True):
+        if not keep:
+            continue
+        if runs and runs[-1][0] == (label != IGNORED):
+            runs[-1][1].append(token)
+        else:
+            runs.append((label != IGNORED, [token]))
+    return "".join(f"«{_text(run, tokenizer)}»" if supervised else _text(run, tokenizer) for supervised, run in runs)
+
+
+def _text(tokens: list[int], tokenizer: Any) -> str:
+    pieces: list[str] = []
+    at = 0
+    while at < len(tokens):
+        end = at
+        while end < len(tokens) and tokens[end] == tokens[at]:
+            end += 1
+        if end - at > 3:
+            pieces.append(f"{tokenizer.decode([tokens[at]])}×{end - at}")
+            at = end
+            continue
+        start, end = at, at + 1
+        while end < len(tokens) and tokens[end : end + 4] != [tokens[end]] * 4:
+            end += 1
+        pieces.append(tokenizer.decode(tokens[start:end]))
+        at = end
+    return "".join(pieces)

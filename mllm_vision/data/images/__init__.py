@@ -1,0 +1,1 @@
+"""Decoding and transforming images, and data sets of images alone."""

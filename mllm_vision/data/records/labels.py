@@ -1,0 +1,130 @@
+"""Labels of any common form as class numbers: integers, words, whole floats, booleans, missing ones, mixed ones."""
+
+from __future__ import annotations
+
+import logging
+import numbers
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mllm_vision.data.records.sampling import BadRow, column_values
+
+logger = logging.getLogger(__name__)
+
+
+class Labels(NamedTuple):
+    """What a label column says.
+
+    Attributes:
+        numbers: `[rows]` int64, -1 where there is no label or none that can be read.
+        names: names by number; None for integers, which name themselves.
+        bad: row -> why its label cannot be read.
+    """
+
+    numbers: Tensor
+    names: list[str] | None
+    bad: dict[int, BadRow]
+
+    @property
+    def labelled(self) -> list[int]:
+        """The rows that have a label."""
+        return (self.numbers >= 0).nonzero().flatten().tolist()
+
+    def numbered(self) -> Labels:
+        """With names: integers become places in the ascending list of those that are found (0, 1, 2 stay so)."""
+        if self.names is not None:
+            return self
+        found, places = self.numbers.unique(return_inverse=True)
+        missing = int((found < 0).sum())  # -1 alone, and first
+        return Labels(places - missing, [str(value) for value in found[missing:].tolist()], self.bad)
+
+    def refusals(self, consequence: str) -> dict[Any, BadRow]:
+        """row -> why it has no label, for an evaluation that needs one; their number is told."""
+        missing = [row for row in (self.numbers < 0).nonzero().flatten().tolist() if row not in self.bad]
+        if missing:
+            told = "%d of %d rows have no label (the first is row %d): %s"
+            logger.warning(told, len(missing), len(self.numbers), missing[0], consequence)
+        self.tell("these rows")
+        return self.bad | dict.fromkeys(missing, BadRow("the row has no label"))
+
+    def tell(self, what: str) -> None:
+        """Say how many labels cannot be read, and why the first one."""
+        if self.bad:
+            row, why = next(iter(self.bad.items()))
+            logger.warning("%d labels of %s cannot be read (row %d: %s)", len(self.bad), what, row, why)
+
+
+def label_value(value: Any) -> int | str | None:
+    """A cell of a label column: a number not below 0, a word without blanks around it, or None where it is empty.
+
+    Empty are None, NaN, -1, and text of nothing but blanks. True and False are 1 and 0.
+
+    Raises:
+        BadRow: what is no class: 0.5, -3, bytes that are no text, a list of several, a dict.
+    """
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a NumPy scalar
+        value = value.item()
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise BadRow("the label is no text", f"{value[:40]!r}") from None
+    if isinstance(value, str):
+        return value.strip() or None
+    if value is None:
+        return None
+    if not isinstance(value, numbers.Real):
+        raise BadRow("the label is no class", f"{str(value)[:80]!r} of type {type(value).__name__}")
+    if value != value:
+        return None
+    if value in (float("inf"), float("-inf")) or value != int(value):
+        raise BadRow("the label is no whole number", f"{value}")
+    if value == -1:
+        return None
+    if not 0 <= value < 2**62:
+        raise BadRow("the label is negative" if value < 0 else "the label is too large a number", f"{value}")
+    return int(value)
+
+
+def read_labels(values: Sequence[Any], names: Sequence[str] | None = None) -> Labels:
+    """The labels of rows.
+
+    Args:
+        values: the cells of the label column.
+        names: class names by number, of a ClassLabel column or as the user gave them. None: words are numbered in
+            alphabetical order (numbers among words are words), integers stay.
+
+    A word that is none of `names`, or a number beyond them, is one that cannot be read.
+    """
+    found: list[int | str | None] = []
+    bad: dict[int, BadRow] = {}
+    for row, value in enumerate(values):
+        try:
+            found.append(label_value(value))
+        except BadRow as error:
+            bad[row] = error
+            found.append(None)
+    if names is None and any(isinstance(value, str) for value in found):
+        names = sorted({str(value) for value in found if value is not None})
+        found = [None if value is None else str(value) for value in found]
+    if names is not None:
+        place = {name: number for number, name in enumerate(names)}
+        for row, value in enumerate(found):
+            number = place.get(value, -1) if isinstance(value, str) else value
+            if number is not None and not 0 <= number < len(place):
+                bad[row] = BadRow("the label is none of the classes", f"{value!r}; they are {', '.join(names[:8])}")
+                number = None
+            found[row] = number
+    filled = torch.tensor([-1 if value is None else value for value in found], dtype=torch.int64)
+    return Labels(filled, None if names is None else list(names), bad)
+
+
+def column_labels(records: Any, column: str) -> Labels:
+    """The labels of a column of records, with the class names of a ClassLabel column."""
+    feature = (getattr(records, "features", None) or {}).get(column)
+    return read_labels(column_values(records, column), getattr(feature, "names", None))

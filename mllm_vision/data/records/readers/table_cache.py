@@ -1,0 +1,116 @@
+"""Many files as one table: in memory where they are small, otherwise written once as Arrow and mapped from the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from mllm_vision.data.records.readers.arrow import united
+from mllm_vision.data.records.readers.files import LeftOut, kind_of
+from mllm_vision.data.records.readers.paths import ImagePaths
+from mllm_vision.data.records.readers.tables import read_table
+
+IN_MEMORY = 256 << 20  # bytes of files; more of them become Arrow files in the cache of `datasets`
+_FORMAT = 1  # of what is cached; raise it where a change here or in the readers gives other rows
+_SAMPLED = 64 << 10  # bytes at both ends of a file that its fingerprint is of, and all of a smaller one
+
+
+def read_tables(root: Path, files: Sequence[str], image_root: Path | None, left_out: LeftOut) -> Any:
+    """The rows of all files as a `datasets.Dataset`.
+
+    Args:
+        root, files: the folder and the paths below it.
+        image_root: where relative image paths start; None: each file's own folder.
+        left_out: is told of all that is not read.
+
+    Raises:
+        ValueError: a file that cannot be read as what its name says; none has rows.
+    """
+    from datasets import Dataset, DatasetInfo
+
+    large = sum((root / file).stat().st_size for file in files) > IN_MEMORY
+    tables: list[tuple[str, pa.Table]] = []
+    for file in files:
+        path = root / file
+        pieces = read_table(path, ImagePaths(image_root or path.parent, left_out), left_out)
+        if large and kind_of(file) in ("parquet", "tar"):
+            pieces = _mapped(path, image_root, pieces, left_out)
+        found = [(file, piece) for piece in pieces]
+        if not any(piece.num_rows for _, piece in found):
+            left_out.add("files without rows", file)
+        tables += found
+    if not any(table.num_rows for _, table in tables):
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        raise ValueError(f"{root / files[0]}{more} is empty: it has no rows")
+    mark = fingerprint(ends_of(root / file, file) for file in files)
+    table, features = united(tables, left_out)
+    return Dataset(table, info=DatasetInfo(features=features), fingerprint=mark)
+
+
+def fingerprint(contents: Iterable[bytes]) -> str:
+    """16 hexadecimal digits of what a data set holds, the same wherever it lies."""
+    mark = hashlib.blake2b(digest_size=8)
+    for data in contents:
+        mark.update(len(data).to_bytes(8, "little") + data)
+    return mark.hexdigest()
+
+
+def ends_of(path: Path, name: str) -> bytes:
+    """A file's name, size and both ends: enough to notice one that was changed, quick for terabytes of them."""
+    with path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        head = stream.read(_SAMPLED)
+        stream.seek(max(len(head), size - _SAMPLED))
+        return f"{name} {size}".encode() + head + stream.read()
+
+
+def _mapped(path: Path, image_root: Path | None, pieces: Iterable[pa.Table], left_out: LeftOut) -> list[pa.Table]:
+    """The pieces from the Arrow files that were written of them, now or earlier; pieces of one schema share a file."""
+    import datasets
+    from filelock import FileLock
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "mllm_vision"
+    state = path.stat()
+    key = fingerprint(
+        str(each).encode() for each in (_FORMAT, path.resolve(), state.st_size, state.st_mtime_ns, image_root)
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{key}.lock"):
+            done = folder / f"{key}.parts"
+            if not done.is_file():
+                count = _write(folder / key, pieces)
+                done.write_text(str(count), encoding="utf-8")
+            count = int(done.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(
+            f"the rows of {path} cannot be written to {folder}: {error}; set HF_DATASETS_CACHE to a folder with room"
+        ) from error
+    return [_map(folder / f"{key}-{number}.arrow") for number in range(count)]
+
+
+def _write(stem: Path, pieces: Iterable[pa.Table]) -> int:
+    """Writes Arrow files stem-0.arrow, stem-1.arrow ..., a new one where the schema changes; how many there are."""
+    number, writer, schema = 0, None, None
+    for piece in pieces:
+        if not piece.num_rows and writer is not None:
+            continue
+        if schema is None or piece.schema != schema:
+            if writer is not None:
+                writer.close()
+            schema = piece.schema
+            writer = pa.ipc.new_stream(f"{stem}-{number}.arrow", schema)
+            number += 1
+        writer.write_table(piece)
+    if writer is not None:
+        writer.close()
+    return number
+
+
+def _map(path: Path) -> pa.Table:
+    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()

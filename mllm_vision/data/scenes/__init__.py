@@ -1,0 +1,1 @@
+"""Scenes, the embedded generator of images with captions, questions and answers."""

@@ -1,0 +1,1 @@
+"""Streamed data sets with exact resume: shards, order, loader."""

@@ -1,0 +1,1 @@
+"""Random views of images: the policies, their draws, their pixels."""

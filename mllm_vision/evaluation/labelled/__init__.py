@@ -1,0 +1,1 @@
+"""Evaluators on labelled images: kNN, linear probe, classifier accuracy."""

@@ -1,0 +1,104 @@
+"""The flags of kNN and linear probe, online and at the end. Nothing here imports torch before they are built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mllm_vision.errors import unknown_name
+
+EVALUATORS = ("knn", "probe")
+
+
+@dataclass
+class LabelledArguments:
+    """Which labelled images an encoder is measured with, when and how.
+
+    Raises:
+        ValueError: an unknown evaluator.
+    """
+
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Labelled images that accuracy is of."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Its split; default: test, or the only one of a file or folder."}
+    )
+    eval_train_dataset_name: str | None = field(
+        default=None, metadata={"help": "Labelled images kNN and probe learn from; default: the training set."}
+    )
+    evaluators: list[str] = field(default_factory=lambda: ["knn"], metadata={"help": "While training: knn, probe."})
+    final_evaluators: list[str] = field(
+        default_factory=lambda: ["knn", "probe"], metadata={"help": "Before the training and after it: knn, probe."}
+    )
+    knn_k: int = field(default=20, metadata={"help": "Neighbours: 20 (DINO), 200 (MoCo)."})
+    knn_temperature: float = field(default=0.07, metadata={"help": "Of their votes: 0.07 (DINO), 0.1 (MoCo)."})
+    raw_pixels: bool = field(default=False, metadata={"help": "Also kNN and probe on the pixels themselves (slow)."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Test images, at most, drawn at random."})
+    max_eval_train_samples: int | None = field(default=None, metadata={"help": "Labelled training images, at most."})
+    eval_cache_gb: float = field(
+        default=4.0, metadata={"help": "Decoded images that each of the two sets may keep on a process, in GiB."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in [*self.evaluators, *self.final_evaluators]:
+            if name not in EVALUATORS:
+                raise ValueError(unknown_name("evaluator", name, EVALUATORS))
+
+    def check_bank(self, with_labels: bool, streaming: bool) -> None:
+        """Refuses a measurement that the training set is to be the bank of and cannot be.
+
+        Args:
+            with_labels: whether its rows have labels.
+            streaming: whether it is a stream.
+
+        Raises:
+            ValueError: it is a stream, or has none.
+        """
+        if not self.eval_dataset_name or self.eval_train_dataset_name:
+            return
+        if streaming:
+            raise ValueError("a stream is no bank for kNN and probe: name labelled images, --eval_train_dataset_name")
+        if not with_labels:
+            raise ValueError(
+                "kNN and the probe learn from labelled images, and the training set has none: name a labelled set, "
+                "--eval_train_dataset_name, or the column, --label_column; without --eval_dataset_name nothing is "
+                "measured"
+            )
+
+    def build(
+        self, training: Any, columns: Mapping[str, str], batch_size: int = 256, image_root: str | None = None
+    ) -> tuple[list[Any], list[Any]]:
+        """(evaluators while training, those before and after it); none without a labelled set.
+
+        Args:
+            training: records of the training set, the bank where no other is named.
+            columns: role -> column for "image" and "label", where their names do not tell.
+            batch_size: images encoded at once, on each rank.
+            image_root: what relative image paths start from, see `load_records`.
+
+        Raises:
+            ValueError: a set without labels, one with several splits of which none is called test, or what kNN cannot
+                be with so many images.
+        """
+        if not self.eval_dataset_name:
+            return [], []
+        from mllm_vision.data import load_records
+        from mllm_vision.data.records.records import UsualSplit
+        from mllm_vision.evaluation.labelled.images import LabelledImages
+        from mllm_vision.evaluation.labelled.knn import KnnAccuracy
+        from mllm_vision.evaluation.labelled.linear_probe import LinearProbe
+
+        named = self.eval_train_dataset_name
+        bank = load_records(named, image_root=image_root) if named else training
+        split = self.eval_split or UsualSplit("test", "--eval_split")
+        test = load_records(self.eval_dataset_name, split=split, image_root=image_root)
+        limits: dict[str, Any] = {"train_limit": self.max_eval_train_samples, "test_limit": self.max_eval_samples}
+        limits |= {"batch_size": batch_size, "cache_gb": self.eval_cache_gb}
+        data = LabelledImages(bank, test, dict(columns), **limits)
+        knn = {"k": self.knn_k, "temperature": self.knn_temperature}
+        build = {
+            "knn": lambda: KnnAccuracy("knn", data, **knn, raw_pixels=self.raw_pixels),
+            "probe": lambda: LinearProbe("probe", data, raw_pixels=self.raw_pixels),
+        }
+        made = {name: build[name]() for name in dict.fromkeys([*self.evaluators, *self.final_evaluators])}
+        return [made[name] for name in dict.fromkeys(self.evaluators)], list(made.values())

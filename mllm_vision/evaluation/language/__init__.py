@@ -1,0 +1,1 @@
+"""Evaluators of generated text: question answering and captions."""

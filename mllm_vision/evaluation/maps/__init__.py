@@ -1,0 +1,1 @@
+"""What an encoder looks at: component maps and attention maps as images."""

@@ -1,0 +1,1 @@
+"""The tiled engine under the contrastive losses: exact softmax and sigmoid without the matrix of all pairs."""

@@ -1,0 +1,97 @@
+"""The pairwise sigmoid loss tile by tile: the engine under `siglip_loss`.
+
+A pair's gradient needs its own score only, so the forward pass forms value and gradient of each tile at once: three
+matrix products in all, the floor, and no second pass. docs/engine.md has the mathematics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm_vision.distributed import all_reduce, world_size
+from mllm_vision.functional.engine.products import add_product, product
+from mllm_vision.functional.engine.softmax import refuse_double_backward, sum_of_products
+from mllm_vision.functional.engine.tiles import Plan
+from mllm_vision.functional.precision import wide_dtype
+
+
+def sigmoid_losses(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, plan: Plan) -> Tensor:
+    """Sum over this rank's rows and all columns of softplus(z_ij) - r_ij z_ij, z_ij = scale * <x_i, y_j> + bias.
+
+    That is -r log sigmoid(z) - (1 - r) log sigmoid(-z) with the plan's targets r.
+
+    Args:
+        x: `[n, D]` rows of this rank, fp32 or fp64.
+        y: `[m, D]` columns of this rank.
+        scale: 0-d tensor.
+        bias: 0-d tensor.
+        plan: how the columns come by, tiles, targets.
+
+    Returns:
+        This rank's share of the sum; its gradients follow `sum_over_ranks`, as those of `softmax_losses` do.
+
+    Raises:
+        RuntimeError: on differentiating twice.
+    """
+    return _SigmoidLosses.apply(x, y, scale, bias, plan, torch.is_grad_enabled())
+
+
+LINEAR_FROM = 80.0  # nats from which softplus is linear to fp64; torch's default of 20 is not
+
+
+class _SigmoidLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, plan: Plan, recorded: bool) -> Tensor:
+        x, y = x.detach(), y.detach()
+        need_x, need_y, need_scale, need_bias = (recorded and needed for needed in ctx.needs_input_grad[:4])
+        t, b = scale.detach(), bias.detach()
+        grid = plan.grid
+        tall, wide = grid.rows[0].stop, grid.widest
+        scores, spare, scratch = x.new_empty(tall * wide), x.new_empty(tall * wide), x.new_empty(tall, x.shape[1])
+        for_x = torch.zeros_like(x) if need_x or need_scale else None
+        total = torch.zeros((), dtype=wide_dtype(x), device=x.device)
+        for_scale, for_bias = torch.zeros_like(total), torch.zeros_like(total)
+        visit = plan.columns.visit(plan.columns.hold(y), gradient=need_y)
+        for start, block, for_block in visit:
+            for r, down in enumerate(grid.rows):
+                scaled = torch.mul(x[down], t, out=scratch[: down.stop - down.start])
+                for c, across in grid.of_block(start, len(block)):
+                    local = slice(across.start - start, across.stop - start)
+                    shape = (down.stop - down.start, across.stop - across.start)
+                    tile, other = (part[: shape[0] * shape[1]].view(shape) for part in (scores, spare))
+                    tile = product(scaled, block[local].T, tile)
+                    tile += b
+                    if plan.targets is not None:
+                        total -= plan.targets.total(tile, r, c)
+                    total += torch.ops.aten.softplus.out(tile, 1, LINEAR_FROM, out=other).sum()
+                    tile.sigmoid_()
+                    if plan.targets is not None:
+                        plan.targets.subtract(tile, r, c)
+                    if need_bias:
+                        for_bias += tile.sum()
+                    if for_x is not None:
+                        add_product(for_x[down], tile, block[local])
+                    if for_block is not None:
+                        add_product(for_block[local], tile.T, scaled)
+        if need_scale and for_x is not None:
+            for_scale = sum_of_products(x, for_x, grid, scratch)
+        if need_scale or need_bias:
+            shared = all_reduce(torch.stack([for_scale, for_bias]), plan.group) / world_size(plan.group)
+            for_scale, for_bias = shared.to(x.dtype).unbind()
+        ctx.wanted = need_x, need_y, need_scale, need_bias
+        ctx.save_for_backward(
+            for_x.mul_(t) if need_x and for_x is not None else None, visit.gradient, for_scale, for_bias
+        )
+        return total.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        found = [
+            None if gradient is None or not wanted else gradient * upstream
+            for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+        ]
+        return (*found, None, None)

@@ -1,0 +1,1 @@
+"""What is shared: lineage, model card, upload."""

@@ -1,0 +1,1 @@
+"""Trainer callbacks: progress, weight averages, health, finite losses."""

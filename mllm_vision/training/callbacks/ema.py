@@ -1,0 +1,118 @@
+"""The exponential moving average of the trained weights, in fp32, exact over a resume."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from mllm_vision.training.callbacks.progress import SkippedSteps
+from mllm_vision.training.optim.optimizers import plain_name
+
+logger = logging.getLogger(__name__)
+
+FILE = "ema.safetensors"  # beside the weights in a checkpoint
+_STATISTICS = ("running_mean", "running_var")
+
+
+class WeightAverage(TrainerCallback):
+    """Averages what trains, after every optimizer step; at the end of the training the average is the model.
+
+    After step t: e = d e + (1 - d) w with d = min(decay, (1 + t) / (10 + t)), so that the first steps do not keep
+    the untrained weights in it for 1 / (1 - decay) steps. Running statistics of BatchNorm are averaged too; other
+    buffers (queues, centres) are the method's own. A checkpoint keeps the trained weights as its weights, from which
+    the training goes on, and the average in `ema.safetensors`.
+
+    Args:
+        model: without the wrappers of DDP or torch.compile.
+        decay: d, e.g. 0.999 for some thousand steps, 0.9999 for many.
+
+    Source: Polyak and Juditsky, "Acceleration of stochastic approximation by averaging" (1992); the warm-up as in
+    TensorFlow's `ExponentialMovingAverage`.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay = model, decay
+        self._average: dict[str, Tensor] | None = None
+        self._skipped = SkippedSteps()
+
+    def _live(self) -> dict[str, Tensor]:
+        tensors = {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
+        tensors |= {n: b for n, b in self.model.named_buffers() if n.rpartition(".")[2] in _STATISTICS}
+        return {plain_name(name): tensor.detach() for name, tensor in tensors.items()}
+
+    def resume(self, checkpoint: str | Path) -> None:
+        """Take the average of a checkpoint instead of starting at the weights.
+
+        Raises:
+            FileNotFoundError: the checkpoint has none.
+        """
+        path = Path(checkpoint) / FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing: the run was started without --ema_decay; resume it without, or start anew"
+            )
+        self._load(path)
+
+    def _load(self, path: Path) -> None:
+        from safetensors.torch import load_file
+
+        loaded, live = load_file(path), self._live()
+        if loaded.keys() != live.keys():
+            odd = sorted(loaded.keys() ^ live.keys())
+            raise ValueError(
+                f"{path} holds the average of other weights: {len(odd)} differ, e.g. {', '.join(odd[:3])}. "
+                "Resume with the recipe the run was started with"
+            )
+        self._average = {name: loaded[name].to(tensor.device) for name, tensor in live.items()}
+
+    def save(self, folder: str | Path) -> None:
+        """Write the average into a checkpoint."""
+        from safetensors.torch import save_file
+
+        assert self._average is not None
+        save_file({name: tensor.contiguous() for name, tensor in self._average.items()}, Path(folder) / FILE)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._average is None or state.global_step == 0:
+            self._average = {name: tensor.float().clone() for name, tensor in self._live().items()}
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        assert self._average is not None
+        if self._skipped.last(optimizer):  # nothing moved but perhaps norms' statistics, to infinity
+            return
+        step = state.global_step
+        decay = min(self.decay, (1 + step) / (10 + step))
+        live = self._live()
+        weights = [live[name].float() for name in self._average]
+        torch._foreach_lerp_(list(self._average.values()), weights, 1 - decay)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Put the average into the model."""
+        if self._average is not None:
+            for name, tensor in self._live().items():
+                tensor.copy_(self._average[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model is the average inside, and itself again afterwards, bit for bit."""
+        kept = {name: tensor.clone() for name, tensor in self._live().items()}
+        self.apply()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in self._live().items():
+                    tensor.copy_(kept[name])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.apply()
+        logger.info("the model is the average of its weights from here on (ema_decay=%g)", self.decay)

@@ -1,0 +1,75 @@
+"""A loss that is no number ends the training while there is something left to go on from."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from mllm_vision.training.checkpoint.checkpoints import is_whole, list_checkpoints
+
+logger = logging.getLogger(__name__)
+
+
+def stop_if_not_finite(loss: torch.Tensor, batch: Mapping[str, Any], trainer: Any) -> None:
+    """Raises where the loss is NaN or infinite, before the optimizer takes the step.
+
+    The batch is saved in the run folder (`bad_batch-step<n>-rank<r>.safetensors`), and the last checkpoint whose
+    weights are all finite is named.
+
+    Args:
+        loss: of this micro-batch.
+        batch: as the collator gave it, before anything was made on the device.
+        trainer: whose state says the step.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    value = float(loss.detach())
+    if math.isfinite(value):
+        return
+    args, step = trainer.args, trainer.state.global_step + 1
+    folder = Path(args.output_dir)
+    file = folder / f"bad_batch-step{step}-rank{args.process_index}.safetensors"
+    try:
+        saved = f"the batch is in {save_batch(batch, file)}"
+    except OSError as error:
+        saved = f"the batch could not be saved ({error})"
+    good = last_finite_checkpoint(folder)
+    remedy = f"--resume_from_checkpoint {good}" if good else "no checkpoint with finite weights is there: start anew"
+    rate = trainer.optimizer.param_groups[0]["lr"] if trainer.optimizer is not None else args.learning_rate
+    raise ValueError(
+        f"the loss is {value} at step {step} (learning rate {rate:.3g}); the weights were not changed by it. "
+        f"The last good checkpoint: {good or 'none'}; {saved}. Go on with a lower --learning_rate, a longer "
+        f"--warmup_steps or --max_grad_norm 1 ({remedy}); in half precision try --bf16 instead of --fp16"
+    )
+
+
+def save_batch(batch: Mapping[str, Any], file: Path) -> Path:
+    """Writes the tensors of a batch as safetensors, for study."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in batch.items() if torch.is_tensor(value)}
+    save_file({name: value.clone() for name, value in tensors.items()}, file)
+    return file
+
+
+def last_finite_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint whose weights are all finite: one saved after the last good loss may not be."""
+    if not folder.is_dir():
+        return None
+    for checkpoint in reversed(list_checkpoints(folder)):
+        if is_whole(checkpoint) and all(_finite(file) for file in checkpoint.glob("*.safetensors")):
+            return checkpoint
+    return None
+
+
+def _finite(file: Path) -> bool:
+    with safe_open(file, framework="pt") as weights:
+        names = list(weights.keys())
+        return all(bool(torch.isfinite(weights.get_tensor(name).float()).all()) for name in names)

@@ -1,0 +1,1 @@
+"""What an exact resume needs beyond the Trainer's own checkpoints."""

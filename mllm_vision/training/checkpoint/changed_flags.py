@@ -1,0 +1,111 @@
+"""Flags that differ from those a run was started with: what takes effect on `--resume`, and what is refused.
+
+`recipe.yaml` says what was done. Of a flag that could not be obeyed any more, because what it decides lies in the
+checkpoint (the optimizer's kind, the shape of the model, the order of the rows), another value is refused. The others
+are in force from the first step after the checkpoint on; they are told, and noted in `recipe.yaml` with that step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mllm_vision.hub.lineage import plain
+from mllm_vision.training.recipe.arguments import RecipeArguments
+
+# of `RecipeArguments`, all of whose other flags take effect on resuming
+_REFUSED = {
+    "optim": "What another optimizer keeps is not in the checkpoint",
+    "seed": "The rows would come in another order",
+    "data_seed": "The rows would come in another order",
+    "dataloader_drop_last": "Epochs would have another length",
+    "train_sampling_strategy": "The rows would come in another order",
+    "metric_for_best_model": "The best checkpoint so far was found by the other one",
+    "greater_is_better": "The best checkpoint so far was found by the other one",
+}
+# of recipes, methods and data, all of whose other flags are in the checkpoint or decide what a row is
+_APPLIED = re.compile(
+    r"(eval_|max_eval_|zero_shot_|knn_).*|.*learning_rate|"
+    r"evaluators|final_evaluators|raw_pixels|templates|sample_count|max_new_tokens|artifact_name|"
+    r"dataset_name|image_root|mix_datasets|eval_cache_gb"  # whether the rows are the same, the trainer compares
+)
+_NOTE = re.compile(r"# from step (\d+) on ")
+_WHY = "The checkpoint was made with the other, and the run would not be what its recipe.yaml says"
+
+
+def recipe_before(folder: Path, checkpoint: str | None) -> dict[str, Any]:
+    """The flags of the run that is gone on with; empty where nothing of it was trained yet, or none are known.
+
+    Args:
+        folder: the run folder.
+        checkpoint: the one that was named, perhaps of another folder; None takes the newest.
+    """
+    source = Path(checkpoint).parent if checkpoint else folder
+    if checkpoint is None and not any(folder.glob("checkpoint-*")):
+        return {}
+    file = source / "recipe.yaml"
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML ({error}); restore it from an artifact of the run") from error
+    return found if isinstance(found, dict) else {}
+
+
+def notes_before(folder: Path, step: int) -> list[str]:
+    """What `recipe.yaml` says in its first lines of changes up to a step; later ones were given up."""
+    file = folder / "recipe.yaml"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    found = [(line.removeprefix("# "), match) for line in lines if (match := _NOTE.match(line))]
+    return [line for line, match in found if int(match.group(1)) <= step]
+
+
+def notes_of(changed: Mapping[str, tuple[Any, Any]], step: int) -> list[str]:
+    """A line for each changed flag, as `notes_before` reads it again."""
+    return [f"from step {step + 1} on {name}: {now!r}; before {old!r}" for name, (old, now) in changed.items()]
+
+
+def changed_flags(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Flag -> (value before, value now), of those that differ and take effect.
+
+    Args:
+        before: a recipe as read from `recipe.yaml`.
+        now: the recipe of this start.
+
+    Raises:
+        ValueError: one that cannot take effect, with both values and the remedy.
+    """
+    now = yaml.safe_load(yaml.safe_dump(plain(now), sort_keys=False))
+    own = {field.name for field in dataclasses.fields(RecipeArguments)}
+    changed: dict[str, tuple[Any, Any]] = {}
+    refused: list[str] = []
+    for name, value in now.items():
+        if name not in before or name == "output_dir" or _same(before[name], value):
+            continue
+        applied = name not in _REFUSED if name in own else bool(_APPLIED.fullmatch(name))
+        if name == "ema_decay" and None in (before[name], value):
+            applied = False
+        changed[name] = (before[name], value)
+        refused += [] if applied else [name]
+    if refused:
+        first, *others = refused
+        also = f" (and another {', '.join(others)})" if others else ""
+        raise ValueError(
+            f"--resume with another {first}: {now[first]!r}, the run was started with {before[first]!r}{also}. "
+            f"{_REFUSED.get(first, _WHY)}; give the flags of the run's recipe.yaml (--config, with --resume), or start "
+            "anew in another --output_dir"
+        )
+    return changed
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Equal values, or two ways to write one path."""
+    if left == right:
+        return True
+    if not (isinstance(left, str) and isinstance(right, str)) or "/" not in left + right:
+        return False
+    return Path(left).exists() and Path(right).exists() and Path(left).resolve() == Path(right).resolve()

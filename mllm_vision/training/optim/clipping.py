@@ -1,0 +1,63 @@
+"""Clipping each gradient, or the gradients of each module, by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mllm_vision.training.optim.layer_adaptation import tensor_norms
+from mllm_vision.training.optim.optimizers import plain_name
+
+
+@torch.no_grad()
+def clip_per_parameter_(parameters: Iterable[Tensor], max_norm: float, *, eps: float = 1e-6) -> Tensor:
+    """Scale every gradient whose norm exceeds `max_norm` to that norm, each by itself, in place.
+
+    Args:
+        parameters: those without a gradient are passed over.
+        max_norm: of one parameter's gradient.
+        eps: added to the norm.
+
+    Returns:
+        0-d: the norm of all gradients together, before clipping.
+
+    Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (2021), as its official code
+    does it: min(1, max_norm / (norm + 1e-6)) per parameter, with max_norm 3.0.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    by_kind: dict[tuple, list[Tensor]] = {}
+    for gradient in gradients:
+        by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+    totals = []
+    for some in by_kind.values():
+        norms = tensor_norms(some)
+        for gradient, factor in zip(some, (max_norm / (norms + eps)).clamp(max=1.0), strict=True):
+            gradient.mul_(factor.to(gradient.dtype))
+        totals.append(norms.norm().to(gradients[0].device, torch.float32))
+    return torch.stack(totals).norm()
+
+
+def clip_per_module_(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients of each of the model's parts (encoder, head, ...) whose norm together exceeds `max_norm`.
+
+    Args:
+        model: its children are the parts; a parameter of its own counts with the child called `encoder`.
+        max_norm: of a part's gradients together.
+
+    Returns:
+        0-d: the norm of all gradients together, before clipping.
+
+    Source: the official code of Oquab et al., "DINOv2" (2023), which clips the backbone and each head, at 3.0.
+    """
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            part, dot, _ = plain_name(name).partition(".")
+            parts.setdefault(part if dot else "encoder", []).append(parameter)
+    norms = [nn.utils.clip_grad_norm_(some, max_norm) for some in parts.values()]
+    whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    return torch.stack([norm.to(whole[0].device) for norm in whole]).norm() if whole else torch.zeros(())

@@ -1,0 +1,221 @@
+"""Parameter groups: one learning rate per group of modules, weight decay only where it belongs; and who steps them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mllm_vision.errors import unknown_name
+from mllm_vision.training.optim.layers import is_patch_embedding, layer_scales
+
+logger = logging.getLogger(__name__)
+
+# Besides all 1-D parameters (biases, norms): scales, and what stands for a position or a class.
+_NO_DECAY = re.compile(
+    r"(^|[._])(logit_scale|logit_bias|temperature|bias"
+    r"|class_embedding|cls_token|dist_token|mask_token|register_tokens"
+    r"|position_embeddings?|pos_embed|position_embedding_table)([._]|$)"
+)
+# Inside a repeated block: the matrices that Muon is for (embeddings, patch kernels, heads and projectors are not).
+_HIDDEN = re.compile(r"(^|\.)(layers?|blocks?|h)\.\d+\.")
+_WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")  # DDP, torch.compile, peft
+# what `--optim_args` may set, by optimizer
+_SETTINGS = {
+    "lars": {"momentum": float, "trust_coefficient": float, "variant": str},
+    "lamb": {"variant": str},
+}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the prefixes that DDP, torch.compile and peft put before it."""
+    while (wrapper := next((prefix for prefix in _WRAPPERS if name.startswith(prefix)), None)) is not None:
+        name = name.removeprefix(wrapper)
+    return name
+
+
+def _trained(model: nn.Module) -> list[str]:
+    """Names of all parameters but those of parts in which nothing trains: a slow copy is no tower of its own."""
+    parameters = [(plain_name(name), parameter) for name, parameter in model.named_parameters()]
+    parts = {name.partition(".")[0] for name, parameter in parameters if parameter.requires_grad}
+    return [name for name, _ in parameters if name.partition(".")[0] in parts]
+
+
+def decays(name: str, parameter: Any) -> bool:
+    """Whether weight decay applies: matrices and kernels, but no scale, bias, norm, class or position embedding."""
+    return parameter.ndim > 1 and _NO_DECAY.search(name) is None
+
+
+def _decayed(name: str, parameter: Any, where: str, also: Sequence[str]) -> bool:
+    """Whether weight decay is for this parameter, as `--weight_decay_on` and the method have it."""
+    if where == "all" or decays(name, parameter):
+        return True
+    return where == "method" and any(f".{part}." in f".{name}." for part in also)
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    learning_rate: float,
+    weight_decay_on: str = "method",
+    also_decays: Sequence[str] = (),
+    learning_rates: Mapping[str, float | None] | None = None,
+    muon_learning_rate: float | None = None,
+    bias_learning_rate: float | None = None,
+    layer_decay: float | Mapping[str, float] | None = None,
+    patch_embedding_lr_scale: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Groups for a torch optimizer over the trainable parameters of `model`.
+
+    Args:
+        model: frozen parameters (`requires_grad=False`) are left out.
+        weight_decay: for matrices; 1-D parameters, scales, class and position embeddings get none.
+        learning_rate: of everything that no prefix names.
+        weight_decay_on: `"method"` adds what `also_decays` names, `"matrices"` does not, `"all"` means every parameter.
+        also_decays: parts of parameter names, such as `"cls_token"` or `"last_layer.norm"`.
+        learning_rates: parameter-name prefix -> learning rate; the longest prefix wins, None means the default.
+        muon_learning_rate: if given, 2-D weights inside repeated blocks (`layers.0.`...) go to groups marked `muon`
+            at this rate, times what their prefix's rate is to `learning_rate`.
+        bias_learning_rate: if given, what takes no weight decay has this rate, times the same (Barlow Twins: 0.2
+            for weights, 0.0048 for biases and norms).
+        layer_decay: rates fall towards the input of each tower; see `training.optim.layers.layer_scales`.
+        patch_embedding_lr_scale: what the patch embedding's rate is multiplied by besides.
+
+    Returns:
+        Dicts with `params`, `lr`, `weight_decay`, `group_name`, `muon` and `decays` (whether weight decay and
+        layer-wise adaptation are for it); the default group comes first, and of its kind the largest rate.
+
+    Raises:
+        ValueError: a prefix matches no parameter, a rate is negative, nothing is trainable, or `layer_decay` finds
+            no layers.
+    """
+    rates = {prefix: rate for prefix, rate in (learning_rates or {}).items() if rate is not None}
+    names = [plain_name(name) for name, _ in model.named_parameters()]
+    for prefix, rate in rates.items():
+        if rate < 0:
+            raise ValueError(f"learning rate {rate} of {prefix!r} must not be negative")
+        if not any(_under(name, prefix) for name in names):
+            tops = {name.partition(".")[0] for name in names} | {".".join(name.split(".")[:2]) for name in names}
+            raise ValueError(f"learning rate for {unknown_name('parameter prefix', prefix, tops)}")
+    scales = {} if layer_decay is None else layer_scales(_trained(model), layer_decay)
+    groups: dict[tuple[str, bool, bool, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        plain = plain_name(name)
+        prefix = max((prefix for prefix in rates if _under(plain, prefix)), key=len, default="")
+        decayed = _decayed(plain, parameter, weight_decay_on, also_decays)
+        rate = rates.get(prefix, learning_rate)
+        relative = rate / learning_rate if learning_rate else 1.0
+        matrix = decays(plain, parameter) and parameter.ndim == 2
+        muon = muon_learning_rate is not None and matrix and bool(_HIDDEN.search(plain))
+        if muon and muon_learning_rate is not None:
+            rate = muon_learning_rate * relative
+        elif not decayed and bias_learning_rate is not None:
+            rate = bias_learning_rate * relative
+        rate *= scales.get(plain, 1.0) * (patch_embedding_lr_scale if is_patch_embedding(plain) else 1.0)
+        group = groups.setdefault(
+            (prefix, muon, not decayed, -rate),
+            {
+                "params": [],
+                "lr": rate,
+                "weight_decay": weight_decay if decayed else 0.0,
+                "group_name": prefix or "default",
+                "muon": muon,
+                "decays": decayed,
+            },
+        )
+        group["params"].append(parameter)
+    if not groups:
+        raise ValueError("nothing to train: every parameter is frozen (requires_grad=False)")
+    return [groups[key] for key in sorted(groups)]
+
+
+def group_flags(arguments: Any, learning_rates: Mapping[str, float | None]) -> list[str]:
+    """The flags given that work through our parameter groups."""
+    neutral = {"patch_embedding_lr_scale": 1.0, "lr_scaling": "none", "weight_decay_on": "method"}
+    names = (
+        "lr_scaling", "layer_decay", "patch_embedding_lr_scale", "bias_learning_rate", "muon_learning_rate",
+        "weight_decay_end", "weight_decay_on",
+    )  # fmt: skip
+    given = [name for name in names if getattr(arguments, name, None) not in (None, neutral.get(name))]
+    return given + ["learning rate per module group"] * bool(learning_rates)
+
+
+def group_settings(arguments: Any, learning_rate: float, learning_rates: Mapping[str, float | None]) -> dict[str, Any]:
+    """The keywords of `parameter_groups` that the arguments ask for.
+
+    Args:
+        arguments: `RecipeArguments`, or plain `TrainingArguments`, which have none of our flags.
+        learning_rate: of everything that no prefix names.
+        learning_rates: parameter-name prefix -> learning rate.
+    """
+    return {
+        "weight_decay": arguments.weight_decay,
+        "weight_decay_on": getattr(arguments, "weight_decay_on", "method"),
+        "learning_rate": learning_rate,
+        "learning_rates": dict(learning_rates),
+        "muon_learning_rate": getattr(arguments, "muon_learning_rate", None),
+        "bias_learning_rate": getattr(arguments, "bias_learning_rate", None),
+        "layer_decay": getattr(arguments, "layer_decay", None),
+        "patch_embedding_lr_scale": getattr(arguments, "patch_embedding_lr_scale", 1.0),
+    }
+
+
+def tell_rates(arguments: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Log what the flags made of the learning rates, where they made anything of them."""
+    if getattr(arguments, "lr_scaling", "none") != "none":
+        rows, scale = arguments.effective_batch_size, arguments.lr_scale
+        rule = f"{arguments.lr_scaling}, {rows} rows a step against {arguments.lr_scaling_batch_size}"
+        for name in arguments.derived_fields:
+            base, rate = getattr(arguments, f"base_{name}"), getattr(arguments, name)
+            logger.info("lr_scaling (%s): base_%s %g x %.4g = %s %g", rule, name, base, scale, name, rate)
+    if getattr(arguments, "layer_decay", None) is not None:
+        rates = [group["lr"] for group in groups]
+        logger.info("layer_decay %s: learning rates from %.3g to %.3g", arguments.layer_decay, min(rates), max(rates))
+
+
+def optimizer_settings(name: str, text: str | None) -> dict[str, Any]:
+    """`momentum=0.9,variant=paper` as keyword arguments of LARS or LAMB.
+
+    Raises:
+        ValueError: an unknown setting, a value of the wrong type, or one that the optimizer refuses.
+    """
+    from mllm_vision.training.optim.lamb import LAMB
+    from mllm_vision.training.optim.lars import LARS
+
+    found: dict[str, Any] = {}
+    for entry in filter(None, (part.strip() for part in (text or "").split(","))):
+        key, _, value = (part.strip() for part in entry.partition("="))
+        if key not in _SETTINGS[name]:
+            raise ValueError(f"optim_args: {unknown_name(f'setting of {name}', key, _SETTINGS[name])}")
+        try:
+            found[key] = _SETTINGS[name][key](value)
+        except ValueError:
+            raise ValueError(f"optim_args: {key}={value!r} of {name} must be a number") from None
+    {"lars": LARS, "lamb": LAMB}[name]([torch.zeros(1)], **found)  # it knows the range of its settings
+    return found
+
+
+def optimizer_class(arguments: Any) -> tuple[type, dict[str, Any]] | None:
+    """LARS or LAMB with their settings, as `--optim` asks; None where transformers knows the optimizer."""
+    from mllm_vision.training.optim.lamb import LAMB
+    from mllm_vision.training.optim.lars import LARS
+
+    name = str(getattr(arguments.optim, "value", arguments.optim))
+    if name == "lars":
+        return LARS, optimizer_settings(name, arguments.optim_args)
+    if name == "lamb":
+        adam = {"betas": (arguments.adam_beta1, arguments.adam_beta2), "eps": arguments.adam_epsilon}
+        return LAMB, {**adam, **optimizer_settings(name, arguments.optim_args)}
+    return None
+
+
+def _under(name: str, prefix: str) -> bool:
+    prefix = prefix.removesuffix(".")
+    return name == prefix or name.startswith(prefix + ".")

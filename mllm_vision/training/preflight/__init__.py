@@ -1,0 +1,1 @@
+"""What is checked before step one: settings, data, memory."""

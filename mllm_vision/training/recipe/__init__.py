@@ -1,0 +1,1 @@
+"""The parser of flags and YAML, the arguments, the run folder and its summary."""

@@ -1,0 +1,105 @@
+"""TrainingArguments with the defaults of this toolkit and a few names more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from mllm_vision.training.optim.arguments import OptimizerArguments
+from mllm_vision.training.recipe.flags import check_flags, check_resolved
+from mllm_vision.training.recipe.launch import check_joined, check_launch, limit_collectives
+
+
+@dataclass
+class RecipeArguments(OptimizerArguments):
+    """`transformers.TrainingArguments`, names verbatim; only defaults differ, and a few names are added: here,
+    and for optimizers and schedules in `OptimizerArguments`.
+
+    `resume_from_checkpoint` takes a path or "true" (the newest whole checkpoint in `output_dir`).
+
+    Raises:
+        ValueError: a flag that would take no effect (recipe/flags.py), `overwrite` with `resume`, a batch size or a
+            fraction out of range, no `output_dir`.
+    """
+
+    recipe_name: ClassVar[str | None] = None  # which recipe's flags these are, for `training.recipe.flags`
+
+    report_to: str | list[str] | None = field(
+        default="none", metadata={"help": "Where metrics go besides the run folder: wandb, tensorboard..."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Kept off: our collators need columns that the model does not take."}
+    )
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Drop the last, smaller batch; filling it up would make false negatives."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Off: what trains here has a gradient in every step, and looking takes time."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints are kept."})
+    save_minutes: float | None = field(
+        default=None, metadata={"help": "Save a checkpoint after so many minutes too, beside those of save_steps."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps (below 1: a fraction)."})
+    max_bad_fraction: float = field(
+        default=0.01, metadata={"help": "Bad samples are counted and skipped up to this fraction, then it is an error."}
+    )
+    embed_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Stage zero: embed the batch in chunks of so many rows; exact, less memory, a third slower."},
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace the run that output_dir already holds."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the newest whole checkpoint in output_dir."})
+
+    accept_changed_data: bool = field(
+        default=False, metadata={"help": "With --resume: go on although the training data are not the same rows."}
+    )
+    accept_missing_state: bool = field(
+        default=False,
+        metadata={"help": "With --resume: go on from a checkpoint without optimizer, schedule or random states."},
+    )
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("--output_dir is missing; name the folder for this run, e.g. --output_dir runs/first")
+        given = self.resume_from_checkpoint
+        if isinstance(given, bool) or (isinstance(given, str) and given.lower() in ("true", "false")):
+            self.resume = self.resume or str(given).lower() == "true"
+            self.resume_from_checkpoint = None
+        if self.overwrite and (self.resume or self.resume_from_checkpoint):
+            raise ValueError("--overwrite starts anew and --resume goes on: give one of them")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction={self.max_bad_fraction} is not between 0 and 1")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.save_minutes is not None and not self.save_minutes > 0:
+            raise ValueError(f"save_minutes={self.save_minutes} must be positive; leave it out to save by steps alone")
+        if self.embed_batch_size is not None and self.embed_batch_size < 1:
+            raise ValueError(f"embed_batch_size={self.embed_batch_size} must be at least 1; leave it out for no chunks")
+        check_flags(self)
+        self.enable_jit_checkpoint = False  # what it asks for is always on (training/checkpoint/signals.py), and exact
+        check_launch(self)
+        super().__post_init__()
+        check_resolved(self)
+        check_joined(self)
+        limit_collectives(self.ddp_timeout)
+
+    @property
+    def resuming(self) -> bool:
+        """Whether this start goes on from a checkpoint, named or the newest."""
+        return bool(self.resume or self.resume_from_checkpoint)
+
+    def checkpoint_to_resume(self) -> str | None:
+        """The checkpoint to go on from, or None to start at step 0.
+
+        Raises:
+            FileNotFoundError: a named checkpoint does not exist, or `--resume` was given and there is no run.
+            ValueError: the named checkpoint is not whole.
+        """
+        from mllm_vision.training.checkpoint.checkpoints import check_checkpoint, found_by_first, last_checkpoint
+
+        if self.resume_from_checkpoint:
+            return found_by_first(lambda: str(check_checkpoint(Path(self.resume_from_checkpoint))))
+        return found_by_first(lambda: last_checkpoint(Path(self.output_dir))) if self.resume else None

@@ -1,0 +1,67 @@
+"""`--push_to_hub`: what can be known before the training is checked there; the push itself comes after it."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from mllm_vision.training.recipe.arguments import RecipeArguments
+
+logger = logging.getLogger(__name__)
+
+
+class Push:
+    """Where a run's artifacts go on the Hub. Takes the flags away from the Trainer, which would push each checkpoint.
+
+    Args:
+        arguments: `push_to_hub` and `hub_token` are cleared: the Trainer writes its arguments into every checkpoint.
+        name: of the run; the repository's where `--hub_model_id` names none.
+    """
+
+    def __init__(self, arguments: RecipeArguments, name: str) -> None:
+        self.wanted = bool(arguments.push_to_hub)
+        self.base = arguments.hub_model_id or name
+        self.settings = {
+            "token": arguments.hub_token,
+            "private": arguments.hub_private_repo,
+            "revision": arguments.hub_revision,
+        }
+        arguments.push_to_hub, arguments.hub_token = False, None
+
+    def check(self) -> None:
+        """Makes the repository, so that a token that may not is known before the training.
+
+        Raises:
+            PermissionError: no token, or one that may not write there.
+            ConnectionError: the Hub is out of reach or switched off (`HF_HUB_OFFLINE`).
+            ValueError: an impossible name.
+        """
+        if not self.wanted:
+            return
+        from mllm_vision.hub.push import prepare_repository
+
+        state = "nothing was trained yet; leave --push_to_hub out and push later with scripts/push_to_hub.py"
+        settings = {key: value for key, value in self.settings.items() if key != "revision"}
+        self.base = prepare_repository(self.base, state=state, **settings)
+
+    def target(self, position: int, artifact: Mapping[str, Any]) -> str:
+        """Repository of an artifact: the first one has the name itself, the others theirs after it."""
+        return self.base if position == 0 else f"{self.base}-{artifact['name']}"
+
+    def command(self, artifact: Mapping[str, Any], target: str) -> str:
+        """What pushes the artifact later."""
+        words = ["python", "scripts/push_to_hub.py", "--model", str(artifact["path"]), "--repo_id", target]
+        if self.settings["private"] is not None:
+            words += ["--private", str(self.settings["private"]).lower()]
+        if self.settings["revision"]:
+            words += ["--revision", str(self.settings["revision"])]
+        return shlex.join(words)
+
+    def upload(self, artifact: Mapping[str, Any], target: str, record: Mapping[str, Any]) -> None:
+        """Push one artifact with a card drawn from the run's record."""
+        from mllm_vision.hub.push import push_directory
+
+        push_directory(artifact["path"], target, run=dict(record), **self.settings)
+        logger.info("pushed %s to %s", artifact["path"], target)

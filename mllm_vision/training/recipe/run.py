@@ -1,0 +1,411 @@
+"""The run folder: recipe.yaml, metrics.jsonl, run.json, and artifacts that carry their lineage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mllm_vision.data.records.columns import further_images
+from mllm_vision.hub.lineage import check_lineage, hash_weights, plain, write_json, write_lineage
+from mllm_vision.training.checkpoint.changed_flags import changed_flags, notes_before, notes_of, recipe_before
+from mllm_vision.training.recipe import summary
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.ending import Ending, Failure, attempt
+from mllm_vision.training.recipe.folders import check_name, clean, list_checkpoints, remove, whole_folder, write_whole
+from mllm_vision.training.recipe.push import Push
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("language_model", "stage_zero", "stage_one", "stage_two")
+TEXT_ROLES = ("caption", "question", "answer", "messages", "conversations", "text", "label")
+
+
+class Run:
+    """One run in one folder. Only the main process writes; every process may call every method.
+
+    Creating it sets the random seeds (`arguments.seed`): create it before the models.
+
+    Args:
+        kind: "language_model", "stage_zero", "stage_one" or "stage_two".
+        arguments: tells folder, seed, overwrite and resume.
+        recipe: the resolved flags, from `recipe_dict`.
+
+    Raises:
+        FileExistsError: the folder holds something and neither --overwrite nor --resume was given.
+        ValueError: an unknown kind.
+    """
+
+    def __init__(self, kind: str, arguments: RecipeArguments, recipe: Mapping[str, Any]) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r} is none of {', '.join(KINDS)}")
+        from transformers import set_seed
+
+        level = arguments.get_process_log_level() if arguments.log_level != "passive" else logging.INFO
+        level = level if arguments.should_log else arguments.get_process_log_level()
+        if not logging.getLogger().handlers:  # a recipe as a program: say what happens; a library user decides alone
+            logging.basicConfig(level=level, format="%(message)s")
+            for noisy in ("httpx", "httpx2", "httpcore", "filelock", "fsspec", "PIL", "matplotlib", "datasets"):
+                logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
+        if recipe.get("artifact_name") is not None:
+            check_name(recipe["artifact_name"], "--artifact_name")
+        if arguments.log_level != "passive" or not arguments.should_log:
+            logging.getLogger("mllm_vision").setLevel(level)
+        self.arguments = arguments
+        self.folder = Path(arguments.output_dir)
+        self.is_main = arguments.process_index == 0
+        self._started = time.monotonic()
+        self.record: dict[str, Any] = {
+            "schema": 1,
+            "kind": kind,
+            "name": arguments.run_name or self.folder.resolve().name,
+            "command": summary.command_line(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": 0.0,
+            "machine": summary.machine(arguments.world_size),
+            "versions": summary.versions(),
+            "recipe": dict(recipe),
+            "parents": [],
+            "data": {},
+            "modules": [],
+            "history": [],
+            "evaluations": {},
+            "samples": [],
+            "arrays": {},
+            "bad_samples": {"count": 0, "examples": []},
+            "verdict": "",
+            "artifacts": [],
+            "missing": [],
+        }
+        self.ending = Ending()
+        self._begun = False
+        self._changed: dict[str, tuple[Any, Any]] = {}  # flags of a resumed run
+        self._changes: list[str] = []
+        if self.is_main:
+            self._claim()
+            if not (self.folder / "recipe.yaml").is_file():  # that of an earlier run stays until this one begins
+                self._write_recipe(self.folder)
+        # The artifact is what belongs on the Hub, not every checkpoint of the Trainer: see finish().
+        self.push = Push(arguments, self.record["name"])
+        if self.is_main:
+            self.push.check()
+        set_seed(arguments.seed)
+
+    # ---- what the run is made of ---------------------------------------------------------------------------
+
+    def inherit(self, role: str, path_or_id: str) -> None:
+        """Note a parent artifact ("encoder", "language_model", "vlm", "tokenizer") and say what is inherited.
+
+        Raises:
+            ValueError: the parent's weights are not those its lineage was written for; both hashes are named.
+        """
+        path = Path(path_or_id)
+        parent: dict[str, Any] = {"role": role, "path": str(path_or_id), "kind": None, "weights_sha256": None}
+        if path.is_dir():
+            lineage = check_lineage(path)
+            if lineage is not None:
+                parent |= {key: lineage.get(key) for key in ("kind", "weights_sha256")}
+                parent |= {"run": lineage.get("run"), "parents": lineage.get("parents", [])}
+                numbers = [
+                    f"{name} {metric} {entry[metric]:.4g}"
+                    for name, entry in (lineage.get("evaluations") or {}).items()
+                    if (metric := summary.primary_metric(entry)) is not None
+                ]
+                told = f"{lineage.get('kind')} of run {lineage.get('run')!r}; {', '.join(numbers) or 'no metrics'}"
+            else:
+                if any(path.glob("*.safetensors")):
+                    parent["weights_sha256"] = hash_weights(path)
+                told = "a directory without lineage"
+            if parent["weights_sha256"]:
+                told += f"; weights sha256 {parent['weights_sha256'][:12]}"
+        else:
+            told = "from the Hub or its cache"
+        self.record["parents"].append(parent)
+        self._say("inherits %s from %s (%s)", role, path_or_id, told)
+
+    def describe_data(self, role: str, dataset: Any, columns: Mapping[str, str] | None = None, **more: Any) -> None:
+        """Note a data set ("train", "validation"...): fingerprint, rows, columns bound, three texts; `more` facts."""
+        columns = dict(columns or {})
+        rows = len(dataset) if hasattr(dataset, "__len__") else getattr(dataset, "total", None)
+        wanted = [column for bound, column in columns.items() if bound in TEXT_ROLES]
+        if not columns:
+            wanted = [name for name in getattr(dataset, "column_names", None) or ["text"] if "image" not in name]
+        view = dataset.head() if hasattr(dataset, "head") else dataset  # of a stream, its first rows
+        names = getattr(view, "column_names", None) or []
+        unused = [name for name in names if columns and name not in columns.values() and not name.startswith("__")]
+        count = len(view) if hasattr(view, "__len__") else 0
+        if hasattr(view, "select_columns"):  # so that no image is decoded for three sentences
+            wanted = [name for name in wanted if name in view.column_names]
+            view, count = view.select_columns(wanted), count if wanted else 0  # images alone have no sentences
+        samples = []
+        for index in sorted({0, count // 2, count - 1}) if count else []:
+            row = view[index]
+            row = {name: row[name] for name in wanted if name in row} if isinstance(row, Mapping) else {"text": row}
+            samples.append({name: _shorten(value) for name, value in row.items()})
+        fingerprint = getattr(dataset, "_fingerprint", None)
+        if fingerprint is None:
+            fingerprint = hashlib.sha256(json.dumps([rows, plain(samples)]).encode()).hexdigest()[:16]
+        left_out = dict(getattr(dataset, "left_out", None) or {})
+        if self.record["kind"] == "stage_zero" and (more_images := further_images(dataset, columns.get("image"))):
+            left_out["images behind the first of their row's list"] = more_images
+            logger.warning("%s data: only the first image of a row is used, %d others are not", role, more_images)
+        self.record["data"][role] = {
+            "fingerprint": fingerprint,
+            "rows": rows,
+            "columns": columns,
+            "unused_columns": unused,
+            "left_out": left_out,
+            "samples": samples,
+            **more,
+        }
+        told = f"; not used: {', '.join(unused)}"[:200] if unused else ""
+        self._say("%s data: %s rows, columns %s%s", role, rows, columns or "as they are", told)
+
+    def note_change(self, what: str, step: int) -> None:
+        """Note what is another one from the step after `step` on, for the first lines of recipe.yaml."""
+        self._changes.append(f"from step {step + 1} on {what}")
+
+    def begin(self, step: int = 0) -> None:
+        """The training starts, or goes on after `step`: what it overwrites goes now, and not while a flag of its could
+        still be refused.
+        """
+        if self._begun:
+            return
+        self._begun = True
+        if self.is_main:
+            if self.arguments.overwrite:
+                self._clear()
+            earlier = notes_before(self.folder, step) if self.arguments.resuming else []
+            self._changes = [*earlier, *self._changes, *notes_of(self._changed, step)]
+            if self._changes:
+                self.record["changes"] = self._changes
+            self._write_recipe(self.folder)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl and an entry to the history; only numbers are kept.
+
+        A failure to write is reported and never ends the training.
+        """
+        entry: dict[str, Any] = {"step": int(step)}
+        for name, value in metrics.items():
+            value = value.item() if hasattr(value, "item") else value  # numpy and torch scalars
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
+                entry[name] = float(value) if math.isfinite(value) else None
+        self.record["history"].append(entry)
+        if not self.is_main:
+            return
+        try:
+            self.begin()
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            logger.warning("metrics.jsonl could not be written (%s); the training goes on", error)
+
+    def rewind(self, step: int, *, evaluations: bool = False) -> None:
+        """Drop what was logged after `step`, and with `evaluations` those of that step: they are computed again."""
+
+        def stays(entry: Mapping[str, Any]) -> bool:
+            again = evaluations and any(name.startswith("eval_") for name in entry)
+            return entry["step"] < step or (entry["step"] == step and not again)
+
+        kept = [entry for entry in self.record["history"] if stays(entry)]
+        if len(kept) == len(self.record["history"]):
+            return
+        self.record["history"] = kept
+        if self.is_main:
+            lines = [json.dumps(entry) + "\n" for entry in self.record["history"]]
+            write_whole(self.folder / "metrics.jsonl", "".join(lines))
+
+    # ---- what it leaves behind -----------------------------------------------------------------------------
+
+    def save_artifact(self, save: Callable[[Path], Any], name: str, kind: str) -> Path:
+        """Write the artifact `output_dir/name` whole or not at all, with recipe.yaml and lineage.json inside.
+
+        Args:
+            save: called with the empty folder to write to, e.g. `encoder.save_pretrained`.
+            name: the artifact's folder in the run folder.
+            kind: what it is: "encoder", "dual", "language_model", "vlm"...
+
+        Raises:
+            OSError: the disk is full; the artifact that stood there before is whole.
+        """
+        from mllm_vision.training.checkpoint.signals import StopSignals
+
+        final = self.folder / check_name(name, "artifact")
+        self.begin()
+        with StopSignals(f"{final} is written" if self.is_main else ""):  # no signal loses what was trained
+            if self.is_main:
+                with self._told_if_lost(name), whole_folder(final) as partial:
+                    save(partial)
+                    self._write_recipe(partial)
+                    weights = hash_weights(partial)
+                    write_lineage(partial, self._lineage(name, kind, weights))
+                entry = {"name": name, "path": str(final), "kind": kind, "weights_sha256": weights}
+                self.record["artifacts"] = [old for old in self.record["artifacts"] if old["name"] != name] + [entry]
+            if self.arguments.world_size > 1:
+                self.arguments.distributed_state.wait_for_everyone()
+        return final
+
+    def after_training(
+        self,
+        step: str,
+        work: Callable[..., Any],
+        *arguments: Any,
+        everywhere: bool = False,
+        severe: bool = False,
+        remedy: str = "",
+    ) -> Any:
+        """What `work(*arguments)` returns; None where it fails: then the run goes on, and says so at its end.
+
+        All that follows the training goes through here: evaluation, samples, drawing, audits, card and push. A failure
+        is one warning with its cause, an entry of run.json's `missing` and a line of the end table, and `finish`
+        raises at last. Until a step is over run.json has it as missing: a run that is killed in it has told so.
+        Interrupts pass through.
+
+        Args:
+            step: its name in messages, e.g. "evaluation of knn".
+            everywhere: the work holds collectives: every process does it, and it failed if it failed on any. Else the
+                main process alone does it.
+            severe: the run ends with the step's own error, once everything is written.
+            remedy: what makes up for it later.
+        """
+        if not (everywhere or self.is_main):
+            return None
+        if self.is_main and self.record["artifacts"]:
+            attempt("run.json", self._write_record, step)  # the last time, in finish, it has to be written
+        result, error = attempt(step, work, *arguments, everywhere=everywhere)
+        if error is not None:
+            self.ending.note(Failure(step, error, remedy, severe))
+        return result
+
+    def weights_of(self, artifact: str | None) -> dict[str, Any]:
+        """Name and hash of an artifact, for the figures that were measured on it."""
+        known = [entry for entry in self.record["artifacts"] if entry["name"] == artifact]
+        return {"artifact": artifact, "weights_sha256": known[0]["weights_sha256"]} if known else {}
+
+    def finish(self, **extra: Any) -> None:
+        """Complete the record with `extra`, push if asked to, write run.json, print the end table.
+
+        The artifacts' lineage gets the final metrics.
+
+        Raises:
+            Exception: what a severe step after the training raised.
+            IncompleteRun: another step failed; `run_recipe` makes exit code 3 of it.
+        """
+        self.record.update(extra)
+        if self.is_main:
+            self.after_training("verdict and lineage", self._close_lineages)
+            for position, entry in enumerate(self.record["artifacts"] if self.push.wanted else []):
+                target = self.push.target(position, entry)
+                later = f"push it with: {self.push.command(entry, target)}"
+                step = f"push of {entry['name']} to {target}"
+                self.after_training(step, self.push.upload, entry, target, self.record, remedy=later)
+            self._write_record()
+            print(summary.end_table(self.record), flush=True)
+        self.ending.close()
+
+    # ---- inside --------------------------------------------------------------------------------------------
+
+    def _claim(self) -> None:
+        """Make the folder ours, or refuse."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise FileExistsError(f"--output_dir {self.folder} is a file; name a folder")
+        present = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        visible = [name for name in present if not name.startswith(".")]
+        if visible == ["recipe.yaml"]:  # a start that was refused before its first step: nothing to lose
+            visible = []
+        if self.arguments.resuming:
+            clean(self.folder)
+            before = recipe_before(self.folder, self.arguments.resume_from_checkpoint)
+            self._changed = changed_flags(before, self.record["recipe"])
+            for name, (old, now) in self._changed.items():
+                logger.warning("resumed with another %s: %r, it was %r", name, now, old)
+        if visible and self.arguments.resuming:
+            self._read_history()
+        elif visible and not self.arguments.overwrite:
+            raise FileExistsError(
+                f"--output_dir {self.folder} already holds {', '.join(visible[:4])}{' ...' * (len(visible) > 4)}; "
+                "--overwrite replaces that run, --resume goes on with it, or choose another folder"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _clear(self) -> None:
+        """Remove what a run of ours leaves, and nothing else that may lie in the folder."""
+        clean(self.folder)
+        artifacts = [path for path in self.folder.iterdir() if (path / "lineage.json").is_file()]
+        files = [self.folder / name for name in ("recipe.yaml", "metrics.jsonl", "run.json")]
+        for path in [*list_checkpoints(self.folder), *artifacts, *files]:
+            remove(path, self.folder)
+
+    def _read_history(self) -> None:
+        file = self.folder / "metrics.jsonl"
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        for line in text.splitlines():
+            try:
+                self.record["history"].append(json.loads(line))
+            except json.JSONDecodeError:  # the last line of a process that was killed
+                continue
+        if text and not text.endswith("\n"):  # what is logged next must not be joined to that line
+            write_whole(file, "".join(json.dumps(entry) + "\n" for entry in self.record["history"]))
+
+    def _write_recipe(self, folder: Path) -> None:
+        text = yaml.safe_dump(plain(self.record["recipe"]), sort_keys=False, allow_unicode=True)
+        write_whole(folder / "recipe.yaml", "".join(f"# {line}\n" for line in self._changes) + text)
+
+    def _lineage(self, name: str, kind: str, weights: str) -> dict[str, Any]:
+        kept = ("started", "command", "versions", "machine", "parents", "data", "evaluations", "modules", "verdict")
+        history = self.record["history"]
+        return {
+            "schema": 1,
+            "kind": kind,
+            "name": name,
+            "stage": self.record["kind"],
+            "run": self.record["name"],
+            "weights_sha256": weights,
+            "seed": self.arguments.seed,
+            "steps": history[-1]["step"] if history else 0,
+            "seconds": round(time.monotonic() - self._started, 1),
+            **{key: self.record[key] for key in (*kept, "artifact_is") if key in self.record},
+        }
+
+    @contextmanager
+    def _told_if_lost(self, name: str) -> Iterator[None]:
+        """An artifact that cannot be written ends the run; run.json tells of it beside those that could."""
+        try:
+            yield
+        except Exception as error:
+            self.ending.note(Failure(f"artifact {name}", error, severe=True))
+            if self.record["artifacts"]:
+                attempt("run.json", self._write_record)
+            raise
+
+    def _close_lineages(self) -> None:
+        self.record["verdict"] = self.record["verdict"] or summary.verdict(self.record["evaluations"])
+        for entry in self.record["artifacts"]:
+            write_lineage(entry["path"], self._lineage(entry["name"], entry["kind"], entry["weights_sha256"]))
+
+    def _write_record(self, pending: str = "") -> None:
+        """run.json as things stand; a step that is under way counts as missing until it is over."""
+        self.record["seconds"] = round(time.monotonic() - self._started, 1)
+        missing = [failure.entry() for failure in self.ending.failures]
+        self.record["missing"] = missing
+        under_way = [{"step": pending, "cause": "the run ended before it was over"}] if pending else []
+        write_json(self.folder / "run.json", {**self.record, "missing": [*missing, *under_way]})
+
+    def _say(self, message: str, *values: Any) -> None:
+        if self.is_main:
+            logger.info(message, *values)
+
+
+def _shorten(value: Any, limit: int = 200) -> str:
+    text = value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,1 @@
+"""The Hugging Face Trainer with exact gradient caching, evaluation and sharding."""

@@ -1,0 +1,98 @@
+"""What an objective is told of the training, and its pass over the data before each epoch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from transformers import TrainerCallback
+
+from mllm_vision.distributed import all_gather
+from mllm_vision.training.trainer.sharding import whole_parameters
+
+logger = logging.getLogger(__name__)
+
+
+class TellProgress(TrainerCallback):
+    """Sets `objective.progress` (0 to 1), `epoch` and `epochs_a_step` before each step and each epoch.
+
+    All are functions of the step, so that a resumed run goes on with the same temperatures and schedules.
+    """
+
+    def __init__(self, objective: Any) -> None:
+        self.objective = objective
+
+    def _tell(self, state: Any) -> None:
+        self.objective.progress = state.global_step / max(state.max_steps, 1)
+        self.objective.epoch = float(state.epoch or 0.0)
+        self.objective.epochs_a_step = self.objective.epoch / max(state.global_step, 1)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._tell(state)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._tell(state)
+
+
+class FeaturesBeforeEpoch(TrainerCallback):
+    """Calls `objective.before_epoch(features)` at the beginning of each epoch, `features` `[rows, D]` by row number.
+
+    An epoch that is resumed in its middle has had its pass: what came of it lies in the checkpoint.
+
+    Args:
+        trainer: the `ObjectiveTrainer`.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not getattr(self.trainer.objective, "features_due", True):
+            return
+        begun, _, step = self.trainer._start
+        if step and state.global_step == begun:
+            return
+        began = time.monotonic()
+        features = dataset_features(self.trainer)
+        self.trainer.objective.before_epoch(features)
+        if state.is_world_process_zero:
+            seconds = time.monotonic() - began
+            logger.info("pass over %d rows before the epoch: %.1f s", len(features), seconds)
+
+
+@torch.no_grad()
+def dataset_features(trainer: Any) -> torch.Tensor:
+    """`objective.epoch_features` of every row of the training set, in its order, the same on every rank.
+
+    Each rank passes over its share. Random states are left as they were, and the objective is in evaluation mode.
+
+    Returns:
+        `[rows, D]`.
+    """
+    args, objective, dataset = trainer.args, trainer.objective, trainer.train_dataset
+    rows, rank, world = len(dataset), args.process_index, args.world_size
+    share = range(rows * rank // world, rows * (rank + 1) // world)
+    prepare: Callable[[Any], Any] = trainer.prepare_plain
+    found: list[torch.Tensor] = []
+    was_training = objective.training
+    devices = [args.device] if args.device.type == "cuda" else []
+    with whole_parameters(trainer.model), torch.random.fork_rng(devices=devices):
+        loader = DataLoader(
+            Subset(dataset, share),
+            batch_size=trainer.embed_batch_size or trainer._train_batch_size,
+            collate_fn=trainer.data_collator,
+            num_workers=args.dataloader_num_workers,
+        )
+        objective.eval()
+        try:
+            for batch in loader:
+                with trainer.compute_loss_context_manager():
+                    features = objective.epoch_features(prepare(batch)["views"])
+                    found.append(features.to(torch.promote_types(features.dtype, torch.float32)))
+        finally:
+            objective.train(was_training)
+    return all_gather(torch.cat(found))  # no rank is without rows: a batch of all ranks needs as many

@@ -1,0 +1,204 @@
+"""The part of the trainer that measures: before the training, on the way, and what was saved."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mllm_vision.evaluation.base import Evaluation, examine, name_of
+from mllm_vision.training.checkpoint.resume import ExactResume
+from mllm_vision.training.recipe.ending import Failure, attempt, cause_of
+from mllm_vision.training.trainer.sharding import is_sharded, whole_parameters
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluating(ExactResume):
+    """`Trainer.evaluate` with evaluators, callables (model, step) -> dict, beside or in place of a data set.
+
+    Results are returned by evaluators and go where they belong at once: on the way into the log alone, at the end into
+    the run's record, with the step and the hash of the weights they are of. None is kept here or there to be stored
+    later under another model's name.
+    """
+
+    run: Any = None
+    average: Any = None  # a WeightAverage
+    evaluators: Sequence[Callable[..., Any]] = ()
+    _clock: tuple[float, int] | None = None
+    _before: dict[str, dict[str, Evaluation]]  # evaluator -> baseline -> what was measured before the training
+
+    def measure_before(self, baseline: str, evaluators: Sequence[Callable[..., Any]] | None = None) -> None:
+        """Measure the model as it is before the training; the record has it beside what is saved, as `baseline`."""
+        with self._aside(self.model):
+            for evaluator in self.evaluators if evaluators is None else evaluators:
+                found = examine(evaluator, self.model, self.state.global_step)
+                self._before.setdefault(name_of(evaluator), {})[baseline] = found
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As `Trainer.evaluate` where there is a data set, then the evaluators; returns the metrics of both.
+
+        With `ema_decay` they are those of the averaged weights. An evaluator that fails in the middle of a training
+        is warned of once and counts as missing; the training goes on.
+
+        Raises:
+            ValueError: one failed whose metric the training needs (`metric_for_best_model`); a checkpoint is saved.
+        """
+        metrics: dict[str, float] = {}
+        averaged = contextlib.nullcontext if self.average is None else self.average.applied
+        if eval_dataset is not None or self.eval_dataset is not None:
+            with averaged(), torch.random.fork_rng(devices=self._devices()):
+                metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is None and self.evaluators:
+            with averaged(), whole_parameters(self.model), self._aside(self.model):
+                found, needed = self._on_the_way(metric_key_prefix)
+            if needed is not None:
+                self._stop_with_checkpoint(needed)
+            self.log(dict(found))
+            if not metrics:
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+            metrics = {**metrics, **found}
+        return metrics
+
+    def final_evaluation(
+        self, model: Any = None, artifact: str | None = None, evaluators: Sequence[Callable[..., Any]] | None = None
+    ) -> dict[str, float]:
+        """Measure what was saved: call it after `Run.save_artifact`. Each evaluator is a step that may fail.
+
+        Args:
+            model: what was saved; by default the trainer's own model.
+            artifact: its name among the run's artifacts, whose hash the figures carry.
+            evaluators: by default those of the training.
+
+        Returns:
+            The metrics as they are logged, of the evaluators that did not fail.
+        """
+        model, step, found = self.model if model is None else model, self._step_of_weights(), {}
+        for evaluator in self.evaluators if evaluators is None else evaluators:
+            name = name_of(evaluator)
+            with self._aside(model):
+                if self.run is None:
+                    result = examine(evaluator, model, step)
+                else:
+                    work = (f"evaluation of {name}", examine, evaluator, model, step)
+                    result = self.run.after_training(*work, everywhere=True, remedy=self._remedy())
+            if result is None:
+                continue
+            found.update({f"eval_{name}_{key}": value for key, value in result.metrics.items()})
+            for baseline, other in self._before.get(name, {}).items():
+                result.add_baseline(baseline, other)
+            if self.run is not None:
+                result.store(self.run.record, name, step=step, **self.run.weights_of(artifact))
+        if found and self.run is not None:
+            self.run.after_training("log of the evaluation", self._log_final, found)
+        elif found:
+            self._log_final(found)
+        return found
+
+    # ---- inside ----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _aside(self, model: Any) -> Iterator[None]:
+        """Looking changes nothing: the random state and the clock of the training are left as they were.
+
+        The model is where it will train, and computes in the precision of the training (bf16, fp16): before a sharded
+        training it lies on the CPU yet, and attention kernels of half precision take nothing else.
+        """
+        began = time.monotonic()
+        draws = torch.random.fork_rng(devices=self._devices())
+        with draws, torch.no_grad(), self._placed(model), self.accelerator.autocast():
+            yield
+        if self._clock is not None:  # throughput is that of training
+            self._clock = (self._clock[0] + time.monotonic() - began, self._clock[1])
+
+    def _devices(self) -> list[torch.device]:
+        return [self.args.device] if self.args.device.type == "cuda" else []
+
+    @contextlib.contextmanager
+    def _placed(self, model: Any) -> Iterator[None]:
+        """The model on the training's device, and afterwards where it was."""
+        parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+        where = next((parameter.device for parameter in parameters), self.args.device)
+        away = where.type == "cpu" and self.args.device.type != "cpu" and not is_sharded(model)
+        if away:
+            model.to(self.args.device)
+        try:
+            yield
+        finally:
+            if away:
+                model.to(where)
+
+    def _on_the_way(self, prefix: str) -> tuple[dict[str, float], tuple[str, Exception] | None]:
+        """Metrics of every evaluator, and the one that failed although the training needs it."""
+        found: dict[str, float] = {}
+        for evaluator in self.evaluators:
+            self.cut_evaluation()
+            name, step = name_of(evaluator), self.state.global_step
+            if not self.is_in_train:  # a call of the user's own
+                result, error = examine(evaluator, self.model, step), None
+            else:
+                what = f"evaluation of {name} at step {step}"
+                result, error = attempt(what, examine, evaluator, self.model, step, everywhere=True)
+            if error is None:
+                found.update({f"{prefix}_{name}_{key}": value for key, value in result.metrics.items()})
+            elif (self.args.metric_for_best_model or "").removeprefix("eval_").startswith(f"{name}_"):
+                return found, (name, error)
+            elif self.run is not None:
+                self.run.ending.note(Failure(f"evaluation of {name} while training", error))
+            else:
+                logger.warning("evaluation of %s failed at step %d: %s", name, step, cause_of(error))
+        return found, None
+
+    def _stop_with_checkpoint(self, failed: tuple[str, Exception]) -> None:
+        """The training cannot go on without this metric: it can from here once that is mended."""
+        name, error = failed
+        self._save_checkpoint(self.model, None)
+        raise ValueError(
+            f"evaluation of {name} failed at step {self.state.global_step} ({cause_of(error)}), and "
+            f"metric_for_best_model={self.args.metric_for_best_model} needs it; checkpoint-{self.state.global_step} is "
+            "saved: mend the data and go on with --resume, or leave --metric_for_best_model and "
+            "--load_best_model_at_end out"
+        ) from error
+
+    def _remedy(self) -> str:
+        """How an evaluation that failed after the training is made up for."""
+        last = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        return "--resume takes it up again and trains no step" if last.is_dir() else ""
+
+    def _step_of_weights(self) -> int:
+        """The step after which the model was as it is: the last one, or that of the best checkpoint."""
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        return int(self.state.global_step if best is None else best)
+
+    def _log_final(self, found: Mapping[str, float]) -> None:
+        """Into the log, where the same figures were not already logged at this step."""
+        history = self.state.log_history if self.run is None else self.run.record["history"]
+        last = [entry for entry in history if entry.get("step") == self.state.global_step]
+        if all(any(entry.get(key) == value for entry in last) for key, value in found.items()):
+            return
+        self.log(dict(found))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, dict(found))
+
+    def _check_best_metric(self) -> None:
+        """The stock Trainer finds out at the first evaluation, minutes or hours into the training."""
+        wanted = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if not wanted or not self.evaluators or self.eval_dataset is not None or self.args.eval_strategy == "no":
+            return
+        names = [name_of(evaluator) for evaluator in self.evaluators]
+        if not any(wanted.startswith(f"{name}_") for name in names):
+            chief = [getattr(evaluator, "primary_metric", "<metric>") for evaluator in self.evaluators]
+            known = ", ".join(f"{name}_{metric}" for name, metric in zip(names, chief))
+            raise ValueError(f"metric_for_best_model={wanted!r} is measured by no evaluator; use e.g. {known}")
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:  # a metric that no evaluator gave: an error of the user's
+            raise ValueError(error.args[0]) from error
