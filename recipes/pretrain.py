@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from mllm_vision.data.streams.flags import StreamArguments
+from mllm_vision.objectives.registry import list_objectives
 from mllm_vision.training.recipe.arguments import RecipeArguments
 from mllm_vision.training.recipe.parser import parse_recipe, peek_recipe, recipe_dict, run_recipe
 
@@ -26,7 +27,10 @@ class PretrainArguments:
     dataset_name: str = field(metadata={"help": "Pairs: a file, folder, pattern or Hub id."})
     objective: str = field(
         default="clip",
-        metadata={"help": "clip, siglip, itc, or package.module:Class of your own.", "imports": True},
+        metadata={
+            "help": f"{', '.join(list_objectives('image_text'))}, or package.module:Class of your own.",
+            "imports": True,
+        },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from mllm_vision.data.images.flags import ImageArguments
 from mllm_vision.data.streams.flags import StreamArguments
 from mllm_vision.evaluation.labelled.flags import LabelledArguments
+from mllm_vision.objectives.registry import list_objectives
 from mllm_vision.training.recipe.arguments import RecipeArguments
 from mllm_vision.training.recipe.parser import parse_recipe, peek_recipe, recipe_dict, run_recipe
 
@@ -33,8 +34,7 @@ class PretrainImagesArguments:
     objective: str = field(
         default="simclr",
         metadata={
-            "help": "simclr, moco_v1, moco_v2, moco_v3, byol, simsiam, dino, dinov2, barlow_twins, vicreg, pcl, "
-            "supcon, mae (docs/pretrain_images.md), or package.module:Class.",
+            "help": f"{', '.join(list_objectives('images'))} (docs/pretrain_images.md), or package.module:Class.",
             "imports": True,
         },
     )

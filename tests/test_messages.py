@@ -89,8 +89,10 @@ def flags_of(script: str) -> set[str]:
     from mllm_vision.objectives import list_objectives
 
     out, module = io.StringIO(), _load(script)
-    pairs = ["clip", "siglip", "itc"]
-    methods = {"recipes/pretrain.py": pairs, "recipes/pretrain_images.py": {*list_objectives()} - {*pairs}}
+    methods = {
+        "recipes/pretrain.py": list_objectives("image_text"),
+        "recipes/pretrain_images.py": list_objectives("images"),
+    }
     for words in [[], *(["--objective", name] for name in methods.get(script, ()))]:
         with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit, ValueError):
             module.main(["--help", *words])

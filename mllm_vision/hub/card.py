@@ -67,7 +67,7 @@ def model_card(path: str | os.PathLike[str], *, name: str | None = None, run: di
         _section("Hyperparameters", _hyperparameters(_recipe(facts, folder))),
         _section("Training log", _log(facts)),
         _section("Versions", _versions(facts)),
-        _section("Citation", citations(kind, config, _recipe(facts, folder))),
+        _section("Citation", citations(kind, config, (facts.get("method") or {}).get("citation", ""))),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -1,4 +1,4 @@
-"""BibTeX for model cards: the methods and architectures that a model stands on."""
+"""BibTeX for model cards: the architectures that a model stands on, and its method."""
 
 from __future__ import annotations
 
@@ -9,34 +9,6 @@ _ENTRIES = {
              "Radford, Alec and Kim, Jong Wook and Hallacy, Chris and others", "2021", "2103.00020"),
     "siglip": ("zhai2023siglip", "Sigmoid Loss for Language Image Pre-Training",
                "Zhai, Xiaohua and Mustafa, Basil and Kolesnikov, Alexander and Beyer, Lucas", "2023", "2303.15343"),
-    "itc": ("li2021albef", "Align before Fuse: Vision and Language Representation Learning with Momentum Distillation",
-            "Li, Junnan and Selvaraju, Ramprasaath R. and Gotmare, Akhilesh Deepak and others", "2021", "2107.07651"),
-    "simclr": ("chen2020simclr", "A Simple Framework for Contrastive Learning of Visual Representations",
-               "Chen, Ting and Kornblith, Simon and Norouzi, Mohammad and Hinton, Geoffrey", "2020", "2002.05709"),
-    "moco_v1": ("he2019moco", "Momentum Contrast for Unsupervised Visual Representation Learning",
-                "He, Kaiming and Fan, Haoqi and Wu, Yuxin and Xie, Saining and Girshick, Ross", "2019", "1911.05722"),
-    "moco_v2": ("chen2020mocov2", "Improved Baselines with Momentum Contrastive Learning",
-                "Chen, Xinlei and Fan, Haoqi and Girshick, Ross and He, Kaiming", "2020", "2003.04297"),
-    "moco_v3": ("chen2021mocov3", "An Empirical Study of Training Self-Supervised Vision Transformers",
-                "Chen, Xinlei and Xie, Saining and He, Kaiming", "2021", "2104.02057"),
-    "byol": ("grill2020byol", "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning",
-             "Grill, Jean-Bastien and Strub, Florian and Altch{\\'e}, Florent and others", "2020", "2006.07733"),
-    "simsiam": ("chen2020simsiam", "Exploring Simple Siamese Representation Learning",
-                "Chen, Xinlei and He, Kaiming", "2020", "2011.10566"),
-    "dino": ("caron2021dino", "Emerging Properties in Self-Supervised Vision Transformers",
-             "Caron, Mathilde and Touvron, Hugo and Misra, Ishan and others", "2021", "2104.14294"),
-    "barlow_twins": ("zbontar2021barlow", "Barlow Twins: Self-Supervised Learning via Redundancy Reduction",
-                     "Zbontar, Jure and Jing, Li and Misra, Ishan and LeCun, Yann and Deny, St{\\'e}phane", "2021",
-                     "2103.03230"),
-    "vicreg": ("bardes2021vicreg", "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning",
-               "Bardes, Adrien and Ponce, Jean and LeCun, Yann", "2021", "2105.04906"),
-    "pcl": ("li2020pcl", "Prototypical Contrastive Learning of Unsupervised Representations",
-            "Li, Junnan and Zhou, Pan and Xiong, Caiming and Hoi, Steven C. H.", "2020", "2005.04966"),
-    "supcon": ("khosla2020supcon", "Supervised Contrastive Learning",
-               "Khosla, Prannay and Teterwak, Piotr and Wang, Chen and others", "2020", "2004.11362"),
-    "mae": ("he2021mae", "Masked Autoencoders Are Scalable Vision Learners",
-            "He, Kaiming and Chen, Xinlei and Xie, Saining and Li, Yanghao and Doll{\\'a}r, Piotr and Girshick, Ross",
-            "2021", "2111.06377"),
     "llava": ("liu2023llava", "Visual Instruction Tuning",
               "Liu, Haotian and Li, Chunyuan and Wu, Qingyang and Lee, Yong Jae", "2023", "2304.08485"),
     "vit": ("dosovitskiy2020vit", "An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale",
@@ -68,19 +40,21 @@ _OF_TYPE = {
 }
 
 
-def citations(kind: str, config: dict[str, Any], recipe: dict[str, Any]) -> str:
-    """A BibTeX block for a model's towers and for the objective it was trained with; empty if none is known."""
-    names: list[str] = []
+def citations(kind: str, config: dict[str, Any], method: str = "") -> str:
+    """A BibTeX block for a model's towers and the method it was trained with; empty if none is known.
+
+    Args:
+        kind: `"encoder"` where `config` is the tower's own.
+        config: of the model.
+        method: the entry that the method's class states (`Objective.citation`).
+    """
     vision = config if kind == "encoder" else config.get("vision_config") or {}
-    for model_type in (config.get("model_type"), vision.get("model_type")):
-        names += _OF_TYPE.get(str(model_type), ())
-    objective = str(recipe.get("objective", ""))
-    names += [objective] if objective in _ENTRIES else []
+    names = [name for part in (config, vision) for name in _OF_TYPE.get(str(part.get("model_type")), ())]
     blocks = []
-    for name in dict.fromkeys(names):
-        key, title, author, year, arxiv = _ENTRIES[name]
+    for key, title, author, year, arxiv in (_ENTRIES[name] for name in names):
         blocks.append(
             f"@article{{{key},\n  title = {{{title}}},\n  author = {{{author}}},\n"
             f"  journal = {{arXiv:{arxiv}}},\n  year = {{{year}}}\n}}"
         )
-    return "```bibtex\n" + "\n\n".join(blocks) + "\n```" if blocks else ""
+    found = dict.fromkeys([*blocks, *([method] if method else [])])
+    return "```bibtex\n" + "\n\n".join(found) + "\n```" if found else ""

@@ -33,7 +33,15 @@ class BarlowTwins(ImageObjective):
         (https://arxiv.org/abs/2103.03230).
     """
 
+    citation: ClassVar[str] = r"""@article{zbontar2021barlow,
+  title = {Barlow Twins: Self-Supervised Learning via Redundancy Reduction},
+  author = {Zbontar, Jure and Jing, Li and Misra, Ishan and LeCun, Yann and Deny, St{\'e}phane},
+  journal = {arXiv:2103.03230},
+  year = {2021}
+}"""
+
     views: ClassVar[str] = "barlow_twins"
+    loss_parts: ClassVar[tuple[str, ...]] = ("invariance",)
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "lars",
         "optim_args": "variant=barlow_twins",

@@ -58,6 +58,8 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         Config: a dataclass; its fields become command-line flags and YAML keys.
+        citation: the paper's BibTeX entry, for the model card.
+        loss_parts: names of the metrics that are parts of the loss; the report draws them in one chart.
         couples_batch: whether the loss sees all rows at once, so that splitting a batch changes it.
         chunkable: whether `embed` may run on chunks of the batch (gradient caching). Set it to False, with
             `unchunkable_reason` in words, where `loss` has to run a tower again.
@@ -68,6 +70,8 @@ class Objective(nn.Module, ABC):
     """
 
     Config: ClassVar[type]
+    citation: ClassVar[str] = ""
+    loss_parts: ClassVar[tuple[str, ...]] = ()
     couples_batch: ClassVar[bool] = True
     chunkable: ClassVar[bool] = True
     unchunkable_reason: ClassVar[str] = ""

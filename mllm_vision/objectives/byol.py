@@ -38,6 +38,13 @@ class BYOL(MomentumObjective):
         (https://arxiv.org/abs/2006.07733).
     """
 
+    citation: ClassVar[str] = r"""@article{grill2020byol,
+  title = {Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning},
+  author = {Grill, Jean-Bastien and Strub, Florian and Altch{\'e}, Florent and others},
+  journal = {arXiv:2006.07733},
+  year = {2020}
+}"""
+
     views: ClassVar[str] = "byol"
     stop_gradient: bool = True
     training_defaults: ClassVar[dict[str, Any]] = {

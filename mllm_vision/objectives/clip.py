@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,13 @@ class CLIP(ImageTextObjective):
         Radford et al., 2021, "Learning Transferable Visual Models From Natural Language Supervision",
         sections 2.3-2.5 (https://arxiv.org/abs/2103.00020).
     """
+
+    citation: ClassVar[str] = r"""@article{radford2021clip,
+  title = {Learning Transferable Visual Models From Natural Language Supervision},
+  author = {Radford, Alec and Kim, Jong Wook and Hallacy, Chris and others},
+  journal = {arXiv:2103.00020},
+  year = {2021}
+}"""
 
     @dataclass
     class Config(TiledConfig):

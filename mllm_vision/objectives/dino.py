@@ -27,6 +27,13 @@ class DINO(DINOObjective):
         algorithm 1 (https://arxiv.org/abs/2104.14294).
     """
 
+    citation: ClassVar[str] = r"""@article{caron2021dino,
+  title = {Emerging Properties in Self-Supervised Vision Transformers},
+  author = {Caron, Mathilde and Touvron, Hugo and Misra, Ishan and others},
+  journal = {arXiv:2104.14294},
+  year = {2021}
+}"""
+
     views: ClassVar[str] = "dino"
     temperature_by_epoch: ClassVar[bool] = True
     training_defaults: ClassVar[dict[str, Any]] = {

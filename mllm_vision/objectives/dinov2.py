@@ -44,7 +44,15 @@ class DINOv2(DINOObjective):
         (https://arxiv.org/abs/2304.07193); Zhou et al., 2022, "iBOT" (https://arxiv.org/abs/2111.07832).
     """
 
+    citation: ClassVar[str] = r"""@article{oquab2023dinov2,
+  title = {DINOv2: Learning Robust Visual Features without Supervision},
+  author = {Oquab, Maxime and Darcet, Timoth{\'e}e and Moutakanni, Th{\'e}o and others},
+  journal = {arXiv:2304.07193},
+  year = {2023}
+}"""
+
     views: ClassVar[str] = "dinov2"
+    loss_parts: ClassVar[tuple[str, ...]] = ("dino", "ibot", "koleo")
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "adamw_torch",
         "base_learning_rate": 4e-3,

@@ -49,6 +49,13 @@ class ITC(ImageTextObjective):
         (https://arxiv.org/abs/2107.07651); Li et al., 2022, "BLIP" (https://arxiv.org/abs/2201.12086).
     """
 
+    citation: ClassVar[str] = r"""@article{li2021albef,
+  title = {Align before Fuse: Vision and Language Representation Learning with Momentum Distillation},
+  author = {Li, Junnan and Selvaraju, Ramprasaath R. and Gotmare, Akhilesh Deepak and others},
+  journal = {arXiv:2107.07651},
+  year = {2021}
+}"""
+
     also_decays: ClassVar[tuple[str, ...]] = ("temperature", *TOKENS, *POSITIONS)
     # of ALBEF's Pretrain.yaml; its warm-up is 2000 iterations of 30 epochs
     training_defaults: ClassVar[dict[str, Any]] = {

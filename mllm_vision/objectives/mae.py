@@ -45,6 +45,13 @@ class MAE(ImageObjective):
         He et al., 2022, "Masked Autoencoders Are Scalable Vision Learners" (https://arxiv.org/abs/2111.06377).
     """
 
+    citation: ClassVar[str] = r"""@article{he2021mae,
+  title = {Masked Autoencoders Are Scalable Vision Learners},
+  author = {He, Kaiming and Chen, Xinlei and Xie, Saining and Li, Yanghao and Doll{\'a}r, Piotr and Girshick, Ross},
+  journal = {arXiv:2111.06377},
+  year = {2021}
+}"""
+
     views: ClassVar[str] = "mae"
     also_decays: ClassVar[tuple[str, ...]] = TOKENS
     couples_batch: ClassVar[bool] = False

@@ -26,6 +26,13 @@ class MoCoV1(QueueObjective):
         equations 1 and 2 (https://arxiv.org/abs/1911.05722).
     """
 
+    citation: ClassVar[str] = r"""@article{he2019moco,
+  title = {Momentum Contrast for Unsupervised Visual Representation Learning},
+  author = {He, Kaiming and Fan, Haoqi and Wu, Yuxin and Xie, Saining and Girshick, Ross},
+  journal = {arXiv:1911.05722},
+  year = {2019}
+}"""
+
     views: ClassVar[str] = "moco_v1"
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "sgd",

@@ -27,6 +27,13 @@ class MoCoV2(QueueObjective):
         Chen et al., 2020, "Improved Baselines with Momentum Contrastive Learning" (https://arxiv.org/abs/2003.04297).
     """
 
+    citation: ClassVar[str] = r"""@article{chen2020mocov2,
+  title = {Improved Baselines with Momentum Contrastive Learning},
+  author = {Chen, Xinlei and Fan, Haoqi and Girshick, Ross and He, Kaiming},
+  journal = {arXiv:2003.04297},
+  year = {2020}
+}"""
+
     views: ClassVar[str] = "moco_v2"
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "sgd",

@@ -45,6 +45,13 @@ class MoCoV3(MomentumObjective):
         section 4 (https://arxiv.org/abs/2104.02057).
     """
 
+    citation: ClassVar[str] = r"""@article{chen2021mocov3,
+  title = {An Empirical Study of Training Self-Supervised Vision Transformers},
+  author = {Chen, Xinlei and Xie, Saining and He, Kaiming},
+  journal = {arXiv:2104.02057},
+  year = {2021}
+}"""
+
     views: ClassVar[str] = "moco_v3"
     momentum_of_next_step: ClassVar[bool] = True
     training_defaults: ClassVar[dict[str, Any]] = {

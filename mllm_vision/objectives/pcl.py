@@ -41,7 +41,15 @@ class PCL(QueueObjective):
         algorithm 1 (https://arxiv.org/abs/2005.04966).
     """
 
+    citation: ClassVar[str] = r"""@article{li2020pcl,
+  title = {Prototypical Contrastive Learning of Unsupervised Representations},
+  author = {Li, Junnan and Zhou, Pan and Xiong, Caiming and Hoi, Steven C. H.},
+  journal = {arXiv:2005.04966},
+  year = {2020}
+}"""
+
     views: ClassVar[str] = "pcl"
+    loss_parts: ClassVar[tuple[str, ...]] = ("info_nce", "proto_nce")
     needs_features: ClassVar[bool] = True
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "sgd",

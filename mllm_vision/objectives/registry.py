@@ -1,36 +1,52 @@
-"""Which methods there are, by name."""
+"""Which methods there are, by name. A method is its file and one line here; everything else comes from its class."""
 
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
 from mllm_vision.errors import unknown_name
-from mllm_vision.objectives.base import Objective
 
-_CLASSES = {
+if TYPE_CHECKING:
+    from mllm_vision.objectives.base import Objective
+
+IMAGES = {  # recipes/pretrain_images.py trains them
     "barlow_twins": "BarlowTwins",
     "byol": "BYOL",
-    "clip": "CLIP",
     "dino": "DINO",
     "dinov2": "DINOv2",
-    "itc": "ITC",
     "mae": "MAE",
     "moco_v1": "MoCoV1",
     "moco_v2": "MoCoV2",
     "moco_v3": "MoCoV3",
     "pcl": "PCL",
-    "siglip": "SigLIP",
     "simclr": "SimCLR",
     "simsiam": "SimSiam",
     "supcon": "SupCon",
     "vicreg": "VICReg",
 }
-OBJECTIVES = {name: f"mllm_vision.objectives.{name}:{attribute}" for name, attribute in _CLASSES.items()}
+IMAGE_TEXT = {  # recipes/pretrain.py trains them
+    "clip": "CLIP",
+    "itc": "ITC",
+    "siglip": "SigLIP",
+}
 
 
-def list_objectives() -> list[str]:
-    """Names that `load_objective` knows."""
-    return sorted(OBJECTIVES)
+def list_objectives(data: str | None = None) -> list[str]:
+    """Names that `load_objective` knows.
+
+    Args:
+        data: `"images"` or `"image_text"` names only the methods that learn from such data.
+
+    Raises:
+        ValueError: other data.
+    """
+    kinds = {"images": IMAGES, "image_text": IMAGE_TEXT}
+    if data is None:
+        return sorted({**IMAGES, **IMAGE_TEXT})
+    if data not in kinds:
+        raise ValueError(unknown_name("data", data, kinds))
+    return sorted(kinds[data])
 
 
 def load_objective(name: str) -> type[Objective]:
@@ -41,9 +57,12 @@ def load_objective(name: str) -> type[Objective]:
 
     Raises:
         ValueError: an unknown name (the nearest known one is named), a module that cannot be imported, or a
-            class that is no `Objective`.
+            class that is not an `Objective`.
     """
-    path = OBJECTIVES.get(name.lower(), name)
+    from mllm_vision.objectives.base import Objective
+
+    known = {**IMAGES, **IMAGE_TEXT}.get(name.lower())
+    path = known if known and ":" in known else f"mllm_vision.objectives.{name.lower()}:{known}" if known else name
     if ":" not in path:
         told = unknown_name("objective", name, list_objectives())
         raise ValueError(f"{told}. A method of your own is 'package.module:Class'")

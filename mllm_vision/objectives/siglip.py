@@ -33,6 +33,13 @@ class SigLIP(ImageTextObjective):
         (https://arxiv.org/abs/2303.15343).
     """
 
+    citation: ClassVar[str] = r"""@article{zhai2023siglip,
+  title = {Sigmoid Loss for Language Image Pre-Training},
+  author = {Zhai, Xiaohua and Mustafa, Basil and Kolesnikov, Alexander and Beyer, Lucas},
+  journal = {arXiv:2303.15343},
+  year = {2023}
+}"""
+
     @dataclass
     class Config(TiledConfig):
         """Flags of the method."""

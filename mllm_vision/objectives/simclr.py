@@ -35,6 +35,13 @@ class SimCLR(ImageObjective):
         equation 1 (https://arxiv.org/abs/2002.05709).
     """
 
+    citation: ClassVar[str] = r"""@article{chen2020simclr,
+  title = {A Simple Framework for Contrastive Learning of Visual Representations},
+  author = {Chen, Ting and Kornblith, Simon and Norouzi, Mohammad and Hinton, Geoffrey},
+  journal = {arXiv:2002.05709},
+  year = {2020}
+}"""
+
     views: ClassVar[str] = "simclr"
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "lars",

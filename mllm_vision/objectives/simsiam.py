@@ -36,6 +36,13 @@ class SimSiam(ImageObjective):
         (https://arxiv.org/abs/2011.10566).
     """
 
+    citation: ClassVar[str] = r"""@article{chen2020simsiam,
+  title = {Exploring Simple Siamese Representation Learning},
+  author = {Chen, Xinlei and He, Kaiming},
+  journal = {arXiv:2011.10566},
+  year = {2020}
+}"""
+
     views: ClassVar[str] = "simsiam"
     stop_gradient: bool = True
     training_defaults: ClassVar[dict[str, Any]] = {

@@ -36,6 +36,13 @@ class SupCon(ImageObjective):
         Khosla et al., 2020, "Supervised Contrastive Learning", equation 2 (https://arxiv.org/abs/2004.11362).
     """
 
+    citation: ClassVar[str] = r"""@article{khosla2020supcon,
+  title = {Supervised Contrastive Learning},
+  author = {Khosla, Prannay and Teterwak, Piotr and Wang, Chen and others},
+  journal = {arXiv:2004.11362},
+  year = {2020}
+}"""
+
     views: ClassVar[str] = "supcon"
     # the official code's: 0.05 at 256 rows (its recipe for CIFAR-10: 0.5 at 1024), 10 epochs of warm-up of 1000
     training_defaults: ClassVar[dict[str, Any]] = {

@@ -40,7 +40,15 @@ class VICReg(ImageObjective):
         section 4 and algorithm 1 (https://arxiv.org/abs/2105.04906).
     """
 
+    citation: ClassVar[str] = r"""@article{bardes2021vicreg,
+  title = {VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning},
+  author = {Bardes, Adrien and Ponce, Jean and LeCun, Yann},
+  journal = {arXiv:2105.04906},
+  year = {2021}
+}"""
+
     views: ClassVar[str] = "vicreg"
+    loss_parts: ClassVar[tuple[str, ...]] = ("invariance", "variance", "covariance")
     training_defaults: ClassVar[dict[str, Any]] = {
         "optim": "lars",
         "optim_args": "variant=barlow_twins",

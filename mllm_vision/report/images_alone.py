@@ -11,7 +11,6 @@ from mllm_vision.report.charts import Line
 from mllm_vision.report.markup import image, label
 
 TINTS = ("var(--model)", "var(--blind)", "var(--right)", "var(--other)", "var(--wrong)", "var(--untrained)")
-PARTS = ("invariance", "variance", "covariance", "dino", "ibot", "koleo", "info_nce", "proto_nce")
 ENTROPIES = ("teacher_entropy", "prototype_entropy", "divergence")
 ABOUT = "A vision encoder learns from images alone: from what stays when one is cropped, coloured or covered."
 
@@ -35,10 +34,11 @@ def collapse(series: dict[str, list[tuple[float, float]]]) -> list[str]:
     return [each for each in drawn if each]
 
 
-def parts(series: dict[str, list[tuple[float, float]]]) -> list[str]:
-    """Charts of the loss's parts and of DINO's entropies, as far as they were logged."""
+def parts(run: dict[str, Any], series: dict[str, list[tuple[float, float]]]) -> list[str]:
+    """Charts of the loss's parts, which the method names, and of DINO's entropies, as far as they were logged."""
     drawn = []
-    for title, names in (("Parts of the loss", PARTS), ("Entropy of the teacher's answers, nats", ENTROPIES)):
+    own = [str(name) for name in as_list(as_dict(run.get("method")).get("loss_parts"))]
+    for title, names in (("Parts of the loss", own), ("Entropy of the teacher's answers, nats", ENTROPIES)):
         lines = [Line(label(key), series[key], tint) for key, tint in zip([n for n in names if n in series], TINTS)]
         drawn.append(charts.line_chart(title, lines))
     return [each for each in drawn if each]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -115,13 +114,9 @@ def warnings(run: dict[str, Any]) -> str:
 
 
 def chance_loss(run: dict[str, Any]) -> float | None:
-    """The softmax loss of a model that knows nothing: ln of the batch."""
-    recipe = as_dict(run.get("recipe"))
-    batch = recipe.get("per_device_train_batch_size")
-    processes = as_dict(run.get("machine")).get("processes") or 1
-    if recipe.get("objective") != "clip" or not isinstance(batch, int) or batch < 2:
-        return None
-    return math.log(batch * processes)
+    """The loss of a model that knows nothing, as the method states it."""
+    chance = as_dict(run.get("method")).get("chance_loss")
+    return float(chance) if isinstance(chance, (int, float)) else None
 
 
 def curves(stage: Stage) -> str:
@@ -139,14 +134,14 @@ def curves(stage: Stage) -> str:
         tint = {"blind": "var(--blind)", "untrained_encoder": "var(--untrained)"}.get(variant, "var(--other)")
         lines.append(Line(name, charts.smooth(history(other, "loss")), tint, dashed=True))
     known = chance_loss(run)
-    rules = [(known, "knows nothing (ln N)")] if known else []
+    rules = [(known, "knows nothing")] if known else []
     series = {key: history(run, key) for key in history_keys(run)}
     main = [
         charts.line_chart("Loss", lines, rules=rules, zero=True),
         charts.line_chart("Measured on the way", _metric_lines(run), as_percent=True),
         *(images_alone.collapse(series) if images_alone.from_images_alone(run) else []),
     ]
-    parts += images_alone.parts(series)
+    parts += images_alone.parts(run, series)
     parts.append(_small("Scale and bias of the loss", run, ("logit_scale", "logit_bias")))
     parts.append(_small("Perplexity on held-out text", run, ("eval_perplexity", "perplexity"), log_y=True))
     rates = [key for key in history_keys(run) if key.startswith("learning_rate")]

@@ -120,6 +120,7 @@ def stage_zero() -> dict[str, Any]:
     return run(
         "stage_zero",
         history=history,
+        method={"chance_loss": math.log(128), "citation": "", "loss_parts": []},
         recipe={
             "objective": "clip",
             "per_device_train_batch_size": 128,

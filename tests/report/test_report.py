@@ -110,6 +110,7 @@ def test_a_page_of_images_alone() -> None:
     hashes = {"sha256_before": "a" * 64, "sha256_after": "b" * 64, "moved": True}
     record["modules"] = [{"group": "teacher", "parameters": 8, "trainable": 0, "follows": True, **hashes}]
     record["artifact_is"] = "the teacher's encoder"
+    record["method"] = {"loss_parts": ["dino", "ibot", "koleo"], "chance_loss": None}
     record["health"] = [{"step": 50, "name": "collapse", "message": "collapse: all h <embeddings> point one way"}]
     page = render(Chain([Stage("stage_zero", run=record)]))
     assert "<h1>Stage zero" in page and "From images to answers" not in page

@@ -132,6 +132,9 @@ class ObjectiveTrainer(RecipeTrainer):
             steps, batch, chance = self.args.gradient_accumulation_steps, self.negatives_batch, self._chance()
             told = f"; loss at chance {chance:.4f}" if chance is not None else ""
             count = getattr(self.objective, "negatives", lambda rows: rows - 1)(batch)
+            if self.run is not None:  # for the card and the report
+                method = {"chance_loss": chance, "citation": getattr(self.objective, "citation", "")}
+                self.run.record["method"] = {**method, "loss_parts": list(getattr(self.objective, "loss_parts", ()))}
             negatives = "" if count is None else f"negatives per anchor: {count}; "
             logger.info("%seffective batch: %d%s", negatives, batch * steps, told)
             if self.embed_batch_size is not None:
