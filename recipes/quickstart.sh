@@ -1,30 +1,31 @@
 #!/usr/bin/env bash
 # The whole chain on two CPU cores in about ten minutes: from image-text pairs to a model that answers
-# questions about images, and a report. `make quickstart` runs it; `make quickstart-ablations` adds the blind run and
-# the run with an untrained encoder. A stage whose result is there is not run again.
+# questions about images, and a report, all under ./runs/quickstart. `mllm-vision quickstart` (in a checkout: `make
+# quickstart`) runs it; --ablations adds the blind run and the run with an untrained encoder. A stage whose result is
+# there is not run again.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 
 out=${QUICKSTART_DIR:-runs/quickstart}   # where everything goes
-data=$out/data stages=$out/stages configs=recipes/configs/quickstart
+data=$out/data stages=$out/stages configs=$(cd "$(dirname "$0")" && pwd)/configs/quickstart
+python=${PYTHON:-python}                 # whose environment holds mllm_vision
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 began=$SECONDS
 
 say() { printf '\n=== %s  (%d:%02d since the start)\n' "$1" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)); }
 publish() { ln -sfn "stages/$1" "$out/$2"; }   # the artifact of a stage, under the name users know it by
-recipe() {  # recipe NAME CONFIG FOLDER flags...: run a stage unless its run.json misses nothing; a broken run starts anew
+recipe() {  # recipe NAME CONFIG FOLDER flags...: run a stage unless its run.json misses nothing; a broken run starts again
   local name=$1 config=$2 folder=$stages/$3; shift 3
-  grep -qs '"missing": \[\]' "$folder/run.json" || python "recipes/$name.py" --config "$configs/$config.yaml" --output_dir "$folder" --overwrite "$@"
+  grep -qs '"missing": \[\]' "$folder/run.json" || "$python" -m mllm_vision "$name" --config "$configs/$config.yaml" --output_dir "$folder" --overwrite "$@"
 }
 evaluate() {  # evaluate FILE flags...
   local file=$out/evaluations/$1; shift
-  [ -f "$file" ] || python scripts/evaluate.py --output "$file" --batch_size 256 "$@"
+  [ -f "$file" ] || "$python" -m mllm_vision evaluate --output "$file" --batch_size 256 "$@"
 }
 
 mkdir -p "$stages" "$out/evaluations"
 
 say "Scenes: images with captions, questions and answers"
-[ -f "$data/text.txt" ] || python -m mllm_vision.data.scenes --output_dir "$data" --train 20000 --validation 500 --test 1000
+[ -f "$data/text.txt" ] || "$python" -m mllm_vision.data.scenes --output_dir "$data" --train 20000 --validation 500 --test 1000
 
 say "A language model that has read, but never seen"
 recipe language_model language_model language_model --text_files "$data/text.txt"
@@ -65,7 +66,7 @@ if [ "${1:-}" = --ablations ]; then
   evaluate blind.json --blind --model "$stages/blind_instruct/model" --task vqa="$data/test.parquet"
 
   say "Ablation: the same chain on an encoder that was never trained"
-  [ -d "$stages/untrained_encoder" ] || python - "$out/encoder" "$stages/untrained_encoder" <<'PYTHON'
+  [ -d "$stages/untrained_encoder" ] || "$python" - "$out/encoder" "$stages/untrained_encoder" <<'PYTHON'
 import sys
 
 from mllm_vision import VisionEncoder
@@ -89,6 +90,6 @@ for ablation in blind untrained_encoder; do
 done
 
 say "Report"
-python scripts/report.py --runs "${runs[@]}" --evaluations "${evaluations[@]}" \
+"$python" -m mllm_vision report --runs "${runs[@]}" --evaluations "${evaluations[@]}" \
   --output "$out/report.html" --results "$out/results.json"
-say "Done: open $out/report.html; ask it yourself: python scripts/chat.py --model $out/instruct --image IMAGE"
+say "Done: open $out/report.html; ask it yourself: mllm-vision chat --model $out/instruct --image IMAGE"

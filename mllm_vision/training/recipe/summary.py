@@ -62,7 +62,11 @@ def machine(processes: int = 1) -> dict[str, Any]:
 def command_line() -> str:
     """The command of this process as it can be typed again, secrets left out."""
     words, hidden = [], False
-    for word in [os.path.basename(sys.executable), *sys.argv]:
+    folder, file = os.path.split(sys.argv[0])
+    program = [os.path.basename(sys.executable), sys.argv[0]]
+    if os.path.isabs(folder) and os.path.basename(folder) in ("recipes", "scripts"):  # run by `mllm-vision`
+        program = ["mllm-vision", file.removesuffix(".py").replace("_", "-")]
+    for word in [*program, *(word.replace(f"{folder}/configs/", "") for word in sys.argv[1:])]:
         flag, equals, _ = word.partition("=")
         secret = flag.lstrip("-").replace("-", "_") in _SECRET
         if hidden:
