@@ -73,7 +73,7 @@ class Arguments(RecipeArguments):
     warmup_steps: float = 0.03
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> None:
     own, arguments, streams = parse_recipe(AlignArguments, Arguments, StreamArguments, argv=argv, description=__doc__)
 
     from mllm_vision.encoder import VisionEncoder
@@ -137,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         args=arguments,
         train_dataset=data.train,
         data_collator=data.collator,
+        callbacks=callbacks,
         run=run,
         bad_samples=data.bad_samples,
         evaluators=[heldout],

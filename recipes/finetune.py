@@ -54,7 +54,7 @@ class Arguments(RecipeArguments):
     eval_strategy: str = "epoch"
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> None:
     from mllm_vision.data.views.views import ViewArguments, ViewMaker, ViewPolicy
     from mllm_vision.objectives.classification import Classification
 
@@ -98,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         args=arguments,
         train_dataset=dataset,
         data_collator=ImageCollator(),
+        callbacks=callbacks,
         run=run,
         learning_rates={"encoder": own.encoder_learning_rate},
         bad_samples=dataset.bad_samples,

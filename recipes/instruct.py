@@ -87,7 +87,7 @@ class Arguments(RecipeArguments):
     warmup_steps: float = 0.03
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> None:
     own, arguments, streams = parse_recipe(
         InstructArguments, Arguments, StreamArguments, argv=argv, description=__doc__
     )
@@ -178,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         args=arguments,
         train_dataset=data.train,
         data_collator=data.collator,
+        callbacks=callbacks,
         run=run,
         learning_rates=learning_rates(trained, rates),
         bad_samples=data.bad_samples,

@@ -64,7 +64,7 @@ class Arguments(RecipeArguments):
     adam_beta2: float = 0.98
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> None:
     own, arguments = parse_recipe(LanguageModelArguments, Arguments, argv=argv, description=__doc__)
 
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -117,7 +117,13 @@ def main(argv: list[str] | None = None) -> None:
         known = {"unigram": language.unigram_perplexity(data, test, len(tokenizer))}
         evaluator = language.Perplexity(test, batch_size=arguments.per_device_eval_batch_size, baselines=known)
         trainer = RecipeTrainer(
-            model=model, args=arguments, train_dataset=data, data_collator=data.collate, run=run, evaluators=[evaluator]
+            model=model,
+            args=arguments,
+            train_dataset=data,
+            data_collator=data.collate,
+            callbacks=callbacks,
+            run=run,
+            evaluators=[evaluator],
         )
         trainer.measure_before("untrained")
         trainer.train()

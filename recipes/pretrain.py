@@ -89,7 +89,7 @@ class Arguments(RecipeArguments):
     eval_steps: float = 0.2
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> None:
     from mllm_vision.objectives import ImageTextObjective, load_objective
 
     name = peek_recipe("objective", "clip", argv=argv)
@@ -148,6 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         args=arguments,
         train_dataset=dataset,
         data_collator=PairCollator(transform, dual.tokenizer, dual.max_text_length),
+        callbacks=callbacks,
         run=run,
         learning_rates={f"dual.{tower}": rates[tower] for tower in ("vision", "text")},
         bad_samples=dataset.bad_samples,

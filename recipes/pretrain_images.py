@@ -65,7 +65,7 @@ class Arguments(RecipeArguments):
     eval_steps: float = 0.2
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> None:
     from mllm_vision.data.views.views import WHOLE, ViewArguments, ViewMaker
     from mllm_vision.objectives import ImageObjective, load_objective
 
@@ -133,6 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         args=arguments,
         train_dataset=dataset,
         data_collator=ImageCollator(),
+        callbacks=callbacks,
         run=run,
         learning_rates={"encoder": own.encoder_learning_rate},
         bad_samples=dataset.bad_samples,
