@@ -1,6 +1,8 @@
 """One self-contained page that shows the whole chain, drawn only from run.json and evaluation files.
 
-Nothing here imports the other rooms of the package, nor anything outside the standard library.
+Nothing here imports the other rooms of the package; jinja2 fills templates/, Pillow encodes images. What a method wants
+shown is data in run.json: `method` holds its `about` (a sentence), `chance_loss` (a number) and `loss_parts` (names of
+logged metrics).
 """
 
 from mllm_vision.report.chain import Chain, Stage, load_chain

@@ -24,9 +24,7 @@ RUN_NAMES = {"vqa": ("answers",)}  # what a recipe calls the same evaluation in 
 
 @dataclass
 class Stage:
-    """One stage: its run, and evaluations by variant ("" is the stage's own model, "blind" an ablation of
-    it...).
-    """
+    """One stage: its run, and evaluations by variant ("" is the stage's own model, "blind" an ablation of it)."""
 
     name: str
     run: dict[str, Any] = field(default_factory=dict)
@@ -42,8 +40,13 @@ class Stage:
         """The evaluation file of the stage's own model, or an empty one."""
         return self.files.get("", {})
 
+    @property
+    def split(self) -> str:
+        """What `evaluations` were measured on: "test" for an evaluation file, "validation" for the run's own."""
+        return "test" if as_dict(self.own.get("evaluations")) else "validation"
+
     def evaluations(self) -> dict[str, dict[str, Any]]:
-        """Test evaluations by name; those of the run itself where there is no evaluation file."""
+        """Evaluations by name: those of the evaluation file, else of the run itself."""
         return dict(as_dict(self.own.get("evaluations")) or as_dict(self.run.get("evaluations")))
 
     def find(self, task: str, variant: str = "") -> dict[str, Any] | None:

@@ -1,42 +1,70 @@
-"""The whole page: headline, lineage, one section a stage, versions. A part that fails is left out, and said
-so.
-"""
+"""The whole page: headlines, lineage, one section a stage, versions. A part that fails is left out with a warning."""
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mllm_vision.report import sections
+import jinja2
+from markupsafe import Markup
+
+from mllm_vision.report import format as forms
+from mllm_vision.report import images, sections
 from mllm_vision.report.chain import Chain, Stage, as_dict
-from mllm_vision.report.lineage import WHAT, lineage
-from mllm_vision.report.markup import COLOURS, bar, duration, esc, label, percent, table
+from mllm_vision.report.lineage import lineage
 from mllm_vision.report.results import baselines_of, numbers, write_text
-from mllm_vision.report.style import CSS
 
 logger = logging.getLogger(__name__)
 
 # (stage, task, metric, title)
 HEADLINES = (
-    ("stage_zero", "zero_shot", "accuracy", "Names what it sees, never taught to"),
-    ("stage_zero", "retrieval", "r1", "Matches images and texts, R@1"),
-    ("stage_two", "vqa", "accuracy", "Answers questions about images"),
+    ("stage_zero", "zero_shot", "accuracy", "Zero-shot classification, accuracy"),
+    ("stage_zero", "retrieval", "r1", "Image-text retrieval, R@1"),
+    ("stage_zero", "knn", "accuracy", "Nearest neighbours, accuracy"),
+    ("stage_zero", "probe", "accuracy", "Linear probe, accuracy"),
+    ("stage_two", "vqa", "accuracy", "Questions about images, accuracy"),
 )
+WHAT = {
+    "stage_zero": "vision encoder",
+    "language_model": "from text alone",
+    "stage_one": "projector, aligned on captions",
+    "stage_two": "instructed to answer",
+}
 
 
-def guarded(part: Callable[..., str], *arguments: Any) -> str:
-    """``part(*arguments)``, or nothing and a warning: one broken figure must not cost the page."""
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,  # nothing that a run says may become markup
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    names = ("label", "tint", "percent", "number", "duration", "short_hash", "clipped")
+    environment.filters |= {name: getattr(forms, name) for name in names}
+    environment.globals["what"] = WHAT
+    return environment
+
+
+def draw(macro: str, build: Callable[..., Any], *arguments: Any) -> Markup:
+    """A macro ("parts.intro" is `intro` of templates/parts.html) on what `build` returns; empty where that is nothing.
+
+    One broken figure must not cost the page: an error is logged and the part left out.
+    """
     try:
-        return part(*arguments)
+        data = build(*arguments)
+        template, name = macro.split(".")
+        return Markup(getattr(_environment().get_template(f"{template}.html").module, name)(data)) if data else Markup()
     except Exception as error:
-        logger.warning("%s is left out of the report: %s: %s", part.__name__, type(error).__name__, error)
-        return ""
+        logger.warning("%s is left out of the report: %s: %s", macro, type(error).__name__, error)
+        return Markup()
 
 
-def headlines(chain: Chain) -> str:
-    """The numbers that matter, each as bars beside its baselines and ablations."""
+def headlines(chain: Chain) -> list[dict[str, Any]]:
+    """The main figures, each as bars beside its baselines and ablations."""
     cards = []
     for name, task, metric, title in HEADLINES:
         stage = chain.stage(name)
@@ -44,71 +72,58 @@ def headlines(chain: Chain) -> str:
         value = numbers(entry).get(metric)
         if stage is None or value is None:
             continue
-        others = ablations(stage, task, metric)
+        others = {}
+        for variant in dict.fromkeys(("unseen", *filter(None, stage.files))):
+            found = numbers(stage.find(task, variant)).get(metric)
+            if found is not None:
+                others[variant] = found
         for baseline, values in baselines_of(entry).items():
             hidden = baseline == "most_frequent_class" or (baseline == "no_image" and "blind" in others)
             if metric in values and not hidden:
                 others[baseline] = values[metric]
-        order = {key: place for place, key in enumerate(COLOURS)}
-        others = dict(sorted(others.items(), key=lambda item: order.get(item[0], 0)))
-        bars = bar(value, "model") + "".join(bar(other, key) for key, other in others.items())
-        cards.append(f"<div class=headline><h5>{esc(title)}</h5><div class=big>{percent(value)}</div>{bars}</div>")
-    return f"<div class=headlines>{''.join(cards)}</div>" if cards else ""
+        order = list(forms.TINTS)
+        bars = sorted(others.items(), key=lambda item: order.index(item[0]) if item[0] in order else 1)
+        cards.append({"title": title, "split": stage.split, "value": value, "bars": {"model": value} | dict(bars)})
+    return cards
 
 
-def ablations(stage: Stage, task: str, metric: str) -> dict[str, float]:
-    """The same metric on unseen pairs and in the stage's ablation files."""
-    found = {}
-    for variant in dict.fromkeys(("unseen", *stage.files)):
-        if variant:
-            value = numbers(stage.find(task, variant)).get(metric)
-            if value is not None:
-                found[variant] = value
-    return found
+def side_by_side(stage: Stage) -> list[Markup]:
+    """Figures that share a row where there is room."""
+    figures: tuple[tuple[str, Callable[[Stage], Any]], ...] = (
+        ("charts.chart", sections.spectrum),
+        ("charts.heat_map", sections.confusion),
+        ("charts.heat_map", sections.classes),
+    )
+    return [drawn for macro, build in figures if (drawn := draw(macro, build, stage))]
 
 
-def stage_section(stage: Stage) -> str:
-    """All that is known of one stage."""
-    evaluated = guarded(sections.evaluation_tables, stage)
-    parts = [
-        guarded(sections.intro, stage) if stage.run else "",
-        guarded(sections.curves, stage),
-        f"<h3>Measured</h3>{evaluated}" if evaluated else "",
-        guarded(sections.by_type, stage),
-        guarded(sections.images, stage),
-        guarded(sections.modules, stage),
-        guarded(sections.recipe, stage),
-    ]
-    body = "".join(parts)
-    what = f" <small>{esc(WHAT[stage.name])}</small>" if stage.name in WHAT else ""
-    return f'<section id="{esc(stage.name)}"><h2>{esc(stage.title)}{what}</h2>{body}</section>' if body else ""
+# (macro, what makes its data), in the order of the page
+PARTS: tuple[tuple[str, Callable[[Stage], Any]], ...] = (
+    ("parts.intro", sections.intro),
+    ("parts.curves", sections.curves),
+    ("parts.evaluations", sections.evaluations),
+    ("parts.by_type", sections.by_type),
+    ("parts.views", images.views),
+    ("charts.heat_map", sections.similarity),
+    ("parts.side_by_side", side_by_side),
+    ("parts.maps", images.maps),
+    ("parts.samples", lambda stage: images.sample_cards(stage.samples())),
+    ("parts.modules", sections.modules),
+    ("parts.recipe", sections.recipe),
+)
 
 
-def versions(chain: Chain) -> str:
-    """Package versions and the machine, once."""
-    found: dict[str, str] = {}
-    machines: list[str] = []
+def foot(chain: Chain) -> dict[str, Any]:
+    """Time by stage, package versions and machines, each once."""
+    versions: dict[str, str] = {}
+    machines: dict[str, None] = {}
     for stage in chain.stages:
-        found |= {key: str(value) for key, value in as_dict(stage.run.get("versions")).items()}
+        versions |= {key: str(value) for key, value in as_dict(stage.run.get("versions")).items()}
         machine = stage.run.get("machine")
-        text = ", ".join(f"{label(key)} {value}" for key, value in as_dict(machine).items() if value) or str(
-            machine or ""
-        )
-        if text and text not in machines:
-            machines.append(text)
-    rows = [[esc(key), esc(value)] for key, value in sorted(found.items())]
-    packages = " · ".join(f"{key} {value}" for key, value in rows)
-    return "".join(f"<p>{part}</p>" for part in (packages, "; ".join(esc(machine) for machine in machines)) if part)
-
-
-def times(chain: Chain) -> str:
-    """Time by stage."""
-    rows = [[esc(s.title), duration(numbers(s.run)["seconds"])] for s in chain.stages if numbers(s.run).get("seconds")]
-    if len(rows) < 2:
-        return ""
-    total = sum(numbers(stage.run).get("seconds", 0.0) for stage in chain.stages)
-    rows.append(["<b>all</b>", f"<b>{duration(total)}</b>"])
-    return f"<div class=times>{table(['stage', 'time'], rows)}</div>"
+        facts = [f"{forms.label(key)} {value}" for key, value in as_dict(machine).items() if value]
+        machines[", ".join(facts) or str(machine or "")] = None
+    times = [(stage.title, seconds) for stage in chain.stages if (seconds := numbers(stage.run).get("seconds"))]
+    return {"times": times, "versions": sorted(versions.items()), "machines": [each for each in machines if each]}
 
 
 def title_of(chain: Chain) -> str:
@@ -120,30 +135,20 @@ def title_of(chain: Chain) -> str:
 
 
 def render(chain: Chain, title: str | None = None) -> str:
-    """The page as one string of HTML, with nothing loaded from anywhere; `title` tells what the chain is by itself."""
-    title = title_of(chain) if title is None else title
-    total = sum(numbers(stage.run).get("seconds", 0.0) for stage in chain.stages)
+    """The page as one string of HTML that loads nothing; `title` None says what the chain is."""
+    seconds = sum(numbers(stage.run).get("seconds", 0.0) for stage in chain.stages)
     started = min((str(stage.run["started"]) for stage in chain.stages if stage.run.get("started")), default="")
-    facts = [started[:10], f"trained in {duration(total)}" if total else ""]
-    lead = " <i>·</i> ".join(part for part in facts if part)
-    story = guarded(lineage, chain)
-    chapters = "".join(guarded(stage_section, stage) for stage in chain.stages)
-    if not chapters:
-        chapters = "<section><p>Nothing was found to report on.</p></section>"
-    foot = guarded(times, chain) + guarded(versions, chain)
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{esc(title)}</title><style>{CSS}</style></head><body><main><h1>{esc(title)}</h1>"
-        f'<p class="lead facts">{lead}</p>{guarded(headlines, chain)}'
-        + (
-            f"<section><h2>The chain</h2>"
-            f"<p class=note>Each arrow is a set of weights that one stage handed to the next, "
-            f"named by the first digits of its hash.</p>{story}</section>"
-            if story
-            else ""
+        _environment()
+        .get_template("page.html")
+        .render(
+            title=title_of(chain) if title is None else title,
+            facts=[started[:10], f"trained in {forms.duration(seconds)}" if seconds else ""],
+            headlines=draw("parts.headlines", headlines, chain),
+            lineage=draw("charts.lineage", lineage, chain),
+            stages=[(stage, [draw(macro, build, stage) for macro, build in PARTS]) for stage in chain.stages],
+            foot=draw("parts.foot", foot, chain),
         )
-        + f"{chapters}<footer>{foot}</footer></main></body></html>\n"
     )
 
 

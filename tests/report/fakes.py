@@ -120,7 +120,7 @@ def stage_zero() -> dict[str, Any]:
     return run(
         "stage_zero",
         history=history,
-        method={"chance_loss": math.log(128), "citation": "", "loss_parts": []},
+        method={"chance_loss": math.log(128), "loss_parts": [], "citation": ""},
         recipe={
             "objective": "clip",
             "per_device_train_batch_size": 128,
@@ -293,6 +293,7 @@ def stage_zero_evaluation() -> dict[str, Any]:
         "schema": 1,
         "kind": "evaluation",
         "task": ["zero_shot", "retrieval", "geometry", "maps"],
+        "datasets": {"zero_shot": {"path": "runs/quickstart/data/single_test.parquet", "rows": 400}},
         "model": "runs/quickstart/dual",
         "model_kind": "dual",
         "seconds": 21.0,

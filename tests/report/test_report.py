@@ -18,9 +18,11 @@ import fakes
 from mllm_vision.report import Chain, flat_results, load_chain, render, write_report, write_results
 from mllm_vision.report.chain import Stage, split_name
 from mllm_vision.report.charts import Line, line_chart, log_ticks, pair_grid, smooth, ticks
-from mllm_vision.report.gallery import sample_cards, veil
+from mllm_vision.report.format import compact, duration, embedded, label, number, percent, shown, veil
+from mllm_vision.report.images import sample_cards
 from mllm_vision.report.lineage import edges
-from mllm_vision.report.markup import compact, duration, number, percent, png, shown
+from mllm_vision.report.page import draw
+from mllm_vision.report.sections import curves, evaluations, intro
 
 VOID = {"meta", "img", "br", "path", "rect", "line", "circle", "polyline", "image"}
 
@@ -82,13 +84,16 @@ def test_the_whole_page(chain) -> None:
         "What it looks at",
         "trained blind",
         "By type of question",
-        "Answered wrong",
+        "Wrong answers",
         "What was trained",
         "did not move",
         "unseen pairs",
         "12\u202fmin",
         "effective rank 31.4",
-        "knows nothing",
+        "chance 4.85",
+        "Measured on test data",
+        "Validation, while training",
+        "of single_test.parquet",
         "15 of 16",
         "truncated PNG",
         "torch 2.13.0",
@@ -96,6 +101,9 @@ def test_the_whole_page(chain) -> None:
         assert words in text, words
     assert fakes.digest("e")[:8] in text
     assert len(page) < 600_000
+    assert page.count("<style>") == 1 and "prefers-color-scheme: dark" in page and "@media print" in page
+    used = set(re.findall(r"(?:tint|frame)-[a-z]+", re.sub(r"<style>.*?</style>", "", page, flags=re.S)))
+    assert used and all(f".{name} " in page for name in used)  # each colour class is in the style sheet
 
 
 def test_a_page_of_images_alone() -> None:
@@ -110,21 +118,26 @@ def test_a_page_of_images_alone() -> None:
     hashes = {"sha256_before": "a" * 64, "sha256_after": "b" * 64, "moved": True}
     record["modules"] = [{"group": "teacher", "parameters": 8, "trainable": 0, "follows": True, **hashes}]
     record["artifact_is"] = "the teacher's encoder"
-    record["method"] = {"loss_parts": ["dino", "ibot", "koleo"], "chance_loss": None}
+    record["method"] = {"chance_loss": 6.9, "loss_parts": ["dino", "ibot"], "citation": "", "about": "It learns alone."}
+    record["evaluations"] = {"knn": {"accuracy": 0.4, "primary_metric": "accuracy", "baselines": {"chance": 0.1}}}
+    for entry in history[::2]:
+        entry["eval_knn_accuracy"] = 0.3
     record["health"] = [{"step": 50, "name": "collapse", "message": "collapse: all h <embeddings> point one way"}]
     page = render(Chain([Stage("stage_zero", run=record)]))
     assert "<h1>Stage zero" in page and "From images to answers" not in page
     text = "".join(check(page).text)
-    for words in ("from images alone", "What it was shown", "view 1", "Spread: 1 evenly", "Directions that carry"):
+    for words in ("It learns alone.", "Views", "view 1", "Spread of the embeddings", "Effective rank", "dimensions"):
         assert words in text, words
-    assert "<span class=right>moved</span>" in page and "follows" in text  # a teacher is meant to move
+    for words in ("chance 6.9", "chance 10.0\u202f%", "Measured on validation data", "per cent"):
+        assert words in text, words
+    assert '<span class="right">moved</span>' in page and "follows" in text  # a teacher is meant to move
     assert "Saved and measured: the teacher's encoder." in text
     assert "step 50: collapse: all h <embeddings> point one way" in text
     assert "Parts of the loss" in text and "Entropy of the teacher" in text
     assert page.count(red) == page.count(blue) == 1 and "elsewhere" not in page
-    assert "their texts" not in text
-    paired = fakes.run("stage_zero", history=history)  # with captions: as ever
-    assert "Spread: 1 evenly" not in render(Chain([Stage("stage_zero", run=paired)]))
+    assert "their texts" not in text and "The chain" not in text
+    paired = fakes.run("stage_zero", history=history)  # with captions
+    assert "Spread of the embeddings" not in render(Chain([Stage("stage_zero", run=paired)]))
 
 
 def test_lineage_follows_the_weight_hashes(chain) -> None:
@@ -176,8 +189,6 @@ def test_a_missing_part_leaves_no_hole(missing, caplog) -> None:
     record = fakes.stage_two()
     del record[missing]
     chain = Chain()
-    from mllm_vision.report import Stage
-
     chain.stages = [Stage("stage_two", run=record)]
     with caplog.at_level(logging.WARNING):
         page = render(chain)
@@ -188,7 +199,6 @@ def test_a_missing_part_leaves_no_hole(missing, caplog) -> None:
 
 def test_broken_parts_are_left_out_and_the_page_is_drawn(caplog) -> None:
     """Wrong types in every place a file could have them."""
-    from mllm_vision.report import Stage
 
     record = fakes.stage_zero()
     record |= {
@@ -210,7 +220,6 @@ def test_broken_parts_are_left_out_and_the_page_is_drawn(caplog) -> None:
 
 
 def test_hostile_text_is_escaped() -> None:
-    from mllm_vision.report import Stage
 
     evil = "<script>alert(1)</script>\"'"
     record = fakes.stage_two()
@@ -220,9 +229,16 @@ def test_hostile_text_is_escaped() -> None:
     evaluation = fakes.stage_two_evaluation()
     evaluation["samples"][0] |= {"question": evil, "prediction": evil, "image": "https://example.com/spy.png"}
     evaluation["evaluations"]["vqa"]["details"]["tables"]["question_type"][0] |= {"name": evil, "majority_answer": evil}
-    page = render(Chain([Stage("stage_two", run=record, files={"": evaluation})]), title=evil)
+    evaluation["evaluations"][evil] = {evil: 0.5, "baselines": {evil: {evil: 0.25}}, "task": evil}
+    record["history"][-1] |= {f"eval_{evil}_accuracy": 0.5, f"learning_rate{evil}": 1.0}
+    record["health"] = [{"step": 1, "message": evil}]
+    record["versions"] = record["machine"] = {evil: evil}
+    name = 'stage_two"><script>'
+    page = render(Chain([Stage(name, run=record, files={"": evaluation})]), title=evil)
     checker = check(page)  # no <script>, no foreign address
     assert "alert(1)" in "".join(checker.text)
+    assert not embedded("data:image/svg+xml;base64,AAAA") and not embedded('data:image/png;base64,AA" onload="x')
+    assert embedded("data:image/png;base64,AA==")
 
 
 def test_unreadable_files_are_named_and_left_out(tmp_path, caplog) -> None:
@@ -249,20 +265,41 @@ def test_samples_of_text_and_captions() -> None:
         {"image": "https://example.com/a.png", "question": "", "prediction": "word " * 100, "answer": "a ring"},
         {"question": "what?", "prediction": "", "answer": "red", "correct": False},
     ]
-    page = sample_cards(samples)
+    page = draw("parts.samples", sample_cards, samples)
     text = "".join(check(page).text)
-    assert "What it says" in text and "red circle" in text and "reference: blue square" in text
-    assert "(nothing)" in text and "right: red" in text and "example.com" not in page
+    assert "Outputs" in text and "red circle" in text and "reference: blue square" in text
+    assert "(nothing)" in text and "correct: red" in text and "example.com" not in page
     assert text.count("word") < 40
 
 
 def test_pair_grid_frames_the_unseen_pairs() -> None:
     cells = {(a, b): (0.5, 10, False) for a in ("red", "blue") for b in ("ring", "square")}
-    assert "stroke-dasharray" not in pair_grid(cells)
+    assert "frame-" not in draw("charts.heat_map", pair_grid, cells)
     cells["red", "square"] = (0.25, 4, True)
-    svg = pair_grid(cells)
-    assert svg.count("stroke-dasharray") == 1 and "never occur in training" in svg and ">25%<" in svg
-    assert pair_grid({("red", "ring"): (1.0, 3, False)}) == ""
+    svg = draw("charts.heat_map", pair_grid, cells)
+    assert svg.count("frame-unseen") == 1 and "never occur in training" in svg and ">25%<" in svg
+    assert pair_grid({("red", "ring"): (1.0, 3, False)}) is None
+
+
+def test_the_untrained_column_stands_beside_the_model(chain) -> None:
+    """Narrow screens cut a table on its right, so what matters most comes first; header cells may break."""
+    entry = {
+        "accuracy": 0.5,
+        "baselines": {"chance": 0.1, "most_frequent_class": 0.2, "raw_pixels": 0.4, "untrained": 0.3},
+    }
+    found = evaluations(Stage("stage_zero", run={"evaluations": {"knn": entry}}))
+    assert found["split"] == "validation" and found["tables"][0]["columns"][:2] == ["model", "untrained"]
+    assert found["tables"][0]["columns"][-1] == "chance"
+
+
+def test_what_a_method_names_is_drawn() -> None:
+    """The parts of its loss and its sentence come from run.json alone."""
+    record = fakes.run("stage_zero", history=[{"step": n, "pull": 1.0, "push": 2.0, "loss": 3.0} for n in (1, 2)])
+    assert not curves(Stage("stage_zero", run=record))["folded"]
+    record["method"] = {"loss_parts": ["pull", "push", "never_logged"], "about": "Pulls and pushes."}
+    (chart,) = curves(Stage("stage_zero", run=record))["folded"]
+    assert [each["line"].name for each in chart["lines"]] == ["pull", "push"]
+    assert intro(Stage("stage_zero", run=record))["about"] == "Pulls and pushes."
 
 
 def test_names() -> None:
@@ -273,10 +310,11 @@ def test_names() -> None:
 
 
 def test_numbers_as_people_read_them() -> None:
-    assert percent(0.9563) == "95.6&#8239;%" and number(24000) == "24,000" and number(0.5) == "0.500"
-    assert duration(95) == "1&#8239;min 35&#8239;s" and duration(3720) == "1&#8239;h 2&#8239;min"
-    assert compact(1_630_000) == "1.63&#8239;M" and compact(12) == "12"
-    assert shown("retrieval_r1", 0.5) == "50.0&#8239;%" and shown("effective_rank", 31.44) == "31.4"
+    assert percent(0.9563) == "95.6\u202f%" and number(24000) == "24,000" and number(0.5) == "0.500"
+    assert duration(95) == "1\u202fmin 35\u202fs" and duration(3720) == "1\u202fh 2\u202fmin"
+    assert compact(1_630_000) == "1.63\u202fM" and compact(12) == "12"
+    assert shown("retrieval_r1", 0.5) == "50.0\u202f%" and shown("effective_rank", 31.44) == "31.4"
+    assert label("image_to_text_r5") == "R@5, image to text" and label("r1") == "R@1" and label("a_b") == "a b"
 
 
 def test_axes() -> None:
@@ -285,8 +323,8 @@ def test_axes() -> None:
     assert log_ticks(1e-6, 1.2) == pytest.approx([1e-6, 1e-4, 1e-2, 1])
     line = [(i, 2.0 * i) for i in range(200)]
     assert [y for _, y in smooth(line)] == pytest.approx([y for _, y in line])
-    assert line_chart("t", [Line("a", [(1, float("nan")), (2, 3.0)], "red")]) == ""
-    assert "polyline" in line_chart("t", [Line("a", [(1, 1.0), (2, 1.0)], "red")])
+    assert line_chart("t", [Line("a", [(1, float("nan")), (2, 3.0)], "model")]) is None
+    assert "polyline" in draw("charts.chart", line_chart, "t", [Line("a", [(1, 1.0), (2, 1.0)], "model")])
 
 
 def test_veil_is_clear_where_the_map_is_strong() -> None:
@@ -296,14 +334,13 @@ def test_veil_is_clear_where_the_map_is_strong() -> None:
     from PIL import Image
 
     image = Image.open(io.BytesIO(base64.b64decode(veil([[0.0, 1.0], [-5.0, 0.5]]).partition(",")[2])))
-    assert image.size == (2, 2) and image.mode == "RGBA"
-    alpha = [image.getpixel((x, y))[3] for y in range(2) for x in range(2)]
+    assert image.size == (2, 2) and image.mode == "LA"
+    alpha = [image.getpixel((x, y))[1] for y in range(2) for x in range(2)]
     assert alpha[1] == 0 and alpha[0] == alpha[2] == 228 and 0 < alpha[3] < 100
-    assert png([[(1, 2, 3, 4)]]).startswith("data:image/png;base64,")
 
 
 def test_what_a_run_could_not_do_stands_with_its_verdict() -> None:
-    from mllm_vision.report.sections import warnings
-
-    told = warnings({"missing": [{"step": "evaluation of <knn>", "cause": "KeyError: 3"}]})
-    assert "<li class=bad>missing: evaluation of &lt;knn&gt; (KeyError: 3)</li>" in told
+    run = {"missing": [{"step": "evaluation of <knn>", "cause": "KeyError: 3"}], "verdict": "knn accuracy: better"}
+    page = draw("parts.intro", intro, Stage("stage_zero", run=run))
+    assert '<li class="bad">missing: evaluation of &lt;knn&gt; (KeyError: 3)</li>' in page
+    assert '<li class="title">validation</li>' in page and '<li class="good">knn accuracy: better</li>' in page
