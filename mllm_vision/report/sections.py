@@ -187,13 +187,12 @@ def evaluations(stage: Stage) -> dict[str, Any]:
         variant, task = task_of(name, entry)
         if task == "maps":
             continue
-        columns = {"model": numbers(entry)} | dict(
-            sorted(baselines_of(entry).items(), key=lambda item: (item[0] != "untrained", item[0] == "chance"))
-        )
+        beside = baselines_of(entry)
         for ablation in ABLATIONS:
             other = numbers(stage.find(task, ablation)) if not variant and ablation in stage.files else {}
-            if other:
-                columns[ablation] = other
+            beside |= {ablation: other} if other else {}
+        order = sorted(beside, key=lambda column: (not column.startswith("untrained"), column == "chance"))
+        columns = {"model": numbers(entry)} | {column: beside[column] for column in order}
         metrics = [
             metric
             for metric in columns["model"]
