@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from mllm_vision.data.streams.flags import StreamArguments
-from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.common import CommonArguments
 from mllm_vision.training.recipe.parser import parse_recipe, recipe_dict, run_recipe
 
 
@@ -62,7 +62,7 @@ class AlignArguments:
 
 
 @dataclass
-class Arguments(RecipeArguments):
+class Arguments(CommonArguments):
     """Defaults of LLaVA-1.5's first stage (arXiv:2310.03744, table 9); any TrainingArguments name works."""
 
     recipe_name: ClassVar[str] = "align"
@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
 
     template = chat_template(own.chat_template)
     run = Run("stage_one", arguments, recipe_dict(own, arguments, streams))
+    run.start()
     run.inherit("encoder", own.encoder)
     run.inherit("language_model", own.llm)
     encoder = VisionEncoder.from_pretrained(

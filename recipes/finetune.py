@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from mllm_vision.data.images.flags import ImageArguments
-from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.common import CommonArguments
+from mllm_vision.training.recipe.help import show_help
 from mllm_vision.training.recipe.parser import parse_recipe, recipe_dict, run_recipe
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class FinetuneArguments:
 
 
 @dataclass
-class Arguments(RecipeArguments):
+class Arguments(CommonArguments):
     """Defaults of fine-tuning a ViT (MAE, appendix A.1); any TrainingArguments name works."""
 
     recipe_name: ClassVar[str] = "finetune"
@@ -55,6 +56,7 @@ class Arguments(RecipeArguments):
 
 
 def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> None:
+    show_help(ImageArguments, FinetuneArguments, Arguments, argv=argv, description=__doc__)  # before torch is imported
     from mllm_vision.data.views.views import ViewArguments, ViewMaker, ViewPolicy
     from mllm_vision.objectives.classification import Classification
 
@@ -73,6 +75,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
 
     records = images.load()
     run = Run("stage_zero", arguments, recipe_dict(*flags))
+    run.start()
     if not is_model_type(own.encoder):
         run.inherit("encoder", own.encoder)
     encoder = build_encoder(own.encoder, image_size=own.image_size, overrides=own.encoder_overrides, pooler=False)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from mllm_vision.data.streams.flags import StreamArguments
-from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.common import CommonArguments
 from mllm_vision.training.recipe.parser import parse_recipe, recipe_dict, run_recipe
 
 
@@ -75,7 +75,7 @@ class InstructArguments:
 
 
 @dataclass
-class Arguments(RecipeArguments):
+class Arguments(CommonArguments):
     """Defaults of LLaVA-1.5's second stage (arXiv:2310.03744, table 9); any TrainingArguments name works."""
 
     recipe_name: ClassVar[str] = "instruct"
@@ -102,6 +102,8 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     from mllm_vision.vlm.tokens import settle_ends
 
     run = Run("stage_two", arguments, recipe_dict(own, arguments, streams))
+
+    run.start()
     run.inherit("vlm", own.model)
     model, processor = load_vlm(own.model, dtype=own.dtype)
     model.blind = model.blind or own.blind

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.common import CommonArguments
 from mllm_vision.training.recipe.parser import parse_recipe, recipe_dict, run_recipe
 
 
@@ -51,7 +51,7 @@ class LanguageModelArguments:
 
 
 @dataclass
-class Arguments(RecipeArguments):
+class Arguments(CommonArguments):
     """Defaults for a small model from scratch; any TrainingArguments name works."""
 
     recipe_name: ClassVar[str] = "language_model"
@@ -82,6 +82,8 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
         del train[index]
 
     run = Run("language_model", arguments, recipe_dict(own, arguments))
+
+    run.start()
     run.describe_data("train", train)
     run.describe_data("validation", heldout)
     with tempfile.TemporaryDirectory() as scratch:

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 from mllm_vision.data.streams.flags import StreamArguments
 from mllm_vision.objectives.registry import list_objectives
-from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.common import CommonArguments
+from mllm_vision.training.recipe.help import show_help
 from mllm_vision.training.recipe.parser import parse_recipe, peek_recipe, recipe_dict, run_recipe
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class PretrainArguments:
 
 
 @dataclass
-class Arguments(RecipeArguments):
+class Arguments(CommonArguments):
     """Defaults of the CLIP paper; any TrainingArguments name works."""
 
     recipe_name: ClassVar[str] = "pretrain"
@@ -90,6 +91,7 @@ class Arguments(RecipeArguments):
 
 
 def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> None:
+    show_help(PretrainArguments, Arguments, argv=argv, description=__doc__)  # before torch is imported
     from mllm_vision.objectives import ImageTextObjective, load_objective
 
     name = peek_recipe("objective", "clip", argv=argv)
@@ -125,6 +127,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     records = stream.head() if streams.streaming else load_records(own.dataset_name, **where)
     columns = bind_columns(records, ("image", "caption"), overrides)
     run = Run("stage_zero", arguments, recipe_dict(own, arguments, config, streams))
+    run.start()
     run.describe_data("train", stream if streams.streaming else records, columns)
 
     model_types = (CLIP_TEXT, SIGLIP_TEXT)  # of texts; the weights of a model type come from no parent

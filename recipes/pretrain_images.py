@@ -7,7 +7,7 @@
 Leaves <output_dir>/encoder, a native checkpoint. Optimizer, rate and schedule are the paper's, for its networks and
 batches, unless flags or the --config file say otherwise. With a labelled test set (--eval_dataset_name) kNN and a
 linear probe measure the encoder while it trains; labels are never trained on, but by supcon. Every method has flags
-and defaults of its own: --help beside --objective byol shows those of byol.
+and defaults of its own: --help all beside --objective byol shows those of byol.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from mllm_vision.data.images.flags import ImageArguments
 from mllm_vision.data.streams.flags import StreamArguments
 from mllm_vision.evaluation.labelled.flags import LabelledArguments
 from mllm_vision.objectives.registry import list_objectives
-from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.common import CommonArguments
+from mllm_vision.training.recipe.help import show_help
 from mllm_vision.training.recipe.parser import parse_recipe, peek_recipe, recipe_dict, run_recipe
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class PretrainImagesArguments:
 
 
 @dataclass
-class Arguments(RecipeArguments):
+class Arguments(CommonArguments):
     """Any TrainingArguments name works; the method chooses optimizer, rate and schedule."""
 
     recipe_name: ClassVar[str] = "pretrain_images"
@@ -66,6 +67,9 @@ class Arguments(RecipeArguments):
 
 
 def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> None:
+    show_help(
+        ImageArguments, PretrainImagesArguments, LabelledArguments, Arguments, argv=argv, description=__doc__
+    )  # before torch is imported
     from mllm_vision.data.views.views import WHOLE, ViewArguments, ViewMaker
     from mllm_vision.objectives import ImageObjective, load_objective
 
@@ -104,6 +108,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
         stream = streams.open(images.dataset_name, **images.where, **limits)
     records = images.load() if stream is None else stream.head()
     run = Run("stage_zero", arguments, recipe_dict(*flags))
+    run.start()
     built = is_model_type(own.encoder)
     if not built:
         run.inherit("encoder", own.encoder)

@@ -40,14 +40,13 @@ def dry_parse(target: str, argv: list[str]) -> Any:
     Dataclasses are constructed, so that their own checks run; TrainingArguments are not, because theirs ask
     for the hardware of the machine the config is meant for.
     """
-    from transformers import TrainingArguments
-
     from mllm_vision.training.recipe import parser as recipe
+    from mllm_vision.training.recipe.common import CommonArguments
 
     def parse_recipe(*classes: type, argv: Any = None, description: str = "", defaults: Any = None) -> tuple:
-        given = recipe.read_recipe(*classes, argv=argv, description=description, defaults=defaults)
+        given = recipe.read_recipe(*classes, argv=argv, defaults=defaults)
         for cls, values in zip(classes, given):
-            if not issubclass(cls, TrainingArguments):
+            if not issubclass(cls, CommonArguments):
                 cls(**values)
         raise Parsed(dict(item for values in given for item in values.items()))
 

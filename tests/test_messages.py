@@ -55,15 +55,16 @@ SEEN: dict[str, set[str]] = {
     "mllm_vision/vlm/packing.py": {"recipes/instruct.py"},
 }
 ELSEWHERE = {  # file -> flags that its messages name for another script, which they name too, or for one recipe's case
-    "mllm_vision/training/recipe/flags.py": {"eval_dataset_name", "pack_turns", "train"},
-    "mllm_vision/training/trainer/objective_trainer.py": {"artifact", "streaming", "nproc"},
+    "mllm_vision/training/recipe/flags.py": {"eval_dataset_name", "pack_turns", "train", "neftune_noise_alpha"},
+    "mllm_vision/training/trainer/objective_trainer.py": {"artifact", "streaming", "nproc", "embed_batch_size"},
     "mllm_vision/training/checkpoint/resume.py": {"streaming"},
     "mllm_vision/distributed.py": {"device"},
     "mllm_vision/vlm/conversation.py": {"pack_turns"},
     "mllm_vision/vlm/model.py": {"pack_turns"},
     "mllm_vision/vlm/tokens.py": {"tokenizer"},
     "mllm_vision/vlm/freezing.py": {"train"},
-    "mllm_vision/training/recipe/parser.py": {"flag", "allow_import"},
+    "mllm_vision/training/recipe/parser.py": {"allow_import"},
+    "mllm_vision/training/recipe/flag_parser.py": {"flag"},
     "mllm_vision/errors.py": set(),
     "recipes/pretrain_images.py": {"model", "task"},
     "scripts/push_to_hub.py": set(),
@@ -95,7 +96,7 @@ def flags_of(script: str) -> set[str]:
     }
     for words in [[], *(["--objective", name] for name in methods.get(script, ()))]:
         with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit, ValueError):
-            module.main(["--help", *words])
+            module.main(["--help", "all", *words])
     return set(re.findall(r"(?:^  |, )--(\w+)", out.getvalue(), re.M)) | {"config", "help"}
 
 

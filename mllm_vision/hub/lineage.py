@@ -5,6 +5,8 @@ A leaf (floor 0): the standard library and safetensors; torch only inside the fu
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import hashlib
 import json
 import os
@@ -181,6 +183,10 @@ def write_json(file: str | os.PathLike, value: Any) -> None:
 
 def plain(value: Any) -> Any:
     """`value` as what JSON holds: tensors and arrays become numbers and lists, anything else its text."""
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):

@@ -202,7 +202,7 @@ def checked_before_training(folder: Path, hub: HubServer) -> None:
 
     def begin(name: str, repo_id: str, token: str | None = None) -> Run:
         asked = {"push_to_hub": True, "hub_model_id": repo_id, "hub_token": token, "use_cpu": True}
-        return Run("stage_zero", RecipeArguments(output_dir=str(folder / name), **asked), {})
+        return Run("stage_zero", RecipeArguments(output_dir=str(folder / name), **asked), {}).start()
 
     out["check_wrong"] = refused(lambda: begin("a", "us/new", "hf_wrong"))
     out["check_reader"] = refused(lambda: begin("a", "us/first", READER))

@@ -17,6 +17,7 @@ from transformers.trainer_callback import CallbackHandler
 from mllm_vision.training.callbacks.progress import guard_reporters
 from mllm_vision.training.recipe import flags
 from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.flag_types import default_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments)}
@@ -31,7 +32,7 @@ def other(name: str) -> object:
     """A value that is not the default."""
     if name in ("report_to", "hub_token", "train_sampling_strategy"):
         return {"train_sampling_strategy": "batch_rebalance"}.get(name, "secret")
-    default = flags._default(OURS[name])
+    default = default_of(OURS[name])
     if isinstance(default, bool):
         return not default
     return default + 0.25 if isinstance(default, float) else "something"
@@ -53,7 +54,7 @@ def test_each_flag_without_effect_is_refused(recipe, tmp_path):
             assert str(refused.value).startswith(f"--{name} ") and refusal.why in str(refused.value)
             assert "secret" not in str(refused.value) or name == "hub_model_id"
     for refusal in flags.REFUSALS:  # the same as defaults
-        defaults = {name: flags._default(OURS[name]) for name in refusal.flags if name in OURS}
+        defaults = {name: default_of(OURS[name]) for name in refusal.flags if name in OURS}
         kind(recipe)(output_dir=str(tmp_path), use_cpu=True, **defaults)
 
 
@@ -214,7 +215,7 @@ def test_log_level(level, seen, tmp_path, monkeypatch):
     monkeypatch.setattr(ours, "level", logging.NOTSET)
     ours.manager._clear_cache()
     given = {} if level == "passive" else {"log_level": level}
-    Run("stage_zero", RecipeArguments(output_dir=str(tmp_path / "run"), use_cpu=True, **given), {})
+    Run("stage_zero", RecipeArguments(output_dir=str(tmp_path / "run"), use_cpu=True, **given), {}).start()
     root = logging.getLogger()
     monkeypatch.setattr(root, "level", logging.INFO)
     ours.manager._clear_cache()

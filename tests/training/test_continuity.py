@@ -174,7 +174,7 @@ def test_a_best_checkpoint_with_a_flipped_bit_is_not_the_result(tmp_path: Path) 
     shutil.rmtree(tmp_path / "checkpoint-4")
     shutil.rmtree(tmp_path / "checkpoint-8")
     trainer = resume_work.trainer_of(tmp_path, None, evaluators=[Falling()], **settings)
-    trainer.run = run = Run("stage_zero", trainer.args, {})
+    trainer.run = run = Run("stage_zero", trainer.args, {}).start()
     trainer.train()  # a run is not lost for it: its last weights are the result, and it says so
     run.save_artifact(
         lambda folder: save_file(trainer.model.state_dict(), folder / "model.safetensors"), "model", "encoder"
@@ -272,7 +272,7 @@ def test_recipe_yaml_says_what_was_done_and_from_when(tmp_path: Path) -> None:
 
     def start(rate: float, step: int, **more: Any) -> list[str]:
         arguments = RecipeArguments(output_dir=str(tmp_path), use_cpu=True, learning_rate=rate, **more)
-        run = Run("stage_zero", arguments, recipe_dict(arguments))
+        run = Run("stage_zero", arguments, recipe_dict(arguments)).start()
         run.begin(step)
         (tmp_path / f"checkpoint-{step + 4}").mkdir(exist_ok=True)
         (tmp_path / f"checkpoint-{step + 4}" / "trainer_state.json").write_text("{}")
@@ -295,4 +295,4 @@ def test_recipe_yaml_says_what_was_done_and_from_when(tmp_path: Path) -> None:
 def test_nothing_is_refused_where_nothing_was_trained_yet(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps({"seed": 1}))
     (tmp_path / "metrics.jsonl").write_text("")
-    Run("stage_zero", RecipeArguments(output_dir=str(tmp_path), use_cpu=True, resume=True), {"seed": 2})
+    Run("stage_zero", RecipeArguments(output_dir=str(tmp_path), use_cpu=True, resume=True), {"seed": 2}).start()

@@ -20,7 +20,7 @@ def test_names_that_leave_the_run_or_meet_its_own_files_are_refused(name: str, t
         check_name(name, "--artifact_name")
     arguments = RecipeArguments(output_dir=str(tmp_path / "run"), use_cpu=True)
     with pytest.raises(ValueError, match="--artifact_name"):
-        Run("stage_one", arguments, {"artifact_name": name})
+        Run("stage_one", arguments, {"artifact_name": name}).start()
     assert not (tmp_path / "run").exists()
 
 
@@ -103,6 +103,6 @@ def test_a_text_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 
 def test_a_line_that_was_cut_off_is_not_joined_to_the_next(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    run = Run("stage_zero", RecipeArguments(output_dir=str(tmp_path), use_cpu=True, resume=True), {})
+    run = Run("stage_zero", RecipeArguments(output_dir=str(tmp_path), use_cpu=True, resume=True), {}).start()
     run.log(2, {"loss": 1.5})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n'

@@ -67,7 +67,7 @@ def train(
         "save_strategy": "no", "logging_steps": 5, "learning_rate": 2e-3, "warmup_steps": 5, "disable_tqdm": True,
     }  # fmt: skip
     arguments = RecipeArguments(**{**given, **settings})
-    run, objective = Run("stage_zero", arguments, {}), make_objective(kind, **(config or {}))
+    run, objective = Run("stage_zero", arguments, {}).start(), make_objective(kind, **(config or {}))
     if frozen:
         objective.requires_grad_(False)
         objective.logit_scale.requires_grad_(True)

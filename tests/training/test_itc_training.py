@@ -37,7 +37,7 @@ def trainer(folder: Path, callbacks: Any = (), **settings: Any) -> ObjectiveTrai
     }  # fmt: skip
     args = RecipeArguments(**{**defaults, **settings})
     objective = make_objective("itc", queue_size=20, momentum=0.9)
-    run = Run("stage_zero", args, {})
+    run = Run("stage_zero", args, {}).start()
     return ObjectiveTrainer(objective, args, train_dataset=pairs(), run=run, callbacks=list(callbacks))
 
 

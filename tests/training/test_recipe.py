@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -87,12 +88,12 @@ def test_every_way_to_write_a_bool(words: list[str], expected: bool) -> None:
         (["--zzzz", "3"], "known are --config, --flag"),
         (["--rate", "fast"], "--rate: expected float, got 'fast'"),
         (["--steps", "1.5"], "--steps: expected int, got '1.5'"),
-        (["--flag", "maybe"], "--flag: expected bool, got 'maybe'"),
+        (["--flag", "maybe"], "--flag: Truthy value expected: got maybe"),
         (["--kind", "clap"], "--kind: expected 'clip' or 'siglip', got 'clap'"),
         (["--mode", "x"], "--mode: expected one of 'fast', 'slow', got 'x'"),
         (["--layers", "1", "b"], "--layers: expected list of int, got '1 b'"),
         (["--sizes", "width"], "--sizes: expected mapping, got 'width'"),
-        (["--rate"], "--rate needs a value"),
+        (["--rate"], "--rate: expected one argument"),
         (["--steps", "1", "2"], "unexpected argument '2'"),
         (["stray"], "unexpected argument|expected"),
     ],
@@ -208,7 +209,7 @@ def test_fields_without_a_dataclass_are_refused() -> None:
 def test_help_names_whose_the_flags_are(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         parse_recipe(Outer.Config, argv=["--help"])
-    assert "\nOuter.Config:\n  --own  (int; default 1)" in capsys.readouterr().out
+    assert re.search(r"\nOuter.Config:\n  --own int +\(default: 1\)", capsys.readouterr().out)
 
 
 def test_help_lists_every_flag(capsys: pytest.CaptureFixture) -> None:
@@ -216,9 +217,8 @@ def test_help_lists_every_flag(capsys: pytest.CaptureFixture) -> None:
         parse_recipe(Own, argv=["--help"], description="Reads names.")
     printed = capsys.readouterr().out
     assert stop.value.code == 0
-    assert (
-        "Reads names." in printed and "What to read." in printed and "--limit  (int or None; default None)" in printed
-    )
+    assert "Reads names." in printed and re.search(r"--names list of str +What to read. \(required\)", printed)
+    assert "  --limit int\n" in printed
 
 
 def test_recipe_yaml_reproduces_the_recipe(tmp_path: Path) -> None:

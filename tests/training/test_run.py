@@ -27,7 +27,7 @@ def arguments(folder: Path, **settings: Any) -> RecipeArguments:
 
 
 def make_run(folder: Path, **settings: Any) -> Run:
-    return Run("stage_zero", arguments(folder, **settings), {"learning_rate": 0.1, "names": ["a"]})
+    return Run("stage_zero", arguments(folder, **settings), {"learning_rate": 0.1, "names": ["a"]}).start()
 
 
 @pytest.fixture
@@ -386,7 +386,7 @@ def test_a_push_that_fails_ends_nothing(
     hub = SimpleNamespace(push_directory=refuse, prepare_repository=lambda repo_id, **settings: repo_id)
     monkeypatch.setitem(__import__("sys").modules, "mllm_vision.hub.push", hub)
     given = arguments(tmp_path / "a", push_to_hub=True, hub_model_id="me/eyes")
-    run = Run("stage_zero", given, {})
+    run = Run("stage_zero", given, {}).start()
     assert given.push_to_hub is False  # the Trainer must not push every checkpoint
     run.save_artifact(tiny.tiny_vit().save_pretrained, "encoder", "encoder")
     run.save_artifact(tiny.tiny_vit().save_pretrained, "dual", "dual")

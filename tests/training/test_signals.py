@@ -167,7 +167,7 @@ def test_a_second_signal_ends_at_once_and_no_artifact_looks_trained(fork: Any, t
 
 
 def test_what_is_being_written_is_finished(tmp_path: Path) -> None:
-    run = Run("stage_zero", RecipeArguments(output_dir=str(tmp_path / "run"), use_cpu=True), {})
+    run = Run("stage_zero", RecipeArguments(output_dir=str(tmp_path / "run"), use_cpu=True), {}).start()
 
     def save(folder: Path) -> None:
         from safetensors.torch import save_file

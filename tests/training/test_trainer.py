@@ -137,17 +137,17 @@ def test_resumed_is_bit_for_bit_uninterrupted(case: str, settings: dict, tmp_pat
     if settings and case in ("tied", "llava"):
         pytest.skip("accumulation is covered by the other two")
     whole_args = arguments(tmp_path / "whole", **settings)
-    whole = kind(build(), whole_args, train_dataset=rows(), run=Run("stage_zero", whole_args, {}))
+    whole = kind(build(), whole_args, train_dataset=rows(), run=Run("stage_zero", whole_args, {}).start())
     whole.train()
 
     torn_args = arguments(tmp_path / "torn", **settings)
-    run = Run("stage_zero", torn_args, {})
+    run = Run("stage_zero", torn_args, {}).start()
     torn = kind(build(), torn_args, train_dataset=rows(), run=run, callbacks=[Interrupt(torn_args.max_steps - 1)])
     with pytest.raises(KeyboardInterrupt):
         torn.train()
 
     again_args = arguments(tmp_path / "torn", resume=True, **settings)
-    again_run = Run("stage_zero", again_args, {})
+    again_run = Run("stage_zero", again_args, {}).start()
     torch.manual_seed(99)  # whatever state the new process happens to be in
     again = kind(build(), again_args, train_dataset=rows(), run=again_run)
     again.train()
@@ -295,7 +295,7 @@ class Counter:
 
 def test_evaluators_run_on_steps_and_at_the_end(tmp_path: Path) -> None:
     args = arguments(tmp_path / "a", max_steps=7, eval_strategy="steps", eval_steps=3, save_strategy="no")
-    run, counter = Run("stage_zero", args, {}), Counter()
+    run, counter = Run("stage_zero", args, {}).start(), Counter()
     trainer = RecipeTrainer(llama(), args, train_dataset=text_rows(), run=run, evaluators=[counter])
     trainer.measure_before("untrained")
     trainer.train()
@@ -353,7 +353,7 @@ def test_an_evaluator_that_fails_on_the_way_costs_its_figure_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     args = arguments(tmp_path, max_steps=5, eval_strategy="steps", eval_steps=1, save_strategy="no")
-    run, moody, counter = Run("stage_zero", args, {}), Moody(2, 3), Counter()
+    run, moody, counter = Run("stage_zero", args, {}).start(), Moody(2, 3), Counter()
     trainer = RecipeTrainer(llama(), args, train_dataset=text_rows(), run=run, evaluators=[moody, counter])
     trainer.train()
     run.save_artifact(trainer.model.save_pretrained, "model", "language_model")
@@ -412,7 +412,7 @@ def test_callbacks_of_transformers_work_unchanged(tmp_path: Path) -> None:
 
     settings: dict[str, Any] = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "counter_score", "greater_is_better": True}
-    run, watch = Run("stage_zero", arguments(tmp_path, **settings, **best), {}), Watch()
+    run, watch = Run("stage_zero", arguments(tmp_path, **settings, **best), {}).start(), Watch()
     trainer = ObjectiveTrainer(
         Toy(), run.arguments, train_dataset=toy_rows(), run=run, evaluators=[Falling()],
         callbacks=[EarlyStoppingCallback(early_stopping_patience=1), watch],
@@ -472,7 +472,7 @@ def test_too_many_bad_samples_end_the_training(tmp_path: Path) -> None:
 
 def test_bad_samples_are_in_the_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     args = arguments(tmp_path, max_steps=2, max_bad_fraction=0.5, save_strategy="no")
-    run = Run("stage_zero", args, {})
+    run = Run("stage_zero", args, {}).start()
     RecipeTrainer(llama(), args, train_dataset=text_rows(), run=run, bad_samples=Bad()).train()
     bad = {"count": 4, "examples": ["row 3: truncated"], "reasons": {"truncated": 1}}
     assert run.record["bad_samples"] == bad
@@ -481,7 +481,7 @@ def test_bad_samples_are_in_the_record(tmp_path: Path, caplog: pytest.LogCapture
 
 def test_learning_rates_are_used_and_logged(tmp_path: Path) -> None:
     args = arguments(tmp_path, max_steps=4, save_strategy="no", logging_steps=1, lr_scheduler_type="constant")
-    run, model = Run("stage_two", args, {}), llama()
+    run, model = Run("stage_two", args, {}).start(), llama()
     before = state_of(model)
     rates = {"model.layers.0": 0.0, "model.layers.1": 1e-4}
     RecipeTrainer(model, args, train_dataset=text_rows(), run=run, learning_rates=rates).train()
@@ -494,7 +494,7 @@ def test_learning_rates_are_used_and_logged(tmp_path: Path) -> None:
 
 def test_throughput_is_logged(tmp_path: Path) -> None:
     args = arguments(tmp_path, save_strategy="no")
-    run = Run("stage_zero", args, {})
+    run = Run("stage_zero", args, {}).start()
     RecipeTrainer(llama(), args, train_dataset=text_rows(), run=run).train()
     assert all(entry["samples_per_second"] > 0 for entry in run.record["history"][1:-1])
 
@@ -507,7 +507,7 @@ def test_training_opens_no_network_connection(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     args = arguments(tmp_path / "a")
-    run = Run("stage_zero", args, {})
+    run = Run("stage_zero", args, {}).start()
     trainer = ObjectiveTrainer(Toy(), args, train_dataset=toy_rows(), run=run)
     trainer.train()
     run.save_artifact(tiny.tiny_vit().save_pretrained, "encoder", "encoder")
@@ -537,7 +537,7 @@ def test_after_step_once_per_optimizer_step(tmp_path: Path) -> None:
 def test_metrics_are_averaged_between_logs(tmp_path: Path) -> None:
     rows = toy_rows(8)
     args = arguments(tmp_path, max_steps=4, logging_steps=4, save_strategy="no")
-    run = Run("stage_zero", args, {})
+    run = Run("stage_zero", args, {}).start()
     ObjectiveTrainer(Toy(), args, train_dataset=rows, run=run).train()
     entry = run.record["history"][0]  # four batches of two: every row once
     assert entry["mean_x"] == pytest.approx(torch.stack([row["x"] for row in rows]).mean().item(), abs=1e-6)

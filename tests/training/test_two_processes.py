@@ -51,7 +51,7 @@ rows = [{{"x": torch.randn(4, generator=generator)}} for _ in range(16)]
 def train(folder, **settings):
     args = RecipeArguments(output_dir=folder, use_cpu=True, per_device_train_batch_size=2, save_steps=2,
                            logging_steps=4, learning_rate=1e-2, disable_tqdm=True, **settings)
-    run = Run("stage_zero", args, {{}})
+    run = Run("stage_zero", args, {{}}).start()
     trainer = ObjectiveTrainer(Toy(), args, train_dataset=rows, run=run)
     assert trainer.negatives_batch == 4, trainer.negatives_batch
     trainer.train()

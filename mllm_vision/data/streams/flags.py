@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass
@@ -13,6 +13,8 @@ class StreamArguments:
     Raises:
         ValueError: a flag of streams without `streaming`; a number out of range.
     """
+
+    only_in_full_help: ClassVar[bool] = True
 
     streaming: bool = field(
         default=False, metadata={"help": "Read Parquet or WebDataset shards in a shuffled stream, without an index."}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 from mllm_vision.training.optim.arguments import OptimizerArguments
+from mllm_vision.training.recipe.common import CommonArguments
 from mllm_vision.training.recipe.flags import check_flags, check_resolved
-from mllm_vision.training.recipe.launch import check_joined, check_launch, limit_collectives
+from mllm_vision.training.recipe.launch import check_joined, check_launch
 
 
 @dataclass
-class RecipeArguments(OptimizerArguments):
+class RecipeArguments(CommonArguments, OptimizerArguments):
     """`transformers.TrainingArguments`, names verbatim; only defaults differ, and a few names are added: here,
     and for optimizers and schedules in `OptimizerArguments`.
 
@@ -23,11 +23,6 @@ class RecipeArguments(OptimizerArguments):
             fraction out of range, no `output_dir`.
     """
 
-    recipe_name: ClassVar[str | None] = None  # which recipe's flags these are, for `training.recipe.flags`
-
-    report_to: str | list[str] | None = field(
-        default="none", metadata={"help": "Where metrics go besides the run folder: wandb, tensorboard..."}
-    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Kept off: our collators need columns that the model does not take."}
     )
@@ -37,21 +32,9 @@ class RecipeArguments(OptimizerArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Off: what trains here has a gradient in every step, and looking takes time."}
     )
-    save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints are kept."})
     save_minutes: float | None = field(
         default=None, metadata={"help": "Save a checkpoint after so many minutes too, beside those of save_steps."}
     )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps (below 1: a fraction)."})
-    max_bad_fraction: float = field(
-        default=0.01, metadata={"help": "Bad samples are counted and skipped up to this fraction, then it is an error."}
-    )
-    embed_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Stage zero: embed the batch in chunks of so many rows; exact, less memory, a third slower."},
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace the run that output_dir already holds."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the newest whole checkpoint in output_dir."})
-
     accept_changed_data: bool = field(
         default=False, metadata={"help": "With --resume: go on although the training data are not the same rows."}
     )
@@ -84,7 +67,6 @@ class RecipeArguments(OptimizerArguments):
         super().__post_init__()
         check_resolved(self)
         check_joined(self)
-        limit_collectives(self.ddp_timeout)
 
     @property
     def resuming(self) -> bool:

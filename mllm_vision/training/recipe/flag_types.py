@@ -1,9 +1,9 @@
-"""Values of flags and YAML keys as the types that dataclasses give them. Nothing here imports torch."""
+"""The fields of dataclasses as flags: their types, and text or YAML as values of these types. Imports no torch."""
 
 from __future__ import annotations
 
+import dataclasses
 import enum
-import os
 import re
 import types
 import typing
@@ -13,161 +13,156 @@ from typing import Any
 
 import yaml
 
-_TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+from mllm_vision.errors import nearby
+
+Known = dict[str, tuple[dataclasses.Field, Any, type]]  # name -> field, type, class
+_LISTS = (list, tuple, set, Sequence)
+_WORDS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 _COMMA = re.compile(r",(?![^\[]*\])")  # between the pairs of a mapping, not within a list
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: PyYAML takes `1e-6` for a string, here it is a number."""
+    """YAML as people write it: PyYAML reads `1e-6` as a string, here it is a number."""
 
 
 _Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
-def read_yaml(text: str) -> Any:
-    """What a YAML text says."""
-    return yaml.load(text, Loader=_Loader)
+def load_yaml(path: str) -> dict[str, Any]:
+    """The `flag: value` lines of a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, or not a mapping.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--config {path}: no such file{nearby(path)}")
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content or {}, dict):
+        raise ValueError(f"{path} must hold `flag: value` lines, got {type(content).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in (content or {}).items()}
 
 
-def _members(hint: Any) -> list[Any]:
+def known_fields(classes: Sequence[type]) -> Known:
+    """The fields of dataclasses by name.
+
+    Raises:
+        ValueError: two classes with the same field; a class with annotations that is not a dataclass.
+    """
+    known: Known = {}
+    for cls in classes:
+        if "__dataclass_fields__" not in vars(cls) and "__annotations__" in vars(cls):  # its fields would be no flags
+            raise ValueError(f"{cls.__qualname__} has fields and is no dataclass; put @dataclass above the class")
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if field.name in known:
+                other = known[field.name][2].__name__
+                raise ValueError(f"both {other} and {cls.__name__} have a field {field.name!r}; rename one of them")
+            if field.init:
+                known[field.name] = (field, hints[field.name], cls)
+    return known
+
+
+def aliases_of(fields: Known) -> dict[str, str]:
+    """Other names of fields -> their own."""
+    return {alias: name for name, (field, _, _) in fields.items() for alias in field.metadata.get("aliases", ())}
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """The default of a field; None where it is required."""
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+
+
+def is_required(field: dataclasses.Field) -> bool:
+    """Whether a field has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def members(hint: Any) -> list[Any]:
     """The members of a union, or the type alone."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return [member for part in typing.get_args(hint) for member in _members(part)]
+        return [member for part in typing.get_args(hint) for member in members(part)]
     return [hint]
 
 
-def _origin(hint: Any) -> Any:
-    return typing.get_origin(hint) or hint
-
-
-def is_list(hint: Any) -> bool:
-    """Whether a flag of this type takes several words."""
-    return any(_origin(member) in (list, tuple, set, Sequence) for member in _members(hint))
-
-
-def is_bool(hint: Any) -> bool:
-    """Whether a flag of this type needs no word."""
-    members = [member for member in _members(hint) if member is not type(None)]
-    return members == [bool]
+def is_list(kind: Any) -> bool:
+    """Whether a type that is not a union holds several values."""
+    return (typing.get_origin(kind) or kind) in _LISTS
 
 
 def type_name(hint: Any) -> str:
     """`float`, `int or None`, `list of str`: how a type is named in help and errors."""
     names = []
-    for member in _members(hint):
-        origin, arguments = _origin(member), typing.get_args(member)
+    for member in members(hint):
+        origin, inner = typing.get_origin(member) or member, typing.get_args(member)
         if member is type(None):
             names.append("None")
         elif origin is typing.Literal:
-            names.append(" or ".join(repr(argument) for argument in arguments))
+            names.append(" or ".join(repr(choice) for choice in inner))
         elif isinstance(origin, type) and issubclass(origin, enum.Enum):
             names.append("one of " + ", ".join(repr(entry.value) for entry in origin))
-        elif origin in (list, tuple, set, Sequence):
-            names.append(f"list of {type_name(arguments[0])}" if arguments else "list")
-        elif origin is dict:
-            names.append("mapping")
+        elif origin in _LISTS:
+            names.append(f"list of {type_name(inner[0])}" if inner else "list")
         else:
-            names.append(getattr(origin, "__name__", str(origin)))
+            names.append("mapping" if origin is dict else getattr(origin, "__name__", str(origin)))
     return " or ".join(dict.fromkeys(names))
 
 
-def convert(value: Any, hint: Any, where: str, *, words: bool = False) -> Any:
-    """`value` (from YAML, or with `words` the list of words after a flag) as the type `hint`.
+def convert(value: Any, hint: Any) -> Any:
+    """`value` (text or YAML) as the first member of the type `hint` that takes it, the narrower ones first.
 
     Raises:
-        ValueError: it cannot be; the message holds `where`, the value and the type.
+        ValueError: no member takes it.
     """
-    single = not isinstance(value, list) or (words and len(value) == 1)
-    scalar = value[0] if words and single else value
-    members = sorted(_members(hint), key=_precedence)
-    if not words and type(value) in members:
-        return value  # YAML types its values: the string "no" stays a string
-    for member in members:
-        listed = _origin(member) in (list, tuple, set, Sequence)
-        if (listed and single and str in members) or (not listed and not single):
-            continue  # one word is a string where a string will do; several words are only ever a list
+    order = [type(None), bool, int, float, dict, Path, str, list, tuple, set]
+
+    def breadth(kind: Any) -> int:
+        origin = typing.get_origin(kind) or kind
+        return order.index(origin) if origin in order else 0
+
+    for kind in sorted(members(hint), key=breadth):
         try:
-            return _convert_one(value if listed else scalar, member)
-        except (ValueError, TypeError):
+            return _convert(value, kind)
+        except (ValueError, TypeError, KeyError):
             continue
-    shown = " ".join(value) if words else value
-    raise ValueError(f"{where}: expected {type_name(hint)}, got {shown!r}")
-
-
-def _precedence(member: Any) -> int:
-    """The narrower type is tried first; `str` takes anything and comes last."""
-    origin = _origin(member)
-    if origin is typing.Literal or (isinstance(origin, type) and issubclass(origin, enum.Enum)):
-        return 1
-    order = [type(None), None, bool, int, float, dict, list, tuple, set, Path, str]
-    return order.index(origin) if origin in order else 7
-
-
-def _convert_one(value: Any, hint: Any) -> Any:
-    origin, arguments = _origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return read_yaml(value) if isinstance(value, str) else value
-    if hint is type(None):
-        if value is None or (isinstance(value, str) and value.lower() in ("null", "~")):
-            return None
-    elif origin is typing.Literal:
-        for argument in arguments:
-            if value == argument or (isinstance(value, str) and value == str(argument)):
-                return argument
-    elif isinstance(origin, type) and issubclass(origin, enum.Enum):
-        return origin(value)
-    elif origin is bool:
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str) and value.lower() in _TRUE | _FALSE:
-            return value.lower() in _TRUE
-    elif origin is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if isinstance(value, str):
-            return int(value)
-    elif origin is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, str):
-            return float(value)
-    elif origin is str:
-        if isinstance(value, str):
-            return value
-    elif isinstance(origin, type) and issubclass(origin, os.PathLike):
-        if isinstance(value, (str, os.PathLike)):
-            return Path(value)
-    elif origin is dict:
-        return _mapping(value)
-    elif origin in (list, tuple, set, Sequence):
-        entries = list(value) if isinstance(value, (list, tuple, set)) else [value]
-        inner = arguments[0] if arguments else Any
-        result = [_convert_one(entry, member) for entry in entries for member in [_fitting(entry, inner)]]
-        return result if origin in (list, Sequence) else origin(result)
     raise ValueError(value)
 
 
-def _fitting(entry: Any, hint: Any) -> Any:
-    """The member of a union that takes `entry` (lists of unions are rare; the first that works)."""
-    for member in sorted(_members(hint), key=_precedence):
-        try:
-            _convert_one(entry, member)
-        except (ValueError, TypeError):
-            continue
-        return member
-    raise ValueError(entry)
+def _convert(value: Any, kind: Any) -> Any:
+    """`value` as the type `kind`, which is not a union; any error says that it cannot be."""
+    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    text = isinstance(value, str)
+    if kind is Any:
+        return yaml.load(value, Loader=_Loader) if text else value
+    if kind is type(None):
+        return {None: None, "null": None, "~": None}[value]
+    if origin is typing.Literal:
+        return {str(choice): choice for choice in inner}[str(value)]
+    if origin is dict:
+        return _mapping(value)
+    if origin in _LISTS:
+        made = [convert(entry, inner[0] if inner else Any) for entry in (value if is_list(type(value)) else [value])]
+        return made if origin in (list, Sequence) else origin(made)
+    if origin is bool:
+        return value if isinstance(value, bool) else _WORDS[value.lower()] if text else {}[value]
+    if text or (kind is float and type(value) is int) or type(value) is kind or issubclass(kind, enum.Enum):
+        return kind(value)
+    raise ValueError(value)
 
 
 def _mapping(value: Any) -> dict:
-    if isinstance(value, dict):
-        return value
+    """A mapping as it is, as JSON, or as `key=value,key=value`."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
-        found = read_yaml(value)
-        if isinstance(found, dict):
-            return found
-    elif isinstance(value, str) and "=" in value:
+        value = yaml.load(value, Loader=_Loader)
+    elif isinstance(value, str):
         pairs = [pair.partition("=") for pair in _COMMA.split(value) if pair.strip()]
-        if all(equals for _, equals, _ in pairs):
-            return {key.strip(): read_yaml(text) for key, _, text in pairs}
-    raise ValueError(value)
+        if not pairs or not all(equals for _, equals, _ in pairs):
+            raise ValueError(value)
+        return {key.strip(): yaml.load(text, Loader=_Loader) for key, _, text in pairs}
+    return dict(value) if isinstance(value, dict) else {}[value]

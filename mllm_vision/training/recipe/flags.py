@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from mllm_vision.training.recipe.flag_types import default_of
 
 IMAGE_TEXT, IMAGES = ("pretrain",), ("pretrain_images", "finetune")
 OBJECTIVES = (*IMAGE_TEXT, *IMAGES)
@@ -180,11 +182,19 @@ def check_flags(arguments: Any) -> None:
             if flag not in usual:  # of another release of transformers
                 continue
             value = getattr(arguments, flag)
-            if _same(value, _default(usual[flag])) or (refusal.unless is not None and refusal.unless(arguments)):
+            if _same(value, default_of(usual[flag])) or (refusal.unless is not None and refusal.unless(arguments)):
                 continue
             shown = "..." if flag == "hub_token" else _value(value)  # a secret is not for logs
             raise ValueError(f"--{flag} {shown}: {refusal.why}")
     _check_reporters(arguments.report_to)
+
+
+def is_offered(name: str, metadata: Mapping[str, Any], recipe: str | None) -> bool:
+    """Whether the help of a recipe lists a flag: not one that it always refuses."""
+    refused = [refusal for refusal in REFUSALS if name in refusal.flags and refusal.unless is None]
+    return recipe is None or (
+        recipe in metadata.get("recipes", RECIPES) and not any(recipe in refusal.recipes for refusal in refused)
+    )
 
 
 def check_resolved(arguments: Any) -> None:
@@ -255,12 +265,6 @@ def _check_reporters(report_to: Any) -> None:
                 f"--report_to {name}: not installed, or no reporter of transformers; installed are "
                 f"{', '.join(there) or 'none'} (pip install {name}; or leave it out: metrics.jsonl has every figure)"
             )
-
-
-def _default(field: dataclasses.Field) -> Any:
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else None
 
 
 def _same(value: Any, usual: Any) -> bool:

@@ -9,11 +9,46 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from mllm_vision.errors import IncompleteRun, explain, tidy
+
 EXIT_CODE = 75  # of a rank that ends because another one was lost ("temporary failure": start again with --resume)
+
+
+def run_recipe(main: Callable[[], Any]) -> None:
+    """Run a recipe's `main()`: a user's error becomes `error: ...` on stderr and exit code 2, without traceback.
+
+    Exit code 3 says: trained and saved, and something after it failed (`Run.after_training`). 75: another rank was
+    lost.
+
+    `MLLM_VISION_TRACEBACK=1` shows the traceback all the same.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a pipe that takes ascii alone shows signs escaped, and ends no run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        main()
+    except IncompleteRun as error:
+        print(f"error: {tidy(str(error))}", file=sys.stderr)
+        raise SystemExit(3) from None
+    except Exception as error:
+        tell_launcher(error)
+        told = explain(error)
+        if told is None and is_collective_error(error):
+            print(lost_rank(error), file=sys.stderr)
+            raise SystemExit(EXIT_CODE) from None
+        if told is None or os.environ.get("MLLM_VISION_TRACEBACK", "0") not in ("", "0"):
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; a run with checkpoints goes on with --resume", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 # ---- before the start ----------------------------------------------------------------------------------------

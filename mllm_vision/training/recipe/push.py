@@ -13,10 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 class Push:
-    """Where a run's artifacts go on the Hub. Takes the flags away from the Trainer, which would push each checkpoint.
+    """Where a run's artifacts go on the Hub.
 
     Args:
-        arguments: `push_to_hub` and `hub_token` are cleared: the Trainer writes its arguments into every checkpoint.
+        arguments: whether and where to push.
         name: of the run; the repository's where `--hub_model_id` names none.
     """
 
@@ -28,7 +28,11 @@ class Push:
             "private": arguments.hub_private_repo,
             "revision": arguments.hub_revision,
         }
-        arguments.push_to_hub, arguments.hub_token = False, None
+        self._arguments = arguments
+
+    def start(self) -> None:
+        """Takes the flags away from the Trainer, which would push each checkpoint and write the token into it."""
+        self._arguments.push_to_hub, self._arguments.hub_token = False, None
 
     def check(self) -> None:
         """Makes the repository, so that a token that may not is known before the training.

@@ -22,6 +22,7 @@ from mllm_vision.training.recipe import summary
 from mllm_vision.training.recipe.arguments import RecipeArguments
 from mllm_vision.training.recipe.ending import Ending, Failure, attempt
 from mllm_vision.training.recipe.folders import check_name, clean, list_checkpoints, remove, whole_folder, write_whole
+from mllm_vision.training.recipe.launch import limit_collectives
 from mllm_vision.training.recipe.push import Push
 
 logger = logging.getLogger(__name__)
@@ -33,33 +34,22 @@ TEXT_ROLES = ("caption", "question", "answer", "messages", "conversations", "tex
 class Run:
     """One run in one folder. Only the main process writes; every process may call every method.
 
-    Creating it sets the random seeds (`arguments.seed`): create it before the models.
+    `start` it before the models are made: it sets the random seeds.
 
     Args:
         kind: "language_model", "stage_zero", "stage_one" or "stage_two".
-        arguments: tells folder, seed, overwrite and resume.
+        arguments: folder, seed, overwrite and resume.
         recipe: the resolved flags, from `recipe_dict`.
 
     Raises:
-        FileExistsError: the folder holds something and neither --overwrite nor --resume was given.
-        ValueError: an unknown kind.
+        ValueError: an unknown kind, an `artifact_name` that is not a folder's name.
     """
 
     def __init__(self, kind: str, arguments: RecipeArguments, recipe: Mapping[str, Any]) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} is none of {', '.join(KINDS)}")
-        from transformers import set_seed
-
-        level = arguments.get_process_log_level() if arguments.log_level != "passive" else logging.INFO
-        level = level if arguments.should_log else arguments.get_process_log_level()
-        if not logging.getLogger().handlers:  # a recipe as a program: say what happens; a library user decides alone
-            logging.basicConfig(level=level, format="%(message)s")
-            for noisy in ("httpx", "httpx2", "httpcore", "filelock", "fsspec", "PIL", "matplotlib", "datasets"):
-                logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
         if recipe.get("artifact_name") is not None:
             check_name(recipe["artifact_name"], "--artifact_name")
-        if arguments.log_level != "passive" or not arguments.should_log:
-            logging.getLogger("mllm_vision").setLevel(level)
         self.arguments = arguments
         self.folder = Path(arguments.output_dir)
         self.is_main = arguments.process_index == 0
@@ -90,15 +80,28 @@ class Run:
         self._begun = False
         self._changed: dict[str, tuple[Any, Any]] = {}  # flags of a resumed run
         self._changes: list[str] = []
+        self.push = Push(arguments, self.record["name"])  # of the artifacts, not of every checkpoint of the Trainer
+
+    def start(self) -> Run:
+        """Take the folder, start logging, check what can be checked of a push, set the seeds; returns the run.
+
+        Raises:
+            FileExistsError: the folder holds something and neither --overwrite nor --resume was given.
+            OSError: see `Push.check`.
+        """
+        from transformers import set_seed
+
+        start_logging(self.arguments)
+        limit_collectives(self.arguments.ddp_timeout)
         if self.is_main:
             self._claim()
             if not (self.folder / "recipe.yaml").is_file():  # that of an earlier run stays until this one begins
                 self._write_recipe(self.folder)
-        # The artifact is what belongs on the Hub, not every checkpoint of the Trainer: see finish().
-        self.push = Push(arguments, self.record["name"])
+        self.push.start()
         if self.is_main:
             self.push.check()
-        set_seed(arguments.seed)
+        set_seed(self.arguments.seed)
+        return self
 
     # ---- what the run is made of ---------------------------------------------------------------------------
 
@@ -404,6 +407,18 @@ class Run:
     def _say(self, message: str, *values: Any) -> None:
         if self.is_main:
             logger.info(message, *values)
+
+
+def start_logging(arguments: RecipeArguments) -> None:
+    """Messages of this package and others at the level of `--log_level`; handlers that a program has are left alone."""
+    passive = arguments.log_level == "passive" and arguments.should_log
+    level = logging.INFO if passive else arguments.get_process_log_level()
+    if not logging.getLogger().handlers:  # a recipe as a program; a user of the library decides alone
+        logging.basicConfig(level=level, format="%(message)s")
+        for noisy in ("httpx", "httpx2", "httpcore", "filelock", "fsspec", "PIL", "matplotlib", "datasets"):
+            logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
+    if not passive:
+        logging.getLogger("mllm_vision").setLevel(level)
 
 
 def _shorten(value: Any, limit: int = 200) -> str:

@@ -35,6 +35,7 @@ from mllm_vision.training.optim.optimizers import (
 from mllm_vision.training.optim.schedules import WeightDecaySchedule, exact_cosine, step_schedule, warn_of_warmup
 from mllm_vision.training.recipe.ending import Failure
 from mllm_vision.training.recipe.flags import check_trainer, length_sampler
+from mllm_vision.training.recipe.launch import limit_collectives
 from mllm_vision.training.trainer.evaluating import Evaluating
 from mllm_vision.training.trainer.sharding import make_whole, prepare_sharding
 
@@ -243,6 +244,7 @@ class RecipeTrainer(Evaluating):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`, resuming as the arguments say. Then save, and call `final_evaluation`."""
+        limit_collectives(self.args.ddp_timeout)
         if resume_from_checkpoint in (None, True) and hasattr(self.args, "checkpoint_to_resume"):
             self.args.resume = self.args.resume or resume_from_checkpoint is True
             resume_from_checkpoint = self.args.checkpoint_to_resume()

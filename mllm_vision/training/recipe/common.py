@@ -1,0 +1,81 @@
+"""The flags of every training that people use most. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from mllm_vision.training.recipe.flags import OBJECTIVES
+
+
+@dataclass
+class CommonArguments:
+    """Length, rates, checkpoints and destination of a training; a recipe derives its defaults from this class.
+
+    `parse_recipe` makes `RecipeArguments` of it, which has every other name of `TrainingArguments` too.
+    """
+
+    recipe_name: ClassVar[str | None] = None  # which recipe's flags these are, for `training.recipe.flags`
+
+    output_dir: str | None = field(default=None, metadata={"help": "The folder of the run; it is created."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the run that output_dir holds."})
+    resume: bool = field(default=False, metadata={"help": "Resume from the newest whole checkpoint in output_dir."})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "Resume from this checkpoint folder."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "How many times the data are passed over."})
+    max_steps: int = field(default=-1, metadata={"help": "Stop after this many steps; overrides the epochs."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows per process in a training step."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches that are one optimizer step."})
+    embed_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Embed the batch in chunks of this many rows: the same gradients, less memory.",
+            "recipes": OBJECTIVES,
+        },
+    )
+    learning_rate: float | None = field(
+        default=5e-5, metadata={"help": "Peak learning rate; --base_learning_rate is scaled by the batch."}
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of matrices and kernels."})
+    warmup_steps: float = field(default=0, metadata={"help": "Steps of linear warm-up; below 1, a share of all."})
+    bf16: bool = field(default=False, metadata={"help": "Train in bfloat16 mixed precision."})
+    eval_strategy: str = field(default="no", metadata={"help": "When to evaluate: no, steps or epoch."})
+    eval_steps: float | None = field(default=None, metadata={"help": "Evaluate every so many steps, or this share."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps; below 1, a share of all."})
+    save_steps: float = field(default=500, metadata={"help": "Save a checkpoint every so many steps, or this share."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints are kept."})
+    load_best_model_at_end: bool = field(default=False, metadata={"help": "End with the best checkpoint's weights."})
+    metric_for_best_model: str | None = field(default=None, metadata={"help": "The metric that says which is best."})
+    max_bad_fraction: float = field(
+        default=0.01, metadata={"help": "Bad samples are skipped up to this share; more is an error."}
+    )
+    report_to: str | list[str] | None = field(
+        default="none", metadata={"help": "Where metrics go besides the run folder: wandb, tensorboard."}
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of weights, order and augmentation."})
+    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU, whatever else is there."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the artifact when the run is done."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Its repository on the Hub."})
+
+
+@functools.cache
+def complete(cls: type) -> Any:
+    """`cls`, or where it derives from `CommonArguments` alone, `RecipeArguments` with the defaults of `cls`."""
+    if not issubclass(cls, CommonArguments):
+        return cls
+    from mllm_vision.training.recipe.arguments import RecipeArguments
+
+    if issubclass(cls, RecipeArguments):
+        return cls
+    namespace = {"__doc__": cls.__doc__, "__reduce__": lambda self: (_restored, (cls, self.__dict__))}
+    whole = dataclasses.make_dataclass(cls.__name__, [], bases=(cls, RecipeArguments), namespace=namespace)
+    whole.__module__ = cls.__module__
+    return whole
+
+
+def _restored(cls: type, values: dict[str, Any]) -> Any:
+    """What a pickle of an instance of `complete(cls)` becomes: that class has no name to be found by."""
+    made = object.__new__(complete(cls))
+    made.__dict__.update(values)
+    return made
