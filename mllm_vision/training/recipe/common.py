@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mllm_vision.training.recipe.flags import OBJECTIVES
 
@@ -57,25 +55,3 @@ class CommonArguments:
     use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU, whatever else is there."})
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the artifact when the run is done."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Its repository on the Hub."})
-
-
-@functools.cache
-def complete(cls: type) -> Any:
-    """`cls`, or where it derives from `CommonArguments` alone, `RecipeArguments` with the defaults of `cls`."""
-    if not issubclass(cls, CommonArguments):
-        return cls
-    from mllm_vision.training.recipe.arguments import RecipeArguments
-
-    if issubclass(cls, RecipeArguments):
-        return cls
-    namespace = {"__doc__": cls.__doc__, "__reduce__": lambda self: (_restored, (cls, self.__dict__))}
-    whole = dataclasses.make_dataclass(cls.__name__, [], bases=(cls, RecipeArguments), namespace=namespace)
-    whole.__module__ = cls.__module__
-    return whole
-
-
-def _restored(cls: type, values: dict[str, Any]) -> Any:
-    """What a pickle of an instance of `complete(cls)` becomes: that class has no name to be found by."""
-    made = object.__new__(complete(cls))
-    made.__dict__.update(values)
-    return made

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import re
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 from mllm_vision.errors import unknown_name
 from mllm_vision.hub.lineage import plain
-from mllm_vision.training.recipe.common import complete
+from mllm_vision.training.recipe.common import CommonArguments
 from mllm_vision.training.recipe.flag_types import default_of, is_required, known_fields, load_yaml
 from mllm_vision.training.recipe.help import show_full_help, show_help
 from mllm_vision.training.recipe.launch import run_recipe as run_recipe
@@ -61,6 +62,28 @@ def parse_recipe(
     show_full_help(*whole, argv=argv, description=description, defaults=defaults)
     values = read_recipe(*whole, argv=argv, defaults=defaults)
     return tuple(build(cls, given) for cls, given in zip(whole, values))
+
+
+@functools.cache
+def complete(cls: type) -> Any:
+    """`cls`, or where it derives from `CommonArguments` alone, `RecipeArguments` with the defaults of `cls`."""
+    if not issubclass(cls, CommonArguments):
+        return cls
+    from mllm_vision.training.recipe.arguments import RecipeArguments
+
+    if issubclass(cls, RecipeArguments):
+        return cls
+    namespace = {"__doc__": cls.__doc__, "__reduce__": lambda self: (_restored, (cls, self.__dict__))}
+    whole = dataclasses.make_dataclass(cls.__name__, [], bases=(cls, RecipeArguments), namespace=namespace)
+    whole.__module__ = cls.__module__
+    return whole
+
+
+def _restored(cls: type, values: dict[str, Any]) -> Any:
+    """What a pickle of an instance of `complete(cls)` becomes: that class has no name to be found by."""
+    made = object.__new__(complete(cls))
+    made.__dict__.update(values)
+    return made
 
 
 def build(cls: type, given: dict[str, Any]) -> Any:
