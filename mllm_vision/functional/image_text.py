@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_vision.distributed import Columns, row_counts, sum_over_ranks
+from mllm_vision.functional.engine.plan import Plan
 from mllm_vision.functional.engine.sigmoid import sigmoid_losses
 from mllm_vision.functional.engine.softmax import softmax_losses
-from mllm_vision.functional.engine.tiles import Grid, Plan, Relations, choose_tile, find_targets, first_row, related
+from mllm_vision.functional.engine.targets import Relations, find_targets, related
+from mllm_vision.functional.engine.tiles import Grid, choose_tile, first_row
 from mllm_vision.functional.precision import full_fp32
 
 __all__ = ["clip_loss", "related", "siglip_loss"]
@@ -164,7 +166,7 @@ def _prepare(
         raise ValueError(
             f"image and text features must both be [N, D] with N > 0, got {list(image.shape)} and {list(text.shape)}"
         )
-    size = choose_tile(tile_size, image.device)
+    size = choose_tile(tile_size, image.device, len(image))
     image, text = at_least_fp32(image, text)
     if normalize:
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_vision.distributed import Columns, all_gather, all_reduce, mean_gradient, row_counts, sum_over_ranks
+from mllm_vision.functional.engine.plan import Plan
 from mllm_vision.functional.engine.softmax import softmax_losses
-from mllm_vision.functional.engine.tiles import Grid, Plan, choose_tile, diagonal, first_row, rolled
+from mllm_vision.functional.engine.targets import diagonal, rolled
+from mllm_vision.functional.engine.tiles import Grid, choose_tile, first_row
 from mllm_vision.functional.image_text import at_least_fp32, full_precision
 from mllm_vision.functional.precision import full_fp32
 
@@ -64,7 +66,7 @@ def nt_xent(
         True
     """
     _check_pair("z1", z1, "z2", z2)
-    size = choose_tile(tile_size, z1.device)
+    size = choose_tile(tile_size, z1.device, 2 * len(z1))
     with full_fp32(z1.device):
         z1, z2 = at_least_fp32(z1, z2)
         views = torch.cat([z1, z2])
@@ -140,7 +142,7 @@ def info_nce(
         True
     """
     _check_pair("query", query, "positive", positive)
-    size = choose_tile(tile_size, query.device)
+    size = choose_tile(tile_size, query.device, len(query))
     with full_fp32(query.device):
         given = [query, positive] if negatives is None else [query, positive, negatives]
         given = at_least_fp32(*given)
@@ -223,7 +225,7 @@ def dcl(
     _check_pair("z1", z1, "z2", z2)
     if sigma is not None and not sigma > 0:
         raise ValueError(f"sigma={sigma} must be positive; the paper has 0.5, and None is the unweighted loss")
-    size = choose_tile(tile_size, z1.device)
+    size = choose_tile(tile_size, z1.device, 2 * len(z1))
     with full_fp32(z1.device):
         z1, z2 = at_least_fp32(z1, z2)
         if normalize:
@@ -289,7 +291,7 @@ def sup_con(
     count, views = features.shape[:2]
     if labels is not None and (labels.shape != (count,) or labels.is_floating_point()):
         raise ValueError(f"labels must be integers [{count}], got {labels.dtype} {list(labels.shape)}")
-    size = choose_tile(tile_size, features.device)
+    size = choose_tile(tile_size, features.device, count * views)
     with full_fp32(features.device):
         (rows,) = at_least_fp32(features.flatten(0, 1))
         if normalize:

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_vision.distributed import Columns, all_gather, all_reduce, rank, row_counts, sum_over_ranks
+from mllm_vision.functional.engine.plan import Plan
 from mllm_vision.functional.engine.softmax import softmax_losses
-from mllm_vision.functional.engine.tiles import Grid, Plan, choose_tile, first_row
+from mllm_vision.functional.engine.tiles import Grid, choose_tile, first_row
 from mllm_vision.functional.image_text import at_least_fp32
 from mllm_vision.functional.precision import full_fp32, wide_dtype
 

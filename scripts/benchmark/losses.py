@@ -2,24 +2,27 @@
 
     python scripts/benchmark/losses.py                               # N = 1024 ... 8192, both losses, a few minutes
     python scripts/benchmark/losses.py --sizes 32768 --rounds 1      # ours only where the plain form does not fit
+    python scripts/benchmark/losses.py --sizes 8192 --busy 1         # quiet, and beside one other busy process
     python scripts/benchmark/losses.py --sizes 8192 --tiles 256 512 1024 2048
     python scripts/benchmark/losses.py --ranks 2 --sizes 4096        # gather against ring, over gloo
 
 Plain is the formula as open_clip writes it: for CLIP both matrices of logits and two cross-entropies, for SigLIP
 -logsigmoid(labels * logits) over all pairs. Features come normalised, as there. The floor is the matrix products
 alone: four of N x N x D for the softmax (scores, scores again, two gradients), three for the sigmoid, in tiles of the
-same shapes, by `torch.mm`; the quick floor takes the route that the losses themselves take, which some processors run
-faster (mllm_vision/functional/engine/products.py). Memory is what a run needs above the features themselves, gradients
-included.
+same shapes, by `torch.mm`, each product on all threads. Memory is what a run needs above the features themselves,
+gradients included. `--busy` repeats everything beside that many processes that do nothing but keep a core each, in
+turn with the quiet rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import timing
 
 TILE = 768  # of the floors
-OTHERS = ("plain", "floor", "quick floor")
+OTHERS = ("plain", "floor")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the features")
     parser.add_argument("--tiles", nargs="+", type=int, default=None, help="compare these tile sizes with one another")
     parser.add_argument("--ids", action="store_true", help="duplicates as positives: one row in eight has a twin")
+    parser.add_argument("--busy", type=int, default=0, help="other busy processes beside a second run of everything")
     parser.add_argument("--ranks", type=int, default=1, help="more than one: gather beside ring, N over all ranks")
     parser.add_argument("--plain_gib", type=float, default=6.0, help="leave the plain form out beyond this memory")
     parser.add_argument("--output", default=None, help="JSON file for all figures")
@@ -102,19 +106,14 @@ class Problem:
             return clip_loss(self.image, self.text, self.scale, **flags)
         return siglip_loss(self.image, self.text, self.scale, self.bias, **flags)
 
-    def quick_floor(self) -> None:
-        self.floor(quick=True)
-
     @property
     def products(self) -> int:
         """Of N x N x D in the floor."""
         return 4 if self.loss == "clip" else 3
 
-    def floor(self, quick: bool = False) -> None:
-        """The products alone, by `torch.mm`, or by the route the losses themselves take."""
+    def floor(self) -> None:
+        """The products alone, in the order and the tiles of the losses."""
         import torch
-
-        from mllm_vision.functional.engine.products import add_product, product
 
         with torch.no_grad():
             image, text = self.image.detach(), self.text.detach()
@@ -126,39 +125,59 @@ class Problem:
                     columns = slice(other, min(other + TILE, self.size))
                     shape = (rows.stop - rows.start, columns.stop - columns.start)
                     tile = scores[: shape[0] * shape[1]].view(shape)
-                    if quick:
-                        for _ in range(self.products - 2):
-                            tile = product(image[rows], text[columns].T, tile)
-                        add_product(for_image[rows], tile, text[columns])
-                        add_product(for_text[columns], tile.T, image[rows])
-                    else:
-                        for _ in range(self.products - 2):
-                            torch.mm(image[rows], text[columns].T, out=tile)
-                        for_image[rows].addmm_(tile, text[columns])
-                        for_text[columns].addmm_(tile.T, image[rows])
+                    for _ in range(self.products - 2):
+                        torch.mm(image[rows], text[columns].T, out=tile)
+                    for_image[rows].addmm_(tile, text[columns])
+                    for_text[columns].addmm_(tile.T, image[rows])
+
+
+def contenders(problem: Problem, arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """Plain, ours (with `--ids` also without) and the floor; or ours in several tile sizes."""
+    if arguments.tiles:
+        return {f"tile {t}": problem.step(problem.ours, tile_size=t) for t in arguments.tiles}
+    runs = {"ours": problem.step(problem.ours), "floor": problem.floor}
+    if arguments.ids:
+        runs = {"ours, ids": runs["ours"], "ours": problem.step(problem.ours, relations=None), "floor": problem.floor}
+    if 5 * 4 * problem.size**2 <= arguments.plain_gib * 2**30:
+        runs = {"plain": problem.step(problem.plain), **runs}
+    return runs
+
+
+@contextmanager
+def company(count: int) -> Iterator[None]:
+    """Other processes, each of which would keep a core to itself."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def one_process(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Plain, ours and floor; or ours in several tile sizes."""
+    """A record of every run, at every size, alone and beside busy processes."""
     records = []
     for loss in arguments.losses:
         for size in arguments.sizes:
             problem = Problem(loss, size, arguments)
-            runs = {"ours": problem.step(problem.ours), "floor": problem.floor, "quick floor": problem.quick_floor}
-            if arguments.tiles:
-                runs = {f"tile {t}": problem.step(problem.ours, tile_size=t) for t in arguments.tiles}
-            elif 5 * 4 * size**2 <= arguments.plain_gib * 2**30:
-                runs = {"plain": problem.step(problem.plain), **runs}
-            times = timing.side_by_side(runs, rounds=arguments.rounds)
-            for name in runs:
-                record = {"loss": loss, "N": size, "D": arguments.width, "run": name, "seconds": times[name].seconds}
-                if "floor" not in name:
+            runs = contenders(problem, arguments)
+            times = {(name, busy): timing.Timing(name) for name in runs for busy in (0, arguments.busy)}
+            for round_ in range(arguments.rounds):  # quiet and busy in turn: they meet the same machine
+                for busy in sorted({0, arguments.busy}):
+                    with company(busy):
+                        once = timing.side_by_side(runs, rounds=1, warmup=int(round_ == 0))
+                    for name, found in once.items():
+                        times[name, busy].seconds += found.seconds
+            for (name, busy), own in times.items():
+                record = {"loss": loss, "N": size, "D": arguments.width, "run": name, "busy": busy}
+                record["seconds"] = own.seconds
+                if name != "floor" and not busy:
                     problem.drop_gradients()  # or what a run frees at once would not count
                     record["bytes"] = timing.peak_memory(runs[name])
                 for other in OTHERS:
-                    if other in times and name not in OTHERS:
-                        against = timing.ratio(times[name], times[other])
-                        record[f"to {other}"] = [against.median, against.low, against.high]
+                    if (other, busy) in times and name not in OTHERS:
+                        record[f"to {other}"] = vars(timing.ratio(own, times[other, busy]))
                 records.append(record)
     return records
 
@@ -166,19 +185,19 @@ def one_process(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def show(records: list[dict[str, Any]], width: int) -> str:
     """The table of `one_process`."""
     rows = []
-    plain_bytes = {(r["loss"], r["N"]): r["bytes"] for r in records if r["run"] == "plain"}
-    for record in records:
+    plain_bytes = {(r["loss"], r["N"]): r["bytes"] for r in records if r["run"] == "plain" and not r["busy"]}
+    for record in sorted(records, key=lambda r: (r["loss"], r["N"], r["busy"])):
         key = record["loss"], record["N"]
         time_ = timing.Timing(record["run"], record["seconds"])
         needed = record.get("bytes")
         memory = "" if needed is None else timing.show_bytes(needed)
         if needed is not None and key in plain_bytes and record["run"] != "plain":
             memory += f" ({needed / plain_bytes[key]:.3f}x)"
-        ratios = [str(timing.Ratio(*record[name])) if (name := f"to {o}") in record else "" for o in OTHERS]
+        ratios = [str(timing.Ratio(**record[name])) if (name := f"to {o}") in record else "" for o in OTHERS]
         products = {"clip": 4, "siglip": 3}[record["loss"]]
         rate = "" if record["run"] == "plain" else f"{2e-9 * products * record['N'] ** 2 * width / time_.median:.0f}"
-        rows.append([*key, record["run"], time_, *ratios, memory, rate])
-    titles = ["loss", "N", "run", "time (low to high)", *(f"of {o}" for o in OTHERS), "memory", "GFLOP/s"]
+        rows.append([*key, record["busy"], record["run"], time_, *ratios, memory, rate])
+    titles = ["loss", "N", "busy", "run", "time (low to high)", *(f"of {o}" for o in OTHERS), "memory", "GFLOP/s"]
     return timing.table(titles, rows)
 
 

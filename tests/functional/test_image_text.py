@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import image_text as oracle
 
-from mllm_vision.functional.engine import products, tiles
+from mllm_vision.functional.engine import targets as targets_of_the_engine
+from mllm_vision.functional.engine.tiles import Grid
 from mllm_vision.functional.image_text import clip_loss, related, siglip_loss
 
 cases = st.fixed_dictionaries(
@@ -328,12 +329,15 @@ def test_wrong_flags_are_refused(flags, words):
         clip_loss(torch.randn(4, 2), torch.randn(4, 2), 1.0, **flags)
 
 
-def test_ids_are_compared_tile_by_tile_with_nothing_read_back():
-    """The tiles of equal ids are those of `related`, for ids of any size, also where two columns agree."""
+@pytest.mark.parametrize("listed", [True, False])
+def test_equal_ids_are_those_of_related_listed_or_tile_by_tile(listed, monkeypatch):
+    """For ids of any size, also where two columns agree."""
     torch.manual_seed(0)
+    monkeypatch.setattr(targets_of_the_engine, "LISTED_SHARE", 1 if listed else 10**9)
     ids = torch.tensor([[5, 1], [5, 1], [-6, 1], [2**62, 2], [2**62, 2], [9, -3]])
-    targets = tiles.find_targets(ids, 6, [6], tiles.Grid(6, [(0, 6)], 4), torch.ones(1), None)
+    targets = targets_of_the_engine.find_targets(ids, 6, [6], Grid(6, [(0, 6)], 4), torch.ones(1), None)
     assert targets.certain
+    assert isinstance(targets, targets_of_the_engine.SparseTargets) == listed
     whole = torch.zeros(6, 6)
     for r, rows in enumerate(targets._grid.rows):
         for c, columns in enumerate(targets._grid.columns):
@@ -343,20 +347,39 @@ def test_ids_are_compared_tile_by_tile_with_nothing_read_back():
     assert torch.equal(whole, related(ids, ids).float())
 
 
-def test_both_routes_of_the_products_are_fp64_to_rounding(monkeypatch):
-    """Tiles large enough for oneDNN, where the processor has it, and the same through torch's own product."""
+@pytest.mark.parametrize("relations", [None, "ids"])
+def test_threads_change_no_bit(relations):
+    """Tiles shared by several threads give what one thread gives."""
     torch.manual_seed(0)
-    image, text = torch.randn(2, 150, 72).unbind()
-    for extra, loss in (((), clip_loss), ((-6.0,), siglip_loss)):
-        exact = [value.double().requires_grad_() for value in (image, text)]
-        reference = loss(*exact, 20.0, *extra)
-        reference.backward()
-        for smallest in (64, 10**9):
-            monkeypatch.setattr(products, "SMALLEST", smallest)
-            pair = [value.clone().requires_grad_() for value in (image, text)]
-            value = loss(*pair, 20.0, *extra, tile_size=75)
-            value.backward()
-            assert value.item() == pytest.approx(reference.item(), rel=1e-6)
-            for ours, theirs in zip(pair, exact, strict=True):
-                error = (ours.grad - theirs.grad).abs().max() / theirs.grad.abs().max()
-                assert error < 5e-6, (loss.__name__, smallest, error)
+    image, text = torch.randn(2, 150, 24).unbind()
+    ids = None if relations is None else torch.arange(150) // 3
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for loss, extra in ((clip_loss, ()), (siglip_loss, (torch.tensor(-6.0, requires_grad=True),))):
+                leaves = [image.clone().requires_grad_(), text.clone().requires_grad_(), torch.tensor(20.0), *extra]
+                leaves[2].requires_grad_()
+                value = loss(*leaves, relations=ids, tile_size=20)
+                found.append([value.detach(), *torch.autograd.grad(value, leaves)])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for index, values in enumerate(found[2:]):
+        assert all(torch.equal(a, b) for a, b in zip(values, found[index % 2], strict=True))
+
+
+def test_an_error_in_a_thread_is_raised_and_ends_the_others():
+    def fails(rows, columns):
+        if rows.start and columns.start:
+            raise KeyError("no such row")
+        return torch.eye(80)[rows, columns]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(KeyError, match="no such row"):
+            clip_loss(torch.randn(80, 4), torch.randn(80, 4), 1.0, relations=fails, tile_size=10)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

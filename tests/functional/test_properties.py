@@ -126,7 +126,7 @@ NO_LOSS = {"triplet_masks", "mine_triplets", "mutual_information_bound", "cross_
 NO_LOSS |= {"centred_softmax", "sinkhorn_knopp", "spherical_kmeans", "concentration", "patchify", "unpatchify"}
 NO_LOSS |= {"spectrum", "effective_rank", "rankme", "alpha_req", "spread", "participation_ratio"}  # test_geometry.py
 NO_LOSS |= {"full_precision", "at_least_fp32"}
-TOOLS = {"masking", "precision", "products", "tiles", "sigmoid_tiles", "softmax_tiles"}
+TOOLS = {"masking", "precision", "random"}
 
 every_loss = pytest.mark.parametrize("name", LOSSES)
 sizes = {"n": st.integers(2, 9), "seed": st.integers(0, 2**16)}

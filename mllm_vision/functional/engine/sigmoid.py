@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mllm_vision.distributed import all_reduce, world_size
-from mllm_vision.functional.engine.products import add_product, product
+from mllm_vision.functional.engine.plan import Plan
 from mllm_vision.functional.engine.softmax import refuse_double_backward, sum_of_products
-from mllm_vision.functional.engine.tiles import Plan
+from mllm_vision.functional.engine.workers import for_each_tile
 from mllm_vision.functional.precision import wide_dtype
 
 
@@ -47,37 +47,34 @@ class _SigmoidLosses(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, plan: Plan, recorded: bool) -> Tensor:
         x, y = x.detach(), y.detach()
         need_x, need_y, need_scale, need_bias = (recorded and needed for needed in ctx.needs_input_grad[:4])
-        t, b = scale.detach(), bias.detach()
-        grid = plan.grid
-        tall, wide = grid.rows[0].stop, grid.widest
-        scores, spare, scratch = x.new_empty(tall * wide), x.new_empty(tall * wide), x.new_empty(tall, x.shape[1])
+        t, b, grid, targets = scale.detach(), bias.detach(), plan.grid, plan.targets
         for_x = torch.zeros_like(x) if need_x or need_scale else None
+        visit = plan.columns.visit(plan.columns.hold(y), gradient=need_y)
+
+        def add(
+            tile: Tensor, other: Tensor, r: int, c: int, scaled: Tensor, block: Tensor, for_block: Tensor | None
+        ) -> tuple[Tensor | float, Tensor, Tensor | float]:
+            tile += b
+            positive = 0.0 if targets is None else targets.total(tile, r, c)
+            value = torch.ops.aten.softplus.out(tile, 1, LINEAR_FROM, out=other).sum()
+            tile.sigmoid_()
+            if targets is not None:
+                targets.subtract(tile, r, c)
+            gradient = tile.sum() if need_bias else 0.0
+            if for_x is not None:
+                for_x[grid.rows[r]].addmm_(tile, block)
+            if for_block is not None:
+                for_block.addmm_(tile.T, scaled)
+            return positive, value, gradient
+
         total = torch.zeros((), dtype=wide_dtype(x), device=x.device)
         for_scale, for_bias = torch.zeros_like(total), torch.zeros_like(total)
-        visit = plan.columns.visit(plan.columns.hold(y), gradient=need_y)
-        for start, block, for_block in visit:
-            for r, down in enumerate(grid.rows):
-                scaled = torch.mul(x[down], t, out=scratch[: down.stop - down.start])
-                for c, across in grid.of_block(start, len(block)):
-                    local = slice(across.start - start, across.stop - start)
-                    shape = (down.stop - down.start, across.stop - across.start)
-                    tile, other = (part[: shape[0] * shape[1]].view(shape) for part in (scores, spare))
-                    tile = product(scaled, block[local].T, tile)
-                    tile += b
-                    if plan.targets is not None:
-                        total -= plan.targets.total(tile, r, c)
-                    total += torch.ops.aten.softplus.out(tile, 1, LINEAR_FROM, out=other).sum()
-                    tile.sigmoid_()
-                    if plan.targets is not None:
-                        plan.targets.subtract(tile, r, c)
-                    if need_bias:
-                        for_bias += tile.sum()
-                    if for_x is not None:
-                        add_product(for_x[down], tile, block[local])
-                    if for_block is not None:
-                        add_product(for_block[local], tile.T, scaled)
+        for positive, value, gradient in for_each_tile(x, t, visit, grid, add):
+            total -= positive
+            total += value
+            for_bias += gradient
         if need_scale and for_x is not None:
-            for_scale = sum_of_products(x, for_x, grid, scratch)
+            for_scale = sum_of_products(x, for_x, grid)
         if need_scale or need_bias:
             shared = all_reduce(torch.stack([for_scale, for_bias]), plan.group) / world_size(plan.group)
             for_scale, for_bias = shared.to(x.dtype).unbind()

@@ -8,7 +8,6 @@ take three and the memory of every pair. docs/engine.md has the mathematics.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,10 @@ import torch
 from torch import Tensor
 
 from mllm_vision.distributed import all_gather, all_reduce, world_size
-from mllm_vision.functional.engine.products import add_product, product
-from mllm_vision.functional.engine.tiles import Grid, Plan, TargetSums
+from mllm_vision.functional.engine.plan import Plan
+from mllm_vision.functional.engine.targets import TargetSums
+from mllm_vision.functional.engine.tiles import Grid
+from mllm_vision.functional.engine.workers import for_each_tile
 from mllm_vision.functional.precision import full_fp32, wide_dtype
 
 LN2 = math.log(2.0)
@@ -66,6 +67,11 @@ class _Scores:
     def unit(self) -> float:
         """A nat, in the scores' unit."""
         return 1 / LN2 if self.bounded else 1.0
+
+    @property
+    def factor(self) -> Tensor:
+        """What the products are multiplied by."""
+        return self.scale * self.unit
 
 
 class _SoftmaxLosses(torch.autograd.Function):
@@ -117,32 +123,10 @@ def refuse_double_backward() -> None:
         )
 
 
-def sum_of_products(x: Tensor, y: Tensor, grid: Grid, scratch: Tensor) -> Tensor:
-    """Sum of all entries of `x * y`, strip by strip in `scratch` and added up in fp64: the scale's gradient."""
+def sum_of_products(x: Tensor, y: Tensor, grid: Grid) -> Tensor:
+    """Sum of all entries of `x * y`, strip by strip and added up in fp64: the gradient of the scale."""
     exact = wide_dtype(x)
-    parts = [torch.mul(x[rows], y[rows], out=scratch[: rows.stop - rows.start]).sum().to(exact) for rows in grid.rows]
-    return torch.stack(parts).sum()
-
-
-def _tiles(
-    x: Tensor, visit: Any, scores: _Scores, plan: Plan
-) -> Iterator[tuple[Tensor, int, int, Tensor, Tensor, Tensor | None]]:
-    """Every tile of scores in turn, in one buffer that the next overwrites.
-
-    Yields the tile, its row and column strip, the rows times scale, the columns, and the columns' gradient.
-    """
-    grid = plan.grid
-    rows = grid.rows[0].stop
-    buffer, scratch = x.new_empty(rows * grid.widest), x.new_empty(rows, x.shape[1])
-    factor = scores.scale * scores.unit
-    for start, block, gradient in visit:
-        for row, down in enumerate(grid.rows):
-            scaled = torch.mul(x[down], factor, out=scratch[: down.stop - down.start])
-            for column, across in grid.of_block(start, len(block)):
-                local = slice(across.start - start, across.stop - start)
-                tile = buffer[: len(scaled) * (across.stop - across.start)].view(len(scaled), -1)
-                tile = product(scaled, block[local].T, tile)
-                yield tile, row, column, scaled, block[local], None if gradient is None else gradient[local]
+    return torch.stack([(x[rows] * y[rows]).sum().to(exact) for rows in grid.rows]).sum()
 
 
 def _sums(x: Tensor, held: Tensor, scores: _Scores, plan: Plan, both: bool) -> tuple[Tensor, Tensor | None, TargetSums]:
@@ -153,7 +137,8 @@ def _sums(x: Tensor, held: Tensor, scores: _Scores, plan: Plan, both: bool) -> t
     column = x.new_full((total,), neutral) if both else None
     zeros = [x.new_zeros(total) if both else None for _ in range(2)]
     sums = TargetSums(x.new_zeros(len(x)), x.new_zeros(len(x)), *zeros)
-    for tile, r, c, *_ in _tiles(x, plan.columns.visit(held), scores, plan):
+
+    def add(tile: Tensor, spare: Tensor, r: int, c: int, *_: Any) -> None:
         down, across = grid.rows[r], grid.columns[c]
         if plan.targets is not None:
             plan.targets.add_sums(tile, r, c, sums)
@@ -170,6 +155,8 @@ def _sums(x: Tensor, held: Tensor, scores: _Scores, plan: Plan, both: bool) -> t
             row[down] = torch.logaddexp(row[down], tile.logsumexp(1))
             if column is not None:
                 column[across] = torch.logaddexp(column[across], tile.logsumexp(0))
+
+    for_each_tile(x, scores.factor, plan.columns.visit(held), grid, add)
     if column is not None and world_size(plan.group) > 1:
         _over_ranks(column, sums, scores, plan)
     if plan.targets is not None and not plan.targets.certain:
@@ -227,11 +214,12 @@ def _gradients(ctx: Any, by_row: Tensor, by_column: Tensor) -> tuple[Tensor | No
 
     grid = plan.grid
     for_x = torch.zeros_like(x) if need_x or need_scale else None
-    spare = x.new_empty(grid.rows[0].stop * grid.widest)
     visit = plan.columns.visit(held, gradient=need_y)
-    for tile, r, c, scaled, block, for_block in _tiles(x, visit, scores, plan):
+
+    def add(
+        tile: Tensor, other: Tensor, r: int, c: int, scaled: Tensor, block: Tensor, for_block: Tensor | None
+    ) -> None:
         rows, columns = grid.rows[r], grid.columns[c]
-        other = spare[: tile.numel()].view_as(tile)
         if scores.bounded:
             torch.exp2(tile, out=tile)
             if column_factor is None:
@@ -250,12 +238,14 @@ def _gradients(ctx: Any, by_row: Tensor, by_column: Tensor) -> tuple[Tensor | No
         if plan.targets is not None:
             plan.targets.subtract(tile, r, c, target_row, target_column)
         if for_x is not None:
-            add_product(for_x[rows], tile, block)
+            for_x[rows].addmm_(tile, block)
         if for_block is not None:
-            add_product(for_block, tile.T, scaled)
+            for_block.addmm_(tile.T, scaled)
+
+    for_each_tile(x, scores.factor, visit, grid, add)
     for_scale = None
     if need_scale and for_x is not None:
-        products = sum_of_products(x, for_x, grid, x.new_empty(grid.rows[0].stop, x.shape[1]))
+        products = sum_of_products(x, for_x, grid)
         share = 0.5 if plan.mirror is not None else 1.0  # a mirrored gradient counts every pair from both ends
         for_scale = (all_reduce(products * (peak * share), plan.group) / world_size(plan.group)).to(x.dtype)
     for_y = None if visit.gradient is None else visit.gradient.mul_(peak / scores.unit)

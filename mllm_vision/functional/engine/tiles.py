@@ -1,31 +1,19 @@
-"""Tiles: what the exact engine of `image_text` and `infonce` cuts the matrix of all pairs into.
-
-A rank owns the rows of its own batch and meets the columns of all ranks. `Grid` cuts that rectangle into tiles;
-`Runs`, `SparseTargets` and `DenseTargets` say which pairs of a tile are positives, and how much. Nothing here, nor in
-the losses built on it, ever holds one number for every pair.
-
-What a method needs in a step (its own pairs, equal ids) is laid out without reading a value back from the device,
-which would stall a GPU's queue. Only a sparse matrix of the caller's own is read: how many entries a tile has.
-"""
+"""Tiles: what the engine cuts the matrix of all pairs into, and how large they are."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mllm_vision.distributed import Columns, all_gather, rank
-
-Relation = Callable[[slice, slice], Tensor]
-Relations = Tensor | Relation | None
+from mllm_vision.distributed import rank
 
 # Tiles large enough for the matrix products to run at full speed and small enough to stay in the cache.
 # 768 was measured on CPU (docs/engine.md); 4096 for a GPU was not.
 TILE_ON_CPU, TILE_ON_GPU = 768, 4096
+SMALLEST_TILE = 256  # to which several CPU threads cut tiles, so that each of them has some
 
 
 class Grid:
@@ -58,336 +46,24 @@ class Grid:
         return rows // self.size * len(self.columns) + strips
 
 
-@dataclass
-class TargetSums:
-    """Sums over positives, by row and by column: of the weights, and of weight times score."""
-
-    row_weight: Tensor
-    row_score: Tensor
-    column_weight: Tensor | None
-    column_score: Tensor | None
-
-
-class Runs:
-    """Pairs along diagonals: row r + k and column c + k for all k below a length, for some (r, c, length).
-
-    The host knows them all, so that a tile's share is a view of it and nothing is asked of the device.
-
-    Args:
-        runs: (first row, first column, length) of each; columns are counted over all ranks. No pair occurs twice.
-        grid: the tiles.
-    """
-
-    certain = True  # where they are the positives, every row and every column of all ranks has one
-
-    def __init__(self, runs: list[tuple[int, int, int]], grid: Grid) -> None:
-        self._runs, self._grid = runs, grid
-
-    def _parts(self, tile: Tensor, row: int, column: int) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Rows, columns and the entries, as a view, of each run's part in one tile."""
-        down, across = self._grid.rows[row], self._grid.columns[column]
-        for first, left, length in self._runs:
-            begin = max(first, down.start, first + across.start - left)
-            end = min(first + length, down.stop, first + across.stop - left)
-            if begin < end:
-                columns = slice(begin - first + left, end - first + left)
-                a, b = begin - down.start, columns.start - across.start
-                yield slice(begin, end), columns, tile.diagonal(b - a)[min(a, b) :][: end - begin]
-
-    def add_sums(self, tile: Tensor, row: int, column: int, sums: TargetSums) -> None:
-        """As `SparseTargets.add_sums`."""
-        for rows, columns, score in self._parts(tile, row, column):
-            sums.row_weight[rows] += 1
-            sums.row_score[rows] += score
-            if sums.column_weight is not None and sums.column_score is not None:
-                sums.column_weight[columns] += 1
-                sums.column_score[columns] += score
-
-    def subtract(
-        self, tile: Tensor, row: int, column: int, by_row: Tensor | None = None, by_column: Tensor | None = None
-    ) -> None:
-        """As `SparseTargets.subtract`."""
-        for rows, columns, part in self._parts(tile, row, column):
-            if by_row is None and by_column is None:
-                part -= 1
-            if by_row is not None:
-                part -= by_row[rows]
-            if by_column is not None:
-                part -= by_column[columns]
-
-    def total(self, tile: Tensor, row: int, column: int) -> Tensor | float:
-        """As `SparseTargets.total`."""
-        parts = [part.sum() for _, _, part in self._parts(tile, row, column)]
-        return torch.stack(parts).sum() if parts else 0.0
-
-    def fill(self, tile: Tensor, row: int, column: int, value: float) -> None:
-        """Writes `value` at the pairs."""
-        for _, _, part in self._parts(tile, row, column):
-            part.fill_(value)
-
-
-class SparseTargets:
-    """Positives as a list of pairs.
-
-    Args:
-        rows: `[P]` local rows.
-        columns: `[P]` columns, counted over all ranks. No pair occurs twice.
-        weights: `[P]` in [0, 1]; `None` is one for each.
-        grid: the tiles.
-    """
-
-    certain = False
-
-    def __init__(self, rows: Tensor, columns: Tensor, weights: Tensor | None, grid: Grid) -> None:
-        number = grid.number(rows, columns)
-        order = number.argsort(stable=True)
-        counts = torch.bincount(number, minlength=len(grid.rows) * len(grid.columns)).tolist()
-        self._grid = grid
-        self._rows, self._columns = rows[order].split(counts), columns[order].split(counts)
-        self._weights = None if weights is None else weights[order].split(counts)
-
-    def _part(self, row: int, column: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
-        """Rows, columns, places in the flat tile and weights of the positives in one tile."""
-        index = row * len(self._grid.columns) + column
-        rows, columns = self._rows[index], self._columns[index]
-        if len(rows) == 0:
-            return None
-        down, across = self._grid.rows[row], self._grid.columns[column]
-        place = (rows - down.start) * (across.stop - across.start) + (columns - across.start)
-        return rows, columns, place, None if self._weights is None else self._weights[index]
-
-    def add_sums(self, tile: Tensor, row: int, column: int, sums: TargetSums) -> None:
-        """Adds the tile's part of the sums."""
-        if (part := self._part(row, column)) is None:
-            return
-        rows, columns, place, weight = part
-        score = tile.flatten()[place]
-        weight = torch.ones_like(score) if weight is None else weight
-        sums.row_weight.index_add_(0, rows, weight)
-        sums.row_score.index_add_(0, rows, weight * score)
-        if sums.column_weight is not None and sums.column_score is not None:
-            sums.column_weight.index_add_(0, columns, weight)
-            sums.column_score.index_add_(0, columns, weight * score)
-
-    def subtract(
-        self, tile: Tensor, row: int, column: int, by_row: Tensor | None = None, by_column: Tensor | None = None
-    ) -> None:
-        """Takes weight times (by_row + by_column), or the weight itself without either, from the tile's positives."""
-        if (part := self._part(row, column)) is None:
-            return
-        rows, columns, place, weight = part
-        factor = None if by_row is None else by_row[rows]
-        if by_column is not None:
-            factor = by_column[columns] if factor is None else factor + by_column[columns]
-        amount = tile.new_ones(len(place)) if weight is None else weight
-        tile.view(-1).index_add_(0, place, amount if factor is None else amount * factor, alpha=-1)
-
-    def total(self, tile: Tensor, row: int, column: int) -> Tensor | float:
-        """Sum of weight times score over the tile."""
-        if (part := self._part(row, column)) is None:
-            return 0.0
-        _, _, place, weight = part
-        score = tile.flatten()[place]
-        return score.sum() if weight is None else (score * weight).sum()
-
-
-class DenseTargets:
-    """Positives given tile by tile.
-
-    Args:
-        relation: local rows and columns over all ranks to weights `[r, c]` in [0, 1].
-        grid: the tiles.
-        certain: every row and every column of all ranks is known to have a positive.
-    """
-
-    def __init__(self, relation: Relation, grid: Grid, *, certain: bool = False) -> None:
-        self._relation, self._grid, self.certain = relation, grid, certain
-
-    def _weights(self, tile: Tensor, row: int, column: int) -> Tensor:
-        weights = self._relation(self._grid.rows[row], self._grid.columns[column])
-        if weights.shape != tile.shape:
-            raise ValueError(
-                f"relations gave {list(weights.shape)} for a tile of {list(tile.shape)}; a callable takes the slices "
-                "(rows, columns) over the rows of all ranks and returns [rows, columns] weights in [0, 1]"
-            )
-        return weights.detach().to(device=tile.device, dtype=tile.dtype)
-
-    def add_sums(self, tile: Tensor, row: int, column: int, sums: TargetSums) -> None:
-        """As `SparseTargets.add_sums`."""
-        weights = self._weights(tile, row, column)
-        score = weights * tile
-        rows, columns = self._grid.rows[row], self._grid.columns[column]
-        sums.row_weight[rows] += weights.sum(1)
-        sums.row_score[rows] += score.sum(1)
-        if sums.column_weight is not None and sums.column_score is not None:
-            sums.column_weight[columns] += weights.sum(0)
-            sums.column_score[columns] += score.sum(0)
-
-    def subtract(
-        self, tile: Tensor, row: int, column: int, by_row: Tensor | None = None, by_column: Tensor | None = None
-    ) -> None:
-        """As `SparseTargets.subtract`."""
-        weights = self._weights(tile, row, column)
-        if by_row is None and by_column is None:
-            tile -= weights
-        if by_row is not None:
-            tile.addcmul_(weights, by_row[self._grid.rows[row], None], value=-1)
-        if by_column is not None:
-            tile.addcmul_(weights, by_column[None, self._grid.columns[column]], value=-1)
-
-    def total(self, tile: Tensor, row: int, column: int) -> Tensor | float:
-        """As `SparseTargets.total`."""
-        return (self._weights(tile, row, column) * tile).sum()
-
-
-Targets = Runs | SparseTargets | DenseTargets
-
-
-@dataclass
-class Plan:
-    """How one loss runs: whose rows, whose columns, in which tiles, with which positives.
-
-    Attributes:
-        columns: how the columns come by.
-        grid: the tiles.
-        offset: number of this rank's first column, where rows and columns belong together; else `None`.
-        targets: the positives; `None` where there are none among the columns.
-        excluded: pairs that are left out altogether.
-        by_column: whether the softmax runs over rows too, for a loss of each column.
-        mirror: rows are the columns in another order, `rows.roll(mirror)`: then the scores are symmetric, what
-            holds for a row holds for its column, and half of the gradient is the other half.
-        bound: what no score exceeds in absolute value, in nats, where the host knows that much.
-    """
-
-    columns: Columns
-    grid: Grid
-    offset: int | None = None
-    targets: Targets | None = None
-    excluded: Runs | None = None
-    by_column: bool = True
-    mirror: int | None = None
-    bound: float | None = None
-    sizes: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.sizes = self.columns.sizes
-
-    @property
-    def total(self) -> int:
-        """Number of columns, of all ranks."""
-        return sum(self.sizes)
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        return self.columns.group
-
-
-def choose_tile(tile_size: int | None, device: torch.device) -> int:
-    """`tile_size` checked, or the size that suits the device.
+def choose_tile(tile_size: int | None, device: torch.device, rows: int = 0) -> int:
+    """`tile_size` checked, or the size that suits the device and, on several CPU threads, this number of rows.
 
     Raises:
         ValueError: a size below one.
     """
-    if tile_size is None:
-        return TILE_ON_CPU if device.type == "cpu" else TILE_ON_GPU
-    if tile_size < 1:
-        raise ValueError(f"tile_size={tile_size} must be at least 1; None chooses one")
-    return int(tile_size)
+    if tile_size is not None:
+        if tile_size < 1:
+            raise ValueError(f"tile_size={tile_size} must be at least 1; None chooses one")
+        return int(tile_size)
+    if device.type != "cpu":
+        return TILE_ON_GPU
+    threads = torch.get_num_threads()
+    if threads == 1 or rows < 4 * SMALLEST_TILE:
+        return TILE_ON_CPU
+    return min(TILE_ON_CPU, max(SMALLEST_TILE, -(-rows // (2 * threads))))  # two strips of rows a thread
 
 
 def first_row(sizes: list[int], group: dist.ProcessGroup | None) -> int:
     """Number of this rank's first row among those of all ranks."""
     return sum(sizes[: rank(group)]) if len(sizes) > 1 else 0
-
-
-def related(ids: Tensor, others: Tensor) -> Tensor:
-    """Which rows share an id.
-
-    Args:
-        ids: integer `[N]` or `[N, K]`.
-        others: integer `[M]` or `[M, K]`.
-
-    Returns:
-        Bool `[N, M]`: true where any of the K ids of row i and row j agree (column by column).
-    """
-    ids, others = (value.unsqueeze(1) if value.ndim == 1 else value for value in (ids, others))
-    result = ids[:, None, 0] == others[None, :, 0]
-    for column in range(1, ids.shape[1]):
-        result |= ids[:, None, column] == others[None, :, column]
-    return result
-
-
-def diagonal(rows: int, offset: int, grid: Grid) -> Runs:
-    """Row i belongs to column offset + i, and to no other."""
-    return Runs([(0, offset, rows)], grid)
-
-
-def rolled(rows: int, offset: int, shifts: list[int], grid: Grid) -> Runs:
-    """Row i and column offset + (i - shift) mod rows, for each of the shifts (different ones, below `rows`)."""
-    runs = [((0, offset + rows - shift, shift), (shift, offset, rows - shift)) for shift in shifts]
-    return Runs([run for pair in runs for run in pair if run[2]], grid)
-
-
-def find_targets(
-    relations: Relations, rows: int, sizes: list[int], grid: Grid, like: Tensor, group: dist.ProcessGroup | None
-) -> Targets:
-    """The positives of this rank's rows.
-
-    Args:
-        relations: as `clip_loss` takes them.
-        rows: number of this rank's rows.
-        sizes: rows of every rank.
-        grid: the tiles.
-        like: weights get this tensor's device and type.
-        group: process group.
-
-    Raises:
-        ValueError: a shape that disagrees with the rows, or relations that want a gradient.
-    """
-    start = first_row(sizes, group)
-    if relations is None:
-        return diagonal(rows, start, grid)
-    if not isinstance(relations, Tensor):
-        if not callable(relations):
-            raise ValueError(f"relations must be a tensor or a callable, got {type(relations).__name__}")
-        given = relations
-        return DenseTargets(lambda r, c: given(slice(start + r.start, start + r.stop), c), grid)
-    if relations.requires_grad:
-        raise ValueError("relations are targets and get no gradient here; pass relations.detach()")
-    total = sum(sizes)
-    matrix = relations.to(like.device)
-    is_ids = not (matrix.is_floating_point() or matrix.dtype == torch.bool) and matrix.layout == torch.strided
-    expected = matrix.ndim in (1, 2) if is_ids else list(matrix.shape[1:]) == [total]
-    if not expected or len(matrix) != rows:
-        wanted = f"[{rows}] or [{rows}, K]" if is_ids else f"[{rows}, {total}]"
-        raise ValueError(f"relations of dtype {matrix.dtype} must be {wanted}, got {list(matrix.shape)}")
-    if matrix.layout != torch.strided:
-        listed = (matrix if matrix.layout == torch.sparse_coo else matrix.to_sparse_coo()).coalesce()
-        places = listed.indices()
-        return SparseTargets(places[0], places[1], listed.values().to(like.dtype), grid)
-    if not is_ids:
-        return DenseTargets(lambda r, c: matrix[r, c], grid)
-    everyone = all_gather(matrix, group, sizes)
-    pairs = _places(matrix, everyone, like.dtype)
-
-    def equal(r: slice, c: slice) -> Tensor:
-        # written as the numbers that weights are: made of them afterwards they cost six times as much on a CPU
-        found = [
-            torch.eq(own[r, None], of_all[None, c], out=like.new_empty(r.stop - r.start, c.stop - c.start))
-            for own, of_all in pairs
-        ]
-        return functools.reduce(lambda one, other: torch.maximum(one, other, out=one), found)
-
-    return DenseTargets(equal, grid, certain=True)
-
-
-def _places(ids: Tensor, others: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Each column of ids, and of the others', as places among the others, in the type that is quickest to compare."""
-    ids, others = (value.unsqueeze(1) if value.ndim == 1 else value for value in (ids, others))
-    kind = dtype if len(others) < 1 << 24 else torch.int64  # fp32 tells integers apart up to there
-    found = []
-    for own, of_all in zip(ids.unbind(1), others.unbind(1), strict=True):
-        ordered = of_all.sort().values
-        first, second = (torch.searchsorted(ordered, part.contiguous()).to(kind) for part in (own, of_all))
-        found.append((first, second))
-    return found
