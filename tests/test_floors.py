@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,16 +70,7 @@ def complaints(source: str, parts: list[str], is_package: bool = False) -> list[
             continue
         if words[0] != "mllm_vision":
             allowed = HEAVY_FREE.get(room or "")
-            standard = words[0] in {
-                "__future__",
-                "math",
-                "bisect",
-                "typing",
-                "collections",
-                "dataclasses",
-                "functools",
-                "itertools",
-            }
+            standard = words[0] in sys.stdlib_module_names
             if allowed is not None and words[0] not in allowed and not standard:
                 bad.append(f"line {line}: {room} imports {name}; it may import {', '.join(sorted(allowed))} only")
             continue
