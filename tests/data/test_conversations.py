@@ -138,8 +138,8 @@ def test_templates_and_tokenizers_that_cannot_work(tokenizer, image):
     records = [talk(image, "<image>\nq?", "a")]
     with pytest.raises(ValueError, match=r"no generation marks.*\{% generation %\}.*'plain', 'vicuna', 'qa'"):
         build(records, TALK, tokenizer, chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    with pytest.raises(ValueError, match="'<image>' is no token"):
-        build(records, TALK, tokenizer, image_token="<image>")
+    with pytest.raises(ValueError, match="'<photo>' is no token"):
+        build(records, TALK, tokenizer, image_token="<photo>")
 
     class Without:
         chat_template = None
@@ -269,7 +269,7 @@ def test_questions_come_in_another_order_each_epoch(tokenizer, image, template, 
     for i in range(len(dataset)):  # every reordered dialogue equals the template's own rendering of that order
         sample = dataset[i]
         order = [int(text.split()[0]) for text in supervised(sample, tokenizer).split("</s>") if text.strip()]
-        ids, mask = dataset._anew(i, order)
+        ids, mask = dataset._tokenise_again(i, order)
         repeat = np.where(ids == dataset.chat.image_token_id, 4, 1)
         assert np.array_equal(np.repeat(ids, repeat), sample["input_ids"])
         assert np.array_equal(np.repeat(mask, repeat), sample["labels"] != -100)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
-import sys
 import tarfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +21,7 @@ from mllm_vision.data.streams.flags import StreamArguments
 from mllm_vision.data.streams.loader import StreamLoader
 from mllm_vision.data.streams.order import Source, StreamOrder, deal
 from mllm_vision.data.streams.shards import Shard, find_shards
-from mllm_vision.data.streams.streams import Stream, StreamDataset, row_filter
+from mllm_vision.data.streams.streams import Stream, StreamDataset
 
 IMAGE = tiny.image_bytes(tiny.random_image(0, 8))
 
@@ -191,7 +189,7 @@ def test_parquet_and_tar_hold_the_same_rows(shards: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("options", [{}, {"mix": "other"}, {"conditions": ["score>=2", "words(caption)<2"]}])
+@pytest.mark.parametrize("options", [{}, {"mix": "other"}])
 def test_resumed_anywhere_is_uninterrupted(shards: Path, options: dict, workers: int) -> None:
     options = {name: {str(shards / value): 0.5} if name == "mix" else value for name, value in options.items()}
     stream = stream_of(shards / "parquet", **options)
@@ -247,7 +245,7 @@ def test_ranks_read_their_own_shards(tmp_path: Path) -> None:
     assert [loader.reader.groups_read for loader in ranks] == [16, 16]  # of 32 groups, each by one rank
 
 
-# ---- mixing and filtering ------------------------------------------------------------------------------------
+# ---- mixing ------------------------------------------------------------------------------------------------
 
 
 def test_weights_are_the_shares_of_the_sources(shards: Path) -> None:
@@ -262,44 +260,6 @@ def test_weights_are_the_shares_of_the_sources(shards: Path) -> None:
     assert stream.total is None
     with pytest.raises(TypeError, match="no known length"):
         len(loader_of(stream))
-
-
-@pytest.mark.parametrize(
-    ("conditions", "row", "kept"),
-    [
-        (["score>=0.3"], {"score": 0.3}, True),
-        (["score>=0.3", "score < 0.2"], {"score": 0.3}, False),
-        (["score>0"], {"score": None}, False),
-        (["score>0"], {"score": "much"}, False),
-        (["words(caption)<=2"], {"caption": "a dog"}, True),
-        (["length(caption)>5"], {"caption": ["a dog", "another one"]}, False),
-        (["lang==en"], {"lang": "en"}, True),
-        (["lang != 'en'"], {"lang": "en"}, False),
-    ],
-)
-def test_conditions(conditions: list[str], row: dict, kept: bool) -> None:
-    keep, columns = row_filter(conditions)
-    assert keep is not None and keep(row) is kept
-    assert columns == list(row)
-    assert pickle.loads(pickle.dumps(keep))(row) is kept
-
-
-def even_score(row: dict) -> bool:
-    return row["score"] % 2 == 0
-
-
-even_score.columns = ["score"]
-
-
-@pytest.mark.parametrize("kind", ["parquet", "tar"])
-def test_filters_keep_what_they_say(shards: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = stream_of(shards / kind, conditions=["score>=2"])
-    assert stream.total is None
-    names = [name for batch in batches(loader_of(stream, 31), 1) for name, _ in batch]
-    assert sorted(names) == sorted(f"{n}{i}" for n, size in zip("abcde", SIZES) for i in range(2, size))
-    monkeypatch.setitem(sys.modules, "my_filters", sys.modules[__name__])
-    names = [n for n, _ in batches(loader_of(stream_of(shards / kind, conditions=["my_filters:even_score"]), 22), 1)[0]]
-    assert sorted(names) == sorted(f"{n}{i}" for n, size in zip("abcde", SIZES) for i in range(0, size, 2))
 
 
 # ---- bad rows ------------------------------------------------------------------------------------------------
@@ -367,19 +327,11 @@ def test_shards_are_found(tmp_path: Path) -> None:
         (lambda p: Shard(p / "text.tar").groups, ValueError, "cannot be read as a tar"),
         (lambda p: stream_of(p / "good.parquet", shuffle_buffer=-1), ValueError, "shuffle_buffer=-1 must not be"),
         (lambda p: stream_of(p / "good.parquet", mix={str(p / "good.tar"): 0}), ValueError, "weight=0.0 of .*positive"),
-        (lambda p: stream_of(p / "good.parquet", conditions=["score"]), ValueError, "'score' is no condition; write"),
-        (lambda p: stream_of(p / "good.parquet", conditions=["score>b"]), ValueError, "'b' is no number"),
-        (lambda p: loader_of(stream_of(p / "good.parquet", conditions=["x>1"])), ValueError, "has no column x; its"),
         (lambda p: loader_of(stream_of(p / "good.parquet"), 9), ValueError, "8 rows, fewer than one batch of 9"),
         (
             lambda p: loader_of(stream_of(p / "good.parquet"), 2, world=2, drop_last=False),
             ValueError,
             "dataloader_drop_last=False cannot give 2 processes equal parts",
-        ),
-        (
-            lambda p: batches(loader_of(stream_of(p / "good.parquet", conditions=["score>99"])), 1),
-            ValueError,
-            "a whole pass over .*good.parquet gave no row: the filter keeps none",
         ),
     ],
 )
@@ -426,7 +378,6 @@ def test_the_last_batch_is_given_where_asked_for(shards: Path) -> None:
     ("flags", "message"),
     [
         ({"mix_datasets": {"a.tar": 1.0}}, "--mix_datasets is for streams: add --streaming"),
-        ({"stream_filter": ["a>1"]}, "--stream_filter is for streams: add --streaming"),
         ({"streaming": True, "mix_datasets": {"a.tar": "much"}}, "--mix_datasets a.tar='much': a weight is a positive"),
         ({"streaming": True, "stream_lanes": 0}, "stream_lanes=0 at least 1"),
     ],
@@ -438,11 +389,10 @@ def test_flags_that_do_not_fit_are_refused(flags: dict, message: str) -> None:
 
 def test_flags_open_a_stream(shards: Path) -> None:
     more = {str(shards / "other"): 0.5}
-    flags = StreamArguments(streaming=True, mix_datasets=more, shuffle_buffer=5, stream_filter=["score<9"])
+    flags = StreamArguments(streaming=True, mix_datasets=more, shuffle_buffer=5)
     stream = flags.open(str(shards / "parquet"), seed=7, max_steps=10)
     assert [source.weight for source in stream.sources] == [1.0, 0.5]
     assert stream.settings == {"seed": 7, "buffer": 5, "lanes": 8}
-    assert all(source.filter_columns == ["score"] for source in stream.sources)
     with pytest.raises(ValueError, match=r"no known length .* say how long to train with --max_steps"):
         flags.open(str(shards / "parquet"))
     assert StreamArguments(streaming=True).open(str(shards / "parquet")).total == 41  # epochs are known

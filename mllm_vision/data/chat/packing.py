@@ -35,40 +35,34 @@ class PackedConversations(EpochDataset):
             raise ValueError("packed conversations do not see each other: build the samples with shuffle_turns=False")
         super().__init__(samples.seed, len(samples), samples.bad_samples)
         self.samples, self.max_length = samples, int(max_length)
-        self._rows: list[list[int]] = []
+        records, prefixes, marks = samples.beginnings()
+        starts: list[int] = []  # the first sample of every row
         used = 0
-        for index in range(len(samples)):
-            begin = self._shared(index) if not self._rows or not self._same_record(index) else None
-            if begin is None:
-                shared = self._shared(self._rows[-1][0])
-                own = int(samples.lengths[index]) - self._expanded(shared)
-                if not np.array_equal(shared, self._shared(index)):
+        for index, (record, length, own) in enumerate(
+            zip(records, samples.lengths, samples.lengths - prefixes, strict=True)
+        ):
+            if starts and record == records[starts[-1]]:
+                if marks[index] != marks[starts[-1]]:
                     raise ValueError(
-                        f"the conversations of record {samples.record_of(index)} begin differently, so they cannot "
-                        "share their images: the chat template writes words before them; choose another "
-                        "--chat_template, or leave --pack_turns out"
+                        f"the conversations of record {record} begin differently, so they cannot share their images: "
+                        "the chat template writes words before them; choose another --chat_template, or leave "
+                        "--pack_turns out"
                     )
                 if used + own <= self.max_length:
-                    self._rows[-1].append(index)
                     used += own
                     continue
-            self._rows.append([index])
-            used = int(samples.lengths[index])
+            starts.append(index)
+            used = length
+        self._starts = np.asarray([*starts, len(samples)], dtype=np.int64)
 
-    def _same_record(self, index: int) -> bool:
-        return self.samples.record_of(index) == self.samples.record_of(self._rows[-1][0])
-
-    def _shared(self, index: int) -> np.ndarray:
-        """The unexpanded ids up to the last image (or the beginning-of-text token where there is none)."""
+    def _tail(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, mask) of what follows a sample's last image."""
         tokens, mask = self.samples.tokens_of(index)
-        return tokens[: self.samples.chat.turns(tokens, mask)[0]]
-
-    def _expanded(self, tokens: np.ndarray) -> int:
-        images = int((tokens == self.samples.chat.image_token_id).sum())
-        return len(tokens) + images * (self.samples.num_image_tokens - 1)
+        prefix = self.samples.chat.turns(tokens, mask)[0]
+        return tokens[prefix:], mask[prefix:]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._starts) - 1
 
     def set_epoch(self, epoch: int) -> None:
         """As `EpochDataset.set_epoch`, for the samples too."""
@@ -76,16 +70,15 @@ class PackedConversations(EpochDataset):
         self.samples.set_epoch(epoch)
 
     def _read(self, index: int, key: int) -> dict[str, Any]:
-        first, *others = self._rows[index]
+        first, *others = range(self._starts[index], self._starts[index + 1])
         row = self.samples._read(first, draw_key(key, first))
-        shared = self._expanded(self._shared(first))
         ids, labels = [row["input_ids"]], [row["labels"]]
-        turns = [np.where(np.arange(len(ids[0])) < shared, 0, 1)]
+        tail, _ = self._tail(first)
+        turns = [np.where(np.arange(len(ids[0])) < len(ids[0]) - len(tail), 0, 1)]
         for number, other in enumerate(others, start=2):
-            tokens, mask = self.samples.tokens_of(other)
-            tail = slice(len(self._shared(other)), None)
-            ids.append(tokens[tail].astype(np.int64))
-            labels.append(np.where(mask[tail], ids[-1], -100))
+            tokens, mask = self._tail(other)
+            ids.append(tokens.astype(np.int64))
+            labels.append(np.where(mask, ids[-1], -100))
             turns.append(np.full(len(ids[-1]), number))
         packed = {"input_ids": np.concatenate(ids), "labels": np.concatenate(labels), "turns": np.concatenate(turns)}
         return {**row, **packed}

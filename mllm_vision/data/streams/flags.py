@@ -29,18 +29,10 @@ class StreamArguments:
     stream_lanes: int = field(
         default=8, metadata={"help": "Shards read at once, over all processes; best a multiple of their number."}
     )
-    stream_filter: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Conditions on rows: 'similarity>=0.28' 'words(caption)<60', or package.module:function.",
-            "imports": True,
-        },
-    )
 
     def __post_init__(self) -> None:
-        if not self.streaming and (self.mix_datasets or self.stream_filter):
-            name = "mix_datasets" if self.mix_datasets else "stream_filter"
-            raise ValueError(f"--{name} is for streams: add --streaming, or leave it out")
+        if not self.streaming and self.mix_datasets:
+            raise ValueError("--mix_datasets is for streams: add --streaming, or leave it out")
         if self.shuffle_buffer < 0 or self.stream_lanes < 1:
             raise ValueError(
                 f"shuffle_buffer={self.shuffle_buffer} must not be negative, and stream_lanes={self.stream_lanes} at "
@@ -79,7 +71,6 @@ class StreamArguments:
             name,
             split=split,
             mix=self.mix_datasets,
-            conditions=self.stream_filter,
             image_root=image_root,
             seed=seed,
             shuffle_buffer=self.shuffle_buffer,
@@ -87,7 +78,7 @@ class StreamArguments:
         )
         if max_steps <= 0 and not stream.bounded:
             raise ValueError(
-                "this stream has no known length (weights, a filter, or shards on the Hub), so it has no epochs: "
+                "this stream has no known length (weights, or shards on the Hub), so it has no epochs: "
                 "say how long to train with --max_steps"
             )
         return stream

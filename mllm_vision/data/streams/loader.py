@@ -70,7 +70,7 @@ class StreamLoader:
 
     def __len__(self) -> int:
         if self.order.total is None:
-            raise TypeError("the stream has no known length (weights, a filter, or shards on the Hub)")
+            raise TypeError("the stream has no known length (weights, or shards on the Hub)")
         return self._left(0)
 
     def _left(self, taken: int) -> int:

@@ -10,15 +10,13 @@ A lane reads its share of the shards one after the other into its share of the s
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mllm_vision.data.records.sampling import BadRow
 from mllm_vision.data.streams.shards import Shard
 
-Keep = Callable[[dict[str, Any]], bool]
 _BLOCK = 1024  # random numbers made at once
 _MASK = (1 << 64) - 1
 
@@ -34,16 +32,14 @@ class Ref(NamedTuple):
 
 
 class Source:
-    """One data set of a stream: its shards, how often it is drawn, and which rows are kept.
+    """One data set of a stream: its shards, and how often it is drawn.
 
     Args:
         shards: in a fixed order.
         weight: relative to the other sources of the stream.
-        keep: says of a row with `filter_columns` only whether it is trained on; every rank asks it of every row.
-        filter_columns: the columns `keep` looks at.
 
     Raises:
-        ValueError: no shards, a weight that is not positive, `keep` without columns.
+        ValueError: no shards, a weight that is not positive.
     """
 
     def __init__(
@@ -51,23 +47,18 @@ class Source:
         shards: Sequence[Shard],
         *,
         weight: float = 1.0,
-        keep: Keep | None = None,
-        filter_columns: Sequence[str] = (),
     ) -> None:
         if not shards:
             raise ValueError("a stream needs at least one shard")
         if not weight > 0:
             raise ValueError(f"weight={weight} of {shards[0].name} must be positive; leave the data set out instead")
-        if keep is not None and not filter_columns:
-            raise ValueError("a filter needs filter_columns: the columns it looks at (others are not read for it)")
         self.shards, self.weight = list(shards), float(weight)
-        self.keep, self.filter_columns = keep, list(filter_columns)
         self._starts: dict[int, np.ndarray] = {}
 
     @property
     def known(self) -> bool:
-        """Whether its rows can be counted without reading them or fetching shards."""
-        return self.keep is None and all(shard.local for shard in self.shards)
+        """Whether its rows can be counted without fetching shards."""
+        return all(shard.local for shard in self.shards)
 
     def starts(self, shard: int) -> np.ndarray:
         """First row of each of a shard's groups, and the number of all its rows at the end."""
@@ -78,17 +69,6 @@ class Source:
     def group_of(self, shard: int, row: int) -> int:
         """Which group of its shard a row lies in."""
         return int(np.searchsorted(self.starts(shard), row, side="right")) - 1
-
-    def kept(self, shard: int, group: int) -> np.ndarray:
-        """The rows of a group that the filter keeps, as rows of the shard."""
-        start, stop = self.starts(shard)[group : group + 2]
-        rows = np.arange(start, stop)
-        if self.keep is None:
-            return rows
-        texts = self.shards[shard].read(group, self.filter_columns)
-        for text in texts:
-            text.update({name: None for name, value in text.items() if isinstance(value, BadRow)})
-        return rows[np.fromiter((bool(self.keep(text)) for text in texts), dtype=bool, count=len(texts))]
 
 
 class _Draws:
@@ -131,10 +111,10 @@ class _Lane:
 
     def __init__(self, source: Source, shards: Sequence[int], size: int, draws: _Draws) -> None:
         self.source, self.shards, self.size, self.draws = source, list(shards), max(1, size), draws
-        self.place, self.group, self.offset = 0, 0, 0  # which shard of the lane, group of it, row of those kept
+        self.place, self.group, self.offset = 0, 0, 0  # which shard of the lane, group of it, row of the group
         self.drawn = 0
         self.buffer: list[int] = []  # shard << 32 | row
-        self._rows: list[int] | None = None
+        self._rows: range | None = None
 
     def _open(self) -> bool:
         """Whether a row comes next: stands in a group that has one left, unless the lane's shards are read."""
@@ -145,7 +125,10 @@ class _Lane:
                 return False
             shard = self.shards[self.place]
             if self.group < len(self.source.shards[shard].groups):
-                self._rows = (self.source.kept(shard, self.group) | (shard << 32)).tolist()
+                start, stop = (
+                    int(row) | (shard << 32) for row in self.source.starts(shard)[self.group : self.group + 2]
+                )
+                self._rows = range(start, stop)
             else:
                 self.place, self.group, self.offset = self.place + 1, 0, 0
         return True
@@ -183,7 +166,7 @@ class _Lane:
             assert self._rows is not None
             rows.update(row & 0xFFFFFFFF for row in self._rows[self.offset :])
         elif coming and place > here:
-            rows.update(self.source.kept(shard, group).tolist())
+            rows.update(row & 0xFFFFFFFF for row in range(start, stop))
         return rows
 
     def ahead(self) -> tuple[int, int] | None:
@@ -286,7 +269,7 @@ class StreamOrder:
 
     @property
     def total(self) -> int | None:
-        """Rows of a pass, or None where there is no saying beforehand (weights, a filter, shards on the Hub)."""
+        """Rows of a pass, or None where there is no saying beforehand (weights, shards on the Hub)."""
         if len(self.sources) > 1 or not self.sources[0].known:
             return None
         if not hasattr(self, "_total"):
@@ -301,7 +284,7 @@ class StreamOrder:
         """The next `count` rows; across the end of a pass where need be.
 
         Raises:
-            ValueError: a whole pass over a source has no row that its filter keeps.
+            ValueError: a whole pass over a source has no row.
         """
         refs = []
         for _ in range(count):
@@ -313,7 +296,7 @@ class StreamOrder:
             if ref is None:
                 if not walk.taken:
                     names = ", ".join(shard.name for shard in walk.source.shards[:3])
-                    raise ValueError(f"a whole pass over {names} gave no row: the filter keeps none of them")
+                    raise ValueError(f"a whole pass over {names} gave no row: they are empty")
                 walk._begin(walk.turn + 1)
                 ref = walk.draw()
                 if ref is None:
@@ -332,7 +315,6 @@ class StreamOrder:
             "shuffle_buffer": self.buffer,
             "stream_lanes": self.lanes,
             "shards": [[shard.name for shard in source.shards] for source in self.sources],
-            "filters": [source.filter_columns for source in self.sources],
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Streams: Parquet and WebDataset shards read in order, shuffled in a buffer, mixed, filtered, resumed exactly.
+"""Streams: Parquet and WebDataset shards read in order, shuffled in a buffer, mixed, resumed exactly.
 
     stream = Stream.open("shards/{000..127}.tar", seed=0, shuffle_buffer=10_000)
     columns = bind_columns(stream.head(), ("image", "caption"))
@@ -25,10 +25,8 @@ from mllm_vision.data.records.readers.table_cache import ends_of, fingerprint
 from mllm_vision.data.records.readers.tables import with_paths
 from mllm_vision.data.records.sampling import BadRow, BadSamples, draw_key
 from mllm_vision.data.streams.order import Ref, Source, StreamOrder, deal
-from mllm_vision.data.streams.row_filters import row_filter
 from mllm_vision.data.streams.shards import find_shards
 
-__all__ = ["RowReader", "Stream", "StreamDataset", "row_filter"]
 logger = logging.getLogger(__name__)
 
 _HEADS = 8  # shards that are looked at for their columns
@@ -39,7 +37,7 @@ class Stream:
     """Sources, and the order in which their rows come.
 
     Args:
-        sources: data sets with weights and filters.
+        sources: data sets with weights.
         image_root: what relative image paths start from; otherwise the folder of the shard.
         seed, shuffle_buffer, lanes: see `StreamOrder`.
     """
@@ -66,7 +64,6 @@ class Stream:
         *,
         split: str = "train",
         mix: Mapping[str, float] | None = None,
-        conditions: Sequence[str] = (),
         **settings: Any,
     ) -> Stream:
         """A stream over `name` and, with weights relative to its 1, over the data sets of `mix`.
@@ -74,18 +71,13 @@ class Stream:
         Args:
             name, split: see `find_shards`; the split is that of every data set.
             mix: data set -> weight; the name itself may be among them, to give it another weight than 1.
-            conditions: what rows must meet, see `row_filter`.
             settings: as for `Stream`.
 
         Raises:
-            FileNotFoundError, ValueError: as `find_shards`, `row_filter` and `Stream` say.
+            FileNotFoundError, ValueError: as `find_shards` and `Stream` say.
         """
         weights = {str(name): 1.0, **{str(other): float(weight) for other, weight in (mix or {}).items()}}
-        keep, columns = row_filter(conditions)
-        sources = [
-            Source(find_shards(each, split), weight=weight, keep=keep, filter_columns=columns)
-            for each, weight in weights.items()
-        ]
+        sources = [Source(find_shards(each, split), weight=weight) for each, weight in weights.items()]
         return cls(sources, **settings)
 
     def order(self) -> StreamOrder:
@@ -190,7 +182,7 @@ class StreamDataset:
         self._images = [name for role, name in reader.columns.items() if role == "image"]
         for source in stream.sources:
             names = stream._head(source, 16).column_names  # the first sample of a tar may lack what others have
-            missing = [name for name in [*self.columns, *source.filter_columns] if name not in names]
+            missing = [name for name in self.columns if name not in names]
             if missing:
                 raise ValueError(
                     f"{source.shards[0].name} has no column {', '.join(missing)}; its columns are {', '.join(names)}"
@@ -203,7 +195,7 @@ class StreamDataset:
 
     def __len__(self) -> int:
         if self.stream.total is None:
-            raise TypeError("the stream has no known length (weights, a filter, or shards on the Hub)")
+            raise TypeError("the stream has no known length (weights, or shards on the Hub)")
         return self.stream.total
 
     def __getitem__(self, item: tuple[Ref, dict[str, Any]]) -> dict[str, Any]:
@@ -231,9 +223,9 @@ class StreamDataset:
             own = source.group_of(shard, ref.row) if shard == ref.shard else 0
             for group in [*groups[own:], *groups[:own]]:
                 start = int(source.starts(shard)[group])
-                kept = source.kept(shard, group).tolist()
+                kept = range(start, start + source.shards[shard].groups[group])
                 if (shard, group) == (ref.shard, own):
-                    kept = [row for row in kept if row > ref.row] + [row for row in kept if row < ref.row]
+                    kept = [*range(ref.row + 1, kept.stop), *range(start, ref.row)]
                 rows = self.read(ref.source, shard, group) if kept else []
                 for row in kept:
                     yield ref._replace(shard=shard, row=row), rows[row - start]

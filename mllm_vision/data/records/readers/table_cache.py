@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from mllm_vision.data.records.cache import cached
 from mllm_vision.data.records.readers.arrow import united
 from mllm_vision.data.records.readers.files import LeftOut, kind_of
 from mllm_vision.data.records.readers.paths import ImagePaths
@@ -71,27 +72,18 @@ def ends_of(path: Path, name: str) -> bytes:
 
 def _mapped(path: Path, image_root: Path | None, pieces: Iterable[pa.Table], left_out: LeftOut) -> list[pa.Table]:
     """The pieces from the Arrow files that were written of them, now or earlier; pieces of one schema share a file."""
-    import datasets
-    from filelock import FileLock
-
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "mllm_vision"
     state = path.stat()
     key = fingerprint(
         str(each).encode() for each in (_FORMAT, path.resolve(), state.st_size, state.st_mtime_ns, image_root)
     )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{key}.lock"):
-            done = folder / f"{key}.parts"
-            if not done.is_file():
-                count = _write(folder / key, pieces)
-                done.write_text(str(count), encoding="utf-8")
-            count = int(done.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OSError(
-            f"the rows of {path} cannot be written to {folder}: {error}; set HF_DATASETS_CACHE to a folder with room"
-        ) from error
-    return [_map(folder / f"{key}-{number}.arrow") for number in range(count)]
+
+    def use(stem: Path) -> list[pa.Table]:
+        done = Path(f"{stem}.parts")
+        if not done.is_file():
+            done.write_text(str(_write(stem, pieces)), encoding="utf-8")
+        return [_map(Path(f"{stem}-{number}.arrow")) for number in range(int(done.read_text(encoding="utf-8")))]
+
+    return cached(key, use, f"the rows of {path}")
 
 
 def _write(stem: Path, pieces: Iterable[pa.Table]) -> int:
