@@ -6,8 +6,8 @@
 
 Leaves <output_dir>/encoder, a native checkpoint. Optimizer, rate and schedule are the paper's, for its networks and
 batches, unless flags or the --config file say otherwise. With a labelled test set (--eval_dataset_name) kNN and a
-linear probe measure the encoder while it trains; labels are never trained on, but by supcon. Every method has flags
-and defaults of its own: --help all beside --objective byol shows those of byol.
+linear probe measure the encoder while it trains; labels are trained on by supcon, contrastive and triplet alone. Every
+method has flags and defaults of its own: --help all beside --objective byol shows those of byol.
 """
 
 from __future__ import annotations

@@ -290,14 +290,14 @@ class _Strip:
         negative = self.distance.masked_fill(~self.negative, torch.inf).argmin(1)
         return positive, negative, self.positive.any(1) & self.negative.any(1)
 
-    def nearest_semi_hard(self, anchor: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-        """`[T]`: column of the nearest negative beyond each pair's distance, and whether it is semi-hard."""
+    def nearest_semi_hard(self) -> tuple[Tensor, Tensor]:
+        """`[r, N]`: column of the nearest negative beyond each pair's distance; whether a positive pair has one that is
+        semi-hard."""
         ordered, order = self.distance.masked_fill(~self.negative, torch.inf).sort(1)
-        after = torch.searchsorted(ordered, self.distance, right=True)[anchor, positive]  # the first one farther
+        after = torch.searchsorted(ordered, self.distance, right=True)  # the first one farther
         place = after.clamp_max(ordered.shape[1] - 1)
-        border = self.distance[anchor, positive] + self.margin
-        found = (after < ordered.shape[1]) & (ordered[anchor, place] < border)
-        return order[anchor, place], found
+        near = ordered.gather(1, place) < self.distance + self.margin
+        return order.gather(1, place), self.positive & (after < ordered.shape[1]) & near
 
     def mined(self, strategy: str) -> tuple[Tensor, Tensor, Tensor]:
         """Numbers in the strip of the anchors, columns of their positives and negatives: int64 `[T]` each."""
@@ -306,9 +306,9 @@ class _Strip:
             anchor = valid.nonzero()[:, 0]
             return anchor, positive[anchor], negative[anchor]
         if strategy == "batch_semi_hard":
-            anchor, positive = self.positive.nonzero(as_tuple=True)
-            negative, found = self.nearest_semi_hard(anchor, positive)
-            return anchor[found], positive[found], negative[found]
+            negative, found = self.nearest_semi_hard()
+            anchor, positive = found.nonzero(as_tuple=True)
+            return anchor, positive, negative[anchor, positive]
         listed = []
         for number, distance in enumerate(self.distance):
             positive, negative = self.positive[number].nonzero()[:, 0], self.negative[number].nonzero()[:, 0]
@@ -333,13 +333,15 @@ class _Strip:
             weights = (nearer * self.positive - (border.shape[1] - passed) * self.negative).to(weights)
             candidates = (self.positive.sum(1) * self.negative.sum(1)).sum()
             return weights, (nearer * self.positive).sum(), candidates
-        anchor, positive, negative = self.mined(strategy)
-        candidates = self.positive.sum() if strategy == "batch_semi_hard" else torch.tensor(len(anchor))
-        active = self.distance[anchor, negative] < self.distance[anchor, positive] + self.margin
-        one = weights.new_ones(())
-        weights.index_put_((anchor[active], positive[active]), one, accumulate=True)
-        weights.index_put_((anchor[active], negative[active]), -one, accumulate=True)
-        return weights, active.sum(), candidates
+        if strategy == "batch_semi_hard":
+            negative, active = self.nearest_semi_hard()
+            one = active.to(weights)
+            return (weights + one).scatter_add_(1, negative, -one), active.sum(), self.positive.sum()
+        positive, negative, valid = (each[:, None] for each in self.hardest())
+        active = valid & (self.distance.gather(1, negative) < self.distance.gather(1, positive) + self.margin)
+        one = active.to(weights)
+        weights.scatter_add_(1, positive, one).scatter_add_(1, negative, -one)
+        return weights, active.sum(), valid.sum()
 
 
 class _BatchTriplet(torch.autograd.Function):

@@ -12,7 +12,7 @@ numbers are held at once.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -26,11 +26,9 @@ __all__ = [
     "VicRegTerms",
     "barlow_twins",
     "covariance_term",
-    "cross_correlation",
     "invariance_term",
     "variance_term",
     "vicreg",
-    "vicreg_terms",
 ]
 
 STRIP = 2**22  # products that are held at once: strips of dimensions or rows by all of them
@@ -77,40 +75,40 @@ def barlow_twins(
         return (1 - diagonal).square().sum() + lambd * redundant
 
 
-def cross_correlation(z1: Tensor, z2: Tensor, *, eps: float = 1e-5, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The matrix C of `barlow_twins`, to look at.
-
-    Args:
-        z1: `[N, D]`.
-        z2: `[N, D]`.
-        eps: as in `barlow_twins`.
-        group: as in `barlow_twins`.
-
-    Returns:
-        `[D, D]`, the same on every rank, entries in [-1, 1].
-
-    Raises:
-        ValueError: as `barlow_twins`.
-
-    Reference:
-        Zbontar et al., 2021, equation 2 (https://arxiv.org/abs/2103.03230).
-
-    Example:
-        >>> z = torch.randn(64, 4)
-        >>> bool((cross_correlation(z, z).diagonal() - 1).abs().max() < 1e-3)
-        True
-    """
-    with full_fp32(z1.device):
-        a, b, total = _standardised(z1, z2, eps, group)
-        return sum_over_ranks(a.T @ b, group) / total
-
-
 class VicRegTerms(NamedTuple):
     """The three terms of `vicreg`, without their weights; scalars."""
 
     invariance: Tensor
     variance: Tensor
     covariance: Tensor
+
+
+@overload
+def vicreg(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    invariance: float = ...,
+    variance: float = ...,
+    covariance: float = ...,
+    eps: float = ...,
+    group: dist.ProcessGroup | None = ...,
+    return_terms: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def vicreg(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    invariance: float = ...,
+    variance: float = ...,
+    covariance: float = ...,
+    eps: float = ...,
+    group: dist.ProcessGroup | None = ...,
+    return_terms: Literal[True],
+) -> tuple[Tensor, VicRegTerms]: ...
 
 
 def vicreg(
@@ -122,7 +120,8 @@ def vicreg(
     covariance: float = 1.0,
     eps: float = 1e-4,
     group: dist.ProcessGroup | None = None,
-) -> Tensor:
+    return_terms: bool = False,
+) -> Tensor | tuple[Tensor, VicRegTerms]:
     """Views agree (invariance), every dimension varies (variance), none says what another says (covariance).
 
     `invariance` * s(z1, z2) + `variance` * (v(z1) + v(z2)) / 2 + `covariance` * (c(z1) + c(z2)), with the terms of
@@ -137,9 +136,11 @@ def vicreg(
         covariance: weight of the third.
         eps: added to the variances under the root.
         group: process group; `None` is the default group when initialised, else this process alone.
+        return_terms: also return the three terms without their weights.
 
     Returns:
-        A scalar, the same on every rank. Collapsed embeddings give `variance` * (1 - sqrt(eps)).
+        A scalar, the same on every rank; with `return_terms` the scalar and a `VicRegTerms`. Collapsed embeddings give
+        `variance` * (1 - sqrt(eps)).
 
     Raises:
         ValueError: shapes that disagree, fewer than two rows over all ranks, `eps` not positive.
@@ -154,35 +155,13 @@ def vicreg(
         >>> round(vicreg(same, same).item(), 4)
         24.75
     """
-    terms = vicreg_terms(z1, z2, eps=eps, group=group)
-    return invariance * terms.invariance + variance * terms.variance + covariance * terms.covariance
-
-
-def vicreg_terms(z1: Tensor, z2: Tensor, *, eps: float = 1e-4, group: dist.ProcessGroup | None = None) -> VicRegTerms:
-    """The terms of `vicreg` apart: the variance halved over the branches, the covariance summed.
-
-    Args:
-        z1: `[N, D]`.
-        z2: `[N, D]`.
-        eps: as in `vicreg`.
-        group: as in `vicreg`.
-
-    Raises:
-        ValueError, RuntimeError: as `vicreg`.
-
-    Reference:
-        Bardes et al., 2022, equations 1 to 5 (https://arxiv.org/abs/2105.04906).
-
-    Example:
-        >>> same = torch.ones(8, 4)
-        >>> [round(term.item(), 2) for term in vicreg_terms(same, same + 2)]
-        [4.0, 0.99, 0.0]
-    """
-    return VicRegTerms(
+    terms = VicRegTerms(
         invariance_term(z1, z2, group=group),
         (variance_term(z1, eps=eps, group=group) + variance_term(z2, eps=eps, group=group)) / 2,
         covariance_term(z1, group=group) + covariance_term(z2, group=group),
     )
+    loss = invariance * terms.invariance + variance * terms.variance + covariance * terms.covariance
+    return (loss, terms) if return_terms else loss
 
 
 def invariance_term(z1: Tensor, z2: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from mllm_vision.encoder.families import family_of
 from mllm_vision.encoder.features import final_norm, pick_patches
 from mllm_vision.encoder.positions import fix_positions, sincos_positions
 from mllm_vision.functional.random import uniform
-from mllm_vision.functional.reconstruction import masked_reconstruction, patchify
+from mllm_vision.functional.reconstruction import masked_reconstruction, patchify, unpatchify
 from mllm_vision.modules.patch_decoder import PatchDecoder
 from mllm_vision.objectives.base import TOKENS, ImageObjective, ObjectiveOutput
 
@@ -143,6 +143,10 @@ class MAE(ImageObjective):
         for layer in family.layers(backbone):
             hidden = layer(hidden, **arguments)
         return self.decoder(final_norm(backbone)(hidden), visible), target, visible
+
+    def images(self, patches: Tensor) -> Tensor:
+        """Patches of `reconstruct` as images again: `[N, P, 3 p p]` to `[N, 3, H, W]`."""
+        return unpatchify(patches, self.encoder.patch_size, self.encoder.image_size)
 
     def loss(self, embeddings: dict[str, Tensor]) -> ObjectiveOutput:
         """The mean error over the rows of all ranks."""

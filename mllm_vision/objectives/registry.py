@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 from mllm_vision.errors import unknown_name
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 IMAGES = {  # recipes/pretrain_images.py trains them
     "barlow_twins": "BarlowTwins",
     "byol": "BYOL",
+    "contrastive": "Contrastive",
     "dino": "DINO",
     "dinov2": "DINOv2",
     "mae": "MAE",
@@ -23,6 +25,7 @@ IMAGES = {  # recipes/pretrain_images.py trains them
     "simclr": "SimCLR",
     "simsiam": "SimSiam",
     "supcon": "SupCon",
+    "triplet": "Triplet",
     "vicreg": "VICReg",
 }
 IMAGE_TEXT = {  # recipes/pretrain.py trains them
@@ -79,3 +82,7 @@ def load_objective(name: str) -> type[Objective]:
     if not hasattr(found, "Config"):
         raise ValueError(f"objective {name!r} has no Config dataclass; its fields are the method's flags")
     return found
+
+
+if __name__ == "__main__":  # for shell scripts: python -m mllm_vision.objectives.registry images
+    print(*list_objectives(*sys.argv[1:2]))

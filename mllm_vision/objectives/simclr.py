@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mllm_vision.distributed import world_size
 from mllm_vision.encoder.encoder import VisionEncoder
-from mllm_vision.functional.infonce import mutual_information_bound, nt_xent
+from mllm_vision.functional.infonce import dcl, mutual_information_bound, nt_xent
 from mllm_vision.modules.heads import MLPHead
 from mllm_vision.objectives.base import ImageObjective, ObjectiveOutput
 
@@ -22,17 +22,20 @@ class SimCLR(ImageObjective):
     evaluation uses h, before the head. The loss is the mean over the first views plus that over the second, as there:
     twice equation 3, which LARS does not see in matrices, but in biases and norms. The temperature is the paper's for
     CIFAR-10 and for small batches; the official code's flag says 0.1, which suits ImageNet and long trainings.
+    With `decoupled` the positive leaves the denominator (DCL), with `dcl_sigma` pairs that disagree weigh more (DCLW).
 
     Args:
         encoder: to train; any backbone.
         config: see `Config`.
 
     Raises:
-        ValueError: a temperature that is not positive, or a size below one.
+        ValueError: a temperature or `dcl_sigma` that is not positive, `dcl_sigma` without `decoupled`, or a size
+            below one.
 
     Reference:
         Chen et al., 2020, "A Simple Framework for Contrastive Learning of Visual Representations", sections 2 and 4,
-        equation 1 (https://arxiv.org/abs/2002.05709).
+        equation 1 (https://arxiv.org/abs/2002.05709); Yeh et al., 2022, "Decoupled Contrastive Learning", equations 6
+        and 7 (https://arxiv.org/abs/2110.06848).
     """
 
     citation: ClassVar[str] = r"""@article{chen2020simclr,
@@ -70,11 +73,18 @@ class SimCLR(ImageObjective):
             default=True,
             metadata={"help": "The losses of the two views are added, as in the official code."},
         )
+        decoupled: bool = field(default=False, metadata={"help": "DCL: no positive in the denominator."})
+        dcl_sigma: float | None = field(
+            default=None, metadata={"help": "Of the weighted form, DCLW: 0.5; default: not weighted."}
+        )
 
     def __init__(self, encoder: VisionEncoder, config: Config | None = None) -> None:
         super().__init__(encoder, config)
         if not self.config.temperature > 0:
             raise ValueError(f"temperature={self.config.temperature} must be positive; the paper's is 0.5")
+        sigma = self.config.dcl_sigma
+        if sigma is not None and not (sigma > 0 and self.config.decoupled):
+            raise ValueError(f"dcl_sigma={sigma} must be positive, and belongs to --decoupled; the paper's is 0.5")
         width = encoder.pooled_size
         self.head = MLPHead(
             width,
@@ -92,8 +102,11 @@ class SimCLR(ImageObjective):
         """`embeddings` as `embed` returns them."""
         h = embeddings["h"]
         z1, z2 = self.head(h).unbind(1)
-        mean = nt_xent(z1, z2, temperature=self.config.temperature)
-        metrics = self.collapse_metrics(h=h[:, 0], z=z1)
+        metrics, config = self.collapse_metrics(h=h[:, 0], z=z1), self.config
+        if config.decoupled:
+            mean = dcl(z1, z2, temperature=config.temperature, sigma=config.dcl_sigma)
+            return ObjectiveOutput(loss=self._terms * mean, metrics=metrics)
+        mean = nt_xent(z1, z2, temperature=config.temperature)
         negatives = 2 * len(z1) * world_size() - 2
         if negatives > 0:
             metrics["information_bound"] = mutual_information_bound(mean.detach(), negatives)
@@ -108,5 +121,5 @@ class SimCLR(ImageObjective):
         return 2 * batch_size - 2
 
     def chance_loss(self, batch_size: int, positives: float = 1.0) -> float:
-        """2 ln(2N - 1), once for each view's mean: every other view equally likely."""
-        return self._terms * math.log(2 * batch_size - 1)
+        """2 ln(2N - 1), once for each view's mean: every other view equally likely; with `decoupled` 2 ln(2N - 2)."""
+        return self._terms * math.log(2 * batch_size - 1 - self.config.decoupled)

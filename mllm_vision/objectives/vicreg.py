@@ -10,7 +10,7 @@ from torch import Tensor
 from mllm_vision.encoder.encoder import VisionEncoder
 from mllm_vision.encoder.sources import build_encoder
 from mllm_vision.encoder.stems import zero_last_norms
-from mllm_vision.functional.redundancy import vicreg_terms
+from mllm_vision.functional.redundancy import vicreg
 from mllm_vision.modules.heads import MLPHead
 from mllm_vision.objectives.base import ImageObjective, ObjectiveOutput
 
@@ -122,12 +122,8 @@ class VICReg(ImageObjective):
         config = self.config
         z1 = self.head(embeddings["h1"])
         z2 = (self.head if self.second_head is None else self.second_head)(embeddings["h2"])
-        terms = vicreg_terms(z1, z2, eps=VARIANCE_EPS)
-        loss = (
-            config.invariance * terms.invariance
-            + config.variance * terms.variance
-            + config.covariance * terms.covariance
-        )
+        weights = {"invariance": config.invariance, "variance": config.variance, "covariance": config.covariance}
+        loss, terms = vicreg(z1, z2, **weights, eps=VARIANCE_EPS, return_terms=True)
         metrics = self.collapse_metrics(h=embeddings["h1"], z=z1)
         return ObjectiveOutput(loss=loss, metrics=metrics | {name: t.detach() for name, t in terms._asdict().items()})
 

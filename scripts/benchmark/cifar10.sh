@@ -12,7 +12,7 @@ cd "$(dirname "$0")/../.."
 
 data=${1:?name the folder of cifar10_train.parquet and cifar10_test.parquet}; shift
 configs=recipes/configs/cifar10 out=${CIFAR10_DIR:-runs/cifar10${CIFAR10_STEPS:+_$CIFAR10_STEPS}}
-[ $# -gt 0 ] || set -- barlow_twins byol dino dinov2 mae moco_v1 moco_v2 moco_v3 pcl simclr simsiam supcon vicreg
+[ $# -gt 0 ] || set -- $(python -m mllm_vision.objectives.registry images)
 
 for method in "$@"; do
   grep -qs '"missing": \[\]' "$out/$method/run.json" || python recipes/pretrain_images.py --config "$configs/$method.yaml" \

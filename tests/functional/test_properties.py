@@ -122,7 +122,7 @@ LOSSES: dict[str, Case] = {
     "geometry.uniformity": Case(lambda x, y, c: geometry.uniformity(x), lengths=True),
 }
 # functions that make or measure what a loss needs, and so are tested with it
-NO_LOSS = {"triplet_masks", "mine_triplets", "mutual_information_bound", "cross_correlation", "vicreg_terms"}
+NO_LOSS = {"triplet_masks", "mine_triplets", "mutual_information_bound"}
 NO_LOSS |= {"centred_softmax", "sinkhorn_knopp", "spherical_kmeans", "concentration", "patchify", "unpatchify"}
 NO_LOSS |= {"spectrum", "effective_rank", "rankme", "alpha_req", "spread", "participation_ratio"}  # test_geometry.py
 NO_LOSS |= {"full_precision", "at_least_fp32"}

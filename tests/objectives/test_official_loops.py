@@ -44,6 +44,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "barlow_twins": ("resnet", HEAD, {"base_learning_rate": 200.0, "base_bias_learning_rate": 2.0} | WARM),
     "byol": ("resnet", HEAD | {"momentum": 0.9}, {"learning_rate": 8.0, "warmup_steps": 3, "weight_decay": 0.01}),
     "clip": ("pair", {}, CLIP | WARM),
+    "contrastive": ("resnet", HEAD | {"margin": 3.0}, {"learning_rate": 0.05, "weight_decay": 0.01} | WARM),
     "dino": ("vit", DINO, ADAM | WARM | {"weight_decay_end": 0.4, "max_grad_norm": 0.05}),
     "dinov2": ("dinov2", DINO, ADAM | WARM | {"weight_decay_end": 0.4, "max_grad_norm": 0.5}),
     "itc": ("pair", {"queue_size": 20, "momentum": 0.9, "alpha_ramp_epochs": 2.0}, {"learning_rate": 0.01} | WARM),
@@ -55,8 +56,18 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "pcl": ("resnet", MOCO | {"batch_norm_groups": 1, "num_clusters": [3, 4], "prototype_warmup_epochs": 1.0}, SGD),
     "siglip": ("siglip", {}, {"learning_rate": 0.01, "max_grad_norm": 1.0} | WARM),
     "simclr": ("resnet", HEAD, {"learning_rate": 8.0, "weight_decay": 0.01} | WARM),
+    "simclr decoupled": ("resnet", HEAD | {"decoupled": True}, {"learning_rate": 8.0} | WARM),
+    "simclr decoupled, weighted": (
+        "resnet",
+        HEAD | {"decoupled": True, "dcl_sigma": 0.5},
+        {"learning_rate": 8.0} | WARM,
+    ),
     "simsiam": ("resnet", HEAD | {"predictor_hidden": 6}, {"learning_rate": 2.0, "weight_decay": 0.01}),
     "supcon": ("resnet", HEAD, {"learning_rate": 0.5, "weight_decay": 0.01} | WARM),
+    **{
+        f"triplet {mining}": ("resnet", HEAD | {"mining": f"batch_{mining}"}, {"learning_rate": 0.5} | WARM)
+        for mining in ("all", "hard", "semi_hard")
+    },
     "vicreg": ("resnet", HEAD, {"learning_rate": 0.5, "weight_decay": 0.01} | WARM),
 }
 

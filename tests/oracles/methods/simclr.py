@@ -8,6 +8,15 @@ import torch.nn.functional as F
 from . import mlp, named, unit, vectors, warm_cosine
 
 
+def _dcl(one, other, among, across, given):
+    """The official code of DCL and DCLW: positive and negative part, the weights with a gradient."""
+    likeness = (one * other).sum(1)
+    positive = -likeness / given["temperature"]
+    if given["dcl_sigma"] is not None:
+        positive = positive * (2 - len(one) * torch.softmax(likeness / given["dcl_sigma"], 0))
+    return (positive + torch.logsumexp(torch.cat([among, across], 1), 1)).mean()
+
+
 def train(start, batches, given):
     width, hidden, out = given["width"], given["head_hidden"], given["head_out"]
     encoder = start.load(start.backbone, "encoder.backbone.")
@@ -23,7 +32,10 @@ def train(start, batches, given):
         aa, bb = a @ a.T / temperature - own, b @ b.T / temperature - own
         ab, ba = a @ b.T / temperature, b @ a.T / temperature
         labels = torch.arange(rows)
-        loss = F.cross_entropy(torch.cat([ab, aa], 1), labels) + F.cross_entropy(torch.cat([ba, bb], 1), labels)
+        if given["decoupled"]:
+            loss = _dcl(a, b, aa, ab - own, given) + _dcl(b, a, bb, ba - own, given)
+        else:
+            loss = F.cross_entropy(torch.cat([ab, aa], 1), labels) + F.cross_entropy(torch.cat([ba, bb], 1), labels)
         loss.backward()
         rate = warm_cosine(step, len(batches), given["warmup"], given["rate"])
         with torch.no_grad():
