@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mllm_vision.encoder.families import FAMILIES
 from mllm_vision.hub.citations import citations
 from mllm_vision.hub.lineage import read_lineage
-from mllm_vision.hub.snippets import snippet
 
 _DUALS = ("clip", "siglip", "vision-text-dual-encoder", "mllm_vision_dual")
 _PIPELINES = {
@@ -20,10 +23,11 @@ _PIPELINES = {
     "dual": "zero-shot-image-classification",
     "vlm": "image-text-to-text",
 }
+_WORDS = {"encoder": "vision encoder", "dual": "image-text pair", "vlm": "vision-language model", "model": "model"}
 
 
-def kind_of(config: dict[str, Any]) -> str:
-    """`encoder`, `dual`, `vlm` or `model`, told from a config.json."""
+def kind_of(config: Mapping[str, Any]) -> str:
+    """`encoder`, `dual`, `vlm` or `model`, from the `model_type` of a config.json."""
     model_type = config.get("model_type")
     if model_type in FAMILIES:
         return "encoder"
@@ -32,10 +36,9 @@ def kind_of(config: dict[str, Any]) -> str:
     return "vlm" if model_type == "llava" else "model"
 
 
-def describe(config: dict[str, Any]) -> str:
+def describe(config: Mapping[str, Any]) -> str:
     """What a model is, in a few words."""
-    words = {"encoder": "vision encoder", "dual": "image-text pair", "vlm": "vision-language model", "model": "model"}
-    return f"{words[kind_of(config)]} ({config.get('model_type', 'unknown type')})"
+    return f"{_WORDS[kind_of(config)]} ({config.get('model_type', 'unknown type')})"
 
 
 def model_card(path: str | os.PathLike[str], *, name: str | None = None, run: dict[str, Any] | None = None) -> str:
@@ -43,7 +46,7 @@ def model_card(path: str | os.PathLike[str], *, name: str | None = None, run: di
 
     Args:
         path: the directory; its lineage.json, and the run.json beside or above it, are read if they are there.
-        name: the Hub id that the ten lines of use load; None uses the directory's own path.
+        name: the Hub id that the lines of use load; None uses the directory's own path.
         run: the content of a run.json to use instead.
 
     Returns:
@@ -53,23 +56,62 @@ def model_card(path: str | os.PathLike[str], *, name: str | None = None, run: di
     config = json.loads((folder / "config.json").read_text())
     lineage = read_lineage(folder) or {}
     facts = {**(run if run is not None else find_run(folder, lineage)), **lineage}
-    kind = kind_of(config)
-    title = name or folder.name
-    parts = [
-        _header(kind, facts),
-        f"# {title.split('/')[-1]}",
-        f"{_article(describe(config))}, made with mllm_vision. {_loads(config)}",
-        _architecture(kind, config, folder),
-        _section("Use", snippet(kind, config, name or str(folder), pooler=_has_pooler(config, folder))),
-        _section("How it was trained", _training(facts)),
-        _section("Results", _results(facts)),
-        _section("Training data", _data(facts)),
-        _section("Hyperparameters", _hyperparameters(_recipe(facts, folder))),
-        _section("Training log", _log(facts)),
-        _section("Versions", _versions(facts)),
-        _section("Citation", citations(kind, config, (facts.get("method") or {}).get("citation", ""))),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    kind, title = kind_of(config), (name or folder.name).split("/")[-1]
+    shapes = _shapes(folder)
+    pooler = config.get("model_type") != "vit" or any("pooler" in key.split(".") for key, _ in shapes)
+    recipe = _recipe(facts, folder)
+    chosen, rest = _hyperparameters(recipe)
+    evaluations = {key: entry for key, entry in (facts.get("evaluations") or {}).items() if isinstance(entry, dict)}
+    baselines = list(dict.fromkeys(key for entry in evaluations.values() for key in _baselines(entry)))
+    text = _template().render(
+        card_data=_card_data(kind, title, facts, evaluations).to_yaml().strip(),
+        title=title,
+        what=describe(config),
+        snippet="own_dual" if config.get("model_type") == "mllm_vision_dual" else kind,
+        name=name or str(folder),
+        tokens=_tokens(config, pooler) if kind == "encoder" else "",
+        pooler=pooler,
+        architecture=_architecture(kind, config, sum(math.prod(shape) for _, shape in shapes)),
+        facts=facts,
+        machine=_machine(facts.get("machine")),
+        parents=[
+            (each.get("role"), Path(str(each.get("path", ""))).name, (each.get("weights_sha256") or "")[:16])
+            for each in facts.get("parents") or []
+        ],
+        baselines=baselines,
+        results=_results(evaluations, baselines),
+        data=_data(facts),
+        chosen=chosen,
+        rest=rest,
+        log=_log(facts, recipe),
+        citation=citations(kind, config, (facts.get("method") or {}).get("citation", "")),
+    )
+    return str(ModelCard(text))
+
+
+def _card_data(kind: str, title: str, facts: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> ModelCardData:
+    """The Hub's YAML header; the primary metric of each evaluation goes into the Hub's own table of results."""
+    stage, task = facts.get("stage") or facts.get("kind"), _PIPELINES.get(kind)
+    results = []
+    for name, entry in evaluations.items():
+        metrics, primary = _metrics(entry)
+        if primary is not None:
+            value = metrics[primary]
+            results.append(EvalResult(task or "other", name, name, primary, value, dataset_split="validation"))
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["mllm_vision", *([stage] if isinstance(stage, str) else [])],
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["cell"] = _cell
+    return environment.get_template("card.md")
 
 
 def find_run(folder: Path, lineage: dict[str, Any]) -> dict[str, Any]:
@@ -77,58 +119,28 @@ def find_run(folder: Path, lineage: dict[str, Any]) -> dict[str, Any]:
     for file in (folder / "run.json", folder.parent / "run.json"):
         if not file.is_file():
             continue
-        run = json.loads(file.read_text())
+        run: dict[str, Any] = json.loads(file.read_text())
         made = {artifact.get("weights_sha256") for artifact in run.get("artifacts", [])}
         if lineage.get("weights_sha256") in made or file.parent == folder:
             return run
     return {}
 
 
-def _article(words: str) -> str:
-    return f"{'An' if words[0] in 'aeiou' else 'A'} {words}"
-
-
-def _loads(config: dict[str, Any]) -> str:
-    if config.get("model_type") == "mllm_vision_dual":
-        return "Its towers are plain transformers checkpoints; the pair loads with mllm_vision."
-    return "It is a plain transformers checkpoint and loads without that package."
-
-
-def _header(kind: str, facts: dict[str, Any]) -> str:
-    lines = ["---", "library_name: transformers"]
-    if kind in _PIPELINES:
-        lines.append(f"pipeline_tag: {_PIPELINES[kind]}")
-    stage = facts.get("stage") or facts.get("kind")
-    lines += ["tags:", "- mllm_vision"] + ([f"- {stage}"] if isinstance(stage, str) else [])
-    return "\n".join([*lines, "---"])
-
-
-def _section(title: str, body: str) -> str:
-    return f"## {title}\n\n{body}" if body else ""
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    rows = [[_cell(value) for value in row] for row in rows]
-    if not rows:
-        return ""
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    if value is None:
-        return ""
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def _architecture(kind: str, config: dict[str, Any], folder: Path) -> str:
+def _known(*rows: tuple[str, Any]) -> list[tuple[str, Any]]:
+    return [row for row in rows if row[1] is not None]
+
+
+def _architecture(kind: str, config: dict[str, Any], parameters: int) -> list[tuple[str, Any]]:
     vision = config if kind == "encoder" else config.get("vision_config") or {}
     own = vision.get("mllm_vision") or {}
-    rows = [
-        ("parameters", f"{_count_parameters(folder):,}"),
+    return _known(
+        ("parameters", f"{parameters:,}"),
         ("image tower", vision.get("model_type")),
         ("image size", vision.get("image_size")),
         ("patch size", vision.get("patch_size")),
@@ -137,63 +149,37 @@ def _architecture(kind: str, config: dict[str, Any], folder: Path) -> str:
         ("select_layer", own.get("select_layer")),
         ("select_feature", own.get("select_feature")),
         ("language model", (config.get("text_config") or {}).get("model_type") if kind == "vlm" else None),
-    ]
-    return _table(("what", "value"), [row for row in rows if row[1] is not None])
+    )
 
 
-def _count_parameters(folder: Path) -> int:
+def _shapes(folder: Path) -> list[tuple[str, list[int]]]:
+    """Names and shapes of all saved tensors but an adapter's, which are merged into the model's own."""
     from safetensors import safe_open
 
-    total = 0
+    found = []
     for file in folder.rglob("*.safetensors"):
-        if "adapter" in file.relative_to(folder).parts:
-            continue
-        with safe_open(file, framework="np") as tensors:
-            for key in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
-                size = 1
-                for length in tensors.get_slice(key).get_shape():
-                    size *= length
-                total += size
-    return total
+        if "adapter" not in file.relative_to(folder).parts:
+            with safe_open(file, framework="np") as tensors:
+                found += [(key, tensors.get_slice(key).get_shape()) for key in tensors.keys()]  # noqa: SIM118
+    return found
 
 
-def _has_pooler(config: dict[str, Any], folder: Path) -> bool:
-    """False of a ViT whose weights hold none, as stage zero leaves it."""
-    from safetensors import safe_open
-
-    if config.get("model_type") != "vit":
-        return True
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="np") as tensors:
-            if any("pooler" in key.split(".") for key in tensors.keys()):  # noqa: SIM118  (safe_open is no mapping)
-                return True
-    return False
-
-
-def _training(facts: dict[str, Any]) -> str:
-    lines = []
-    stage = facts.get("stage") or facts.get("kind")
-    if stage:
-        steps = f", {facts['steps']} steps" if facts.get("steps") else ""
-        lines.append(f"Stage: {str(stage).replace('_', ' ')}{steps}.")
-    if facts.get("artifact_is"):
-        lines.append(f"These weights, and the results below, are those of {facts['artifact_is']}.")
-    if isinstance(facts.get("seconds"), (int, float)):
-        lines.append(f"Time: {facts['seconds'] / 60:.1f} minutes on {_machine(facts.get('machine'))}.")
-    if facts.get("seed") is not None:
-        lines.append(f"Seed: {facts['seed']}.")
-    if facts.get("verdict"):
-        lines += ["Verdict:", *(f"- {line}" for line in str(facts["verdict"]).splitlines())]
-    if facts.get("command"):
-        command = facts["command"]
-        command = " ".join(map(str, command)) if isinstance(command, list) else str(command)
-        lines.append(f"\n```bash\n{command}\n```")
-    parents = [
-        (entry.get("role"), Path(str(entry.get("path", ""))).name, (entry.get("weights_sha256") or "")[:16])
-        for entry in facts.get("parents") or []
-    ]
-    table = _table(("inherited", "from", "sha256 of its weights"), parents)
-    return "\n".join(lines) + (f"\n\n{table}" if table else "")
+def _tokens(config: dict[str, Any], pooler: bool) -> str:
+    """How plain Python takes the selected tokens out of the `outputs` of a vision encoder."""
+    own = config.get("mllm_vision") or {}
+    feature, family = own.get("select_feature", "patch"), FAMILIES[config["model_type"]]
+    registers = int(config.get("num_register_tokens") or 0)
+    states = f"outputs.hidden_states[{own.get('select_layer', -1)}]"
+    if feature == "pooled":
+        return "outputs.pooler_output.flatten(1)[:, None]" if pooler else "outputs.last_hidden_state[:, :1]"
+    if family.convolutional:
+        return f"{states}.flatten(2).transpose(1, 2)"
+    if feature == "cls":
+        return f"{states}[:, :1]"
+    if feature == "cls_patch":
+        return f"{states}[:, [0, *range({registers + 1}, {states}.shape[1])]]" if registers else states
+    prefix = int(family.has_cls) + registers
+    return f"{states}[:, {prefix}:]" if prefix else states
 
 
 def _machine(machine: Any) -> str:
@@ -202,17 +188,22 @@ def _machine(machine: Any) -> str:
     return str(machine or "one machine")
 
 
-def _results(facts: dict[str, Any]) -> str:
+def _metrics(entry: dict[str, Any]) -> tuple[dict[str, float], str | None]:
+    """The numbers of an evaluation, and which of them is the primary one."""
+    metrics = {key: float(value) for key, value in entry.items() if isinstance(value, (int, float)) and key != "count"}
+    primary = entry.get("primary_metric")
+    return metrics, primary if primary in metrics else next(iter(metrics), None)
+
+
+def _results(evaluations: dict[str, dict[str, Any]], baselines: list[str]) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = []
-    evaluations = {name: entry for name, entry in (facts.get("evaluations") or {}).items() if isinstance(entry, dict)}
-    names = list(dict.fromkeys(name for entry in evaluations.values() for name in _baselines(entry)))
-    for evaluation, entry in evaluations.items():
-        metrics = [key for key, value in entry.items() if isinstance(value, (int, float)) and key != "count"]
-        first = entry.get("primary_metric") if entry.get("primary_metric") in metrics else next(iter(metrics), None)
-        for metric in metrics:
-            known = [_baseline(_baselines(entry).get(name), metric, metric == first) for name in names]
-            rows.append((evaluation, metric, float(entry[metric]), *known))
-    return _table(("evaluation", "metric", "this model", *names), rows)
+    for name, entry in evaluations.items():
+        metrics, primary = _metrics(entry)
+        known = _baselines(entry)
+        for metric, value in metrics.items():
+            beside = [_baseline(known.get(baseline), metric, metric == primary) for baseline in baselines]
+            rows.append((name, metric, value, *beside))
+    return rows
 
 
 def _baselines(entry: dict[str, Any]) -> dict[str, Any]:
@@ -222,22 +213,18 @@ def _baselines(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _baseline(value: Any, metric: str, primary: bool) -> Any:
-    """A baseline is one number for the first metric, or a number for each."""
+    """A baseline is one number for the primary metric, or a number for each."""
     return value.get(metric) if isinstance(value, dict) else value if primary else None
 
 
-def _data(facts: dict[str, Any]) -> str:
+def _data(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, Any]], list[str]]]:
     parts = []
     for role, entry in (facts.get("data") or {}).items():
-        if not isinstance(entry, dict):
-            continue
-        columns = ", ".join(f"{key}: {value}" for key, value in (entry.get("columns") or {}).items()) or None
-        rows = [("rows", entry.get("rows")), ("columns", columns), ("fingerprint", entry.get("fingerprint"))]
-        parts.append(f"**{role}**\n\n" + _table(("what", "value"), [row for row in rows if row[1] is not None]))
-        samples = entry.get("samples") or []
-        if samples:
-            parts.append("\n".join(f"- {_sample(sample)}" for sample in samples[:3]))
-    return "\n\n".join(parts)
+        if isinstance(entry, dict):
+            columns = ", ".join(f"{key}: {value}" for key, value in (entry.get("columns") or {}).items()) or None
+            rows = _known(("rows", entry.get("rows")), ("columns", columns), ("fingerprint", entry.get("fingerprint")))
+            parts.append((role, rows, [_sample(sample) for sample in (entry.get("samples") or [])[:3]]))
+    return parts
 
 
 def _sample(sample: Any) -> str:
@@ -255,51 +242,42 @@ def _recipe(facts: dict[str, Any], folder: Path) -> dict[str, Any]:
     return recipe if isinstance(recipe, dict) else {}
 
 
-def _hyperparameters(recipe: dict[str, Any]) -> str:
-    """Flags that differ from the Trainer's defaults (and all flags of our own that say something) come first."""
-    if not recipe:
-        return ""
+def _hyperparameters(recipe: dict[str, Any]) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
+    """Flags that differ from the Trainer's defaults (and all flags of our own that say something), then the rest."""
     from transformers import TrainingArguments
 
     defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     chosen, rest = [], []
-    for name, value in recipe.items():
+    for name, value in sorted(recipe.items()):
         usual = value == defaults[name] if name in defaults else value in (None, "", False, [], {})
-        (rest if usual or value is None else chosen).append((f"`{name}`", value))
-    table = _table(("flag", "value"), sorted(chosen))
-    if rest:
-        listed = ", ".join(f"{name} {_cell(value)}".strip() for name, value in sorted(rest))
-        table += f"\n\n<details><summary>{len(rest)} flags left at their defaults</summary>\n\n{listed}\n\n</details>"
-    return table
+        if usual or value is None:
+            rest.append((name, value))
+        else:
+            chosen.append((f"`{name}`", value))
+    return chosen, rest
 
 
-def _log(facts: dict[str, Any], limit: int = 12) -> str:
+def _log(facts: dict[str, Any], recipe: dict[str, Any], limit: int = 12) -> dict[str, Any]:
     """Up to `limit` steps of the history, evenly spaced, with the best one marked."""
-    history = [row for row in facts.get("history") or [] if isinstance(row, dict) and "step" in row]
     merged: dict[Any, dict[str, Any]] = {}
-    for row in history:
-        merged.setdefault(row["step"], {}).update(row)
-    scores = [key for row in merged.values() for key in row if key.startswith("eval_")]
-    scores = [key for key in dict.fromkeys(scores) if not key.endswith(("_runtime", "_per_second"))][:3]
-    wanted = (facts.get("recipe") or {}).get("metric_for_best_model") or (scores[0] if scores else "loss")
+    for row in facts.get("history") or []:
+        if isinstance(row, dict) and "step" in row:
+            merged.setdefault(row["step"], {}).update(row)
+    scores = dict.fromkeys(key for row in merged.values() for key in row if key.startswith("eval_"))
+    shown = ["loss", *[key for key in scores if not key.endswith(("_runtime", "_per_second"))][:3]]
+    wanted = str(recipe.get("metric_for_best_model") or (shown[1] if len(shown) > 1 else "loss"))
     wanted = wanted if wanted == "loss" or wanted.startswith("eval_") else f"eval_{wanted}"
-    rows = [row for row in merged.values() if any(key in row for key in ("loss", *scores))]
+    rows = [row for row in merged.values() if any(key in row for key in shown)]
     if not rows:
-        return ""
+        return {}
     known = [row for row in rows if isinstance(row.get(wanted), (int, float))]
     pick = min if "loss" in wanted else max
     best = pick(known, key=lambda row: row[wanted])["step"] if known else None
     count = min(limit, len(rows))
     even = {round(index * (len(rows) - 1) / max(1, count - 1)) for index in range(count)}
-    shown = [row for index, row in enumerate(rows) if index in even or row["step"] == best]
+    kept = [row for index, row in enumerate(rows) if index in even or row["step"] == best]
     cells = [
-        (f"**{row['step']}**" if row["step"] == best else row["step"], *(row.get(key) for key in ("loss", *scores)))
-        for row in shown
+        (f"**{row['step']}**" if row["step"] == best else row["step"], *(row.get(key) for key in shown)) for row in kept
     ]
-    note = f"\n\nBold: the best step by `{wanted}`." if best is not None else ""
-    return _table(("step", "loss", *(f"`{key}`" for key in scores)), cells) + note
-
-
-def _versions(facts: dict[str, Any]) -> str:
-    versions = facts.get("versions") or {}
-    return ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else ""
+    head = ["step", "loss", *(f"`{key}`" for key in shown[1:])]
+    return {"head": head, "rows": cells, "wanted": wanted, "best": best}

@@ -40,6 +40,13 @@ _OF_TYPE = {
 }
 
 
+def bibtex(key: str, title: str, author: str, year: str, arxiv: str) -> str:
+    """The BibTeX entry of a paper on arXiv."""
+    fields = {"title": title, "author": author, "journal": f"arXiv:{arxiv}", "year": year}
+    lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
+    return f"@article{{{key},\n{lines}\n}}"
+
+
 def citations(kind: str, config: dict[str, Any], method: str = "") -> str:
     """A BibTeX block for a model's towers and the method it was trained with; empty if none is known.
 
@@ -50,11 +57,5 @@ def citations(kind: str, config: dict[str, Any], method: str = "") -> str:
     """
     vision = config if kind == "encoder" else config.get("vision_config") or {}
     names = [name for part in (config, vision) for name in _OF_TYPE.get(str(part.get("model_type")), ())]
-    blocks = []
-    for key, title, author, year, arxiv in (_ENTRIES[name] for name in names):
-        blocks.append(
-            f"@article{{{key},\n  title = {{{title}}},\n  author = {{{author}}},\n"
-            f"  journal = {{arXiv:{arxiv}}},\n  year = {{{year}}}\n}}"
-        )
-    found = dict.fromkeys([*blocks, *([method] if method else [])])
+    found = dict.fromkeys([*(bibtex(*_ENTRIES[name]) for name in names), *([method] if method else [])])
     return "```bibtex\n" + "\n\n".join(found) + "\n```" if found else ""

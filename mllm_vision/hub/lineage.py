@@ -17,7 +17,7 @@ from typing import Any
 
 LINEAGE_FILE = "lineage.json"
 
-# safetensors' names of types -> the names torch uses, so that a file and a module hash alike
+# safetensors' names of types -> the names torch uses, so that a file and a module give the same hash
 _TYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -203,7 +203,7 @@ def plain(value: Any) -> Any:
 
 
 def check_lineage(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The lineage of the artifact in `path` after its weights were hashed anew, or None where it carries none.
+    """The lineage of the artifact in `path` after its weights were hashed again, or None where it carries none.
 
     Raises:
         ValueError: the weights are not those the lineage was written for; both hashes are named.

@@ -16,7 +16,7 @@ from mllm_vision.hub.lineage import check_lineage
 
 logger = logging.getLogger(__name__)
 
-# A training run's own files, and pickles, are no part of a model.
+# Not part of a model: a training run's own files, and pickles.
 LEFT_OUT = ("checkpoint-*", ".*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "run.json", "metrics.jsonl")
 # Files of an earlier push that would speak of other weights if they stayed.
 STALE = ("lineage.json", "recipe.yaml", "*.safetensors", "*.safetensors.index.json")
@@ -26,15 +26,15 @@ def files_to_push(path: str | os.PathLike[str]) -> list[Path]:
     """The files of a saved model that go to the Hub, relative to `path`, sorted.
 
     Raises:
-        FileNotFoundError: `path` is no saved model; where models lie inside it (a run folder), they are named.
+        FileNotFoundError: `path` is not a saved model; models inside it (a run folder) are named.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no directory")
+        raise FileNotFoundError(f"{folder} is not a directory")
     if not (folder / "config.json").is_file():
         inside = sorted(str(file.parent) for file in folder.glob("*/config.json") if "checkpoint-" not in str(file))
         hint = f"; models inside it: {', '.join(inside)}" if inside else ""
-        raise FileNotFoundError(f"{folder} is no saved model: it has no config.json{hint}")
+        raise FileNotFoundError(f"{folder} is not a saved model: it has no config.json{hint}")
     if not list(folder.rglob("*.safetensors")):
         raise FileNotFoundError(f"{folder} has no *.safetensors weights; save the model with save_pretrained")
     names = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
@@ -53,7 +53,7 @@ def push_directory(
 ) -> str:
     """Upload a saved model in one commit, with a model card where it has no README.md of its own.
 
-    The repository and the branch are made if they are not there. Weights and lineage of an earlier push that
+    The repository and the branch are created if needed. Weights and lineage of an earlier push that
     this one does not replace are removed in the same commit; any other file on the Hub stays.
 
     Args:
@@ -62,18 +62,19 @@ def push_directory(
         token: with the right to write; None uses `HF_TOKEN` or the stored login.
         private: whether a new repository is private; None is the account's default. An existing one keeps its own.
         revision: branch to commit to.
-        commit_message: None says what it is.
+        commit_message: None names the kind of model.
         run: the content of a run.json to draw the model card from; None looks beside and above `path`.
 
     Returns:
         str: the commit's address.
 
     Raises:
-        FileNotFoundError: `path` is no saved model.
+        FileNotFoundError: `path` is not a saved model.
         ValueError: weights that differ from what lineage.json says, an impossible `repo_id`.
         PermissionError: the Hub refuses the token.
         ConnectionError: the Hub is out of reach, or the upload broke; nothing of it is visible then.
     """
+    # Not `upload_folder`: with hf_xet it commits in batches, and a broken upload would leave half a model visible.
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     folder = Path(path)
@@ -103,12 +104,12 @@ def push_directory(
 def prepare_repository(
     repo_id: str, *, token: str | None = None, private: bool | None = None, state: str = "nothing was uploaded"
 ) -> str:
-    """Make the repository, if it is not there, with a token that may write to it; returns its full name.
+    """Create the repository if needed, with a token that may write to it; returns its full name.
 
     Args:
         repo_id: `owner/name`, or `name` for the token's owner.
         token, private: as for `push_directory`.
-        state: for the error: how things stand without it.
+        state: what the error says of the run.
 
     Raises:
         ValueError: an impossible `repo_id`.
@@ -159,7 +160,7 @@ def _clear_errors(repo_id: str, state: str, what: str = "upload to") -> Iterator
     try:
         yield
     except hub.HFValidationError as error:
-        raise ValueError(f"repo_id={repo_id!r} is no Hub id: {error}") from error
+        raise ValueError(f"repo_id={repo_id!r} is not a Hub id: {error}") from error
     except hub.LocalTokenNotFoundError as error:
         raise PermissionError(
             f"no Hub token to push to {repo_id} with: set HF_TOKEN, or log in (`hf auth login`); {state}"

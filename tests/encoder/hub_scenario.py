@@ -240,6 +240,7 @@ LINEAGE = json.dumps(
         "evaluations": {"scenes": {"accuracy": 0.95, "r1": 0.5, "primary_metric": "accuracy",
                                    "baselines": {"chance": 0.0625, "untrained": {"accuracy": 0.11, "r1": 0.01}}}},
         "verdict": "scenes accuracy 0.95: better than chance",
+        "method": {"citation": "@article{somebody2026method,}"},
     }
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,10 @@ def test_stale_lineage_goes_from_the_hub_with_the_weights_it_spoke_of(result):
 def test_the_card_tells_the_run(result):
     card = result["card"]
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: image-feature-extraction\n")
+    header = yaml.safe_load(card.split("---\n")[1])
+    (entry,) = header["model-index"][0]["results"]  # the Hub's own table of results
+    assert header["tags"] == ["mllm_vision", "stage_zero"] and entry["dataset"]["split"] == "validation"
+    assert entry["metrics"] == [{"type": "accuracy", "value": 0.95}]
     for words in (
         "| scenes | accuracy | 0.95 | 0.0625 | 0.11 |",  # beside its baselines
         "| scenes | r1 | 0.5 |  | 0.01 |",  # the chance of another metric is not this one's
@@ -106,6 +111,7 @@ def test_the_card_tells_the_run(result):
         "| `learning_rate` | 0.001 |",
         "| **20** | 1.5 | 0.4 |",  # the best step
         "radford2021clip",
+        "somebody2026method",  # what the run's method cites
         "torch 2.13.0",
         "python recipes/pretrain.py",
         "abcdef0123456789",
@@ -141,7 +147,7 @@ def test_the_script_helps_with_a_run_folder_and_a_dry_run(result):
         ("check_wrong", "PermissionError", "401"),
         ("check_reader", "PermissionError", "may only read"),
         ("check_foreign", "PermissionError", "that of somebody, us, readers, and may not write to them/new"),
-        ("check_name", "ValueError", "is no Hub id"),
+        ("check_name", "ValueError", "is not a Hub id"),
         ("check_offline", "ConnectionError", "HF_HUB_OFFLINE is set"),
         ("check_down", "ConnectionError", "us/new"),
     ],

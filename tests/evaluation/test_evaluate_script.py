@@ -92,7 +92,7 @@ def test_a_pair_in_one_process(folder, capsys) -> None:
         "Similarity of images and texts",
         "Spectrum of the embeddings",
         "What it looks at",
-        "taken for what",
+        "Predicted class by true class",
     ):
         assert words in page
 

@@ -377,7 +377,7 @@ class Run:
             "seed": self.arguments.seed,
             "steps": history[-1]["step"] if history else 0,
             "seconds": round(time.monotonic() - self._started, 1),
-            **{key: self.record[key] for key in (*kept, "artifact_is") if key in self.record},
+            **{key: self.record[key] for key in (*kept, "artifact_is", "method") if key in self.record},
         }
 
     @contextmanager
