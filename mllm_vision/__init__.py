@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = attach(
         "VisionEncoder": "encoder",
         "VisionFeatures": "encoder",
         "DualEncoder": "encoder.dual",
+        "list_encoders": "encoder.presets",
         "Objective": "objectives",
         "ObjectiveOutput": "objectives",
         "load_objective": "objectives",

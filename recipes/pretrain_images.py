@@ -147,6 +147,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
         make_plain_views=ViewMaker.for_encoder(WHOLE, encoder),
     )
     logger.info("%s: %s", name, make_views)
+    logger.info("optimizer: %s (%s's default: %s)", arguments.optim.value, name, method.default_optimizers())
     rates = {"encoder": own.encoder_learning_rate or arguments.learning_rate}
     audit = ModuleAudit.of_children(objective, rates, arguments.learning_rate)
     run.record["modules"], run.record["artifact_is"] = audit.rows, objective.artifact_is

@@ -13,16 +13,10 @@ from transformers.models.efficientnet.modeling_efficientnet import round_filters
 
 from mllm_vision.encoder.families import COMPOSITES, FAMILIES, _side, family_of
 from mllm_vision.encoder.files import read_json
+from mllm_vision.encoder.presets import ALIASES, config_fields, list_encoders
 from mllm_vision.encoder.sizes import check_image_size, resize_processor
 from mllm_vision.encoder.stems import check_stem, set_stem, stem_of
 from mllm_vision.errors import unknown_name
-
-ALIASES = {
-    "clip": "clip_vision_model",
-    "siglip": "siglip_vision_model",
-    "siglip2": "siglip_vision_model",  # SigLIP 2 of fixed size is SigLIP's own architecture
-    "dinov3": "dinov3_vit",
-}
 
 
 def build_backbone(
@@ -31,7 +25,7 @@ def build_backbone(
     """A vision backbone with random weights, and an image processor of its size.
 
     Args:
-        spec: a model type (`"clip_vision_model"`, or short `"clip"`, `"siglip"`, `"vit"`, `"dinov2"`, `"resnet"`...),
+        spec: a name of `list_encoders()`, such as the preset `"vit_small"` or the model type `"clip_vision_model"`,
             a config as a dict with `model_type`, or the path of a `config.json` (or of the directory that holds it).
         image_size: side of the square image.
         **overrides: fields of the config (`hidden_size`, `num_hidden_layers`, `num_attention_heads`,
@@ -105,20 +99,20 @@ def build_processor(config: Any, image_size: int) -> Any:
 def _read_spec(spec: dict[str, Any] | str | Path) -> dict[str, Any]:
     if isinstance(spec, dict):
         fields = dict(spec)
-    elif str(spec) in FAMILIES or str(spec) in ALIASES:
-        fields = {"model_type": str(spec)}
+    elif named := config_fields(str(spec)):
+        fields = named
     else:
         path = Path(spec)
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
-            message = unknown_name("model type", str(spec), [*FAMILIES, *ALIASES])
+            message = unknown_name("model type", str(spec), list_encoders())
             raise FileNotFoundError(f"there is no config file {spec}, and if a model type was meant: {message}")
         fields = read_json(path)
     model_type = fields.get("model_type")
     if model_type in COMPOSITES and isinstance(fields.get("vision_config"), dict):
         fields = {"model_type": f"{model_type}_vision_model", **fields["vision_config"]}
         model_type = fields["model_type"]
-    model_type = ALIASES.get(model_type, model_type)
+    model_type = ALIASES.get(str(model_type), model_type)
     if model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type!r} cannot be built as a vision backbone; use {', '.join(FAMILIES)}")
     # Which class a file was written from, and by which version, is no part of the architecture.

@@ -28,6 +28,7 @@ from mllm_vision.encoder.text.towers import (
     pool_text,
     prepare_tokenizer,
     text_positions,
+    text_sizes,
 )
 from mllm_vision.errors import reading
 from mllm_vision.hub.lineage import check_lineage, hash_weights
@@ -354,11 +355,12 @@ def build_dual(
     """A pair from names: a path or Hub id is loaded, a model type is built with random weights.
 
     Args:
-        encoder: path or Hub id of an encoder, or a model type such as `"clip_vision_model"`.
+        encoder: path or Hub id of an encoder, or a name of `list_encoders()` such as `"clip_vit_base"`.
         text_tower: path or Hub id, `"clip_text_model"` or `"siglip_text_model"`; by default SigLIP's for a SigLIP
             image tower and CLIP's for any other.
         tokenizer: path or Hub id; by default the text tower's.
-        encoder_overrides, text_overrides: config fields of towers built here.
+        encoder_overrides, text_overrides: config fields of towers built here; a text tower is sized to the image
+            tower otherwise (`encoder.text.towers.text_sizes`).
         image_size: side of the square image.
         embed_dim, logit_bias: see `DualEncoder`.
         max_text_length: see `encoder.text.towers.build_text_tower`.
@@ -379,6 +381,11 @@ def build_dual(
         raise ValueError("a text tower built here needs --tokenizer: a path or Hub id, e.g. a language model's folder")
     with reading(source):
         words = AutoTokenizer.from_pretrained(source)
+    if text_tower in (CLIP_TEXT, SIGLIP_TEXT):
+        sizes = text_sizes(vision.config)
+        if "hidden_size" in (text_overrides or {}):  # what depends on the width follows the one that is given
+            sizes = {"num_hidden_layers": sizes["num_hidden_layers"]} if sizes else {}
+        text_overrides = sizes | (text_overrides or {})
     text, prepared = build_text_tower(
         text_tower,
         words,

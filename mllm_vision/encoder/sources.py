@@ -1,4 +1,4 @@
-"""What `--encoder` names: a checkpoint by path or Hub id, or a model type to be built with random weights."""
+"""What `--encoder` names: a checkpoint by path or Hub id, or a preset or model type to be built with random weights."""
 
 from __future__ import annotations
 
@@ -6,39 +6,40 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mllm_vision.encoder.build import ALIASES, build_backbone
+from mllm_vision.encoder.build import build_backbone
 from mllm_vision.encoder.encoder import VisionEncoder
 from mllm_vision.encoder.families import FAMILIES
 from mllm_vision.encoder.files import Source, read_json
+from mllm_vision.encoder.presets import config_fields, list_encoders
 from mllm_vision.errors import unknown_name
 
 
 def is_model_type(source: str | Path) -> bool:
-    """Whether `--encoder` names a model type, to be built with random weights, and not a checkpoint.
+    """Whether `--encoder` is one of `list_encoders()`, to be built with random weights, and not a checkpoint.
 
-    Of a bare name that is neither a model type nor a path nor in the Hub's cache, the Hub is asked (not offline).
+    The Hub is asked (unless offline) about a bare name that is not one, not a path and not in the Hub's cache.
 
     Raises:
         FileNotFoundError: a bare name that is none of these; the nearest model type is named.
     """
-    if source in FAMILIES or source in ALIASES:
+    if config_fields(str(source)):
         return True
     _refuse_misspelt(os.fspath(source))
     return False
 
 
 def is_convolutional(source: str | Path) -> bool:
-    """Whether a model type, or the config of a folder or Hub id, is of a convolutional network.
+    """Whether a name of `list_encoders()`, or the config of a folder or Hub id, is of a convolutional network.
 
-    False where there is none: what is wrong with it is told when it is loaded.
+    False where there is no config: loading the encoder reports what is wrong.
     """
-    model_type = str(source)
-    if source not in FAMILIES and source not in ALIASES:
+    fields = config_fields(str(source))
+    if fields is None:
         try:
-            model_type = str(read_json(Source(source).file("config.json")).get("model_type"))
+            fields = read_json(Source(source).file("config.json"))
         except (OSError, ValueError):
             return False
-    family = FAMILIES.get(ALIASES.get(model_type, model_type))
+    family = FAMILIES.get(str(fields.get("model_type")))
     return family is not None and family.convolutional
 
 
@@ -62,7 +63,7 @@ def _refuse_misspelt(name: str) -> None:
         except Exception:  # no answer (of whichever transport the client has): loading says what is wrong with the Hub
             return
     raise FileNotFoundError(
-        f"{unknown_name('model type', name, [*FAMILIES, *ALIASES])}; {name!r} is no path either (working folder: "
+        f"{unknown_name('model type', name, list_encoders())}; {name!r} is no path either (working folder: "
         f"{Path.cwd()}), and no repository {place}"
     )
 
@@ -77,7 +78,7 @@ def build_encoder(
     """An encoder by path, by Hub id, or with random weights by model type.
 
     Args:
-        source: path or Hub id of an encoder, or a model type such as `"vit"`.
+        source: path or Hub id of an encoder, or a name of `list_encoders()` such as `"vit_small"`.
         image_size: side of the square image.
         overrides: config fields of an encoder built here.
         pooler: False leaves a ViT that is built here without BERT's tanh layer: its pooled vector is then the

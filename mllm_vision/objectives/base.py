@@ -23,6 +23,14 @@ from mllm_vision.functional.geometry import participation_ratio, spread
 
 # names of a transformer's tokens and positions, for `Objective.also_decays`
 TOKENS = ("cls_token", "class_embedding", "mask_token", "register_tokens")
+# What MoCo v3 trains its ViTs with (arXiv:2104.02057), in place of LARS or SGD for ResNets.
+TRANSFORMER_DEFAULTS: dict[str, Any] = {
+    "optim": "adamw_torch",
+    "base_learning_rate": 1.5e-4,
+    "lr_scaling": "linear",
+    "weight_decay": 0.1,
+    "warmup_steps": 0.133,  # 40 epochs of 300
+}
 POSITIONS = ("position_embeddings", "position_embedding", "pos_embed")
 
 
@@ -253,18 +261,29 @@ class ImageObjective(Objective):
 
     @classmethod
     def defaults_beside(cls, optim: str | None, encoder: str | None = None) -> dict[str, Any]:
-        """`training_defaults`, less what belongs to the optimizer they name where `optim` names another.
+        """`training_defaults` as they fit the encoder, without those that belong to another optimizer than `optim`.
 
         Args:
             optim: the optimizer that is asked for, if any.
-            encoder: model type or path of the encoder: for a convolutional one, `convolutional_defaults` come on top.
+            encoder: name, path or Hub id of the encoder. For a convolutional one `convolutional_defaults` come on top;
+                for a transformer `TRANSFORMER_DEFAULTS`, where the method's own optimizer is LARS or SGD and no other
+                is asked for.
         """
-        defaults = dict(cls.training_defaults)
-        if cls.convolutional_defaults and encoder is not None and is_convolutional(encoder):
+        defaults, left = dict(cls.training_defaults), ("optim_args", "base_bias_learning_rate")
+        if encoder is not None and is_convolutional(encoder):
             defaults |= cls.convolutional_defaults
-        other = optim is not None and optim != defaults.get("optim")
-        left = ("optim_args", "base_bias_learning_rate") if other else ()
+        elif encoder is not None and optim is None and defaults.get("optim") in ("lars", "sgd"):
+            return {name: value for name, value in (defaults | TRANSFORMER_DEFAULTS).items() if name not in left}
+        if optim is None or optim == defaults.get("optim"):
+            return defaults
         return {name: value for name, value in defaults.items() if name not in left}
+
+    @classmethod
+    def default_optimizers(cls) -> str:
+        """The method's default optimizer for each kind of encoder, for a log line."""
+        transformer, convolutional = (cls.defaults_beside(None, name).get("optim") for name in ("vit", "resnet"))
+        usual = "adamw_torch"
+        return f"{transformer or usual} for a transformer, {convolutional or usual} for a convolutional network"
 
     @classmethod
     def columns(cls) -> list[str]:

@@ -49,4 +49,13 @@ class DINO(DINOObjective):
         "max_grad_norm": 3.0,
     }
 
+    # the official command for ResNet-50
+    convolutional_defaults: ClassVar[dict[str, Any]] = {
+        "optim": "sgd",
+        "optim_args": "momentum=0.9",
+        "base_learning_rate": 0.03,
+        "weight_decay": 1e-4,
+        "weight_decay_end": 1e-4,
+    }
+
     Config = DINOConfig

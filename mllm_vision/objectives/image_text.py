@@ -77,10 +77,10 @@ class ImageTextObjective(Objective):
     training_defaults: ClassVar[dict[str, Any]] = {}
 
     @classmethod
-    def defaults_beside(cls, optim: str | None) -> dict[str, Any]:
+    def defaults_beside(cls, optim: str | None, encoder: str | None = None) -> dict[str, Any]:
         """`training_defaults`: the method's own values of `TrainingArguments`, where they are not CLIP's.
 
-        What belongs to AdamW goes where `optim` names another optimizer.
+        What belongs to AdamW goes where `optim` names another optimizer. AdamW is the default for every `encoder`.
         """
         other = optim is not None and not str(optim).startswith("adamw")
         left = ("adam_beta2", "adam_epsilon", "learning_rate", "weight_decay") if other else ()

@@ -69,8 +69,8 @@ def test_what_it_leaves(recipe, data, tmp_path):
     assert encoder.backbone.pooler is None and encoder.lineage["stage"] == "stage_zero"
     assert AutoModel.from_pretrained(tmp_path / "run" / "encoder").config.hidden_size == 32
     saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
-    assert saved["optim"] == "lars" and saved["head_out"] == 128
-    assert (saved["learning_rate"], saved["base_learning_rate"]) == (None, 0.3)  # what is scaled, and what comes of it
+    assert saved["optim"] == "adamw_torch" and saved["head_out"] == 128
+    assert (saved["learning_rate"], saved["base_learning_rate"]) == (None, 1.5e-4)  # what is scaled, and the result
 
 
 @pytest.mark.parametrize("artifact", ["teacher", "student"])
@@ -194,6 +194,8 @@ def test_images_without_labels(recipe, data, tmp_path, caplog):
 def test_the_methods_defaults_give_way_to_flags_and_files(tmp_path):
     words = ["--dataset_name", "x", "--output_dir", "y", "--objective", "simclr"]
     target = "recipes/pretrain_images.py"
+    assert dry_parse(target, words)["optim"] == "adamw_torch"
+    words = ["--encoder", "resnet18", *words]
     assert dry_parse(target, words)["optim"] == "lars"
     config = tmp_path / "mine.yaml"
     config.write_text("optim: adamw_torch\nlearning_rate: 1e-3\n")

@@ -25,6 +25,29 @@ END_OF_TEXT = "<|endoftext|>"
 POOLINGS = ("pooler", "mean", "last")
 
 
+def text_sizes(vision: Any) -> dict[str, Any]:
+    """Config fields of a text tower in proportion to an image tower.
+
+    Beside SigLIP's image towers: the same width, layers, heads and MLP (arXiv:2303.15343). Beside other transformers
+    CLIP's proportion: two thirds of the width in steps of 128, heads of 64, at most 12 layers (512 beside 768, 768
+    beside 1024; arXiv:2103.00020, table 20); the same shape up to a width of 128. Beside a ResNet of 1024 channels or
+    more CLIP's own, 512 wide with 12 layers; beside a smaller one `SMALL_TEXT_TOWER`.
+
+    Args:
+        vision: config of the image tower.
+    """
+    width, layers = getattr(vision, "hidden_size", None), getattr(vision, "num_hidden_layers", None)
+    heads = getattr(vision, "num_attention_heads", None)
+    if width is None or layers is None or heads is None:
+        channels = (getattr(vision, "hidden_sizes", None) or [getattr(vision, "hidden_dim", 0)])[-1]
+        return {"hidden_size": 512, "num_hidden_layers": 12} if channels >= 1024 else {}
+    mlp = getattr(vision, "intermediate_size", None) or 4 * width
+    if vision.model_type == "siglip_vision_model" or width <= 128:
+        sizes = {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": mlp}
+        return sizes | {"num_hidden_layers": layers if vision.model_type == "siglip_vision_model" else min(12, layers)}
+    return {"hidden_size": -(-width * 2 // 3 // 128) * 128, "num_hidden_layers": min(12, layers)}
+
+
 def build_text_tower(
     spec: str,
     tokenizer: Any,
@@ -41,7 +64,7 @@ def build_text_tower(
         spec: `"clip_text_model"` or `"siglip_text_model"` for our own small tower with random weights, or the
             path or Hub id of any transformers text model (of a whole CLIP or SigLIP model: its text tower).
         tokenizer: any transformers tokenizer; it is copied, never changed.
-        overrides: config fields of a tower built here, for example `{"hidden_size": 512}`.
+        overrides: config fields of a tower built here, for example `{"hidden_size": 512}`; see `text_sizes`.
         max_length: longest text in tokens, the end token included. Default 77 (CLIP), 64 (SigLIP), or what
             a pretrained tower has positions for.
         projection_size: width of a SigLIP tower's own head: the width of the image tower.
