@@ -1,4 +1,4 @@
-"""The docs are run: every python block, every recipe and script line of the bash blocks, every link.
+"""The docs are run: every python block, every command of ours in the bash blocks, every link.
 
 Python blocks of a page share one namespace, in a scratch folder that holds small stand-ins for what the quickstart
 leaves (`runs/quickstart/encoder`, `dual`, `language_model`, `align`, `instruct`), an image `image.png` and the
@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 from dry import dry_parse
+
+from mllm_vision import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -139,6 +141,11 @@ def check_command(words: list[str]) -> None:
     if words[0] == "bash":
         assert (ROOT / words[1]).is_file(), f"no such script: {words[1]}"
         return
+    while "=" in words[0] and len(words) > 1:  # variables before the command
+        words = words[1:]
+    if words[0] == "mllm-vision" or words[1:3] == ["-m", "mllm_vision"]:
+        check_verb(words[1:] if words[0] == "mllm-vision" else words[3:])
+        return
     for position, word in enumerate(words):
         if re.match(r"^(\./)?(recipes|scripts)/[\w/]+\.py$", word):
             target = word.removeprefix("./")
@@ -151,6 +158,18 @@ def check_command(words: list[str]) -> None:
         if target != "scripts/env.py" and "--help" not in given:
             dry_parse(target, given)
         return
+
+
+def check_verb(words: list[str]) -> None:
+    """A verb of the command line takes its flags; those of torchrun and the configs of the package are understood."""
+    if not words or words[0].startswith("-"):
+        return
+    name = words[0].replace("_", "-")
+    assert name in cli.VERBS, f"no such verb: {name}"
+    _, given = cli.split_launcher(name, words[1:])
+    target = cli.VERBS[name].file
+    if target.endswith(".py") and name != "env" and "--help" not in given:
+        dry_parse(target, given)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=label)
@@ -187,6 +206,11 @@ def test_the_checks_can_fail() -> None:
         check_command(["python", "recipes/nowhere.py"])
     with pytest.raises(AssertionError, match="no such make target"):
         check_command(["make", "quickstrat"])
+    with pytest.raises(AssertionError, match="no such verb"):
+        check_command(["mllm-vision", "nothing"])
+    with pytest.raises(ValueError, match="unknown flag '--bad'"):
+        check_command(["python", "-m", "mllm_vision", "language-model", "--text_files", "x", "--bad", "1"])
+    check_command(shlex.split("mllm-vision language_model --nproc_per_node 2 --text_files x --output_dir y"))
     check_command(["make", "test", "PYTHON=python3.12"])
     check_command(shlex.split("python recipes/language_model.py --text_files a b --output_dir runs/x > log.txt"))
     assert commands("a b && c | d\n") == [["a", "b"], ["c"], ["d"]]
@@ -199,3 +223,11 @@ def test_blocks_are_found(tmp_path: Path) -> None:
     )
     assert blocks(page, ("python",)) == [(3, "a = 1\n", True), (7, "b\n", False)]
     assert blocks(page, ("bash",)) == [(11, "ls\n", True)]
+
+
+def test_the_index_lists_every_page() -> None:
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"\]\(([^)#\s]+)\)", text))
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    notebooks = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.ipynb")}
+    assert (pages | notebooks) - {"index.md"} == listed
