@@ -266,13 +266,14 @@ class ImageObjective(Objective):
         Args:
             optim: the optimizer that is asked for, if any.
             encoder: name, path or Hub id of the encoder. For a convolutional one `convolutional_defaults` come on top;
-                for a transformer `TRANSFORMER_DEFAULTS`, where the method's own optimizer is LARS or SGD, unless another
-                than AdamW is asked for.
+                for a transformer `TRANSFORMER_DEFAULTS` take the place of LARS or SGD, unless `optim` names another
+                optimizer than AdamW.
         """
         defaults, left = dict(cls.training_defaults), ("optim_args", "base_bias_learning_rate")
+        adamw = optim is None or optim.startswith("adamw")
         if encoder is not None and is_convolutional(encoder):
             defaults |= cls.convolutional_defaults
-        elif encoder is not None and (optim or "adamw").startswith("adamw") and defaults.get("optim") in ("lars", "sgd"):
+        elif encoder is not None and adamw and defaults.get("optim") in ("lars", "sgd"):
             return {name: value for name, value in (defaults | TRANSFORMER_DEFAULTS).items() if name not in left}
         if optim is None or optim == defaults.get("optim"):
             return defaults
