@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 # What stands before a metric's name. Answering questions is what stage two is for, so it needs no word.
 TASK_WORDS = {"zero_shot": "zero_shot_", "retrieval": "retrieval_", "vqa": "", "geometry": "", "maps": None}
-COUNTS = {"count", "images", "texts", "skipped", "dimensions"}
+COUNTS = {"count", "images", "texts", "skipped", "dimensions", "step"}
 
 
 def task_of(name: str, entry: dict[str, Any]) -> tuple[str, str]:
@@ -46,7 +46,9 @@ def baselines_of(entry: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def _stage_results(stage: Stage) -> dict[str, float]:
     results: dict[str, float] = {}
-    for file_variant, content in sorted(stage.files.items()):
+    # A stage that no evaluation file measures has only what its run measured of itself.
+    files = stage.files or {"": {"evaluations": stage.run.get("evaluations")}}
+    for file_variant, content in sorted(files.items()):
         for name, entry in as_dict(content.get("evaluations")).items():
             entry = as_dict(entry)
             variant, task = task_of(name, entry)
@@ -57,16 +59,14 @@ def _stage_results(stage: Stage) -> dict[str, float]:
             for metric, value in numbers(entry).items():
                 if metric not in COUNTS:
                     results.setdefault(f"{stage.name}/{head}{word}{metric}", value)
-            if file_variant:
-                continue  # an ablation's own baselines say nothing new
-            for baseline, values in baselines_of(entry).items():
+            # an ablation's own baselines say nothing new
+            for baseline, values in ({} if file_variant else baselines_of(entry)).items():
                 for metric, value in values.items():
                     if metric in COUNTS or (baseline.startswith("majority") and metric.startswith("accuracy_")):
                         continue
-                    if baseline == "chance":
-                        results[f"{stage.name}/{head}{word}{metric}_chance"] = value
-                    else:
-                        results[f"{stage.name}/{head}{baseline}_{word}{metric}"] = value
+                    chance = baseline == "chance"
+                    key = f"{word}{metric}_chance" if chance else f"{baseline}_{word}{metric}"
+                    results[f"{stage.name}/{head}{key}"] = value
     seconds = numbers(stage.run).get("seconds")
     if seconds is not None:
         results[f"{stage.name}/seconds"] = seconds
@@ -74,12 +74,11 @@ def _stage_results(stage: Stage) -> dict[str, float]:
 
 
 def flat_results(chain: Chain) -> dict[str, float]:
-    """``stage/metric`` to number, from the evaluation files of a chain.
+    """``stage/metric`` to number, from the evaluation files of a chain, else from what its runs measured themselves.
 
     ``<stage>/[<variant>_][<baseline>_][<task>_]<metric>[_chance]``: ``stage_zero/zero_shot_accuracy``,
-    ``stage_zero/untrained_zero_shot_accuracy``, ``stage_zero/unseen_zero_shot_accuracy``,
-    ``stage_zero/retrieval_r1``, ``stage_zero/retrieval_r1_chance``, ``stage_two/accuracy``,
-    ``stage_two/accuracy_<type>``, ``stage_two/majority_accuracy``, ``stage_two/blind_accuracy``. Fractions.
+    ``stage_zero/untrained_zero_shot_accuracy``, ``stage_zero/retrieval_r1_chance``, ``stage_one/captions_loss``,
+    ``stage_two/accuracy``, ``stage_two/accuracy_<type>``, ``stage_two/blind_accuracy``. Fractions.
     """
     results: dict[str, float] = {}
     for stage in chain.stages:

@@ -193,11 +193,7 @@ def evaluations(stage: Stage) -> dict[str, Any]:
             beside |= {ablation: other} if other else {}
         order = sorted(beside, key=lambda column: (not column.startswith("untrained"), column == "chance"))
         columns = {"model": numbers(entry)} | {column: beside[column] for column in order}
-        metrics = [
-            metric
-            for metric in columns["model"]
-            if metric not in COUNTS | {"step"} and not metric.startswith("accuracy_")
-        ]
+        metrics = [metric for metric in columns["model"] if metric not in COUNTS and not metric.startswith("accuracy_")]
         rows = [
             (metric, [shown(metric, values[metric]) if metric in values else "" for values in columns.values()])
             for metric in metrics
