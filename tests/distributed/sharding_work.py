@@ -57,20 +57,27 @@ class Accelerator:
         self.state = type("State", (), {"fsdp_plugin": Plugin()})()
 
 
-def train_sharded():
-    """Steps of SGD on a sharded model and on a plain one with averaged gradients; then made whole."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+def is_sharded(model) -> bool:
+    from torch.distributed.fsdp import FSDPModule
 
-    from mllm_vision.training.trainer.sharding import is_sharded, make_whole, prepare_sharding, whole_parameters
+    return any(isinstance(part, FSDPModule) for part in model.modules())
+
+
+def train_sharded():
+    """Steps of AdamW on a sharded copy and on a plain model with averaged gradients; then gathered."""
+    from torch.distributed.fsdp import fully_shard
+
+    from mllm_vision.training.trainer.sharding import copy_to_shard, gather, gathered, prepare_sharding, release
 
     torch.manual_seed(0)
     model = Scaled()
     plain = copy.deepcopy(model)
+    sharded = copy_to_shard(model)
     rows = torch.randn(2, 4, 6)[dist.get_rank()]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(sharded.parameters(), lr=0.1, weight_decay=0.01)
     reference = torch.optim.AdamW(plain.parameters(), lr=0.1, weight_decay=0.01)
     accelerator = Accelerator()
-    prepare_sharding(accelerator, model, optimizer)
+    prepare_sharding(accelerator, sharded, optimizer)
     plugin = accelerator.state.fsdp_plugin
     found = {
         "layers": plugin.transformer_cls_names_to_wrap,
@@ -78,16 +85,17 @@ def train_sharded():
         "groups": [[tuple(value.shape) for value in group["params"]] for group in optimizer.param_groups],
     }
     ignored = {value for module in plugin.ignored_modules for value in module.parameters()}
-    for layer in model.layers:
+    for layer in sharded.layers:
         fully_shard(layer, ignored_params=ignored)
-    fully_shard(model, ignored_params=ignored)
-    register_fsdp_forward_method(model, "score")
-    names = dict(model.named_parameters())
+    fully_shard(sharded, ignored_params=ignored)
+    names = dict(sharded.named_parameters())
     optimizer.param_groups[0]["params"] = [value for name, value in names.items() if name != "scale"]
+    release(model)
+    found["released"] = all(value.is_meta for value in model.parameters())
 
     for _ in range(3):
         optimizer.zero_grad()
-        model(rows).backward()
+        sharded(rows).backward()
         optimizer.step()
         reference.zero_grad()
         plain(rows).backward()
@@ -97,18 +105,15 @@ def train_sharded():
         reference.step()
 
     # any part, and on one rank alone
-    with whole_parameters(model), torch.no_grad():
+    with gathered(model, sharded, torch.device("cpu")), torch.no_grad():
         found["part"] = None
         if dist.get_rank() == 0:
             parts = ((model.layers, plain.layers), (model.head, plain.head), (model.score, plain.score))
             found["part"] = [float((part(rows) - other(rows)).abs().max()) for part, other in parts]
     optimizer.zero_grad()
-    model(rows).backward()  # and the training goes on
-    found["wrapped"] = "score" in vars(model)
-    found["sharded"] = is_sharded(model)
-    kind = type(model)
-    make_whole(model)
-    found |= {"whole": not is_sharded(model), "kinds": (kind.__name__, type(model) is Scaled)}
+    sharded(rows).backward()  # and the training continues
+    found["kinds"] = (is_sharded(sharded), is_sharded(model), all(value.is_meta for value in model.parameters()))
+    gather(model, sharded, torch.device("cpu"))
     found["tied"] = model.tied.weight is model.head.weight
     found["apart"] = max(
         float((value - dict(plain.named_parameters())[name]).abs().max()) for name, value in model.named_parameters()
@@ -168,7 +173,6 @@ def through_the_trainer(folder, sharded, resume=None, embed_batch_size=None):
 
     from mllm_vision.training.recipe.arguments import RecipeArguments
     from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
-    from mllm_vision.training.trainer.sharding import is_sharded
 
     kinds = []
 
@@ -184,13 +188,15 @@ def through_the_trainer(folder, sharded, resume=None, embed_batch_size=None):
             eval_strategy="steps", eval_steps=2, ddp_find_unused_parameters=False, embed_batch_size=embed_batch_size,
             **({"fsdp": True} if sharded else {}),
         )  # fmt: skip
+        objective = make_objective("clip")
         trainer = ObjectiveTrainer(
-            make_objective("clip"), arguments, train_dataset=Pairs(), evaluators=[Uneven()], callbacks=[Look()]
+            objective, arguments, train_dataset=Pairs(), evaluators=[Uneven()], callbacks=[Look()]
         )
         trainer.train(resume)
         names = ("loss", "grad_norm", "eval_uneven_sum")
         logs = [{name: entry[name] for name in names if name in entry} for entry in trainer.state.log_history]
         model = trainer.objective
+        assert model is objective  # what a recipe saves
         return {
             "parameters": {name: value.detach().clone() for name, value in model.named_parameters()},
             "logs": logs,

@@ -5,22 +5,20 @@ from __future__ import annotations
 import pytest
 import sharding_work
 import torch
-from torch import nn
 
-from mllm_vision.training.trainer.sharding import is_sharded, layer_classes, make_whole, whole_parameters
+from mllm_vision.training.trainer.sharding import layer_classes
 
 
-def test_a_sharded_model_trains_as_a_plain_one_and_comes_out_whole(gloo):
+def test_a_sharded_copy_trains_as_a_plain_model_and_is_gathered_into_it(gloo):
     results = gloo.run(2, sharding_work.train_sharded)
     for found in results:
         assert found["layers"] == ["Layer"]
         assert found["reduce"] == torch.float32
         assert found["groups"][-1] == [()] and () not in found["groups"][0]
-        assert found["sharded"] and found["whole"] and found["plain"] and found["tied"]
-        assert found["kinds"] == ("FSDPScaled", True)
+        assert found["released"] and found["plain"] and found["tied"]
+        assert found["kinds"] == (True, False, True)
         assert found["apart"] < 1e-6
     assert max(*results[0]["part"], results[0]["again"], results[0]["score"]) < 1e-6
-    assert results[0]["wrapped"]  # between evaluations FSDP has all its hooks back
     assert results[0]["saved"] == sorted(sharding_work.Scaled().state_dict())
 
 
@@ -41,15 +39,6 @@ def test_the_trainer_shards_as_ddp_trains_and_resumes(gloo, tmp_path):
             assert torch.equal(resumed[rank]["parameters"][name], value), name
     for found, expected in zip(sharded[0]["logs"], plain["logs"], strict=True):
         assert found == pytest.approx(expected, rel=1e-4)
-
-
-def test_a_plain_model_is_left_alone():
-    model = nn.Linear(2, 2)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with whole_parameters(model):
-        assert not is_sharded(model)
-    assert make_whole(model) is model and type(model) is nn.Linear
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_the_layers_of_our_models_are_found():

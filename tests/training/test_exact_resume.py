@@ -331,7 +331,7 @@ def test_the_state_of_the_data_is_small(numbers: Path, tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-4" / resume.DATA_STATE).stat().st_size < 1000
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "emptied", "unsealed", "flipped"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "emptied", "flipped"])
 @pytest.mark.parametrize(
     "file",
     ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "data_state.json"],
@@ -349,17 +349,13 @@ def test_any_damage_is_noticed_and_the_checkpoint_before_is_used(
         path.unlink()
     elif damage == "emptied":
         path.write_bytes(b"")
-    elif damage == "flipped":
+    else:
         content = bytearray(path.read_bytes())
         content[len(content) // 3] ^= 1
         path.write_bytes(content)
-    else:  # killed after this file was written
-        for later in ("complete.json", *(["trainer_state.json"] if file == "rng_state.pth" else [])):
-            (run / "checkpoint-4" / later).unlink()
-        (run / "checkpoint-4" / "INCOMPLETE").touch()
     if damage != "flipped":  # which only reading all of it tells
         assert not is_whole(run / "checkpoint-4")
-    with pytest.raises(ValueError, match=rf"torn: .*({file}|{'written' if damage == 'unsealed' else file})"):
+    with pytest.raises(ValueError, match=rf"torn: .*{file}"):
         check_checkpoint(run / "checkpoint-4")
     assert last_checkpoint(run) == str(run / "checkpoint-2")
 
@@ -375,14 +371,14 @@ def test_an_older_checkpoint_goes_only_when_the_new_one_is_whole(
     numbers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there: list[list[str]] = []
-    original = resume.seal
+    original = resume.write_manifest
 
-    def seal(folder: Path) -> None:
-        assert not is_whole(folder)
+    def write_manifest(folder: Path) -> None:
+        assert folder.name.startswith(".")  # what a killed process leaves here counts as nothing
         there.append([path.name for path in list_checkpoints(tmp_path) if is_whole(path)])
         original(folder)
 
-    monkeypatch.setattr(resume, "seal", seal)
+    monkeypatch.setattr(resume, "write_manifest", write_manifest)
     seen(tmp_path, numbers, max_steps=6, save_total_limit=1)
     assert there == [[], ["checkpoint-2"], ["checkpoint-4"]]
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-6"]

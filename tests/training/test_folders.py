@@ -56,15 +56,13 @@ def test_an_artifact_that_is_a_link_is_replaced_and_its_target_stays(tmp_path: P
     assert [path.name for path in final.parent.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_a_folder_is_the_old_one_until_the_new_one_is_whole(in_place: bool, tmp_path: Path) -> None:
+def test_a_folder_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
     final = tmp_path / "model"
     final.mkdir()
     (final / "old").touch()
-    with pytest.raises(RuntimeError, match="broken"), whole_folder(final, in_place=in_place) as work:
-        work.mkdir(exist_ok=True)
+    with pytest.raises(RuntimeError, match="broken"), whole_folder(final) as work:
         (work / "new").touch()
-        assert (final / "old").exists() is not in_place  # a reader of an artifact still finds the old one
+        assert (final / "old").exists()  # a reader still finds the old one
         raise RuntimeError("broken")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert [path.name for path in final.iterdir()] == ["old"]
@@ -77,10 +75,9 @@ def test_what_a_kill_left_is_undone(tmp_path: Path) -> None:
     (tmp_path / ".run.json.partial").write_text("{")
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-4" / "rng_state_1.pth").touch()  # all that a second rank could write
-    for name in ("checkpoint-6", ".checkpoint-6.previous"):  # killed while it was written anew
+    for name in (".checkpoint-6.partial", ".checkpoint-6.previous"):  # killed while one took the other's place
         (tmp_path / name).mkdir()
         (tmp_path / name / "trainer_state.json").write_text(name)
-    (tmp_path / "checkpoint-6" / "INCOMPLETE").touch()
     clean(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", "encoder", "model", "notes"]
     assert (tmp_path / "model" / "file").read_text() == ".model.previous"  # put back: no other one was there

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or do not count: sealed with a hash of every file, ordered by their step."""
+"""Checkpoint folders: a manifest of content hashes, what is damaged, which one is the newest, which ones go."""
 
 from __future__ import annotations
 
@@ -7,64 +7,66 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
 from mllm_vision.distributed import is_distributed
-from mllm_vision.training.recipe.folders import UNSEALED, list_checkpoints, remove, step_of, to_disk, write_whole
+from mllm_vision.training.recipe.folders import list_checkpoints, remove, step_of
 
-__all__ = ["is_whole", "last_checkpoint", "list_checkpoints", "rotate", "seal"]
 logger = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
 STATE_FILE = "trainer_state.json"
-SEAL = "complete.json"  # sizes and hashes of all files, written last; a checkpoint whose files differ is torn
+MANIFEST = "complete.json"  # size and sha256 of every other file, written last
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """List every file of a checkpoint with its size and sha256."""
+    files = {str(path.relative_to(checkpoint)): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
+    listed = {
+        "files": {name: path.stat().st_size for name, path in files.items()},
+        "sha256": {name: _hash(path) for name, path in files.items()},
+    }
+    (checkpoint / MANIFEST).write_text(json.dumps(listed, indent=1), encoding="utf-8")
 
 
 def damage(checkpoint: Path, *, contents: bool = False) -> str | None:
-    """What is wrong with a checkpoint, or None where it was written to its end, by every process.
+    """What is wrong with a checkpoint, or None.
 
     Args:
-        checkpoint: a folder. One without a seal (of the stock Trainer) passes with a readable state and weights.
-        contents: compare the hash of every file too (about a second a gigabyte), not its size alone.
+        checkpoint: a folder. One without a manifest (the stock Trainer's) passes with a readable state and weights.
+        contents: also compare the hash of every file (about a second per gigabyte), not only its size.
     """
-    if (checkpoint / UNSEALED).exists():
-        return "the process ended while it was written"
     try:
         json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8")) if (checkpoint / SEAL).exists() else None
-        for name, size in (sealed or {"files": {}})["files"].items():
-            if (checkpoint / name).stat().st_size != size:
-                return f"{name} is {(checkpoint / name).stat().st_size} bytes long, it was written with {size}"
-        for name, expected in (sealed or {}).get("sha256", {}).items() if contents else ():
+        if not (checkpoint / MANIFEST).exists():
+            return None if any(checkpoint.rglob("*.safetensors")) else "it holds no weights"
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        for name, size in manifest["files"].items():
+            if (found := (checkpoint / name).stat().st_size) != size:
+                return f"{name} is {found} bytes long, it was written with {size}"
+        for name, expected in manifest.get("sha256", {}).items() if contents else ():
             if _hash(checkpoint / name) != expected:
                 return f"the content of {name} is not what was written (sha256): the disk or a copy changed it"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{STATE_FILE} or {SEAL} cannot be read ({error})"
-    if sealed is None and not any(checkpoint.rglob("*.safetensors")):
-        return "it holds no weights"
+        return f"{STATE_FILE} or {MANIFEST} cannot be read ({error})"
     return None
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether all files of a checkpoint are there in their full length; their contents are not read."""
+    """Whether all files of a checkpoint are there in full length; their contents are not read."""
     return damage(checkpoint) is None
 
 
-def check_shapes(checkpoint: Path, model: torch.nn.Module) -> None:
-    """Refuses weights of other sizes than the model's, before any is loaded.
-
-    Args:
-        checkpoint: a folder; where it holds no `model.safetensors` (adapters, shards) nothing is checked.
-        model: what is to go on from it.
+def check_shapes(checkpoint: Path, model: Any) -> None:
+    """Compare the shapes of the weights with the model's before any is loaded.
 
     Raises:
-        ValueError: tensors of the same name and another shape, with the first of them.
+        ValueError: tensors of the same name and another shape. Nothing is checked without a `model.safetensors`.
     """
     file = checkpoint / "model.safetensors"
     if not file.is_file():
@@ -78,45 +80,45 @@ def check_shapes(checkpoint: Path, model: torch.nn.Module) -> None:
         raise ValueError(
             f"{checkpoint} does not fit this model: {len(other)} of its weights have another size "
             f"({other[0]}: {there[other[0]]} there, {here[other[0]]} here). Resume with the recipe the run was started "
-            f"with ({checkpoint.parent / 'recipe.yaml'}), or start anew with --overwrite"
+            f"with ({checkpoint.parent / 'recipe.yaml'}), or start from scratch with --overwrite"
         )
 
 
-def unsealed(checkpoint: Path) -> None:
-    """Begin a checkpoint: until `seal` it counts as torn."""
-    checkpoint.mkdir(parents=True)
-    (checkpoint / UNSEALED).touch()
+def check_complete(checkpoint: Path, processes: int, accept: bool) -> None:
+    """Look for optimizer, schedule and random states, without which another training would continue.
 
+    Args:
+        checkpoint: a folder.
+        processes: how many wrote it.
+        accept: warn of what is missing instead of raising.
 
-def seal(checkpoint: Path) -> None:
-    """End a checkpoint: every file is on the disk, and a list of them with sizes and hashes beside it."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name not in (SEAL, UNSEALED))
-    for path in files:
-        to_disk(path)
-    names = {str(path.relative_to(checkpoint)): path for path in files}
-    listed = {
-        "files": {name: path.stat().st_size for name, path in names.items()},
-        "sha256": {name: _hash(path) for name, path in names.items()},
-    }
-    write_whole(checkpoint / SEAL, json.dumps(listed, indent=1))
-    (checkpoint / UNSEALED).unlink()
-    to_disk(checkpoint)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    Raises:
+        ValueError: with the files that are missing.
+    """
+    names = {path.name for path in checkpoint.iterdir()}
+    random = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    missing = [name for name in ("scheduler.pt", *random) if name not in names]
+    if not any(name.startswith(("optimizer", "pytorch_model_fsdp", "global_step")) for name in names):
+        missing.insert(0, "optimizer.pt")
+    if missing and not accept:
+        raise ValueError(
+            f"{checkpoint} has no {', '.join(missing)}: the training would not go on but restart from its weights. "
+            "Resume from a complete checkpoint (one saved without --save_only_model), or give --accept_missing_state"
+        )
+    if missing:
+        logger.warning("%s has no %s: they start from scratch, as accepted", checkpoint, ", ".join(missing))
 
 
 def rotate(run_folder: Path, keep: int | None, best: str | None = None, step: int | None = None) -> None:
-    """Remove torn checkpoints, and whole ones but the last `keep` (None or 0: all stay); the best one stays.
+    """Remove damaged checkpoints, and whole ones but the last `keep` (None or 0: all stay); the best one stays.
 
-    As in the stock Trainer the best one counts among them. The last ones are those of the highest steps, whatever the
-    clock said when they were written.
+    As in the stock Trainer the best one counts among them. "Last" is by step, not by the time of writing.
 
     Args:
-        step: of the checkpoint just written. Those of later steps belong to a continuation that was given up by
-            resuming from before them: they go.
+        run_folder: holds the checkpoints.
+        keep: how many stay.
+        best: path of the best checkpoint.
+        step: of the checkpoint just written; later ones belong to a continuation that was abandoned, and go.
     """
     found = list_checkpoints(run_folder)
     left = [path for path in found if step is not None and step_of(path) > step]
@@ -133,7 +135,7 @@ def rotate(run_folder: Path, keep: int | None, best: str | None = None, step: in
 
 
 def last_checkpoint(run_folder: Path) -> str | None:
-    """The newest whole checkpoint of a run; torn ones are reported and passed over. None where there is none yet.
+    """The newest whole checkpoint of a run, or None; damaged ones are reported and passed over.
 
     Raises:
         FileNotFoundError: there is no run in the folder.
@@ -145,7 +147,7 @@ def last_checkpoint(run_folder: Path) -> str | None:
         if wrong is None:
             return str(checkpoint)
         logger.warning("%s is torn: %s; it is passed over", checkpoint, wrong)
-    logger.warning("%s holds no whole checkpoint yet: the run starts at step 0", run_folder)
+    logger.warning("%s contains no checkpoint to resume from: the run starts at step 0", run_folder)
     return None
 
 
@@ -154,7 +156,7 @@ def check_checkpoint(checkpoint: Path) -> Path:
 
     Raises:
         FileNotFoundError: it is not there.
-        ValueError: it is torn.
+        ValueError: it is damaged.
     """
     if not checkpoint.is_dir():
         beside = [path.name for path in list_checkpoints(checkpoint.parent)] if checkpoint.parent.is_dir() else []
@@ -171,10 +173,10 @@ def check_checkpoint(checkpoint: Path) -> Path:
 
 
 def found_by_first(find: Callable[[], Found]) -> Found:
-    """What the first process finds, on every process: a folder is judged once. All raise its error."""
+    """What the first process finds, on every process; all of them raise its error."""
     if not is_distributed():
         return find()
-    answer: list = [None, None]
+    answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer[0] = find()
@@ -184,3 +186,14 @@ def found_by_first(find: Callable[[], Found]) -> Found:
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+
+def barrier() -> None:
+    """Wait for all processes, where there are several."""
+    if is_distributed():
+        dist.barrier()
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

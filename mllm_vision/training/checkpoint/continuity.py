@@ -1,4 +1,4 @@
-"""What a checkpoint says of the data and the optimizer it was made with, and what another value of theirs does."""
+"""The data and the optimizer of a checkpoint against those of this start: what takes effect, what is refused."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer_utils import has_length
 
 from mllm_vision.data.streams.streams import StreamDataset
 from mllm_vision.training.optim.optimizers import plain_name
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = "settings.json"  # in a checkpoint: the optimizer's settings as they were given, not as a schedule left them
 ROWS = 512  # of a large data set, that many rows are compared, evenly spread
 _KNOWN = ("initial_lr", "weight_decay", "betas", "eps", "momentum")  # in checkpoints without that file
 
@@ -26,40 +26,37 @@ _KNOWN = ("initial_lr", "weight_decay", "betas", "eps", "momentum")  # in checkp
 
 
 def data_identity(dataset: Any) -> dict[str, Any]:
-    """Number of rows, and a hash over the rows themselves, wherever they lie.
+    """Number of rows, and a hash of the rows themselves, wherever they are stored.
 
-    At most `ROWS` rows are read, evenly spread; of an image that is a file of its own, name and size; of a stream, the
+    At most `ROWS` rows are read, evenly spread; of an image in a file of its own, name and size; of a stream, the
     names and sizes of its shards.
     """
-    try:
-        rows = len(dataset)
-    except TypeError:
-        rows = None
+    rows = len(dataset) if has_length(dataset) else None
     total = hashlib.sha256()
     if isinstance(dataset, StreamDataset):
         for shard in (shard for source in dataset.stream.sources for shard in source.shards):
             size = Path(shard.path).stat().st_size if shard.local and Path(shard.path).is_file() else None
             total.update(f"{shard.name} {size}\n".encode())
         return {"rows": rows, "sha256": total.hexdigest()[:16]}
-    records = getattr(dataset, "records", getattr(dataset, "blocks", None))
+    records: Any = getattr(dataset, "records", getattr(dataset, "blocks", None))
     if not (hasattr(records, "__len__") and hasattr(records, "__getitem__")):
         return {"rows": rows}
     count = len(records)
     for index in sorted({number * count // ROWS for number in range(ROWS)} if count > ROWS else range(count)):
         try:
             _add(total, records[index])
-        except Exception as error:  # a row that cannot be read is counted when it is trained on, and ends nothing here
+        except Exception as error:  # a row that cannot be read is counted when it is trained on
             total.update(type(error).__name__.encode())
     _add(total, getattr(dataset, "labels", None))
     return {"rows": rows, "sha256": total.hexdigest()[:16]}
 
 
 def _add(total: Any, value: Any) -> None:
-    """A value of a row, into the hash; a file by its name and size, so that a copy elsewhere is the same."""
+    """Add a value of a row to the hash; a file by its name and size, so that a copy elsewhere is the same."""
     if isinstance(value, Mapping):
         for key in sorted(value, key=str):
             if key == "path" and value.get("bytes") is not None:
-                continue  # where an image that is here whole once lay
+                continue  # where an image that is here in full once was
             total.update(f"{key}:".encode())
             _add(total, value[key])
     elif isinstance(value, (list, tuple)):
@@ -81,31 +78,31 @@ def _add(total: Any, value: Any) -> None:
 
 
 def check_data(before: Mapping[str, Any] | None, now: Mapping[str, Any], accept: bool) -> str | None:
-    """Whether the rows are those that the run was trained on; what differs, where that was accepted.
+    """What differs from the rows that the run was trained on, or None.
 
     Raises:
-        ValueError: they are others, and `accept` is false.
+        ValueError: they differ, and `accept` is false.
     """
     if not before or {key: before.get(key) for key in now} == dict(now):
         return None
-    told = f"{before.get('rows')} rows then, {now.get('rows')} now"
+    difference = f"{before.get('rows')} rows then, {now.get('rows')} now"
     if before.get("rows") == now.get("rows"):
-        told = f"{now.get('rows')} rows as before, of other contents"
+        difference = f"{now.get('rows')} rows as before, of other contents"
     if not accept:
         raise ValueError(
-            f"--resume: the training data are not those the run was trained on ({told}). Restore them; or go on with "
-            "these by --accept_changed_data, at the same number of rows into the epoch; or start anew in another "
-            "--output_dir"
+            f"--resume: the training data are not those the run was trained on ({difference}). Restore them; or "
+            "continue with these by --accept_changed_data, at the same number of rows into the epoch; or start from "
+            "scratch in another --output_dir"
         )
-    logger.warning("resumed with other training data (%s), as accepted", told)
-    return f"training data: {told}"
+    logger.warning("resumed with other training data (%s), as accepted", difference)
+    return f"training data: {difference}"
 
 
 # ---- optimizer and schedule ----------------------------------------------------------------------------------
 
 
-def settings_of(optimizer: Any, scheduler: Any, model: torch.nn.Module) -> dict[str, Any]:
-    """Kind, groups and order of parameters of an optimizer, and its schedule's peaks: fit for JSON."""
+def settings_of(optimizer: Any, scheduler: Any, model: Any) -> dict[str, Any]:
+    """Kind, groups and order of parameters of an optimizer, and its schedule's peaks, for JSON."""
     inner = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
     names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
     order = [[names.get(id(parameter), "?") for parameter in group["params"]] for group in optimizer.param_groups]
@@ -119,16 +116,16 @@ def settings_of(optimizer: Any, scheduler: Any, model: torch.nn.Module) -> dict[
         "parameters": hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16],
         "groups": groups,
     }
-    return json.loads(json.dumps(described, default=str))
+    return _json(described)
 
 
 def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: str) -> None:
-    """Refuses an optimizer whose state the checkpoint does not hold.
+    """Compare with what a checkpoint holds the state of.
 
     Raises:
         ValueError: another kind of optimizer, other parameters or groups, or another schedule that keeps a state.
     """
-    remedy = "resume with the flags the run was started with (its recipe.yaml), or start anew in another --output_dir"
+    remedy = "resume with the flags of the run's recipe.yaml, or start from scratch in another --output_dir"
     for name, what in (("optimizer", "--optim"), ("scheduler", "--lr_scheduler_type")):
         if before[name] != now[name]:
             raise ValueError(
@@ -143,11 +140,12 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint
 
 
 def apply_settings(optimizer: Any, scheduler: Any, before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
-    """After a checkpoint was loaded: what was given anew takes effect; what was given as before stays untouched.
+    """After a checkpoint was loaded: what was given another value takes effect, the rest stays untouched.
 
     Args:
-        optimizer, scheduler: with the checkpoint's state; its groups have the rates and settings it was saved with.
-        before: the settings it was started with, None where the checkpoint does not say.
+        optimizer: with the checkpoint's state; its groups have the rates and settings it was saved with.
+        scheduler: likewise.
+        before: the settings the run was started with; None where the checkpoint does not say.
         now: those of this start.
 
     Raises:
@@ -164,7 +162,7 @@ def apply_settings(optimizer: Any, scheduler: Any, before: Mapping[str, Any] | N
         if rates:
             raise ValueError(
                 f"--resume with another learning rate: {type(scheduler).__name__} keeps the rate it has come to in the "
-                "checkpoint; leave the rate as it was, or start anew in another --output_dir"
+                "checkpoint; leave the rate as it was, or start from scratch in another --output_dir"
             )
         return
     scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
@@ -175,31 +173,3 @@ def apply_settings(optimizer: Any, scheduler: Any, before: Mapping[str, Any] | N
 
 def _json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
-
-
-# ---- files ---------------------------------------------------------------------------------------------------
-
-
-def check_complete(checkpoint: Path, processes: int, accept: bool) -> None:
-    """Refuses a checkpoint without optimizer, schedule or random states: the training would go on as another one.
-
-    Args:
-        processes: how many wrote it.
-        accept: say what is missing, and go on.
-
-    Raises:
-        ValueError: with the files that are missing.
-    """
-    names = {path.name for path in checkpoint.iterdir()}
-    random = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-    missing = [name for name in ("scheduler.pt", *random) if name not in names]
-    if not any(name.startswith(("optimizer", "pytorch_model_fsdp", "global_step")) for name in names):
-        missing.insert(0, "optimizer.pt")
-    if not missing:
-        return
-    if not accept:
-        raise ValueError(
-            f"{checkpoint} has no {', '.join(missing)}: the training would not go on but begin anew from its weights. "
-            "Resume from a complete checkpoint (one saved without --save_only_model), or say --accept_missing_state"
-        )
-    logger.warning("%s has no %s: they begin anew, as accepted", checkpoint, ", ".join(missing))

@@ -1,8 +1,9 @@
-"""Resuming exactly: streams that stand where they stood, checkpoints that are whole, another number of processes."""
+"""Exact resume: checkpoints that are whole or absent, the position in the data, signals."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -10,19 +11,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-import transformers.trainer
-from transformers import Trainer
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import has_length, seed_worker
 
 from mllm_vision.data.streams.loader import StreamLoader
 from mllm_vision.data.streams.streams import StreamDataset
-from mllm_vision.distributed import is_distributed
-from mllm_vision.training.checkpoint.checkpoints import check_shapes, found_by_first, rotate, seal, unsealed
-from mllm_vision.training.checkpoint.continuity import (
-    SETTINGS,
-    apply_settings,
+from mllm_vision.training.checkpoint.checkpoints import (
+    STATE_FILE,
+    barrier,
     check_complete,
+    check_shapes,
+    found_by_first,
+    last_checkpoint,
+    rotate,
+    write_manifest,
+)
+from mllm_vision.training.checkpoint.continuity import (
+    apply_settings,
     check_data,
     check_settings,
     data_identity,
@@ -30,8 +37,8 @@ from mllm_vision.training.checkpoint.continuity import (
 )
 from mllm_vision.training.checkpoint.signals import (
     AnyRank,
-    DueEvaluation,
     EvaluationCut,
+    StopAfterStep,
     Stopped,
     StopSignals,
     deaf_workers,
@@ -40,52 +47,85 @@ from mllm_vision.training.recipe.folders import whole_folder
 
 logger = logging.getLogger(__name__)
 
-DATA_STATE = "data_state.json"
+DATA_STATE = "data_state.json"  # in a checkpoint: how far the data was read
+SETTINGS = "settings.json"  # in a checkpoint: the optimizer's settings as they were given
 
 
 class ExactResume(Trainer):
     """The part of the trainer that saves and resumes.
 
     The stock Trainer resumes map-style data exactly (its order depends on the seed and the epoch alone) and reads a
-    stream from its beginning. Here a checkpoint says how far the data was read: for map-style data the epoch and the
-    row, for a stream the state of its order (`StreamLoader.state_dict`). Both count rows, not batches of one process,
-    so that the same order goes on with another number of processes.
+    stream from its beginning. Here a checkpoint also says how far the data was read: for map-style data the epoch and
+    the row, for a stream the state of its order (`StreamLoader.state_dict`). Both count rows, so that the same order
+    continues with another number of processes.
 
     Raises:
         ValueError: on resuming, the optimizer steps would take another number of rows than before, the stream is
-            another one, or the weights are another model's.
+            another one, or the checkpoint does not fit the model or the optimizer.
     """
 
+    run: Any = None
+    average: Any = None  # a WeightAverage
+    evaluation_due: bool = False  # the evaluation of this step is left to the next start
     _resumed_from: str | None = None
     _train_loader: Any = None
-    run: Any = None
     _data: dict[str, Any] | None = None  # what the rows are, see `data_identity`
     _settings: dict[str, Any] | None = None  # of the optimizer, as the flags ask for them
     _steps_in_epoch: int = 0
     _signals: StopSignals | None = None  # while it trains
     _any_rank: AnyRank | None = None
-    _asked: int = -1
-    _saved_at: int = -1
-    _evaluation_due: bool = False
+    _writing: Path | None = None  # the temporary folder of the checkpoint that is being written
+    saved_at: int = -1  # the step of the checkpoint written last
     _start: tuple[int, int, int] = (0, 0, 0)  # global step, epoch and optimizer step of the epoch this start began at
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._resumed_from = kwargs.get("resume_from_checkpoint")
-        self._asked, self._saved_at, self._evaluation_due = -1, -1, False
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(_Continue(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`, resuming as the arguments say; SIGTERM and SIGUSR1 save a checkpoint and end it."""
+        checkpoint: Any = resume_from_checkpoint or None
+        if checkpoint in (None, True) and hasattr(self.args, "checkpoint_to_resume"):
+            self.args.resume = self.args.resume or checkpoint is True
+            checkpoint = self.args.checkpoint_to_resume()
+        elif checkpoint is True:
+            checkpoint = found_by_first(lambda: last_checkpoint(Path(str(self.args.output_dir))))
+        if checkpoint:
+            logger.info("resuming from %s", checkpoint)
+            self._check_checkpoint(Path(checkpoint))
+        self._resumed_from, self.saved_at, self.evaluation_due = checkpoint, -1, False
         self._any_rank = AnyRank(self.args.device)
+        if self.average is not None:  # behind an objective's after_step
+            self.remove_callback(self.average)
+            self.add_callback(self.average)
+        stop = StopAfterStep(self)
+        self.add_callback(stop)
+        announce = "the step is finished and a checkpoint saved" if self.is_world_process_zero() else ""
         try:
-            return super()._inner_training_loop(*args, **kwargs)
-        except EvaluationCut:  # before the first step: nothing was trained since the checkpoint
-            raise Stopped from None
+            with StopSignals(announce) as self._signals:
+                return super().train(checkpoint, *args, **kwargs)
+        finally:
+            self._signals = None
+            self.remove_callback(stop)
+
+    def _check_checkpoint(self, checkpoint: Path) -> None:
+        """Whether the checkpoint fits the model and holds all that a resume needs."""
+        if not self.is_fsdp_enabled:
+            check_shapes(checkpoint, self.accelerator.unwrap_model(self.model))
+        if not self.is_deepspeed_enabled:
+            wrote = len(list(checkpoint.glob("rng_state_*.pth"))) or 1
+            processes = (_read(checkpoint, DATA_STATE) or {}).get("processes", wrote)
+            check_complete(checkpoint, processes, getattr(self.args, "accept_missing_state", False))
 
     # ---- data ------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
-        """As `Trainer.get_train_dataloader`; a stream gets a `StreamLoader` that stands where it is resumed."""
+        """As `Trainer.get_train_dataloader`; a stream gets a `StreamLoader` at the position it is resumed from."""
         if not isinstance(self.train_dataset, StreamDataset):
             self._train_loader = super().get_train_dataloader()
             return self._train_loader
         args = self.args
+        init = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
         loader = StreamLoader(
             self.train_dataset,
             self._train_batch_size,
@@ -99,14 +139,12 @@ class ExactResume(Trainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
-            worker_init_fn=deaf_workers(
-                partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
-            ),
+            worker_init_fn=deaf_workers(init),
         )
-        saved = _read_state(self._resumed_from)
+        saved = _read(self._resumed_from, DATA_STATE)
         if self._resumed_from and (saved is None or "stream" not in saved):
             raise ValueError(
-                f"{self._resumed_from} was saved without --streaming: its order cannot be gone on with as a stream; "
+                f"{self._resumed_from} was saved without --streaming: its order cannot be continued as a stream; "
                 "resume with the flags the run was started with"
             )
         if saved is not None:
@@ -120,30 +158,46 @@ class ExactResume(Trainer):
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, checkpoint: Any, trial: Any
     ) -> tuple[int, int]:
-        """As `Trainer._init_training_state`; where in the epoch to go on is counted in rows."""
-        found = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
-        self.state.compute_steps(self.args, max_steps)  # the stock Trainer logs, evaluates and saves as it did before
-        saved = _read_state(checkpoint)
-        self._data, told = found_by_first(lambda: self._judge_data(saved or {}))
-        if told is not None and self.run is not None:
-            self.run.note_change(told, self.state.global_step)
+        """As `Trainer._init_training_state` (5.23); the position in the epoch is counted in rows."""
+        with self._resolved_steps(max_steps):
+            found = super()._init_training_state(
+                max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
+            )
+        self.state.compute_steps(self.args, max_steps)  # the stock Trainer logs, evaluates and saves as before
+        saved = _read(checkpoint, DATA_STATE)
+        self._data, changed = found_by_first(lambda: self._judge_data(saved or {}))
+        if changed is not None and self.run is not None:
+            self.run.note_change(changed, self.state.global_step)
         if saved is not None and not self.args.ignore_data_skip:
             found = self._place(saved, *found)
-        if saved is not None and saved.get("evaluation_due"):
-            self.add_callback(DueEvaluation(self._evaluate_what_is_due))
+        self.evaluation_due = bool(saved and saved.get("evaluation_due"))
         if self.state.global_step >= max_steps > 0:
             found = self._finished(max_steps, num_train_epochs, checkpoint)
-        accumulated = self.args.gradient_accumulation_steps
         self._steps_in_epoch = num_update_steps_per_epoch
-        self._start = (self.state.global_step, found[0], found[1] // accumulated)
+        self._start = (self.state.global_step, found[0], found[1] // self.args.gradient_accumulation_steps)
         return found
+
+    @contextlib.contextmanager
+    def _resolved_steps(self, max_steps: int) -> Iterator[None]:
+        """Ratios of the steps as numbers: the stock Trainer warns on resuming that 0.2 is not the 12 it came to."""
+        resolved = TrainerState()
+        resolved.compute_steps(self.args, max_steps)
+        given = {name: getattr(self.args, name) for name in ("logging_steps", "eval_steps", "save_steps")}
+        given = {name: value for name, value in given.items() if value is not None}
+        for name in given:
+            setattr(self.args, name, getattr(resolved, name))
+        try:
+            yield
+        finally:
+            for name, value in given.items():
+                setattr(self.args, name, value)
 
     def _judge_data(self, saved: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
         now = data_identity(self.train_dataset)
         return now, check_data(saved.get("data"), now, getattr(self.args, "accept_changed_data", False))
 
     def _finished(self, max_steps: int, num_train_epochs: int, checkpoint: Any) -> tuple[int, int]:
-        """No epoch is left of a run that has all its steps: what follows the training is done (again), and no step."""
+        """No epoch is left of a run that has all its steps: only what follows the training is done again."""
         done = self.state.global_step
         if done > max_steps:
             raise ValueError(
@@ -155,7 +209,7 @@ class ExactResume(Trainer):
         return num_train_epochs, 0
 
     def _place(self, saved: dict[str, Any], epoch: int, batches: int) -> tuple[int, int]:
-        """Epoch and batches of it that are done, from what a checkpoint says of the data."""
+        """Epoch and batches of it that are done, from a checkpoint's state of the data."""
         loader, args = self._train_loader, self.args
         if not has_length(loader):
             return epoch, batches
@@ -172,7 +226,7 @@ class ExactResume(Trainer):
                 f"the checkpoint's optimizer steps took {before} rows, now they would take {now} "
                 f"(per_device_train_batch_size={self._train_batch_size} x gradient_accumulation_steps="
                 f"{args.gradient_accumulation_steps} x {args.world_size} processes), and epochs and schedule would no "
-                f"longer fit; go on with {remedy}"
+                f"longer fit; resume with {remedy}"
             )
         if isinstance(loader, StreamLoader):
             epoch, batches = loader.passes_done, loader.batches_done % len(loader)
@@ -183,16 +237,20 @@ class ExactResume(Trainer):
         self.state.epoch = epoch + batches / len(loader)
         return epoch, batches
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+    def _run_epoch(self, **kwargs: Any) -> Any:
+        """As `Trainer._run_epoch` (5.23), which skips the first batches of a resumed epoch: a stream is behind them."""
         if self.control.should_training_stop:  # as an evaluation decided that was still due
             return None
-        with _streams_stand_still():
-            return super()._run_epoch(*args, **kwargs)
+        skipped = kwargs["steps_trained_in_current_epoch"] if kwargs["epoch"] == kwargs["epochs_trained"] else 0
+        if skipped and isinstance(self._train_loader, StreamLoader):
+            batches, generator = _Behind(self._train_loader, skipped), torch.Generator()  # draws none of the model's
+            kwargs["train_dataloader"] = DataLoader(batches, batch_size=None, generator=generator, collate_fn=_as_is)
+        return super()._run_epoch(**kwargs)
 
     def _data_state(self) -> dict[str, Any]:
         """How far the data was read, after this optimizer step."""
         state: dict[str, Any] = {"rows_per_step": self._rows_per_step(), "processes": self.args.world_size}
-        state["data"] = self._data
+        state |= {"data": self._data} | ({"evaluation_due": True} if self.evaluation_due else {})
         if isinstance(self._train_loader, StreamLoader):
             return {**state, "stream": self._train_loader.state_dict()}
         if not has_length(self._train_loader):
@@ -201,9 +259,33 @@ class ExactResume(Trainer):
         passed, step = divmod(done + self.state.global_step - begun, self._steps_in_epoch)
         return {**state, "epoch": epoch + passed, "rows": step * self._rows_per_step()}
 
+    # ---- optimizer -------------------------------------------------------------------------------------------
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As `Trainer.create_scheduler`; an optimizer or schedule that the checkpoint does not hold is refused."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if not self.is_deepspeed_enabled:
+            self._settings = settings_of(self.optimizer, scheduler, self.model)
+            if (before := _read(self._resumed_from, SETTINGS)) is not None:
+                check_settings(before, self._settings, str(self._resumed_from))
+        return scheduler
+
+    def apply_flags(self) -> None:
+        """After a checkpoint was loaded: rates, weight decay and schedule are those of this start.
+
+        The stock Trainer keeps the checkpoint's, whatever the flags say.
+        """
+        if self._resumed_from is None:
+            return
+        if self._settings is not None:
+            before = _read(self._resumed_from, SETTINGS)
+            apply_settings(self.optimizer, self.lr_scheduler, before, self._settings)
+        if self.average is not None:
+            self.average.resume(self._resumed_from)
+
     # ---- signals ---------------------------------------------------------------------------------------------
 
-    def _stop_wanted(self, *, now: bool = False) -> bool:
+    def stop_wanted(self, *, now: bool = False) -> bool:
         """Whether a rank was sent a signal; to be asked on every rank at the same place."""
         if self._signals is None or self._any_rank is None:
             return False
@@ -213,139 +295,102 @@ class ExactResume(Trainer):
         """To be called between two parts of an evaluation, on every rank: leaves it where a signal came.
 
         Raises:
-            EvaluationCut: what the training loop catches.
+            EvaluationCut: what `evaluate` catches.
         """
-        if self._stop_wanted(now=True):
+        if self.stop_wanted(now=True):
             raise EvaluationCut
 
-    def _maybe_log_save_evaluate(
-        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kw: Any
-    ) -> None:
-        """As `Trainer._maybe_log_save_evaluate` (of 5.23; called after each step, and once more after each epoch).
+    def save_and_stop(self, *, evaluation_due: bool = False) -> None:
+        """Save a checkpoint of this step, unless there is one, and end the process.
 
-        After a signal the checkpoint is saved at once, and the process ends. An evaluation of this step is left for
-        the next start: its checkpoint says so.
+        Raises:
+            Stopped: always.
         """
-        first, self._asked = self._asked != self.state.global_step, self.state.global_step
-        last = self.state.global_step >= self.state.max_steps
-        epoch_ends = first and (last or float(self.state.epoch or 0.0).is_integer())  # called once more for this step
-        wanted = not epoch_ends and self._stop_wanted(now=last)
-        if wanted and self.control.should_evaluate:
-            self.control.should_evaluate, self._evaluation_due = False, True
-        try:
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kw)
-            wanted = wanted or (last and not first and self._stop_wanted(now=True))
-        except EvaluationCut:
-            wanted = self._evaluation_due = True
-        if wanted:
-            self._save_and_stop(model, trial)
-
-    def _save_and_stop(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{step}"
-        if self._evaluation_due or self._saved_at != step or self.args.save_only_model:
-            self.args.save_only_model = False  # or it could not be gone on from
-            self._save_checkpoint(model, trial)
-        _wait()  # a launcher ends all ranks when one has gone, and the first still seals the checkpoint
-        if self.is_world_process_zero():
-            logger.warning("stopped by a signal after step %d; %s is saved: go on with --resume", step, folder)
+        self.evaluation_due = self.evaluation_due or evaluation_due
+        resumed_here = self._resumed_from is not None and step == self._start[0]  # nothing was trained since
+        if step and not resumed_here and (evaluation_due or self.saved_at != step):
+            self.args.save_only_model = False  # or it could not be resumed from
+            self._save_checkpoint(self.model_wrapped, None)
+        barrier()  # a launcher ends all ranks when one has gone, and the first still writes the checkpoint
+        if step and self.is_world_process_zero():
+            folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{step}"
+            logger.warning("stopped by a signal after step %d; %s is saved: continue with --resume", step, folder)
         raise Stopped
 
-    def _evaluate_what_is_due(self) -> None:
+    def evaluate_what_is_due(self) -> None:
         """The evaluation that the run was stopped before, with all that follows from it but the checkpoint itself."""
         metrics = self._evaluate(None, None)
         self._determine_best_metric(metrics=metrics, trial=None)
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = self._resumed_from
+        self.evaluation_due = False
 
     # ---- checkpoints -----------------------------------------------------------------------------------------
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """As `Trainer._load_from_checkpoint`, with an error of its own for weights of another size."""
-        if not self.is_fsdp_enabled:
-            check_shapes(Path(resume_from_checkpoint), self.accelerator.unwrap_model(model or self.model))
-        if self.is_in_train and not self.is_deepspeed_enabled:
-            wrote = len(list(Path(resume_from_checkpoint).glob("rng_state_*.pth"))) or 1
-            processes = (_read_state(resume_from_checkpoint) or {}).get("processes", wrote)
-            accept = getattr(self.args, "accept_missing_state", False)
-            check_complete(Path(resume_from_checkpoint), processes, accept)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._settings = None
-        found = super()._prepare_for_training(*args, **kwargs)
-        if self._settings is None and not self.is_deepspeed_enabled:
-            self._settings = settings_of(self.optimizer, self.lr_scheduler, self.model)
-        return found
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As `Trainer._load_optimizer_and_scheduler`; rates, weight decay and schedule are those of this start.
-
-        The stock Trainer goes on with the checkpoint's, whatever the flags say.
-        """
-        if checkpoint is None or self.is_deepspeed_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        file = Path(checkpoint) / SETTINGS
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-        self._settings = settings_of(self.optimizer, self.lr_scheduler, self.model)
-        if before is not None:
-            check_settings(before, self._settings, checkpoint)
-        super()._load_optimizer_and_scheduler(checkpoint)
-        apply_settings(self.optimizer, self.lr_scheduler, before, self._settings)
+    def _get_output_dir(self, trial: Any) -> str:
+        """As `Trainer._get_output_dir` (5.23); while a checkpoint is written, its temporary folder."""
+        return super()._get_output_dir(trial) if self._writing is None else str(self._writing)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As `Trainer._save_checkpoint`, whole or not there, with the state of the data.
+        """As `Trainer._save_checkpoint` (5.23), into a temporary folder that is renamed once every process has written.
 
-        The checkpoint counts only once every process has written its part; only then do older ones go.
+        Only then are older checkpoints removed.
         """
-        run_folder = Path(self._get_output_dir(trial=trial))
-        folder = run_folder / f"checkpoint-{self.state.global_step}"
-        saves = self.args.should_save
-        limit = self.args.save_total_limit
-        with whole_folder(folder, in_place=True) if saves else contextlib.nullcontext():
-            if saves:
-                unsealed(folder)
-            _wait()  # nobody writes into a folder of an earlier run that is just being put aside
-            self.args.save_total_limit = None
+        run_folder, step = Path(self._get_output_dir(trial)), self.state.global_step
+        folder, saves = run_folder / f"checkpoint-{step}", self.args.should_save
+        with whole_folder(folder) if saves else contextlib.nullcontext():
+            barrier()  # the temporary folder is there
+            self._writing = run_folder / f".{folder.name}.partial"
             try:
                 super()._save_checkpoint(model, trial)
             finally:
-                self.args.save_total_limit = limit
+                written, self._writing = self._writing, None
+            best = run_folder / f"checkpoint-{self.state.best_global_step}"
+            if best == folder or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+            barrier()
             if saves:
-                due = {"evaluation_due": True} if self._evaluation_due else {}
-                text = json.dumps(self._data_state() | due)
-                (folder / DATA_STATE).write_text(text, encoding="utf-8")
-                (folder / SETTINGS).write_text(json.dumps(self._settings), encoding="utf-8")
-            _wait()
-            if saves:
-                seal(folder)
-        self._saved_at = self.state.global_step
+                self._complete(written, folder.name)
+        self.saved_at = step
         if saves:
-            rotate(run_folder, limit, self.state.best_model_checkpoint, self.state.global_step)
+            rotate(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint, step)
+
+    def _complete(self, written: Path, name: str) -> None:
+        """The state of the data and the manifest, beside what the stock Trainer wrote one folder further down."""
+        for path in (written / name).iterdir():
+            path.rename(written / path.name)
+        (written / name).rmdir()
+        self.state.save_to_json(str(written / STATE_FILE))  # the best checkpoint under its final path
+        (written / DATA_STATE).write_text(json.dumps(self._data_state()), encoding="utf-8")
+        (written / SETTINGS).write_text(json.dumps(self._settings), encoding="utf-8")
+        write_manifest(written)
 
 
-def _read_state(checkpoint: str | None) -> dict[str, Any] | None:
-    file = Path(checkpoint or "") / DATA_STATE
+class _Continue(TrainerCallback):
+    """Applies the flags of this start to what a checkpoint holds, before a run folder is touched."""
+
+    def __init__(self, trainer: ExactResume) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.apply_flags()
+
+
+class _Behind(IterableDataset):
+    """The batches of a resumed pass, with nothing in the place of those that lie behind: the Trainer skips them."""
+
+    def __init__(self, loader: StreamLoader, count: int) -> None:
+        self.loader, self.count = loader, count
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.chain(itertools.repeat(None, self.count), self.loader)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _read(checkpoint: str | Path | None, name: str) -> dict[str, Any] | None:
+    file = Path(checkpoint or "") / name
     return json.loads(file.read_text(encoding="utf-8")) if checkpoint and file.is_file() else None
-
-
-def _wait() -> None:
-    if is_distributed():
-        dist.barrier()
-
-
-@contextlib.contextmanager
-def _streams_stand_still() -> Iterator[None]:
-    """A resumed stream already stands behind its first batches, which the Trainer would read once more to skip them."""
-    module: Any = transformers.trainer
-    original = module.skip_first_batches
-
-    def skip(loader: Any, count: int = 0) -> Any:
-        return loader if isinstance(loader, StreamLoader) else original(loader, count)
-
-    module.skip_first_batches = skip
-    try:
-        yield
-    finally:
-        module.skip_first_batches = original

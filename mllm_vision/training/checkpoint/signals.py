@@ -24,24 +24,24 @@ _SAME = 1.0  # seconds in which torchrun passes on a signal that this process wa
 
 
 class Stopped(SystemExit):
-    """The training ended by a signal, with a checkpoint saved; no artifact is written as if it had been trained."""
+    """The training was ended by a signal, with a checkpoint saved; no artifact is written as if it had been trained."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_CODE)
 
 
 class EvaluationCut(Exception):
-    """An evaluation was left because of a signal; it is due again on resuming."""
+    """An evaluation was left because of a signal; it is made up for on resuming."""
 
 
 class StopSignals:
     """Inside `with`, the first SIGTERM or SIGUSR1 is only noted; a second one ends the process at once.
 
-    Handlers that a program has set itself stay, and so does everything outside the main thread. A signal that nobody
+    Handlers that a program has set itself stay, and nothing is done outside the main thread. A signal that was not
     acted upon until the end of the block takes effect there.
 
     Args:
-        tell: what is still done when the signal comes, for a line on stderr; nothing is written without it.
+        announce: what is still done when the signal comes, for a line on stderr; nothing is written without it.
 
     Attributes:
         received: the number of the first signal, or None.
@@ -50,9 +50,9 @@ class StopSignals:
         Stopped: at the end of the block, after a signal.
     """
 
-    def __init__(self, tell: str = "") -> None:
+    def __init__(self, announce: str = "") -> None:
         self.received: int | None = None
-        self._since, self._tell, self._process = 0.0, tell, os.getpid()
+        self._since, self._announce, self._process = 0.0, announce, os.getpid()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -73,24 +73,96 @@ class StopSignals:
     def _note(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process:  # a data worker that was just forked
             return
-        passed_on = bool(os.environ.get("TORCHELASTIC_RUN_ID"))
         if self.received is None:
             self.received, self._since = number, time.monotonic()
-            if not passed_on:  # the next one needs no interpreter: it ends a process that hangs in a collective too
-                for each in self._before:
+            if not os.environ.get("TORCHELASTIC_RUN_ID"):  # a launcher passes the same signal on a second time
+                for each in self._before:  # the next one ends a process that hangs in a collective too
                     signal.signal(each, signal.SIG_DFL)
-            if self._tell:
+            if self._announce:
                 name = signal.Signals(number).name
-                told = f"{name}: {self._tell}, then this process ends; a second signal ends it at once"
-                os.write(2, f"{told}\n".encode())
+                line = f"{name}: {self._announce}, then this process ends; a second signal ends it at once\n"
+                os.write(2, line.encode())
         elif time.monotonic() - self._since > _SAME:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 
+class AnyRank:
+    """Whether any rank says yes: one number per call, and the same answer on every rank.
+
+    Over gloo it is the answer of this call. On an accelerator it is that of the call before, which is in host memory
+    by then: the host does not wait for the device's queue.
+
+    Args:
+        device: what the backend of the process group works on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pending: tuple[torch.Tensor, Any] | None = None
+
+    def __call__(self, yes: bool, *, now: bool = False) -> bool:
+        """The answer; with `now` that of this call on an accelerator too."""
+        if not is_distributed():
+            return yes
+        flag = torch.full((1,), int(yes), dtype=torch.int32, device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if now or self.device.type == "cpu":
+            return bool(flag.item())
+        host = torch.empty(1, dtype=torch.int32, pin_memory=True)
+        host.copy_(flag, non_blocking=True)
+        event = torch.Event(self.device)
+        event.record()
+        before, self._pending = self._pending, (host, event)
+        if before is None:
+            return False
+        before[1].synchronize()
+        return bool(before[0].item())
+
+
+class StopAfterStep(TrainerCallback):
+    """After a signal: the step is logged and a checkpoint saved, then the process ends. The last of all callbacks.
+
+    An evaluation of this step is left to the next start, as the checkpoint says; that start makes it first.
+
+    Args:
+        trainer: an `ExactResume`.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.stopping = trainer, False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.evaluation_due:
+            self.trainer.evaluate_what_is_due()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        epoch_ends = state.global_step >= state.max_steps or float(state.epoch or 0.0).is_integer()
+        if not epoch_ends:  # else what belongs to the end of the epoch comes first
+            self._stop_if_wanted(args, control, now=False)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop_if_wanted(args, control, now=state.global_step >= state.max_steps)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopping:
+            self.trainer.save_and_stop()
+
+    def _stop_if_wanted(self, args: Any, control: Any, *, now: bool) -> None:
+        if self.trainer.stop_wanted(now=now):
+            saved = self.trainer.saved_at == self.trainer.state.global_step
+            if saved and not (control.should_log or control.should_evaluate):
+                self.trainer.save_and_stop()
+            self.stopping, control.should_save = True, True
+            args.save_only_model = False  # or it could not be resumed from
+            if control.should_evaluate:
+                control.should_evaluate, self.trainer.evaluation_due = False, True
+
+
 def deaf_workers(init: Callable[[int], Any] | None) -> Callable[[int], Any]:
-    """`init` as a `worker_init_fn` of data workers that ignore the signals their job is sent: a step that waits for
-    them could not be finished otherwise. They end when their loader does, or with this process.
+    """`init` as a `worker_init_fn` of data workers that ignore the signals their job is sent.
+
+    A step that waits for them could not be finished otherwise. They end when their loader does, or with this process.
     """
     global _ends_workers
     if _ends_workers != os.getpid():  # multiprocessing would ask them with SIGTERM, and wait for ever
@@ -120,52 +192,3 @@ def _end_workers() -> None:
         worker.join(max(0.0, limit - time.monotonic()))
         if worker.is_alive():
             worker.kill()
-
-
-class AnyRank:
-    """Whether any rank says yes: one number a call, and the same answer on every rank.
-
-    Over gloo it is the answer of this call. On an accelerator it is that of the call before, which lies in host memory
-    by now: the host does not wait for the device's queue.
-
-    Args:
-        device: what the backend of the process group works on.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._pending: tuple[torch.Tensor, Any] | None = None
-
-    def __call__(self, yes: bool, *, now: bool = False) -> bool:
-        """The answer; with `now` that of this call on an accelerator too."""
-        if not is_distributed():
-            return yes
-        flag = torch.full((1,), int(yes), dtype=torch.int32, device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        if now or self.device.type == "cpu":
-            return bool(flag.item())
-        host = torch.empty(1, dtype=torch.int32, pin_memory=True)
-        host.copy_(flag, non_blocking=True)
-        event = torch.Event(self.device)
-        event.record()
-        before, self._pending = self._pending, (host, event)
-        if before is None:
-            return False
-        before[1].synchronize()
-        return bool(before[0].item())
-
-
-class DueEvaluation(TrainerCallback):
-    """Makes the evaluation that a signal cut off, before the first step after it.
-
-    Args:
-        evaluate: called once, when the training begins.
-    """
-
-    def __init__(self, evaluate: Any) -> None:
-        self._evaluate = evaluate
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        evaluate, self._evaluate = self._evaluate, None
-        if evaluate is not None:
-            evaluate()

@@ -18,7 +18,6 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-UNSEALED = "INCOMPLETE"  # lies in a checkpoint while it is written
 _LEFTOVER = re.compile(r"^\.(.+)\.(previous|partial)$")
 _TAKEN = ("recipe.yaml", "metrics.jsonl", "run.json")
 # what torch and safetensors say when the disk is full: they do not raise OSError
@@ -105,18 +104,15 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _unfinished(checkpoint: Path) -> bool:
-    """A checkpoint that was never sealed; one whose files were lost later is not of this kind."""
-    return (checkpoint / UNSEALED).exists() or not (checkpoint / "trainer_state.json").exists()
+    return not (checkpoint / "trainer_state.json").exists()
 
 
 @contextmanager
-def whole_folder(final: Path, *, in_place: bool = False) -> Iterator[Path]:
+def whole_folder(final: Path) -> Iterator[Path]:
     """Gives a folder to write step by step, which becomes `final` at the end; if that fails, all is as it was before.
 
     Args:
         final: a folder in the run folder.
-        in_place: the code inside makes and writes `final` itself (the Trainer's checkpoints): what stood there is put
-            aside first.
 
     Raises:
         OSError: the disk is full (or another failure to write); names the path and the remedy.
@@ -126,20 +122,15 @@ def whole_folder(final: Path, *, in_place: bool = False) -> Iterator[Path]:
         if leftover == previous and os.path.lexists(previous) and not os.path.lexists(final):
             os.replace(previous, final)
         remove(leftover, final.parent)
-    if in_place and os.path.lexists(final):
-        os.replace(final, previous)
-    work = final if in_place else partial
     try:
-        if not in_place:
-            partial.mkdir(parents=True)
-        yield work
-        if not in_place:
-            to_disk(partial)
-            if os.path.lexists(final):
-                os.replace(final, previous)
-            os.replace(partial, final)
+        partial.mkdir(parents=True)
+        yield partial
+        to_disk(partial)
+        if os.path.lexists(final):
+            os.replace(final, previous)
+        os.replace(partial, final)
     except BaseException as error:
-        remove(work, final.parent, strict=False)
+        remove(partial, final.parent, strict=False)
         if os.path.lexists(previous):
             os.replace(previous, final)
         if isinstance(error, Exception) and is_write_failure(error):

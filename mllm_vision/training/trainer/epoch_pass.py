@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
 from mllm_vision.distributed import all_gather
-from mllm_vision.training.trainer.sharding import whole_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -73,25 +71,25 @@ def dataset_features(trainer: Any) -> torch.Tensor:
     Returns:
         `[rows, D]`.
     """
-    args, objective, dataset = trainer.args, trainer.objective, trainer.train_dataset
+    args, dataset = trainer.args, trainer.train_dataset
     rows, rank, world = len(dataset), args.process_index, args.world_size
     share = range(rows * rank // world, rows * (rank + 1) // world)
-    prepare: Callable[[Any], Any] = trainer.prepare_plain
     found: list[torch.Tensor] = []
-    was_training = objective.training
     devices = [args.device] if args.device.type == "cuda" else []
-    with whole_parameters(trainer.model), torch.random.fork_rng(devices=devices):
+    with trainer.plain_model() as model, torch.random.fork_rng(devices=devices):
+        objective = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
         loader = DataLoader(
             Subset(dataset, share),
             batch_size=trainer.embed_batch_size or trainer._train_batch_size,
             collate_fn=trainer.data_collator,
             num_workers=args.dataloader_num_workers,
         )
+        was_training = objective.training
         objective.eval()
         try:
             for batch in loader:
                 with trainer.compute_loss_context_manager():
-                    features = objective.epoch_features(prepare(batch)["views"])
+                    features = objective.epoch_features(trainer.prepare(batch, plain=True)["views"])
                     found.append(features.to(torch.promote_types(features.dtype, torch.float32)))
         finally:
             objective.train(was_training)

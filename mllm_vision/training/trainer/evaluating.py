@@ -1,4 +1,4 @@
-"""The part of the trainer that measures: before the training, on the way, and what was saved."""
+"""The part of the trainer that evaluates: before the training, during it, and what was saved."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 
 from mllm_vision.evaluation.base import Evaluation, examine, name_of
 from mllm_vision.training.checkpoint.resume import ExactResume
+from mllm_vision.training.checkpoint.signals import EvaluationCut
 from mllm_vision.training.recipe.ending import Failure, attempt, cause_of
-from mllm_vision.training.trainer.sharding import is_sharded, whole_parameters
+from mllm_vision.training.trainer.sharding import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -22,19 +23,17 @@ logger = logging.getLogger(__name__)
 class Evaluating(ExactResume):
     """`Trainer.evaluate` with evaluators, callables (model, step) -> dict, beside or in place of a data set.
 
-    Results are returned by evaluators and go where they belong at once: on the way into the log alone, at the end into
-    the run's record, with the step and the hash of the weights they are of. None is kept here or there to be stored
-    later under another model's name.
+    During the training results go into the log alone, at the end into the run's record, with the step and the hash of
+    the weights they belong to.
     """
 
-    run: Any = None
-    average: Any = None  # a WeightAverage
     evaluators: Sequence[Callable[..., Any]] = ()
+    unsharded: Any = None  # the plain model, where a copy of it is sharded
     _clock: tuple[float, int] | None = None
     _before: dict[str, dict[str, Evaluation]]  # evaluator -> baseline -> what was measured before the training
 
     def measure_before(self, baseline: str, evaluators: Sequence[Callable[..., Any]] | None = None) -> None:
-        """Measure the model as it is before the training; the record has it beside what is saved, as `baseline`."""
+        """Measure the model before the training; the record has it beside what is saved, as `baseline`."""
         with self._aside(self.model):
             for evaluator in self.evaluators if evaluators is None else evaluators:
                 found = examine(evaluator, self.model, self.state.global_step)
@@ -45,11 +44,11 @@ class Evaluating(ExactResume):
     ) -> dict[str, float]:
         """As `Trainer.evaluate` where there is a data set, then the evaluators; returns the metrics of both.
 
-        With `ema_decay` they are those of the averaged weights. An evaluator that fails in the middle of a training
-        is warned of once and counts as missing; the training goes on.
+        With `ema_decay` they are those of the averaged weights. An evaluator that fails during the training is warned
+        of once and counts as missing. A signal ends the training between two evaluators.
 
         Raises:
-            ValueError: one failed whose metric the training needs (`metric_for_best_model`); a checkpoint is saved.
+            ValueError: an evaluator failed, or gave no metric, that the training needs (`metric_for_best_model`).
         """
         metrics: dict[str, float] = {}
         averaged = contextlib.nullcontext if self.average is None else self.average.applied
@@ -57,20 +56,26 @@ class Evaluating(ExactResume):
             with averaged(), torch.random.fork_rng(devices=self._devices()):
                 metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if eval_dataset is None and self.evaluators:
-            with averaged(), whole_parameters(self.model), self._aside(self.model):
-                found, needed = self._on_the_way(metric_key_prefix)
+            try:
+                with averaged(), self.plain_model() as model, self._aside(model):
+                    found, needed = self._run_evaluators(model, metric_key_prefix)
+            except EvaluationCut:
+                self.save_and_stop(evaluation_due=True)
             if needed is not None:
                 self._stop_with_checkpoint(needed)
             self.log(dict(found))
             if not metrics:
                 self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
             metrics = {**metrics, **found}
+        wanted = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        if self.is_in_train and wanted != "eval_" and eval_dataset is None and wanted not in metrics:
+            raise ValueError(f"metric_for_best_model is {wanted!r}, which is not found among {', '.join(metrics)}")
         return metrics
 
     def final_evaluation(
         self, model: Any = None, artifact: str | None = None, evaluators: Sequence[Callable[..., Any]] | None = None
     ) -> dict[str, float]:
-        """Measure what was saved: call it after `Run.save_artifact`. Each evaluator is a step that may fail.
+        """Measure what was saved, after `Run.save_artifact`. Each evaluator is a step that may fail.
 
         Args:
             model: what was saved; by default the trainer's own model.
@@ -102,14 +107,22 @@ class Evaluating(ExactResume):
             self._log_final(found)
         return found
 
+    @contextlib.contextmanager
+    def plain_model(self) -> Iterator[Any]:
+        """The model with all of its parameters on every rank, also while it trains sharded; a collective."""
+        if self.unsharded is None or self.unsharded is self.model:
+            yield self.model
+        else:
+            with gathered(self.unsharded, self.model, self.args.device):
+                yield self.unsharded
+
     # ---- inside ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _aside(self, model: Any) -> Iterator[None]:
-        """Looking changes nothing: the random state and the clock of the training are left as they were.
+        """For an evaluation: without a trace in the training's random state and clock, on its device, in its precision.
 
-        The model is where it will train, and computes in the precision of the training (bf16, fp16): before a sharded
-        training it lies on the CPU yet, and attention kernels of half precision take nothing else.
+        Before a sharded training the model is still on the CPU.
         """
         began = time.monotonic()
         draws = torch.random.fork_rng(devices=self._devices())
@@ -126,7 +139,7 @@ class Evaluating(ExactResume):
         """The model on the training's device, and afterwards where it was."""
         parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
         where = next((parameter.device for parameter in parameters), self.args.device)
-        away = where.type == "cpu" and self.args.device.type != "cpu" and not is_sharded(model)
+        away = where.type == "cpu" and self.args.device.type != "cpu"
         if away:
             model.to(self.args.device)
         try:
@@ -135,17 +148,17 @@ class Evaluating(ExactResume):
             if away:
                 model.to(where)
 
-    def _on_the_way(self, prefix: str) -> tuple[dict[str, float], tuple[str, Exception] | None]:
+    def _run_evaluators(self, model: Any, prefix: str) -> tuple[dict[str, float], tuple[str, Exception] | None]:
         """Metrics of every evaluator, and the one that failed although the training needs it."""
         found: dict[str, float] = {}
         for evaluator in self.evaluators:
             self.cut_evaluation()
             name, step = name_of(evaluator), self.state.global_step
-            if not self.is_in_train:  # a call of the user's own
-                result, error = examine(evaluator, self.model, step), None
+            if not self.is_in_train:  # a call of the user's
+                result, error = examine(evaluator, model, step), None
             else:
                 what = f"evaluation of {name} at step {step}"
-                result, error = attempt(what, examine, evaluator, self.model, step, everywhere=True)
+                result, error = attempt(what, examine, evaluator, model, step, everywhere=True)
             if error is None:
                 found.update({f"{prefix}_{name}_{key}": value for key, value in result.metrics.items()})
             elif (self.args.metric_for_best_model or "").removeprefix("eval_").startswith(f"{name}_"):
@@ -157,28 +170,28 @@ class Evaluating(ExactResume):
         return found, None
 
     def _stop_with_checkpoint(self, failed: tuple[str, Exception]) -> None:
-        """The training cannot go on without this metric: it can from here once that is mended."""
+        """The training cannot continue without this metric; it can from here once the cause is fixed."""
         name, error = failed
         self._save_checkpoint(self.model, None)
         raise ValueError(
             f"evaluation of {name} failed at step {self.state.global_step} ({cause_of(error)}), and "
             f"metric_for_best_model={self.args.metric_for_best_model} needs it; checkpoint-{self.state.global_step} is "
-            "saved: mend the data and go on with --resume, or leave --metric_for_best_model and "
+            "saved: fix the data and continue with --resume, or leave --metric_for_best_model and "
             "--load_best_model_at_end out"
         ) from error
 
     def _remedy(self) -> str:
-        """How an evaluation that failed after the training is made up for."""
-        last = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        return "--resume takes it up again and trains no step" if last.is_dir() else ""
+        """How to repeat an evaluation that failed after the training."""
+        last = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        return "--resume repeats it and trains no step" if last.is_dir() else ""
 
     def _step_of_weights(self) -> int:
-        """The step after which the model was as it is: the last one, or that of the best checkpoint."""
+        """The step of the model's weights: the last one, or that of the best checkpoint."""
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         return int(self.state.global_step if best is None else best)
 
     def _log_final(self, found: Mapping[str, float]) -> None:
-        """Into the log, where the same figures were not already logged at this step."""
+        """Log the figures, unless the same ones were already logged at this step."""
         history = self.state.log_history if self.run is None else self.run.record["history"]
         last = [entry for entry in history if entry.get("step") == self.state.global_step]
         if all(any(entry.get(key) == value for entry in last) for key, value in found.items()):
@@ -196,9 +209,3 @@ class Evaluating(ExactResume):
             chief = [getattr(evaluator, "primary_metric", "<metric>") for evaluator in self.evaluators]
             known = ", ".join(f"{name}_{metric}" for name, metric in zip(names, chief))
             raise ValueError(f"metric_for_best_model={wanted!r} is measured by no evaluator; use e.g. {known}")
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        try:
-            return super()._determine_best_metric(metrics, trial)
-        except KeyError as error:  # a metric that no evaluator gave: an error of the user's
-            raise ValueError(error.args[0]) from error

@@ -161,7 +161,7 @@ class ObjectiveTrainer(RecipeTrainer):
         """As `Trainer.training_step`, in chunks where `embed_batch_size` says so."""
         size = self.embed_batch_size
         if size is None or count_rows(inputs) <= size:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, self.prepare(inputs), num_items_in_batch)
             stop_if_not_finite(loss, inputs, self)
             return loss
         model.train()
@@ -174,7 +174,7 @@ class ObjectiveTrainer(RecipeTrainer):
             model=model,
             backward=lambda loss: self.accelerator.backward(loss / self.current_gradient_accumulation_steps),
             move=self._move,
-            prepare=self._prepare_inputs,
+            prepare=self.prepare,
             autocast=self.accelerator.autocast,
             no_sync=partial(self.accelerator.no_sync, model),
             check=not self._contract_checked,
@@ -195,19 +195,17 @@ class ObjectiveTrainer(RecipeTrainer):
             for name, value in chunk.items()
         }
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        """As `Trainer._prepare_inputs`; views are made on the device, and the method gets the columns it names."""
-        return self._columns(super()._prepare_inputs(inputs), self.make_views)
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.prediction_step`, of prepared inputs."""
+        return super().prediction_step(model, self.prepare(inputs), *args, **kwargs)
 
-    def prepare_plain(self, inputs: Any) -> Any:
-        """A batch with one view of every image that is not augmented."""
-        prepared = super()._prepare_inputs(inputs)
-        return prepared if self.make_plain_views is None else self.make_plain_views(prepared)
-
-    def _columns(self, batch: Any, make: Callable[[Any], Any] | None) -> Any:
-        made = batch if make is None else make(batch)
+    def prepare(self, inputs: Any, *, plain: bool = False) -> Any:
+        """A batch on the device: its views, with `plain` one without augmentation, and the columns a method names."""
+        batch = self._prepare_inputs(inputs)
+        make = self.make_plain_views if plain else self.make_views
+        batch = batch if make is None else make(batch)
         select = getattr(self.objective, "select_columns", None)
-        return made if select is None else select(made)
+        return batch if plain or select is None else select(batch)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `RecipeTrainer.create_scheduler`; the rates that the method holds do not follow it."""

@@ -1,36 +1,72 @@
-"""FSDP2 through the Trainer: what accelerate leaves to us so that our models train sharded and come out whole.
+"""FSDP2 through the Trainer, by the public calls of torch and accelerate.
 
-accelerate shards each transformer layer with `fully_shard` and the rest of the model as one more unit. Three things
-are missing for our models: scalars (a logit scale) cannot be sharded, evaluators call parts of the model and not its
-forward, and what comes after the training (saving, hashes, merging LoRA) expects plain tensors.
+accelerate shards each transformer layer with `fully_shard`, and the rest of the model as one more unit. A copy of the
+model is sharded, over the same parameters; the model itself stays plain. Its parameters are on the meta device while
+the copy trains and are gathered where all of them are needed: for evaluators, which call parts of a model and on some
+ranks more often than on others, and at the end, for saving, hashes and merging LoRA.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-_MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
+
+def copy_to_shard(model: nn.Module) -> nn.Module:
+    """A copy of a model over the model's own parameters."""
+    return copy.deepcopy(model, {id(value): value for value in model.parameters()})
+
+
+def release(model: nn.Module) -> None:
+    """Parameters to the meta device, where they take no memory."""
+    _exchange(model, lambda name, value: torch.empty_like(value, device="meta"))
+
+
+def gather(model: nn.Module, sharded: nn.Module, device: torch.device) -> None:
+    """The parameters and buffers of a sharded copy into the plain model, on every rank; tied parameters stay tied.
+
+    Args:
+        model: plain.
+        sharded: its copy; the call is a collective.
+        device: of the plain model from now on.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+    _exchange(model, lambda name, value: state[name].detach().to(device))
+    model.to(device).load_state_dict(state)
+
+
+@contextmanager
+def gathered(model: nn.Module, sharded: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, the plain model has the parameters of its sharded copy: it may be called on any rank, or on none."""
+    gather(model, sharded, device)
+    try:
+        yield
+    finally:
+        release(model)
+
+
+def _exchange(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
+    made = {
+        id(value): nn.Parameter(make(name, value), requires_grad=value.requires_grad)
+        for name, value in model.named_parameters()
+    }
+    for part in model.modules():
+        for name, value in list(part.named_parameters(recurse=False, remove_duplicate=False)):
+            setattr(part, name, made[id(value)])
 
 
 def prepare_sharding(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Before accelerate shards `model`: which layers, in which precision, and scalars left whole.
 
-    A scalar stays on every rank; its gradients are averaged over ranks as FSDP does with the others, and it gets
-    parameter groups of its own, because an optimizer's fused step takes sharded or whole tensors, not both.
+    `fully_shard` takes no scalars (a logit scale). They stay on every rank; their gradients are averaged over ranks,
+    and they get parameter groups of their own: an optimizer's fused step takes sharded or whole tensors, not both.
 
     Args:
         accelerator: with an FSDP2 plugin.
@@ -43,7 +79,7 @@ def prepare_sharding(accelerator: Any, model: nn.Module, optimizer: torch.optim.
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = layer_classes(model)
     if accelerator.mixed_precision in ("bf16", "fp16"):
-        # accelerate would sum gradients, and hand out the loss, in half precision
+        # accelerate would sum gradients, and return the loss, in half precision
         half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float16
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
     scalars = [value for value in model.parameters() if value.ndim == 0]
@@ -66,97 +102,6 @@ def layer_classes(model: nn.Module) -> list[str]:
     """Names of the repeated layers that the parts of `model` declare as not to be split."""
     declared = {name for part in model.modules() for name in (getattr(part, "_no_split_modules", None) or ())}
     return sorted(declared & {type(part).__name__ for part in model.modules()})
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether any part of `model` was sharded by `fully_shard`."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(part, FSDPModule) for part in model.modules())
-
-
-@contextmanager
-def whole_parameters(model: nn.Module) -> Iterator[None]:
-    """Inside, every rank holds all parameters of a sharded model, as plain tensors in their own precision.
-
-    Any part of the model may be called, on any rank or on none: evaluators share rows and may differ in their number
-    of batches. Costs the memory of the unsharded parameters. To be entered on every rank; a model that is not sharded
-    is left as it is.
-    """
-    hooks, parameters = _take_apart(model)
-    try:
-        yield
-    finally:
-        for part, name, value in parameters:
-            part._parameters[name] = value
-        for kept, found in hooks:
-            if set(kept) <= set(found):
-                kept.clear()  # so that hooks are in their old order
-            kept.update(found)
-
-
-def make_whole(model: nn.Module) -> nn.Module:
-    """Undoes the sharding of a trained model in place: plain parameters on every rank, no hooks, its own class again.
-
-    To be called on every rank: the parameters are gathered. An optimizer over the model is of no use afterwards.
-    """
-    from torch.distributed.fsdp import FSDPModule
-
-    _take_apart(model)
-    for part in model.modules():
-        for mark in [name for name in part.__dict__ if name in _MARKS or name.startswith("__composable_api")]:
-            del part.__dict__[mark]
-        if isinstance(part, FSDPModule):
-            classes = type(part).__mro__
-            part.__class__ = classes[classes.index(FSDPModule) + 1]
-    return model
-
-
-def _take_apart(model: nn.Module) -> tuple[list[tuple[dict, dict]], list[tuple[nn.Module, str, nn.Parameter]]]:
-    """Takes FSDP's hooks off and puts gathered parameters in; returns what was there, to be put back."""
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
-
-    for part in model.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
-    hooks: list[tuple[dict, dict]] = []
-    parameters: list[tuple[nn.Module, str, nn.Parameter]] = []
-    gathered: dict[int, nn.Parameter] = {}
-    for part in model.modules():
-        for name, value in part._parameters.items():
-            if isinstance(value, DTensor):
-                if id(value) not in gathered:  # tied parameters stay tied
-                    gathered[id(value)] = nn.Parameter(value.detach().full_tensor(), value.requires_grad)
-                parameters.append((part, name, value))
-        for kind in _HOOKS:
-            found = getattr(part, kind)
-            if any(_is_of_fsdp(hook) for hook in found.values()):
-                hooks.append((found, dict(found)))
-                for key in [key for key, hook in found.items() if _is_of_fsdp(hook)]:
-                    del found[key]
-        # `generate` and the like, which register_fsdp_forward_method wrapped
-        methods = {name for name, value in vars(part).items() if isinstance(value, MethodType) and _is_of_fsdp(value)}
-        if methods:
-            hooks.append((part.__dict__, {name: part.__dict__.pop(name) for name in methods}))
-    for part, name, value in parameters:
-        part._parameters[name] = gathered[id(value)]
-    return hooks, parameters
-
-
-def _is_of_fsdp(function: Any) -> bool:
-    """Whether a hook or method was defined in torch's FSDP, under whatever wrappers."""
-    while function is not None:
-        plain = getattr(function, "__func__", function)
-        if getattr(plain, "__globals__", {}).get("__name__", "").startswith("torch.distributed.fsdp"):
-            return True
-        if isinstance(function, functools.partial):
-            function = function.func
-        elif type(function).__name__ == "_WrappedHook":
-            function = function.hook
-        else:
-            function = getattr(plain, "__wrapped__", None)
-    return False
 
 
 @torch.no_grad()
