@@ -14,8 +14,8 @@ __getattr__, __dir__, __all__ = attach(
         "RecipeTrainer": "trainer.recipe_trainer",
         "ObjectiveTrainer": "trainer.objective_trainer",
         "parameter_groups": "optim.optimizers",
-        "LARS": "optim.lars",
-        "LAMB": "optim.lamb",
+        "LARS": "optim.layerwise",
+        "LAMB": "optim.layerwise",
         "WeightAverage": "callbacks.ema",
     },
 )

@@ -63,6 +63,7 @@ def overflowing(parameters: list[nn.Parameter], made) -> AcceleratedOptimizer:
     """An optimizer after a step whose gradients were infinite."""
     Accelerator(cpu=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    made._step_supports_amp_scaling = False  # as `RecipeTrainer.create_optimizer` has it under fp16
     optimizer = AcceleratedOptimizer(made, scaler=scaler)
     scaler.scale(sum((value * float("inf")).sum() for value in parameters)).backward()
     optimizer.step()

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from mllm_vision.training.optim.clipping import clip_per_parameter_
-from mllm_vision.training.optim.lamb import LAMB
-from mllm_vision.training.optim.lars import LARS
+from mllm_vision.training.optim.layerwise import LAMB, LARS
 
 SHAPES = ((6, 4), (4, 2), (8,))
 

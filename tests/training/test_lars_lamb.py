@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mllm_vision.training.optim.lamb import LAMB
-from mllm_vision.training.optim.lars import LARS
+from mllm_vision.training.optim.layerwise import LAMB, LARS
 from mllm_vision.training.optim.optimizers import parameter_groups
 
 

@@ -9,25 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from mllm_vision.training.callbacks.progress import SkippedSteps
 from mllm_vision.training.optim.optimizers import plain_name
 
 logger = logging.getLogger(__name__)
 
 FILE = "ema.safetensors"  # beside the weights in a checkpoint
-_STATISTICS = ("running_mean", "running_var")
 
 
 class WeightAverage(TrainerCallback):
     """Averages what trains, after every optimizer step; at the end of the training the average is the model.
 
-    After step t: e = d e + (1 - d) w with d = min(decay, (1 + t) / (10 + t)), so that the first steps do not keep
-    the untrained weights in it for 1 / (1 - decay) steps. Running statistics of BatchNorm are averaged too; other
-    buffers (queues, centres) are the method's own. A checkpoint keeps the trained weights as its weights, from which
-    the training goes on, and the average in `ema.safetensors`.
+    After step t: e = d e + (1 - d) w with d = min(decay, (1 + t) / (10 + t)), so that the untrained weights do not
+    dominate the first 1 / (1 - decay) steps. Running statistics of BatchNorm are averaged too; other buffers (queues,
+    centres) are the method's own. A checkpoint keeps the trained weights, from which the training continues, and the
+    average in `ema.safetensors`. (`torch.optim.swa_utils.AveragedModel` holds a second model, what is frozen included,
+    in the precision of the model.)
 
     Args:
         model: without the wrappers of DDP or torch.compile.
@@ -40,11 +40,11 @@ class WeightAverage(TrainerCallback):
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay = model, decay
         self._average: dict[str, Tensor] | None = None
-        self._skipped = SkippedSteps()
 
     def _live(self) -> dict[str, Tensor]:
-        tensors = {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
-        tensors |= {n: b for n, b in self.model.named_buffers() if n.rpartition(".")[2] in _STATISTICS}
+        tensors: dict[str, Tensor] = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+        statistics = ("running_mean", "running_var")
+        tensors |= {name: each for name, each in self.model.named_buffers() if name.rpartition(".")[2] in statistics}
         return {plain_name(name): tensor.detach() for name, tensor in tensors.items()}
 
     def resume(self, checkpoint: str | Path) -> None:
@@ -52,17 +52,13 @@ class WeightAverage(TrainerCallback):
 
         Raises:
             FileNotFoundError: the checkpoint has none.
+            ValueError: it is the average of other weights.
         """
         path = Path(checkpoint) / FILE
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} is missing: the run was started without --ema_decay; resume it without, or start anew"
+                f"{path} is missing: the run was started without --ema_decay; resume it without, or start from scratch"
             )
-        self._load(path)
-
-    def _load(self, path: Path) -> None:
-        from safetensors.torch import load_file
-
         loaded, live = load_file(path), self._live()
         if loaded.keys() != live.keys():
             odd = sorted(loaded.keys() ^ live.keys())
@@ -74,8 +70,6 @@ class WeightAverage(TrainerCallback):
 
     def save(self, folder: str | Path) -> None:
         """Write the average into a checkpoint."""
-        from safetensors.torch import save_file
-
         assert self._average is not None
         save_file({name: tensor.contiguous() for name, tensor in self._average.items()}, Path(folder) / FILE)
 
@@ -86,7 +80,7 @@ class WeightAverage(TrainerCallback):
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         assert self._average is not None
-        if self._skipped.last(optimizer):  # nothing moved but perhaps norms' statistics, to infinity
+        if getattr(optimizer, "step_was_skipped", False):  # only norms' statistics may have moved, to infinity
             return
         step = state.global_step
         decay = min(self.decay, (1 + step) / (10 + step))
@@ -95,24 +89,21 @@ class WeightAverage(TrainerCallback):
         torch._foreach_lerp_(list(self._average.values()), weights, 1 - decay)
 
     @torch.no_grad()
-    def apply(self) -> None:
-        """Put the average into the model."""
-        if self._average is not None:
-            for name, tensor in self._live().items():
-                tensor.copy_(self._average[name])
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, tensor in self._live().items():
+            tensor.copy_(values[name])
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model is the average inside, and itself again afterwards, bit for bit."""
         kept = {name: tensor.clone() for name, tensor in self._live().items()}
-        self.apply()
+        self._put(self._average or kept)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, tensor in self._live().items():
-                    tensor.copy_(kept[name])
+            self._put(kept)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.apply()
+        if self._average is not None:
+            self._put(self._average)
         logger.info("the model is the average of its weights from here on (ema_decay=%g)", self.decay)

@@ -1,8 +1,7 @@
-"""A loss that is no number ends the training while there is something left to go on from."""
+"""A loss that is NaN or infinite ends the training while there is a checkpoint to resume from."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +13,6 @@ from safetensors.torch import save_file
 
 from mllm_vision.training.checkpoint.checkpoints import is_whole, list_checkpoints
 
-logger = logging.getLogger(__name__)
-
 
 def stop_if_not_finite(loss: torch.Tensor, batch: Mapping[str, Any], trainer: Any) -> None:
     """Raises where the loss is NaN or infinite, before the optimizer takes the step.
@@ -25,8 +22,8 @@ def stop_if_not_finite(loss: torch.Tensor, batch: Mapping[str, Any], trainer: An
 
     Args:
         loss: of this micro-batch.
-        batch: as the collator gave it, before anything was made on the device.
-        trainer: whose state says the step.
+        batch: as the collator returned it.
+        trainer: its state gives the step.
 
     Raises:
         ValueError: the loss is not finite.
@@ -38,32 +35,24 @@ def stop_if_not_finite(loss: torch.Tensor, batch: Mapping[str, Any], trainer: An
     folder = Path(args.output_dir)
     file = folder / f"bad_batch-step{step}-rank{args.process_index}.safetensors"
     try:
-        saved = f"the batch is in {save_batch(batch, file)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in batch.items() if torch.is_tensor(v)}, file)
+        saved = f"the batch is in {file}"
     except OSError as error:
         saved = f"the batch could not be saved ({error})"
     good = last_finite_checkpoint(folder)
-    remedy = f"--resume_from_checkpoint {good}" if good else "no checkpoint with finite weights is there: start anew"
+    remedy = f"--resume_from_checkpoint {good}" if good else "there is no checkpoint to resume from: start from scratch"
     rate = trainer.optimizer.param_groups[0]["lr"] if trainer.optimizer is not None else args.learning_rate
     raise ValueError(
         f"the loss is {value} at step {step} (learning rate {rate:.3g}); the weights were not changed by it. "
-        f"The last good checkpoint: {good or 'none'}; {saved}. Go on with a lower --learning_rate, a longer "
+        f"The last good checkpoint: {good or 'none'}; {saved}. Continue with a lower --learning_rate, a longer "
         f"--warmup_steps or --max_grad_norm 1 ({remedy}); in half precision try --bf16 instead of --fp16"
     )
 
 
-def save_batch(batch: Mapping[str, Any], file: Path) -> Path:
-    """Writes the tensors of a batch as safetensors, for study."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in batch.items() if torch.is_tensor(value)}
-    save_file({name: value.clone() for name, value in tensors.items()}, file)
-    return file
-
-
 def last_finite_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint whose weights are all finite: one saved after the last good loss may not be."""
-    if not folder.is_dir():
-        return None
-    for checkpoint in reversed(list_checkpoints(folder)):
+    for checkpoint in reversed(list_checkpoints(folder)) if folder.is_dir() else ():
         if is_whole(checkpoint) and all(_finite(file) for file in checkpoint.glob("*.safetensors")):
             return checkpoint
     return None

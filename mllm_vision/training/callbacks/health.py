@@ -178,7 +178,7 @@ def level_name(objective: Any, pairs: int, level: float) -> str:
         level: the loss at chance.
     """
     known = {"ln N": math.log(pairs), "ln(2N-1)": math.log(2 * pairs - 1)}
-    held = getattr(objective, "queue", None)
+    held: Any = getattr(objective, "queue", None)
     for queue in (len(held) if hasattr(held, "__len__") else None, _setting(objective, "queue_size")):
         if queue:
             known |= {"ln(K+1)": math.log(queue + 1), "2 ln(K+1)": 2 * math.log(queue + 1)}

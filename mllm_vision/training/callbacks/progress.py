@@ -1,4 +1,4 @@
-"""What happens around a step: teachers follow, bad samples are counted, the run folder keeps up."""
+"""Callbacks around a step: teachers are updated, bad samples counted, the run folder kept up to date."""
 
 from __future__ import annotations
 
@@ -17,41 +17,18 @@ from mllm_vision.distributed import is_distributed
 logger = logging.getLogger(__name__)
 
 
-class SkippedSteps:
-    """Whether fp16's loss scaling skipped a step, fused optimizer or not; asked once after each.
-
-    Accelerate sees that an optimizer was not called. A fused one (torch 2.13: `_step_supports_amp_scaling`) is called
-    always and leaves the weights alone in its own kernel; that the scale went down is the one sign of it.
-    """
-
-    def __init__(self) -> None:
-        self._scale: float | None = None
-
-    def last(self, optimizer: Any) -> bool:
-        """Of the step that was just taken; `optimizer` is accelerate's."""
-        skipped = bool(getattr(optimizer, "step_was_skipped", False))
-        scaler = getattr(optimizer, "scaler", None)
-        if scaler is None or not getattr(optimizer.optimizer, "_step_supports_amp_scaling", False):
-            return skipped
-        before = scaler._init_scale if self._scale is None else self._scale
-        self._scale = scaler.get_scale()
-        return skipped or self._scale < before
-
-
 class AfterStep(TrainerCallback):
     """Calls `objective.after_step(progress)` once per optimizer step, never per micro-batch.
 
-    Progress runs from 0 to 1 over the whole training. A step that fp16's loss scaling skipped is none: its
-    embeddings may be infinite, and would stay in a queue. An objective with an attribute `epoch` is told the epochs
-    done.
+    Progress runs from 0 to 1 over the whole training. A step that fp16's loss scaling skipped does not count: its
+    embeddings may be infinite, and would stay in a queue. An attribute `epoch` of the objective is set.
     """
 
     def __init__(self, objective: Any) -> None:
         self.objective = objective
-        self._skipped = SkippedSteps()
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        if self._skipped.last(optimizer):
+        if getattr(optimizer, "step_was_skipped", False):
             return
         if hasattr(self.objective, "epoch"):
             self.objective.epoch = state.epoch
@@ -59,15 +36,15 @@ class AfterStep(TrainerCallback):
 
 
 class GuardedReporter(TrainerCallback):
-    """A reporter of transformers (tensorboard, wandb...) whose failure is told once and ends nothing.
+    """A reporter of transformers (tensorboard, wandb...) that is dropped with a warning when it fails.
 
-    After a failure the reporter hears nothing more: metrics.jsonl of the run has every figure.
+    metrics.jsonl of the run has every figure.
     """
 
     def __init__(self, reporter: TrainerCallback) -> None:
         self.reporter, self.failed = reporter, False
 
-    def _hear(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+    def _call(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.failed:
             return None
         try:
@@ -80,7 +57,7 @@ class GuardedReporter(TrainerCallback):
 
 
 for _event in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
-    setattr(GuardedReporter, _event, partialmethod(GuardedReporter._hear, _event))
+    setattr(GuardedReporter, _event, partialmethod(GuardedReporter._call, _event))
 
 
 def guard_reporters(handler: Any) -> None:
@@ -102,12 +79,12 @@ class BadSampleLimit(TrainerCallback):
         self.bad_samples.check(getattr(args, "max_bad_fraction", 1.0))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # every step was checked; what was read ahead and never trained on is no reason to lose what was trained
+        # not checked here: rows that were read ahead and not trained on are no reason to lose what was trained
         count = int(self.bad_samples.count)
         if count:
-            told = ", ".join(f"{number} x {reason}" for reason, number in self.bad_samples.reasons.most_common())
-            told += "; such as " + "; ".join(dict.fromkeys(self.bad_samples.examples))
-            logger.warning("%d bad samples were skipped, one counts each time it is met: %s", count, told)
+            why = ", ".join(f"{number} x {reason}" for reason, number in self.bad_samples.reasons.most_common())
+            why += "; such as " + "; ".join(dict.fromkeys(self.bad_samples.examples))
+            logger.warning("%d bad samples were skipped, one counts each time it is met: %s", count, why)
         if self.run is not None:
             self.run.record["bad_samples"] = {
                 "count": count,
@@ -117,10 +94,9 @@ class BadSampleLimit(TrainerCallback):
 
 
 class MovingSteps(TrainerCallback):
-    """Counts the optimizer steps, and those among them that could move a weight: those at a rate above zero.
+    """Counts the optimizer steps, and those that could move a weight: those at a rate above zero.
 
-    The first step of a warm-up has a rate of 0; one that fp16's loss scaling skipped is none at all. The freeze audit
-    asks whether what did not move could have.
+    The first step of a warm-up has a rate of 0. The freeze audit asks whether what did not move could have.
     """
 
     def __init__(self) -> None:
@@ -136,10 +112,10 @@ class MovingSteps(TrainerCallback):
 
 
 class RunFolder(TrainerCallback):
-    """Keeps `metrics.jsonl` in step with the training: what an interrupted run logged after the checkpoint goes.
+    """Keeps `metrics.jsonl` in step with the training: what an interrupted run logged after the checkpoint is removed.
 
-    After the last step nothing is evaluated: a run saves first, and `final_evaluation` measures what was saved. Where
-    the training itself needs the figure (`metric_for_best_model`) it is taken all the same.
+    After the last step nothing is evaluated, unless the training needs the figure (`metric_for_best_model`): a run
+    saves first, and `final_evaluation` measures what was saved.
     """
 
     def __init__(self, run: Any) -> None:
@@ -158,10 +134,10 @@ class RunFolder(TrainerCallback):
 
 
 class SaveByMinutes(TrainerCallback):
-    """Saves a checkpoint whenever so many minutes have gone by since the last one, whichever way that came about.
+    """Saves a checkpoint whenever so many minutes have passed since the last one, for whatever reason that was saved.
 
-    The clock is the first process's: all processes must save after the same step. With several processes this costs
-    one message of four bytes a step, over gloo, so that a GPU's queue is not waited for.
+    The clock is the first process's, so that all save after the same step: one message of four bytes per step, over
+    gloo, which does not wait for a GPU's queue.
 
     Raises:
         ValueError: `minutes` is not positive.

@@ -64,6 +64,9 @@ class ExactResume(Trainer):
             another one, or the checkpoint does not fit the model or the optimizer.
     """
 
+    args: Any  # RecipeArguments, or plain TrainingArguments
+    model: Any
+    optimizer: Any
     run: Any = None
     average: Any = None  # a WeightAverage
     evaluation_due: bool = False  # the evaluation of this step is left to the next start
@@ -237,7 +240,7 @@ class ExactResume(Trainer):
         self.state.epoch = epoch + batches / len(loader)
         return epoch, batches
 
-    def _run_epoch(self, **kwargs: Any) -> Any:
+    def _run_epoch(self, **kwargs: Any) -> Any:  # type: ignore[override]
         """As `Trainer._run_epoch` (5.23), which skips the first batches of a resumed epoch: a stream is behind them."""
         if self.control.should_training_stop:  # as an evaluation decided that was still due
             return None

@@ -40,7 +40,7 @@ class OptimizerArguments(TrainingArguments):
     `lr_scheduler_kwargs` milestones and gamma).
 
     Raises:
-        ValueError: an unknown name (the nearest known one is told), a value out of range, or flags that exclude
+        ValueError: an unknown name (with the nearest known one), a value out of range, or flags that exclude
             each other.
     """
 
@@ -55,7 +55,7 @@ class OptimizerArguments(TrainingArguments):
         default="cosine",
         metadata={"help": "step, exact_cosine, or a name of transformers: cosine, linear, cosine_with_min_lr..."},
     )
-    learning_rate: float | None = field(default=5e-5, metadata={"help": "Peak rate, used as given, never scaled."})
+    learning_rate: float | None = field(default=5e-5, metadata={"help": "Peak rate, used as given, never scaled."})  # type: ignore[assignment]
     base_learning_rate: float | None = field(
         default=None, metadata={"help": "In place of learning_rate: the rate at lr_scaling_batch_size rows a step."}
     )
@@ -101,8 +101,8 @@ class OptimizerArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        optim = _named("optim", self.optim, OptimizerNames, OwnOptimizer)
-        scheduler = _named("lr_scheduler_type", self.lr_scheduler_type, SchedulerType, OwnScheduler)
+        optim: Any = _named("optim", self.optim, OptimizerNames, OwnOptimizer)
+        scheduler: Any = _named("lr_scheduler_type", self.lr_scheduler_type, SchedulerType, OwnScheduler)
         self._check_optimizer(optim)
         self._check_rates()
         # TrainingArguments knows its own names only: it gets a stand-in while it checks the rest
@@ -112,8 +112,10 @@ class OptimizerArguments(TrainingArguments):
         self.optim, self.lr_scheduler_type = optim, scheduler
         for name in self.derived_fields:
             setattr(self, name, getattr(self, f"base_{name}") * self.lr_scale)
-        _check_scheduler_settings(scheduler, self.lr_scheduler_kwargs)
-        if self.deepspeed or (self.fsdp and int(self.fsdp_config.get("version", 2)) == 1):
+        settings: Any = self.lr_scheduler_kwargs
+        _check_scheduler_settings(scheduler, settings)
+        sharding: Any = self.fsdp_config
+        if self.deepspeed or (self.fsdp and int(sharding.get("version", 2)) == 1):
             self.check_sharding("DeepSpeed" if self.deepspeed else "FSDP version 1")
 
     def _check_optimizer(self, optim: Any) -> None:
@@ -122,24 +124,24 @@ class OptimizerArguments(TrainingArguments):
                 raise ValueError(f"{name}={value} must not be negative (nor infinite)")
         if self.muon_learning_rate is not None and not 0 < self.muon_learning_rate < math.inf:
             raise ValueError(f"muon_learning_rate={self.muon_learning_rate} must be positive; leave it out for no Muon")
-        decays = self.layer_decay if isinstance(self.layer_decay, dict) else {"layer_decay": self.layer_decay}
-        for name, value in decays.items():
+        decays = self.layer_decay if isinstance(self.layer_decay, dict) else {"": self.layer_decay}
+        for tower, value in decays.items():
             if value is not None and not (isinstance(value, (int, float)) and 0 < value <= 1):
-                where = "layer_decay" if name == "layer_decay" else f"layer_decay of {name!r}"
+                where = f"layer_decay of {tower!r}" if tower else "layer_decay"
                 raise ValueError(f"{where} is {value!r}; it must lie in (0, 1], e.g. 0.75")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must lie between 0 and 1, e.g. 0.999; leave it out for none")
         if self.patch_embedding_lr_scale < 0:
             raise ValueError(f"patch_embedding_lr_scale={self.patch_embedding_lr_scale} must not be negative")
-        for name, choices in (
-            ("lr_scaling", ("none", "linear", "sqrt")),
-            ("gradient_clipping", _CLIPPINGS),
-            ("weight_decay_on", ("method", "matrices", "all")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(unknown_name(name, str(getattr(self, name)), choices))
+        for name in _CHOICES:
+            if getattr(self, name) not in _CHOICES[name]:
+                raise ValueError(unknown_name(name, str(getattr(self, name)), _CHOICES[name]))
         if self.lr_scaling_batch_size < 1:
             raise ValueError(f"lr_scaling_batch_size={self.lr_scaling_batch_size} must be at least 1")
+        self._check_exclusive(optim)
+
+    def _check_exclusive(self, optim: Any) -> None:
+        """Flags that exclude each other."""
         if self.lr_scaling != "none" and self.auto_find_batch_size:
             raise ValueError(
                 f"lr_scaling={self.lr_scaling} needs the batch size before training, and auto_find_batch_size changes "
@@ -161,7 +163,7 @@ class OptimizerArguments(TrainingArguments):
         if isinstance(optim, OwnOptimizer):
             from mllm_vision.training.optim.optimizers import optimizer_settings
 
-            optimizer_settings(optim.value, self.optim_args)  # a mistyped setting is told now
+            optimizer_settings(optim.value, self.optim_args)  # a mistyped setting is an error now
 
     @property
     def effective_batch_size(self) -> int:
@@ -219,30 +221,33 @@ class OptimizerArguments(TrainingArguments):
         return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.lr_scaling]
 
     def check_sharding(self, sharding: str) -> None:
-        """Refuses what needs whole parameters where each process holds a slice of them.
+        """Refuse what needs whole parameters where each process holds a slice of them.
 
         Args:
-            sharding: "FSDP version 1", "FSDP version 2" or "DeepSpeed". Version 2 keeps whole parameters as
-                `DTensor`s, whose norms are those of the whole: only the average of the weights is refused there.
+            sharding: "FSDP version 1", "FSDP version 2" or "DeepSpeed". The parameters of version 2 are `DTensor`s,
+                whose norms are those of the whole: only the average of the weights is refused there.
 
         Raises:
             ValueError: with the flag and the remedy.
         """
-        remedy = "train without it (DDP)" if sharding == "FSDP version 2" else "use FSDP version 2 or DDP"
+        second = sharding == "FSDP version 2"
+        remedy = "train without it (DDP)" if second else "use FSDP version 2 or DDP"
         refused = {
-            f"optim={_value(self.optim)}": isinstance(self.optim, OwnOptimizer),
-            f"gradient_clipping={self.gradient_clipping}": self.gradient_clipping != "global",
+            f"optim={_value(self.optim)}": isinstance(self.optim, OwnOptimizer) and not second,
+            f"gradient_clipping={self.gradient_clipping}": self.gradient_clipping != "global" and not second,
+            f"ema_decay={self.ema_decay}": self.ema_decay is not None,
         }
-        if sharding == "FSDP version 2":
-            refused = {}
-        refused |= {f"ema_decay={self.ema_decay}": self.ema_decay is not None}
         for flag, asked in refused.items():
             if asked:
                 raise ValueError(f"{flag} needs whole parameters, and with {sharding} a process has parts: {remedy}")
 
 
 _RATES = ("learning_rate", "bias_learning_rate")  # each may come from a base rate instead
-_CLIPPINGS = ("global", "per_parameter", "per_module")
+_CHOICES = {
+    "lr_scaling": ("none", "linear", "sqrt"),
+    "gradient_clipping": ("global", "per_parameter", "per_module"),
+    "weight_decay_on": ("method", "matrices", "all"),
+}
 
 
 def _value(name: Any) -> str:
@@ -258,16 +263,17 @@ def _named(flag: str, given: Any, *enums: Any) -> Any:
 
 
 def _check_scheduler_settings(scheduler: Any, settings: dict[str, Any] | None) -> None:
-    """A schedule's settings by name: transformers finds a wrong one when the training starts, with a TypeError."""
+    """Check a schedule's settings by name; transformers does when the training starts, with a TypeError."""
     from mllm_vision.training.optim.schedules import check_cosine_settings, check_step_settings
 
     if isinstance(scheduler, OwnScheduler):
-        check = check_step_settings if scheduler is OwnScheduler.STEP else check_cosine_settings
+        check: Any = check_step_settings if scheduler is OwnScheduler.STEP else check_cosine_settings
         check(**check_keys(scheduler.value, settings or {}, inspect.signature(check).parameters))
     elif settings:
         from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-        known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[scheduler]).parameters
+        schedule: Any = TYPE_TO_SCHEDULER_FUNCTION[scheduler]
+        known = inspect.signature(schedule).parameters
         own = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
         check_keys(scheduler.value, settings, [name for name in known if name not in own])
 
@@ -280,6 +286,7 @@ def check_keys(owner: str, settings: dict[str, Any], known: Any) -> dict[str, An
     """
     for name in settings:
         if name not in known:
-            told = unknown_name(f"setting of {owner}", name, known) if known else f"{owner} takes no setting {name!r}"
-            raise ValueError(told)
+            raise ValueError(
+                unknown_name(f"setting of {owner}", name, known) if known else f"{owner} takes no setting {name!r}"
+            )
     return settings

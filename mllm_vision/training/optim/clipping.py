@@ -1,4 +1,4 @@
-"""Clipping each gradient, or the gradients of each module, by itself."""
+"""Clipping by parameter, or by module."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from mllm_vision.training.optim.layer_adaptation import tensor_norms
+from mllm_vision.training.optim.layerwise import tensor_norms
 from mllm_vision.training.optim.optimizers import plain_name
 
 
 @torch.no_grad()
 def clip_per_parameter_(parameters: Iterable[Tensor], max_norm: float, *, eps: float = 1e-6) -> Tensor:
-    """Scale every gradient whose norm exceeds `max_norm` to that norm, each by itself, in place.
+    """Scale every gradient whose norm exceeds `max_norm` to that norm, each on its own, in place.
 
     Args:
         parameters: those without a gradient are passed over.

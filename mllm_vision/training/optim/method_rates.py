@@ -1,8 +1,7 @@
-"""What an objective asks of the optimizer: other rates for some parameters, held ones, frozen ones."""
+"""What an objective asks of the optimizer: other rates for some parameters, constant ones, frozen ones."""
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from torch import nn
@@ -10,15 +9,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from mllm_vision.errors import unknown_name
-from mllm_vision.training.optim.optimizers import _under, plain_name
-
-logger = logging.getLogger(__name__)
-
-CONSTANT, FROZEN, STILL = "constant", "frozen:", "still:"
+from mllm_vision.training.optim.optimizers import is_under, plain_name
 
 
 class MethodRates:
-    """An objective's `rates()`, taken apart.
+    """An objective's `rates()` by kind.
 
     Args:
         objective: see `ImageObjective.rates`; an objective without one has none.
@@ -39,19 +34,18 @@ class MethodRates:
         self.frozen: dict[str, float] = {}
         self.still: dict[str, float] = {}
         names = [plain_name(name) for name, _ in objective.named_parameters()]
-        rates = getattr(objective, "rates", None)
-        for prefix, value in (rates() if callable(rates) else {}).items():
-            if not any(_under(name, prefix) for name in names):
+        rates: Any = getattr(objective, "rates", dict)
+        for prefix, value in rates().items():
+            if not any(is_under(name, prefix) for name in names):
                 tops = {name.partition(".")[0] for name in names}
                 raise ValueError(f"rates of {type(objective).__name__}: {unknown_name('prefix', prefix, tops)}")
+            kind, _, epochs = str(value).partition(":")
             if isinstance(value, (int, float)) and value >= 0:
                 self.factors[prefix] = float(value)
-            elif value == CONSTANT:
+            elif value == "constant":
                 self.constant.append(prefix)
-            elif isinstance(value, str) and value.startswith(FROZEN):
-                self.frozen[prefix] = float(value.removeprefix(FROZEN))
-            elif isinstance(value, str) and value.startswith(STILL):
-                self.still[prefix] = float(value.removeprefix(STILL))
+            elif kind in ("frozen", "still") and epochs:
+                getattr(self, kind)[prefix] = float(epochs)
             else:
                 raise ValueError(
                     f"rates of {type(objective).__name__}: {prefix!r} has {value!r}; use a factor of 0 or more, "
@@ -90,9 +84,7 @@ def _one(step: int) -> float:
 
 
 class StillAtFirst(TrainerCallback):
-    """The rate of some parameters is zero until so many epochs are done: their momenta gather what comes meanwhile.
-
-    It sets the rate for the step alone. Resuming needs no state.
+    """The rate of some parameters is zero until so many epochs are done, while the optimizer's moments gather.
 
     Args:
         still: name of a parameter group (the prefix of its own rate) -> epochs.
@@ -118,10 +110,9 @@ class StillAtFirst(TrainerCallback):
 
 
 class FrozenAtFirst(TrainerCallback):
-    """Takes the gradients of some parameters away, after clipping, until so many epochs are done.
+    """Drops the gradients of some parameters, after clipping, until so many epochs are done.
 
-    Without a gradient an optimizer passes over a parameter: its momentum and weight decay stand still too. A function
-    of the step alone, so that resuming needs no state.
+    Without a gradient an optimizer passes over a parameter: its momentum and weight decay stand still too.
 
     Args:
         objective: whose parameters they are.
@@ -137,8 +128,6 @@ class FrozenAtFirst(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         held = [prefix for prefix, epochs in self.frozen.items() if (state.epoch or 0.0) < epochs - 1e-9]
-        if not held:
-            return
-        for name, parameter in self.objective.named_parameters():
-            if any(_under(plain_name(name), prefix) for prefix in held):
+        for name, parameter in self.objective.named_parameters() if held else ():
+            if any(is_under(plain_name(name), prefix) for prefix in held):
                 parameter.grad = None

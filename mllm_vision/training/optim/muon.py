@@ -1,4 +1,8 @@
-"""Muon for the matrices of hidden layers, AdamW for everything else, in one optimizer."""
+"""Muon for the matrices of hidden layers, AdamW for everything else, in one optimizer.
+
+`torch.optim.Muon` iterates in bf16 on every device (30 times slower on CPUs), matrix by matrix, and is a second
+optimizer beside AdamW, where the Trainer has one; the update here is the same (`adjust_lr_fn="match_rms_adamw"`).
+"""
 
 from __future__ import annotations
 
@@ -54,8 +58,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     def __init__(self, params: Any, *, muon_momentum: float = 0.95, **kwargs: Any) -> None:
         super().__init__(params, **kwargs)
-        # With `fused` AdamW's kernel would look for overflows by itself (torch 2.13), and the Muon half would not: the
-        # loss scaler has to unscale the gradients and skip the step for both, as for any other optimizer.
+        # With `fused` AdamW's kernel would look for overflows itself (torch 2.13), and the Muon half would not.
         self._step_supports_amp_scaling = False
         for group in self.param_groups:
             group.setdefault("muon", False)

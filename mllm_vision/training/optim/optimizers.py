@@ -1,4 +1,4 @@
-"""Parameter groups: one learning rate per group of modules, weight decay only where it belongs; and who steps them."""
+"""Parameter groups: a learning rate per group of modules, weight decay only where it belongs; and who steps them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from mllm_vision.errors import unknown_name
 from mllm_vision.training.optim.layers import is_patch_embedding, layer_scales
+from mllm_vision.training.optim.layerwise import LAMB, LARS
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +26,17 @@ _NO_DECAY = re.compile(
 _HIDDEN = re.compile(r"(^|\.)(layers?|blocks?|h)\.\d+\.")
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")  # DDP, torch.compile, peft
 # what `--optim_args` may set, by optimizer
-_SETTINGS = {
+_SETTINGS: dict[str, dict[str, type]] = {
     "lars": {"momentum": float, "trust_coefficient": float, "variant": str},
     "lamb": {"variant": str},
+}
+# keywords of `parameter_groups` that are flags, with the values at which they do nothing
+_FLAGS = {
+    "weight_decay_on": "method",
+    "muon_learning_rate": None,
+    "bias_learning_rate": None,
+    "layer_decay": None,
+    "patch_embedding_lr_scale": 1.0,
 }
 
 
@@ -38,23 +47,15 @@ def plain_name(name: str) -> str:
     return name
 
 
-def _trained(model: nn.Module) -> list[str]:
-    """Names of all parameters but those of parts in which nothing trains: a slow copy is no tower of its own."""
-    parameters = [(plain_name(name), parameter) for name, parameter in model.named_parameters()]
-    parts = {name.partition(".")[0] for name, parameter in parameters if parameter.requires_grad}
-    return [name for name, _ in parameters if name.partition(".")[0] in parts]
+def is_under(name: str, prefix: str) -> bool:
+    """Whether a parameter's name begins with the names of `prefix`."""
+    prefix = prefix.removesuffix(".")
+    return name == prefix or name.startswith(prefix + ".")
 
 
 def decays(name: str, parameter: Any) -> bool:
     """Whether weight decay applies: matrices and kernels, but no scale, bias, norm, class or position embedding."""
     return parameter.ndim > 1 and _NO_DECAY.search(name) is None
-
-
-def _decayed(name: str, parameter: Any, where: str, also: Sequence[str]) -> bool:
-    """Whether weight decay is for this parameter, as `--weight_decay_on` and the method have it."""
-    if where == "all" or decays(name, parameter):
-        return True
-    return where == "method" and any(f".{part}." in f".{name}." for part in also)
 
 
 def parameter_groups(
@@ -80,44 +81,37 @@ def parameter_groups(
         also_decays: parts of parameter names, such as `"cls_token"` or `"last_layer.norm"`.
         learning_rates: parameter-name prefix -> learning rate; the longest prefix wins, None means the default.
         muon_learning_rate: if given, 2-D weights inside repeated blocks (`layers.0.`...) go to groups marked `muon`
-            at this rate, times what their prefix's rate is to `learning_rate`.
-        bias_learning_rate: if given, what takes no weight decay has this rate, times the same (Barlow Twins: 0.2
+            at this rate, times the ratio of their prefix's rate to `learning_rate`.
+        bias_learning_rate: if given, the rate of what takes no weight decay, times the same ratio (Barlow Twins: 0.2
             for weights, 0.0048 for biases and norms).
         layer_decay: rates fall towards the input of each tower; see `training.optim.layers.layer_scales`.
-        patch_embedding_lr_scale: what the patch embedding's rate is multiplied by besides.
+        patch_embedding_lr_scale: multiplies the patch embedding's rate.
 
     Returns:
         Dicts with `params`, `lr`, `weight_decay`, `group_name`, `muon` and `decays` (whether weight decay and
-        layer-wise adaptation are for it); the default group comes first, and of its kind the largest rate.
+        layer-wise adaptation apply); the default group comes first, and of its kind the largest rate.
 
     Raises:
         ValueError: a prefix matches no parameter, a rate is negative, nothing is trainable, or `layer_decay` finds
             no layers.
     """
     rates = {prefix: rate for prefix, rate in (learning_rates or {}).items() if rate is not None}
-    names = [plain_name(name) for name, _ in model.named_parameters()]
-    for prefix, rate in rates.items():
-        if rate < 0:
-            raise ValueError(f"learning rate {rate} of {prefix!r} must not be negative")
-        if not any(_under(name, prefix) for name in names):
-            tops = {name.partition(".")[0] for name in names} | {".".join(name.split(".")[:2]) for name in names}
-            raise ValueError(f"learning rate for {unknown_name('parameter prefix', prefix, tops)}")
+    _check_rates(model, rates)
     scales = {} if layer_decay is None else layer_scales(_trained(model), layer_decay)
     groups: dict[tuple[str, bool, bool, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         plain = plain_name(name)
-        prefix = max((prefix for prefix in rates if _under(plain, prefix)), key=len, default="")
-        decayed = _decayed(plain, parameter, weight_decay_on, also_decays)
+        prefix = max((prefix for prefix in rates if is_under(plain, prefix)), key=len, default="")
+        matrix = decays(plain, parameter)
+        also = weight_decay_on == "method" and any(f".{part}." in f".{plain}." for part in also_decays)
+        decayed = matrix or also or weight_decay_on == "all"
+        muon = muon_learning_rate is not None and matrix and parameter.ndim == 2 and bool(_HIDDEN.search(plain))
         rate = rates.get(prefix, learning_rate)
-        relative = rate / learning_rate if learning_rate else 1.0
-        matrix = decays(plain, parameter) and parameter.ndim == 2
-        muon = muon_learning_rate is not None and matrix and bool(_HIDDEN.search(plain))
-        if muon and muon_learning_rate is not None:
-            rate = muon_learning_rate * relative
-        elif not decayed and bias_learning_rate is not None:
-            rate = bias_learning_rate * relative
+        own = muon_learning_rate if muon else None if decayed else bias_learning_rate
+        if own is not None:
+            rate = own * (rate / learning_rate if learning_rate else 1.0)
         rate *= scales.get(plain, 1.0) * (patch_embedding_lr_scale if is_patch_embedding(plain) else 1.0)
         group = groups.setdefault(
             (prefix, muon, not decayed, -rate),
@@ -136,14 +130,27 @@ def parameter_groups(
     return [groups[key] for key in sorted(groups)]
 
 
+def _check_rates(model: nn.Module, rates: Mapping[str, float]) -> None:
+    names = [plain_name(name) for name, _ in model.named_parameters()]
+    for prefix, rate in rates.items():
+        if rate < 0:
+            raise ValueError(f"learning rate {rate} of {prefix!r} must not be negative")
+        if not any(is_under(name, prefix) for name in names):
+            tops = {name.partition(".")[0] for name in names} | {".".join(name.split(".")[:2]) for name in names}
+            raise ValueError(f"learning rate for {unknown_name('parameter prefix', prefix, tops)}")
+
+
+def _trained(model: nn.Module) -> list[str]:
+    """Names of all parameters but those of parts in which nothing trains: a teacher is not a tower of its own."""
+    parameters = [(plain_name(name), parameter) for name, parameter in model.named_parameters()]
+    parts = {name.partition(".")[0] for name, parameter in parameters if parameter.requires_grad}
+    return [name for name, _ in parameters if name.partition(".")[0] in parts]
+
+
 def group_flags(arguments: Any, learning_rates: Mapping[str, float | None]) -> list[str]:
     """The flags given that work through our parameter groups."""
-    neutral = {"patch_embedding_lr_scale": 1.0, "lr_scaling": "none", "weight_decay_on": "method"}
-    names = (
-        "lr_scaling", "layer_decay", "patch_embedding_lr_scale", "bias_learning_rate", "muon_learning_rate",
-        "weight_decay_end", "weight_decay_on",
-    )  # fmt: skip
-    given = [name for name in names if getattr(arguments, name, None) not in (None, neutral.get(name))]
+    neutral = {"lr_scaling": "none", "weight_decay_end": None, **_FLAGS}
+    given = [name for name in neutral if getattr(arguments, name, None) not in (None, neutral[name])]
     return given + ["learning rate per module group"] * bool(learning_rates)
 
 
@@ -155,20 +162,17 @@ def group_settings(arguments: Any, learning_rate: float, learning_rates: Mapping
         learning_rate: of everything that no prefix names.
         learning_rates: parameter-name prefix -> learning rate.
     """
+    given = {name: getattr(arguments, name, neutral) for name, neutral in _FLAGS.items()}
     return {
+        **given,
         "weight_decay": arguments.weight_decay,
-        "weight_decay_on": getattr(arguments, "weight_decay_on", "method"),
         "learning_rate": learning_rate,
         "learning_rates": dict(learning_rates),
-        "muon_learning_rate": getattr(arguments, "muon_learning_rate", None),
-        "bias_learning_rate": getattr(arguments, "bias_learning_rate", None),
-        "layer_decay": getattr(arguments, "layer_decay", None),
-        "patch_embedding_lr_scale": getattr(arguments, "patch_embedding_lr_scale", 1.0),
     }
 
 
-def tell_rates(arguments: Any, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Log what the flags made of the learning rates, where they made anything of them."""
+def log_rates(arguments: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Log what the flags made of the learning rates, where they changed them."""
     if getattr(arguments, "lr_scaling", "none") != "none":
         rows, scale = arguments.effective_batch_size, arguments.lr_scale
         rule = f"{arguments.lr_scaling}, {rows} rows a step against {arguments.lr_scaling_batch_size}"
@@ -186,9 +190,6 @@ def optimizer_settings(name: str, text: str | None) -> dict[str, Any]:
     Raises:
         ValueError: an unknown setting, a value of the wrong type, or one that the optimizer refuses.
     """
-    from mllm_vision.training.optim.lamb import LAMB
-    from mllm_vision.training.optim.lars import LARS
-
     found: dict[str, Any] = {}
     for entry in filter(None, (part.strip() for part in (text or "").split(","))):
         key, _, value = (part.strip() for part in entry.partition("="))
@@ -204,9 +205,6 @@ def optimizer_settings(name: str, text: str | None) -> dict[str, Any]:
 
 def optimizer_class(arguments: Any) -> tuple[type, dict[str, Any]] | None:
     """LARS or LAMB with their settings, as `--optim` asks; None where transformers knows the optimizer."""
-    from mllm_vision.training.optim.lamb import LAMB
-    from mllm_vision.training.optim.lars import LARS
-
     name = str(getattr(arguments.optim, "value", arguments.optim))
     if name == "lars":
         return LARS, optimizer_settings(name, arguments.optim_args)
@@ -214,8 +212,3 @@ def optimizer_class(arguments: Any) -> tuple[type, dict[str, Any]] | None:
         adam = {"betas": (arguments.adam_beta1, arguments.adam_beta2), "eps": arguments.adam_epsilon}
         return LAMB, {**adam, **optimizer_settings(name, arguments.optim_args)}
     return None
-
-
-def _under(name: str, prefix: str) -> bool:
-    prefix = prefix.removesuffix(".")
-    return name == prefix or name.startswith(prefix + ".")

@@ -1,4 +1,4 @@
-"""The step schedule with warm-up, and the cosine of weight decay. Every other schedule is transformers' own."""
+"""The schedules that transformers lacks: steps with warm-up, a cosine with exact ends, weight decay along a cosine."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
-MILESTONES, GAMMA = (0.6, 0.8), 0.1
 
-
-def check_step_settings(milestones: Sequence[float] = MILESTONES, gamma: float = GAMMA) -> None:
-    """Whether the settings of the step schedule make sense, before anything is loaded.
+def check_step_settings(milestones: Sequence[float] = (0.6, 0.8), gamma: float = 0.1) -> tuple[list[float], float]:
+    """The settings of the step schedule, checked before anything is loaded.
 
     Args:
-        milestones: rising; below 1 a fraction of the training, else a step.
-        gamma: what the rate is multiplied by at each.
+        milestones: increasing; below 1 a fraction of the training, else a step.
+        gamma: multiplies the rate at each.
 
     Raises:
-        ValueError: not rising, both kinds at once, not positive, or a `gamma` outside (0, 1].
+        ValueError: not increasing, both kinds at once, not positive, or a `gamma` outside (0, 1].
     """
-    given = list(milestones) if isinstance(milestones, (list, tuple)) else [milestones]
+    given: list[Any] = list(milestones) if isinstance(milestones, (list, tuple)) else [milestones]
     if not given or any(not isinstance(entry, (int, float)) or entry <= 0 for entry in given):
         raise ValueError(f"milestones={milestones!r} must be positive: fractions [0.6, 0.8] or steps [120, 160]")
     if any(left >= right for left, right in itertools.pairwise(given)):
@@ -36,11 +35,7 @@ def check_step_settings(milestones: Sequence[float] = MILESTONES, gamma: float =
         raise ValueError(f"milestones={given}: give fractions of the training or steps, not both")
     if not isinstance(gamma, (int, float)) or not 0 < gamma <= 1:
         raise ValueError(f"gamma={gamma!r} must lie in (0, 1], e.g. 0.1")
-
-
-def milestone_steps(milestones: Sequence[float], steps: int) -> list[int]:
-    """Milestones as steps of a training of `steps`."""
-    return [math.ceil(entry * steps) if entry < 1 else int(entry) for entry in milestones]
+    return given, gamma
 
 
 def step_factor(step: int, *, warmup_steps: int, milestones: Sequence[int], gamma: float) -> float:
@@ -53,36 +48,26 @@ def step_factor(step: int, *, warmup_steps: int, milestones: Sequence[int], gamm
     return gamma ** bisect.bisect_right(milestones, step)
 
 
-def step_schedule(
-    optimizer: Any,
-    *,
-    num_warmup_steps: int,
-    num_training_steps: int,
-    milestones: Sequence[float] = MILESTONES,
-    gamma: float = GAMMA,
-) -> Any:
-    """The step schedule as torch's `LambdaLR`, whose state a checkpoint holds.
+def step_schedule(optimizer: Any, *, num_warmup_steps: int, num_training_steps: int, **settings: Any) -> LambdaLR:
+    """The step schedule.
 
     Args:
         optimizer: its groups keep their ratios.
-        num_warmup_steps, num_training_steps: in optimizer steps.
-        milestones: rising; below 1 a fraction of the training, else a step.
-        gamma: what the rate is multiplied by at each.
+        num_warmup_steps: in optimizer steps.
+        num_training_steps: likewise.
+        **settings: see `check_step_settings`.
 
     Raises:
-        ValueError: a milestone inside the warm-up or after the end.
+        ValueError: a milestone inside the warm-up or after the end, or a setting out of range.
     """
-    from torch.optim.lr_scheduler import LambdaLR
-
-    check_step_settings(milestones, gamma)
-    steps = milestone_steps(milestones, num_training_steps)
+    milestones, gamma = check_step_settings(**settings)
+    steps = [math.ceil(entry * num_training_steps) if entry < 1 else int(entry) for entry in milestones]
     if steps[0] <= num_warmup_steps or steps[-1] > num_training_steps:
         raise ValueError(
             f"milestones at steps {steps} must lie after the warm-up ({num_warmup_steps} steps) and within the "
             f"training ({num_training_steps} steps); change lr_scheduler_kwargs or --warmup_steps"
         )
-    factor = partial(step_factor, warmup_steps=num_warmup_steps, milestones=steps, gamma=gamma)
-    return LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, partial(step_factor, warmup_steps=num_warmup_steps, milestones=steps, gamma=gamma))
 
 
 def check_cosine_settings(
@@ -91,15 +76,16 @@ def check_cosine_settings(
     inclusive_warmup: bool = False,
     by_epoch: bool = False,
 ) -> None:
-    """Whether the settings of the exact cosine make sense, before anything is loaded.
+    """Check the settings of the exact cosine before anything is loaded.
 
     Args:
-        min_lr, min_lr_rate: what it ends at, itself or over the peak; one of them, default 0.
+        min_lr: the rate it ends at, default 0.
+        min_lr_rate: the same over the peak; one of the two.
         inclusive_warmup: the last step of the warm-up has the peak rate; else the first step after it.
-        by_epoch: after the warm-up the rate stands still within an epoch.
+        by_epoch: after the warm-up the rate is constant within an epoch.
 
     Raises:
-        ValueError: both ends, one out of range, or a setting that is no boolean.
+        ValueError: both ends, one out of range, or a setting that is not a boolean.
     """
     if min_lr is not None and min_lr_rate is not None:
         raise ValueError(f"min_lr={min_lr} and min_lr_rate={min_lr_rate}: give one of them")
@@ -115,8 +101,8 @@ def cosine_factor(step: int, *, warmup: int, steps: int, end: float, inclusive: 
     """The rate at a step over the peak: linear warm-up from 0, then a cosine to `end`.
 
     The warm-up is t / W, and with `inclusive` t / (W - 1), as numpy's `linspace` makes it in DINO and DINOv2. With
-    `per_epoch` steps an epoch the cosine of a step is that of the first one of its epoch, as `CosineAnnealingLR` that
-    steps once an epoch: MoCo, SimSiam, and the benchmarks of lightly.
+    `per_epoch` steps an epoch the cosine of a step is that of the first one of its epoch, as of a `CosineAnnealingLR`
+    that steps once an epoch: MoCo, SimSiam, and the benchmarks of lightly.
     """
     if step < warmup:
         return step / max(warmup - inclusive, 1)
@@ -126,26 +112,20 @@ def cosine_factor(step: int, *, warmup: int, steps: int, end: float, inclusive: 
 
 
 def exact_cosine(
-    optimizer: Any,
-    *,
-    num_warmup_steps: int,
-    num_training_steps: int,
-    epochs: float | None = None,
-    **settings: Any,
-) -> Any:
-    """The cosine whose ends are those of a method's own code, as torch's `LambdaLR`.
+    optimizer: Any, *, num_warmup_steps: int, num_training_steps: int, epochs: float | None = None, **settings: Any
+) -> LambdaLR:
+    """The cosine whose ends are those of a method's own code.
 
     Args:
         optimizer: its groups keep their ratios.
-        num_warmup_steps, num_training_steps: in optimizer steps.
+        num_warmup_steps: in optimizer steps.
+        num_training_steps: likewise.
         epochs: of the training, for `by_epoch`; None where it is given in steps.
         **settings: see `check_cosine_settings`.
 
     Raises:
         ValueError: `by_epoch` in a training that is given in steps, or a setting out of range.
     """
-    from torch.optim.lr_scheduler import LambdaLR
-
     check_cosine_settings(**settings)
     if settings.get("by_epoch") and not epochs:
         raise ValueError("by_epoch needs --num_train_epochs: with --max_steps no epoch has a rate of its own")
@@ -163,7 +143,7 @@ def exact_cosine(
 
 
 def warn_of_warmup(warmup_steps: int, steps: int) -> None:
-    """Says so when the training ends before the learning rate reached its peak."""
+    """Warn when the training ends before the learning rate reaches its peak."""
     if warmup_steps >= steps:
         logger.warning(
             "warmup_steps: %d of %d training steps: the learning rate never reaches its peak; lower --warmup_steps "
@@ -183,7 +163,8 @@ class WeightDecaySchedule(TrainerCallback):
     A function of the step alone: resuming needs no state.
 
     Args:
-        start, end: weight decay at the first step and at the last.
+        start: weight decay at the first step.
+        end: at the last.
     """
 
     def __init__(self, start: float, end: float) -> None:

@@ -107,7 +107,7 @@ class ObjectiveTrainer(RecipeTrainer):
             self.add_callback(FeaturesBeforeEpoch(self))
 
     @property
-    def objective(self) -> Any:
+    def objective(self) -> Any:  # type: ignore[override]  # the Trainer's own is a number of a hyperparameter search
         """The objective without the wrappers of DDP or torch.compile."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 

@@ -29,9 +29,9 @@ from mllm_vision.training.optim.muon import MuonAdamW
 from mllm_vision.training.optim.optimizers import (
     group_flags,
     group_settings,
+    log_rates,
     optimizer_class,
     parameter_groups,
-    tell_rates,
 )
 from mllm_vision.training.optim.schedules import WeightDecaySchedule, exact_cosine, step_schedule, warn_of_warmup
 from mllm_vision.training.recipe.ending import Failure
@@ -65,7 +65,6 @@ class RecipeTrainer(Evaluating):
 
     takes_embed_batch_size = False
     args: Any  # RecipeArguments, or plain TrainingArguments
-    model: Any
 
     def __init__(
         self,
@@ -157,15 +156,15 @@ class RecipeTrainer(Evaluating):
             rates = group_settings(args, settings.get("lr", args.learning_rate), self.learning_rates)
             groups = parameter_groups(target, **rates, also_decays=getattr(self.model, "also_decays", ()))
             if self.is_world_process_zero():
-                tell_rates(args, groups)
+                log_rates(args, groups)
             if rates["muon_learning_rate"] is not None:
                 cls = MuonAdamW
             optimizer: Any = cls(groups, **{**settings, "lr": rates["learning_rate"]})
-            if args.fp16:  # a fused optimizer that skips in its own kernel (torch 2.13) does not say so
-                optimizer._step_supports_amp_scaling = False
             if self.is_fsdp_enabled:
                 prepare_sharding(self.accelerator, target, optimizer)
             self.optimizer = optimizer
+        if self.args.fp16:  # a fused optimizer that skips in its own kernel (torch 2.13) does not say so
+            self.optimizer._step_supports_amp_scaling = False
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -255,7 +254,7 @@ class RecipeTrainer(Evaluating):
 
     def _group_rates(self, first: float) -> dict[str, float]:
         """The rate of each named group; `first` is that of the first group, logged before the schedule moves."""
-        groups = self.optimizer.param_groups  # type: ignore[union-attr]
+        groups = self.optimizer.param_groups
         peaks: dict[str, float] = {}  # with layer_decay a name has many groups
         for group in groups:
             name = group.get("group_name", "default")

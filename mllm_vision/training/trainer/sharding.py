@@ -37,7 +37,7 @@ def gather(model: nn.Module, sharded: nn.Module, device: torch.device) -> None:
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+    state: Any = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
     _exchange(model, lambda name, value: state[name].detach().to(device))
     model.to(device).load_state_dict(state)
 
