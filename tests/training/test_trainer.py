@@ -234,7 +234,7 @@ def torch_no_space(*args: Any, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("target", "failure"),
-    [("_save", no_space), ("_save_optimizer_and_scheduler", torch_no_space), ("_save_rng_state", no_space)],
+    [("save_model", no_space), ("_save_optimizer_and_scheduler", torch_no_space), ("_save_rng_state", no_space)],
 )
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(
     target: str, failure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
