@@ -10,55 +10,35 @@ that of the untrained projector, of shuffled images and of none. Next: recipes/i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
+from mllm_vision.data.flags import COLUMN
 from mllm_vision.data.streams.flags import StreamArguments
 from mllm_vision.training.recipe.common import CommonArguments
 from mllm_vision.training.recipe.parser import parse_recipe, recipe_dict, run_recipe
+from mllm_vision.vlm.flags import ChatDataArguments
 
 
-@dataclass
-class AlignArguments:
+@dataclass(kw_only=True)
+class AlignArguments(ChatDataArguments):
     """What is connected to what, and the captions."""
 
-    encoder: str = field(metadata={"help": "Vision encoder: folder or Hub id."})
-    llm: str = field(metadata={"help": "Causal language model: folder or Hub id.", "aliases": ["model_name_or_path"]})
-    dataset_name: str = field(metadata={"help": "Image-caption data: file, pattern, folder or Hub id."})
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Held-out data; else rows of the training data."}
+    encoder: str = field(metadata={"help": "The vision encoder: a folder or Hub id."})
+    llm: str = field(
+        metadata={"help": "The causal language model: a folder or Hub id.", "aliases": ["model_name_or_path"]}
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Split of the held-out data; default: validation, or the only one."}
-    )
-    image_root: str | None = field(default=None, metadata={"help": "Folder that relative image paths start from."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images, if not found by name."})
-    caption_column: str | None = field(default=None, metadata={"help": "Column of the captions, if not found by name."})
-    conversations_column: str | None = field(
-        default=None, metadata={"help": "Column of LLaVA conversations (LLaVA-Pretrain), likewise."}
-    )
-    messages_column: str | None = field(default=None, metadata={"help": "Column of `messages`, likewise."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most so many rows, drawn at random."})
-    max_eval_samples: int = field(default=200, metadata={"help": "Rows of the held-out data, at most."})
-    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, if it does not lie beside the model."})
-    projector: str = field(default="mlp", metadata={"help": "mlp or linear."})
-    select_layer: int | None = field(
-        default=None, metadata={"help": "Layer of the encoder; its own choice by default."}
-    )
+    tokenizer: str | None = field(default=None, metadata={"help": "The tokenizer, if it is not beside the model."})
+    projector: str = field(default="mlp", metadata={"help": "The kind of projector: mlp or linear."})
+    select_layer: int | None = field(default=None, metadata={"help": "The encoder's layer; by default its own choice."})
     select_feature: str | None = field(
-        default=None, metadata={"help": "patch or cls_patch; its own choice by default."}
+        default=None, metadata={"help": "patch or cls_patch; by default the encoder's choice.", "rare": True}
     )
-    image_size: int | None = field(default=None, metadata={"help": "Side of the images, if not the encoder's own."})
-    chat_template: str = field(default="plain", metadata={"help": "plain, vicuna, qa, or a Jinja file."})
-    max_length: int | None = field(default=None, metadata={"help": "Longest sequence in tokens, images included."})
-    on_truncation: Literal["refuse", "truncate"] = field(
-        default="refuse", metadata={"help": "Longer ones are left out (refuse), or cut at their end (truncate)."}
+    image_size: int | None = field(
+        default=None, metadata={"help": "The side of the images; by default the encoder's own."}
     )
-    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16 or auto."})
-    blind: bool = field(default=False, metadata={"help": "Zeros instead of images: what text alone can reach."})
+    caption_column: str | None = field(default=None, metadata=COLUMN)
+    chat_template: str = "plain"
     sample_count: int = field(default=8, metadata={"help": "Held-out images that are captioned at the end."})
-    artifact_name: str = field(default="model", metadata={"help": "Folder of the result in output_dir."})
 
 
 @dataclass
@@ -81,7 +61,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     from mllm_vision.training.recipe.run import Run
     from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
     from mllm_vision.vlm import FreezeProof, HeldOutLoss, audit, build_vlm, freeze, save_vlm
-    from mllm_vision.vlm.conversation import chat_template, label_preview, load_stage_data
+    from mllm_vision.vlm.conversation import chat_template, label_preview
     from mllm_vision.vlm.freezing import audit_table
 
     template = chat_template(own.chat_template)
@@ -96,31 +76,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
         encoder, own.llm, own.projector, own.tokenizer, template, dtype=own.dtype, blind=own.blind
     )
 
-    data = load_stage_data(
-        model,
-        processor,
-        own.dataset_name,
-        own.eval_dataset_name,
-        roles=("image", "caption"),
-        overrides={
-            "image": own.image_column,
-            "caption": own.caption_column,
-            "conversations": own.conversations_column,
-            "messages": own.messages_column,
-        },
-        split=own.dataset_split,
-        eval_split=own.eval_split,
-        config_name=own.dataset_config_name,
-        image_root=own.image_root,
-        max_rows=own.max_train_samples,
-        eval_rows=own.max_eval_samples,
-        max_length=own.max_length,
-        on_truncation=own.on_truncation,
-        seed=arguments.seed,
-        streams=streams,
-        max_steps=arguments.max_steps,
-    )
-    data.check(arguments.max_bad_fraction)
+    data = own.load_stage_data(model, processor, arguments, streams, roles=("image", "caption"))
     run.describe_data("train", data.train_records, data.columns)
     refused = dict(data.evaluation.bad_samples.reasons)
     run.describe_data("validation", data.eval_records, data.eval_columns, refused=refused)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from mllm_vision.data.images.flags import ImageArguments
+from mllm_vision.encoder.flags import EncoderArguments
 from mllm_vision.training.recipe.common import CommonArguments
 from mllm_vision.training.recipe.help import show_help
 from mllm_vision.training.recipe.parser import parse_recipe, recipe_dict, run_recipe
@@ -21,20 +22,15 @@ from mllm_vision.training.recipe.parser import parse_recipe, recipe_dict, run_re
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class FinetuneArguments:
-    """Which encoder learns, and what it is measured on."""
+@dataclass(kw_only=True)
+class FinetuneArguments(EncoderArguments, ImageArguments):
+    """Which encoder learns from which labels, and what it is measured on."""
 
     encoder: str = field(
-        metadata={"help": "Path, Hub id, or a model type to build (from scratch).", "aliases": ["model_name_or_path"]}
+        metadata={"help": "A path or Hub id, or a model type to build.", "aliases": ["model_name_or_path"]}
     )
-    encoder_overrides: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Config fields of a built encoder: hidden_size=192,patch_size=4."}
-    )
-    image_size: int | None = field(default=None, metadata={"help": "Side of the square image in pixels."})
-    encoder_learning_rate: float | None = field(default=None, metadata={"help": "Of the encoder alone."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Labelled images that accuracy is of."})
-    eval_split: str | None = field(default=None, metadata={"help": "Its split; default: test, or the only one."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Labelled images to measure accuracy on."})
+    eval_split: str | None = field(default=None, metadata={"help": "Their split; by default test, or the only one."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Test images, at most, drawn at random."})
 
 
@@ -56,30 +52,29 @@ class Arguments(CommonArguments):
 
 
 def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> None:
-    show_help(ImageArguments, FinetuneArguments, Arguments, argv=argv, description=__doc__)  # before torch is imported
+    show_help(FinetuneArguments, Arguments, argv=argv, description=__doc__)  # before torch is imported
     from mllm_vision.data.views.views import ViewArguments, ViewMaker, ViewPolicy
     from mllm_vision.objectives.classification import Classification
 
-    kinds = (ImageArguments, FinetuneArguments, Arguments, Classification.Config, ViewArguments)
-    images, own, arguments, config, view_flags = flags = parse_recipe(*kinds, argv=argv, description=__doc__)
+    kinds = (FinetuneArguments, Arguments, Classification.Config, ViewArguments)
+    own, arguments, config, view_flags = flags = parse_recipe(*kinds, argv=argv, description=__doc__)
 
     from mllm_vision.data import ImageCollator, load_records
     from mllm_vision.data.records.records import UsualSplit
     from mllm_vision.data.views.draws import View
-    from mllm_vision.encoder.sources import build_encoder, is_model_type
     from mllm_vision.evaluation import ClassifierAccuracy, LabelledImages
     from mllm_vision.evaluation.labelled.classifier import save_classifier
     from mllm_vision.training.recipe.module_audit import ModuleAudit
     from mllm_vision.training.recipe.run import Run
     from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
-    records = images.load()
+    records = own.load()
     run = Run("stage_zero", arguments, recipe_dict(*flags))
     run.start()
-    if not is_model_type(own.encoder):
+    if not own.is_built:
         run.inherit("encoder", own.encoder)
-    encoder = build_encoder(own.encoder, image_size=own.image_size, overrides=own.encoder_overrides, pooler=False)
-    dataset = images.dataset(records, encoder, seed=arguments.seed, labelled=True)
+    encoder = own.build_encoder()
+    dataset = own.dataset(records, encoder, seed=arguments.seed, labelled=True)
     run.describe_data("train", records, dataset.columns, unlabelled=dataset.unlabelled)
     names = class_names(dataset)
     config.classes = config.classes or len(names)
@@ -90,9 +85,9 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     evaluators = []
     if own.eval_dataset_name:
         split = own.eval_split or UsualSplit("test", "--eval_split")
-        test = load_records(own.eval_dataset_name, split=split, image_root=images.image_root)
+        test = load_records(own.eval_dataset_name, split=split, image_root=own.image_root)
         limits = {"test_limit": own.max_eval_samples, "batch_size": arguments.per_device_eval_batch_size}
-        evaluators = [ClassifierAccuracy("test", LabelledImages(records, test, images.columns, **limits))]
+        evaluators = [ClassifierAccuracy("test", LabelledImages(records, test, own.columns, **limits))]
         run.describe_data("test", test, evaluators[0].data.test_columns)
     else:
         arguments.eval_strategy = "no"

@@ -12,7 +12,10 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from mllm_vision.data.flags import PairArguments
 from mllm_vision.data.streams.flags import StreamArguments
+from mllm_vision.encoder.flags import DualArguments
+from mllm_vision.evaluation.pair_flags import PairEvaluationArguments
 from mllm_vision.objectives.registry import list_objectives
 from mllm_vision.training.recipe.common import CommonArguments
 from mllm_vision.training.recipe.help import show_help
@@ -21,54 +24,13 @@ from mllm_vision.training.recipe.parser import parse_recipe, peek_recipe, recipe
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class PretrainArguments:
+@dataclass(kw_only=True)
+class PretrainArguments(PairEvaluationArguments, DualArguments, PairArguments):
     """What the pairs are, and which towers meet in which objective."""
 
-    dataset_name: str = field(metadata={"help": "Pairs: a file, folder, pattern or Hub id."})
     objective: str = field(
         default="clip",
-        metadata={
-            "help": f"{', '.join(list_objectives('image_text'))}, or package.module:Class of your own.",
-            "imports": True,
-        },
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
-    image_root: str | None = field(default=None, metadata={"help": "Folder that relative image paths start from."})
-    image_column: str | None = field(default=None, metadata={"help": "Image column, where its name does not tell."})
-    caption_column: str | None = field(default=None, metadata={"help": "Caption column, likewise."})
-    label_column: str | None = field(default=None, metadata={"help": "Label column of the zero-shot set."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most so many rows, drawn at random."})
-    encoder: str = field(
-        default="clip_vision_model",
-        metadata={"help": "Path, Hub id, or a model type to build.", "aliases": ["model_name_or_path"]},
-    )
-    encoder_overrides: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Config fields of a built encoder: hidden_size=128,patch_size=8"}
-    )
-    image_size: int | None = field(default=None, metadata={"help": "Side of the square image in pixels."})
-    text_tower: str | None = field(
-        default=None, metadata={"help": "Path, Hub id, clip_text_model or siglip_text_model; default: the encoder's."}
-    )
-    text_overrides: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Config fields of a built text tower: hidden_size=128"}
-    )
-    tokenizer: str | None = field(default=None, metadata={"help": "Path or Hub id; default: the text tower's."})
-    embed_dim: int | None = field(default=None, metadata={"help": "Width of the shared space; default: the narrower."})
-    max_text_length: int | None = field(default=None, metadata={"help": "Tokens; default 77 (CLIP), 64 (SigLIP)."})
-    crop_scale: list[float] = field(
-        default_factory=lambda: [0.9, 1.0], metadata={"help": "Share of the image a training crop keeps."}
-    )
-    encoder_learning_rate: float | None = field(default=None, metadata={"help": "Of the image tower alone."})
-    text_learning_rate: float | None = field(default=None, metadata={"help": "Of the text tower alone."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Pairs for retrieval R@1/5/10."})
-    eval_split: str | None = field(default=None, metadata={"help": "Its split; default: validation, or the only one."})
-    max_eval_samples: int | None = field(default=1000, metadata={"help": "Images in retrieval, at most."})
-    zero_shot_dataset_name: str | None = field(default=None, metadata={"help": "Labelled images for zero-shot."})
-    zero_shot_split: str | None = field(default=None, metadata={"help": "Its split; default: test, or the only one."})
-    templates: list[str] = field(
-        default_factory=lambda: ["a photo of a {}."], metadata={"help": "Prompts of zero-shot, {} is the class."}
+        metadata={"help": f"{', '.join(list_objectives('image_text'))}, or package.module:Class.", "imports": True},
     )
 
 
@@ -110,33 +72,23 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     steps, rows = arguments.gradient_accumulation_steps, arguments.per_device_train_batch_size
     method.check_accumulation(steps, rows, arguments.embed_batch_size)
 
-    from mllm_vision.data import ImageTransform, PairCollator, PairDataset, StreamDataset, bind_columns, load_records
-    from mllm_vision.encoder.sources import is_model_type
-    from mllm_vision.encoder.text.towers import CLIP_TEXT, SIGLIP_TEXT
+    from mllm_vision.data import ImageTransform, PairCollator, PairDataset, StreamDataset, bind_columns
     from mllm_vision.evaluation import Geometry
     from mllm_vision.training.recipe.module_audit import ModuleAudit
     from mllm_vision.training.recipe.run import Run
     from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
-    named = {"image": own.image_column, "caption": own.caption_column, "label": own.label_column}
-    overrides = {role: column for role, column in named.items() if column}
-    where = {"split": own.dataset_split, "config_name": own.dataset_config_name, "max_rows": own.max_train_samples}
-    where["image_root"] = own.image_root
-    if streams.streaming:
-        stream = streams.open(own.dataset_name, **where, seed=arguments.seed, max_steps=arguments.max_steps)
-    records = stream.head() if streams.streaming else load_records(own.dataset_name, **where)
-    columns = bind_columns(records, ("image", "caption"), overrides)
+    records, stream = own.open(streams, arguments)
+    columns = bind_columns(records, ("image", "caption"), own.columns)
     run = Run("stage_zero", arguments, recipe_dict(own, arguments, config, streams))
     run.start()
-    run.describe_data("train", stream if streams.streaming else records, columns)
+    run.describe_data("train", records if stream is None else stream, columns)
 
-    model_types = (CLIP_TEXT, SIGLIP_TEXT)  # of texts; the weights of a model type come from no parent
-    for role, source in (("encoder", own.encoder), ("text_tower", own.text_tower), ("tokenizer", own.tokenizer)):
-        if source and source not in model_types and not is_model_type(source):
-            run.inherit(role, source)
-    dual = build_pair(own, method)
+    for role, source in own.parents.items():
+        run.inherit(role, source)
+    dual = own.build_dual(has_bias=method.has_bias)
     objective = method(dual, config)
-    evaluators = build_evaluators(own, overrides, run, arguments.per_device_eval_batch_size)
+    evaluators = own.build_evaluators(own.columns, run, arguments.per_device_eval_batch_size, own.image_root)
     if not evaluators:
         if arguments.load_best_model_at_end:
             raise ValueError("--load_best_model_at_end needs --eval_dataset_name or --zero_shot_dataset_name")
@@ -144,7 +96,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     rates = {"vision": own.encoder_learning_rate, "text": own.text_learning_rate, "head": None}
     transform = ImageTransform(dual.vision.processor, train=True, scale=tuple(own.crop_scale))
     dataset = PairDataset(records, columns, transform=transform, seed=arguments.seed)
-    if streams.streaming:
+    if stream is not None:
         dataset = StreamDataset(stream, dataset)
     trainer = ObjectiveTrainer(
         model=objective,
@@ -163,7 +115,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     audit = ModuleAudit(parts, peaks)
     run.record["modules"] = audit.rows
     logger.info("%s", audit)
-    trainer.measure_before("untrained" if is_model_type(own.encoder) else "before_training")
+    trainer.measure_before("untrained" if own.is_built else "before_training")
     if own.eval_dataset_name:  # not for a verdict: it shows a collapse, and draws the spectrum
         paired = evaluators[0]
         limits = {"limit": own.max_eval_samples, "batch_size": paired.batch_size}
@@ -175,46 +127,6 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     run.after_training("audit of the parts", audit.close, severe=True)
     trainer.final_evaluation(dual, "dual", evaluators)
     run.finish()
-
-
-def build_pair(own: PretrainArguments, method: Any) -> Any:
-    """The two towers, loaded or built, with what the objective needs (scripts/doctor.py examines the same ones)."""
-    from mllm_vision.encoder.dual import build_dual
-
-    return build_dual(
-        own.encoder,
-        text_tower=own.text_tower,
-        tokenizer=own.tokenizer,
-        encoder_overrides=own.encoder_overrides,
-        text_overrides=own.text_overrides,
-        image_size=own.image_size,
-        embed_dim=own.embed_dim,
-        max_text_length=own.max_text_length,
-        logit_bias=0.0 if method.has_bias else None,  # the objective sets its initial value
-    )
-
-
-def build_evaluators(own: PretrainArguments, overrides: dict[str, str], run: Any, batch_size: int) -> list:
-    """Retrieval and zero-shot, each where its data set is named."""
-    from mllm_vision.data import bind_columns, load_records
-    from mllm_vision.data.records.records import UsualSplit
-    from mllm_vision.evaluation import Retrieval, ZeroShot
-
-    evaluators: list[Any] = []
-    if own.eval_dataset_name:
-        split = own.eval_split or UsualSplit("validation", "--eval_split")
-        records = load_records(own.eval_dataset_name, split=split, image_root=own.image_root)
-        columns = bind_columns(records, ("image", "caption"), overrides)
-        run.describe_data("validation", records, columns)
-        limits = {"limit": own.max_eval_samples, "batch_size": batch_size}
-        evaluators.append(Retrieval("retrieval", records, columns, distinct=True, **limits))
-    if own.zero_shot_dataset_name:
-        split = own.zero_shot_split or UsualSplit("test", "--zero_shot_split")
-        records = load_records(own.zero_shot_dataset_name, split=split, image_root=own.image_root)
-        columns = bind_columns(records, ("image", "label"), overrides)
-        run.describe_data("zero_shot", records, columns)
-        evaluators.append(ZeroShot("zero_shot", records, None, own.templates, columns, batch_size))
-    return evaluators
 
 
 def groups(dual: Any) -> dict[str, dict[str, Any]]:

@@ -15,10 +15,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mllm_vision.data.images.flags import ImageArguments
 from mllm_vision.data.streams.flags import StreamArguments
+from mllm_vision.encoder.flags import EncoderArguments
 from mllm_vision.evaluation.labelled.flags import LabelledArguments
 from mllm_vision.objectives.registry import list_objectives
 from mllm_vision.training.recipe.common import CommonArguments
@@ -28,29 +29,17 @@ from mllm_vision.training.recipe.parser import parse_recipe, peek_recipe, recipe
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class PretrainImagesArguments:
-    """Which encoder learns by which method."""
+@dataclass(kw_only=True)
+class PretrainImagesArguments(EncoderArguments, ImageArguments):
+    """Which encoder learns from which images by which method."""
 
     objective: str = field(
         default="simclr",
-        metadata={
-            "help": f"{', '.join(list_objectives('images'))} (docs/pretrain_images.md), or package.module:Class.",
-            "imports": True,
-        },
+        metadata={"help": f"{', '.join(list_objectives('images'))}, or package.module:Class.", "imports": True},
     )
-    encoder: str = field(
-        default="vit", metadata={"help": "Path, Hub id, or a model type to build.", "aliases": ["model_name_or_path"]}
-    )
-    encoder_overrides: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "Config fields of a built encoder: hidden_size=192,patch_size=4; of a ResNet stem=cifar."},
-    )
-    image_size: int | None = field(default=None, metadata={"help": "Side of the square views in pixels."})
     sync_batch_norm: bool = field(
-        default=False, metadata={"help": "The encoder's BatchNorm normalises with the batch of all processes."}
+        default=False, metadata={"help": "Normalise the encoder's BatchNorm over all processes.", "rare": True}
     )
-    encoder_learning_rate: float | None = field(default=None, metadata={"help": "Of the encoder alone."})
 
 
 @dataclass
@@ -67,9 +56,8 @@ class Arguments(CommonArguments):
 
 
 def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> None:
-    show_help(
-        ImageArguments, PretrainImagesArguments, LabelledArguments, Arguments, argv=argv, description=__doc__
-    )  # before torch is imported
+    shown = (PretrainImagesArguments, LabelledArguments, Arguments)
+    show_help(*shown, argv=argv, description=__doc__)  # before torch is imported
     from mllm_vision.data.views.views import WHOLE, ViewArguments, ViewMaker
     from mllm_vision.objectives import ImageObjective, load_objective
 
@@ -77,56 +65,42 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     method = load_objective(name)
     if not issubclass(method, ImageObjective):
         raise ValueError(f"objective {name!r} learns from image-text pairs: recipes/pretrain.py trains it")
-    images, own, arguments, config, view_flags, labelled, streams = flags = parse_recipe(
-        ImageArguments,
-        PretrainImagesArguments,
-        Arguments,
-        method.Config,
-        ViewArguments,
-        LabelledArguments,
-        StreamArguments,
-        argv=argv,
-        description=__doc__,
-        defaults=method.defaults_beside(peek_recipe("optim", argv=argv), peek_recipe("encoder", "vit", argv=argv)),
-    )
+    kinds = (PretrainImagesArguments, Arguments, method.Config, ViewArguments, LabelledArguments, StreamArguments)
+    defaults = method.defaults_beside(peek_recipe("optim", argv=argv), peek_recipe("encoder", "vit", argv=argv))
+    flags = parse_recipe(*kinds, argv=argv, description=__doc__, defaults=defaults)
+    own, arguments, config, view_flags, labelled, streams = flags
     steps, rows = arguments.gradient_accumulation_steps, arguments.per_device_train_batch_size
     method.check_accumulation(steps, rows, arguments.embed_batch_size)
 
     from mllm_vision.data import ImageCollator, StreamDataset
-    from mllm_vision.encoder.sources import is_model_type
     from mllm_vision.evaluation import Geometry
     from mllm_vision.evaluation.maps.views import view_samples
+    from mllm_vision.modules.batch_norm import make_batch_norm_global
     from mllm_vision.training.recipe.module_audit import ModuleAudit
     from mllm_vision.training.recipe.run import Run
     from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
-    stream = None
-    if streams.streaming:
-        if method.needs_features:
-            raise ValueError(f"{method.__name__} passes over all rows before an epoch: leave --streaming out")
-        limits = {"seed": arguments.seed, "max_steps": arguments.max_steps}
-        stream = streams.open(images.dataset_name, **images.where, **limits)
-    records = images.load() if stream is None else stream.head()
+    if streams.streaming and method.needs_features:
+        raise ValueError(f"{method.__name__} passes over all rows before an epoch: leave --streaming out")
+    records, stream = own.open(streams, arguments)
     run = Run("stage_zero", arguments, recipe_dict(*flags))
     run.start()
-    built = is_model_type(own.encoder)
-    if not built:
+    if not own.is_built:
         run.inherit("encoder", own.encoder)
-    encoder = build(own)
+    encoder = own.build_encoder()
+    if own.sync_batch_norm and not make_batch_norm_global(encoder):
+        raise ValueError(f"--sync_batch_norm: {own.encoder} has no BatchNorm; leave it out")
     objective = method(encoder, config)
     make_views = ViewMaker.for_objective(objective, view_flags)
-    whole = images.dataset(records, encoder, seed=arguments.seed)
+    whole = own.dataset(records, encoder, seed=arguments.seed)
     with_labels = whole.labels is not None and (streams.streaming or whole.unlabelled < len(whole))
     if "labels" in objective.columns() and not with_labels:
         raise ValueError(f"--objective {name} learns from labels, and no row has one; name the column: --label_column")
     labelled.check_bank(with_labels, streams.streaming)
-    if stream is None:
-        dataset = whole
-        run.describe_data("train", records, dataset.columns, unlabelled=dataset.unlabelled)
-    else:
-        dataset = StreamDataset(stream, whole)
-        run.describe_data("train", stream, whole.columns)
-    before, after = labelled.build(records, images.columns, arguments.per_device_eval_batch_size, images.image_root)
+    dataset = whole if stream is None else StreamDataset(stream, whole)
+    facts = {"unlabelled": whole.unlabelled} if stream is None else {}
+    run.describe_data("train", records if stream is None else stream, whole.columns, **facts)
+    before, after = labelled.build(records, own.columns, arguments.per_device_eval_batch_size, own.image_root)
     if after:
         run.describe_data("test", after[0].records, after[0].data.test_columns)
     if not before and arguments.load_best_model_at_end:
@@ -153,7 +127,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     run.record["modules"], run.record["artifact_is"] = audit.rows, objective.artifact_is
     logger.info("%s", audit)
     audit.warn_of_heavy("encoder")
-    trainer.measure_before("untrained" if built else "before_training", after)
+    trainer.measure_before("untrained" if own.is_built else "before_training", after)
     if after:  # not for a verdict: it shows a collapse, and draws the spectrum
         image = {"image": after[0].data.image_column()}
         after = [*after, Geometry("geometry", after[0].records, image, limit=2000)]
@@ -173,17 +147,6 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
             "scripts/evaluate.py --model %s --task board --dataset_name <images>",
             run.folder / "encoder",
         )
-
-
-def build(own: PretrainImagesArguments) -> Any:
-    """The encoder, loaded or built."""
-    from mllm_vision.encoder.sources import build_encoder
-    from mllm_vision.modules.batch_norm import make_batch_norm_global
-
-    encoder = build_encoder(own.encoder, image_size=own.image_size, overrides=own.encoder_overrides, pooler=False)
-    if own.sync_batch_norm and not make_batch_norm_global(encoder):
-        raise ValueError(f"--sync_batch_norm: {own.encoder} has no BatchNorm; leave it out")
-    return encoder
 
 
 if __name__ == "__main__":

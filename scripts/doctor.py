@@ -86,7 +86,7 @@ def examine(
         named = {"image": own.image_column, "caption": own.caption_column}
         columns = bind_columns(records, ("image", "caption"), {role: name for role, name in named.items() if name})
         set_seed(arguments.seed)  # the towers are those that the run will start with
-        dual = recipe.build_pair(own, method)
+        dual = own.build_dual(has_bias=method.has_bias)
         objective = method(dual, config)
     except (ValueError, OSError) as error:
         return [doctor.Finding("problem", "refused", str(error))]

@@ -14,7 +14,7 @@ class StreamArguments:
         ValueError: a flag of streams without `streaming`; a number out of range.
     """
 
-    only_in_full_help: ClassVar[bool] = True
+    rare: ClassVar[bool] = True  # listed by `--help all`
 
     streaming: bool = field(
         default=False, metadata={"help": "Read Parquet or WebDataset shards in a shuffled stream, without an index."}

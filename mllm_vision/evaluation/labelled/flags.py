@@ -19,24 +19,28 @@ class LabelledArguments:
         ValueError: an unknown evaluator.
     """
 
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Labelled images that accuracy is of."})
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Its split; default: test, or the only one of a file or folder."}
-    )
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Labelled images to measure accuracy on."})
+    eval_split: str | None = field(default=None, metadata={"help": "Their split; by default test, or the only one."})
     eval_train_dataset_name: str | None = field(
-        default=None, metadata={"help": "Labelled images kNN and probe learn from; default: the training set."}
+        default=None, metadata={"help": "Labelled images that kNN and probe learn from; by default the training set."}
     )
-    evaluators: list[str] = field(default_factory=lambda: ["knn"], metadata={"help": "While training: knn, probe."})
+    evaluators: list[str] = field(
+        default_factory=lambda: ["knn"], metadata={"help": "Measure these while training: knn, probe."}
+    )
     final_evaluators: list[str] = field(
-        default_factory=lambda: ["knn", "probe"], metadata={"help": "Before the training and after it: knn, probe."}
+        default_factory=lambda: ["knn", "probe"], metadata={"help": "Measure these before and after it: knn, probe."}
     )
-    knn_k: int = field(default=20, metadata={"help": "Neighbours: 20 (DINO), 200 (MoCo)."})
-    knn_temperature: float = field(default=0.07, metadata={"help": "Of their votes: 0.07 (DINO), 0.1 (MoCo)."})
-    raw_pixels: bool = field(default=False, metadata={"help": "Also kNN and probe on the pixels themselves (slow)."})
+    knn_k: int = field(default=20, metadata={"help": "Neighbours of kNN: 20 (DINO), 200 (MoCo).", "rare": True})
+    knn_temperature: float = field(
+        default=0.07, metadata={"help": "Temperature of their votes: 0.07 (DINO), 0.1 (MoCo).", "rare": True}
+    )
+    raw_pixels: bool = field(default=False, metadata={"help": "Measure the raw pixels too (slow).", "rare": True})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Test images, at most, drawn at random."})
-    max_eval_train_samples: int | None = field(default=None, metadata={"help": "Labelled training images, at most."})
+    max_eval_train_samples: int | None = field(
+        default=None, metadata={"help": "Labelled training images, at most.", "rare": True}
+    )
     eval_cache_gb: float = field(
-        default=4.0, metadata={"help": "Decoded images that each of the two sets may keep on a process, in GiB."}
+        default=4.0, metadata={"help": "GiB of decoded images that a process keeps of each of the two.", "rare": True}
     )
 
     def __post_init__(self) -> None:

@@ -25,15 +25,16 @@ class CommonArguments:
     max_steps: int = field(default=-1, metadata={"help": "Stop after this many steps; overrides the epochs."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows per process in a training step."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches that are one optimizer step."})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Rows per process in an evaluation."})
     embed_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Embed the batch in chunks of this many rows: the same gradients, less memory.",
+            "help": "Embed the batch in chunks of this many rows: exact, with less memory.",
             "recipes": OBJECTIVES,
         },
     )
     learning_rate: float | None = field(
-        default=5e-5, metadata={"help": "Peak learning rate; --base_learning_rate is scaled by the batch."}
+        default=5e-5, metadata={"help": "The peak learning rate, never scaled by the batch."}
     )
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of matrices and kernels."})
     warmup_steps: float = field(default=0, metadata={"help": "Steps of linear warm-up; below 1, a share of all."})

@@ -3,80 +3,81 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import textwrap
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mllm_vision.hub.lineage import plain
 from mllm_vision.training.recipe.flag_types import default_of, is_required, type_name
 from mllm_vision.training.recipe.flags import is_offered
 
-WIDTH, LEFT = 120, 44  # columns of a line, and of the flag in it
-MORE = "`--help all` lists every other flag: those of the method, of views and streams, and all of TrainingArguments."
+WIDTH, LEFT = 120, 40  # columns of a line, and of the flag in it
+MORE = "\n`--help all` lists every flag: of the method, of views and streams, and all of TrainingArguments."
 
 
 def show_help(
     *classes: type, argv: Sequence[str] | None = None, description: str = "", defaults: Mapping[str, Any] | None = None
 ) -> None:
-    """Prints the flags of `classes` and ends the process where the command line says `--help`.
+    """Prints one page of flags and ends the process where the command line says `--help`.
 
-    `parse_recipe` calls it; a recipe whose other classes take long to import calls it first. Classes with
-    `only_in_full_help` are left out.
+    `parse_recipe` calls it; a recipe whose other classes take long to import calls it first. Classes and fields that
+    are `rare` are left out.
 
     Args:
         classes, argv, description, defaults: as of `parse_recipe`.
     """
     if _asked(argv) == "short":
-        shown = [cls for cls in classes if not getattr(cls, "only_in_full_help", False)]
-        _print([*page(shown, description, defaults or {}), "", *[MORE] * any(map(_has_more, classes))])
+        shown = [cls for cls in classes if not getattr(cls, "rare", False)]
+        lines = _page(shown, "\n\n".join(description.strip().split("\n\n")[:2]), defaults or {}, rare=False)
+        _print([*lines, *[MORE] * any(hasattr(cls, "recipe_name") for cls in classes)])
 
 
 def show_full_help(
     *classes: type, argv: Sequence[str] | None = None, description: str = "", defaults: Mapping[str, Any] | None = None
 ) -> None:
-    """The same for `--help all`, with all `classes`."""
+    """The same for `--help all`, with everything that `classes` have."""
     if _asked(argv) == "all":
-        _print(page(classes, description, defaults or {}))
+        lines = _page(classes, description.strip(), defaults or {}, rare=True)
+        imports = any(field.metadata.get("imports") for cls in classes for field in dataclasses.fields(cls))
+        switch = _entry("--allow_import", "Let names in a config file import a module (package.module:Class).")
+        _print([*lines, "", *switch * imports])
 
 
-def page(classes: Sequence[type], description: str, defaults: Mapping[str, Any]) -> list[str]:
-    """The lines of the help: a heading for each class, and a line for each flag, or for several described as one."""
-    lines = [description.strip(), ""] if description else []
+def _page(classes: Sequence[type], description: str, defaults: Mapping[str, Any], *, rare: bool) -> list[str]:
+    """A heading for each class, and a line for each flag, or for several that are described as one."""
+    lines = [description, ""] if description else []
     lines += _entry("--config FILE", "Read saved flags from a YAML file; those of the command line win.")
-    if any(field.metadata.get("imports") for cls in classes for field in dataclasses.fields(cls)):
-        lines += _entry("--allow_import", "Let names in that file import a module (package.module:Class).")
     for cls in classes:
         lines += ["", f"{cls.__qualname__}:"]  # of a method: SimCLR.Config
-        for flags, text in _described(cls, defaults):
-            lines += _entry(flags, text)
+        grouped: dict[tuple[bool, str, str], list[str]] = {}
+        for field in dataclasses.fields(cls):
+            if entry := _described(cls, field, defaults, rare):
+                grouped.setdefault((not is_required(field), *entry[1:]), []).append(entry[0])
+        for (_, kind, text), names in sorted(grouped.items(), key=lambda group: group[0][0]):  # required ones first
+            lines += _entry(f"{', '.join(names)} {kind}".rstrip(), text)
     return lines
 
 
-def _described(cls: type, defaults: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(flags with their type, help with the default); consecutive flags with the same of both are one entry."""
-    hints, names, last = typing.get_type_hints(cls), [], None
-    for field in [*dataclasses.fields(cls), None]:
-        metadata = _metadata(cls, field.name) if field is not None else {}
-        if field is not None and not (
-            field.init and is_offered(field.name, metadata, getattr(cls, "recipe_name", None))
-        ):
-            continue
-        described = None
-        if field is not None:
-            value = plain(defaults.get(field.name, default_of(field)))
-            kind = "" if hints[field.name] is bool else type_name(hints[field.name]).replace(" or None", "")
-            default = " (required)" if is_required(field) else f" (default: {value})"
-            quiet = value in (None, False, [], {}) and not is_required(field)
-            help_text = " ".join(str(metadata.get("help", "")).split())
-            described = (kind, help_text + default * (not quiet))
-        if last is not None and described != last:
-            yield f"{', '.join(names)} {last[0]}".rstrip(), last[1]
-            names = []
-        if field is not None:
-            names += [f"--{name}" for name in (field.name, *metadata.get("aliases", ()))]
-        last = described
+def _described(
+    cls: type, field: dataclasses.Field, defaults: Mapping[str, Any], rare: bool
+) -> tuple[str, str, str] | None:
+    """(flags, type, help with the default) of a field; None where it is not listed."""
+    recipe, metadata = getattr(cls, "recipe_name", None), _metadata(cls, field.name)
+    if not field.init or not is_offered(field.name, metadata, recipe):
+        return None
+    if not rare and (metadata.get("rare") or not (metadata.get("help") or recipe is None)):
+        return None
+    hint, value = _hints(cls)[field.name], plain(defaults.get(field.name, default_of(field)))
+    kind = "" if hint is bool else type_name(hint).replace(" or None", "").replace("' or '", "|").strip("'")
+    text = " ".join(str(metadata.get("help", "")).split())
+    if is_required(field):
+        text += " (required)"
+    elif value not in (None, False, [], {}):
+        text += f" (default: {value})"
+    return ", ".join(f"--{name}" for name in (field.name, *metadata.get("aliases", ()))), kind, text.strip()
 
 
 def _metadata(cls: type, name: str) -> Mapping[str, Any]:
@@ -90,7 +91,7 @@ def _entry(flags: str, text: str) -> list[str]:
     wrapped = textwrap.wrap(text, WIDTH - LEFT) or [""]
     head = f"  {flags}".ljust(LEFT - 1)
     if len(head) >= LEFT:
-        joined = f"{head} {' '.join(wrapped)}"
+        joined = f"{head}  {' '.join(wrapped)}"
         return [joined] if len(joined) <= WIDTH else [head, *(" " * LEFT + line for line in wrapped)]
     return [f"{head} {wrapped[0]}".rstrip(), *(" " * LEFT + line for line in wrapped[1:])]
 
@@ -104,8 +105,9 @@ def _asked(argv: Sequence[str] | None) -> str | None:
     return None
 
 
-def _has_more(cls: type) -> bool:
-    return hasattr(cls, "recipe_name")
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _print(lines: Sequence[str]) -> None:
