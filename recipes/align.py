@@ -18,6 +18,8 @@ from mllm_vision.training.recipe.common import CommonArguments
 from mllm_vision.training.recipe.parser import parse_recipe, recipe_dict, run_recipe
 from mllm_vision.vlm.flags import ChatDataArguments
 
+NEXT = "mllm-vision instruct --model {artifact} --dataset_name QUESTIONS --output_dir runs/instruct"
+
 
 @dataclass(kw_only=True)
 class AlignArguments(ChatDataArguments):
@@ -58,11 +60,11 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
 
     from mllm_vision.encoder import VisionEncoder
     from mllm_vision.evaluation.language.captions import caption_samples
+    from mllm_vision.modules.audit import audit_table
     from mllm_vision.training.recipe.run import Run
     from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
     from mllm_vision.vlm import FreezeProof, HeldOutLoss, audit, build_vlm, freeze, save_vlm
     from mllm_vision.vlm.conversation import chat_template, label_preview
-    from mllm_vision.vlm.freezing import audit_table
 
     template = chat_template(own.chat_template)
     run = Run("stage_one", arguments, recipe_dict(own, arguments, streams))
@@ -107,7 +109,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     trainer.final_evaluation(model, own.artifact_name)
     samples = (caption_samples, model, processor, data.eval_records, data.eval_columns, own.sample_count)
     run.record["samples"] += run.after_training("sample captions", *samples) or []
-    run.finish(freeze_problems=proof.problems, modules=proof.rows)
+    run.finish(next=NEXT, freeze_problems=proof.problems, modules=proof.rows)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from mllm_vision.training.recipe.parser import parse_recipe, recipe_dict, run_re
 
 logger = logging.getLogger(__name__)
 
+NEXT = "mllm-vision evaluate --model {artifact} --task board --dataset_name IMAGES"
+
 
 @dataclass(kw_only=True)
 class FinetuneArguments(EncoderArguments, ImageArguments):
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     from mllm_vision.data.views.draws import View
     from mllm_vision.evaluation import ClassifierAccuracy, LabelledImages
     from mllm_vision.evaluation.labelled.classifier import save_classifier
-    from mllm_vision.training.recipe.module_audit import ModuleAudit
+    from mllm_vision.modules.audit import ModuleAudit
     from mllm_vision.training.recipe.run import Run
     from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
@@ -113,7 +115,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     run.save_artifact(lambda path: save_classifier(encoder, objective.head, padded, path), "classifier", "classifier")
     run.after_training("audit of the parts", audit.close, severe=True)
     trainer.final_evaluation(objective, "classifier")
-    run.finish()
+    run.finish(next=NEXT)
 
 
 def class_names(dataset: Any) -> list[str]:

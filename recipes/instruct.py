@@ -17,6 +17,8 @@ from mllm_vision.training.recipe.common import CommonArguments
 from mllm_vision.training.recipe.parser import parse_recipe, recipe_dict, run_recipe
 from mllm_vision.vlm.flags import ChatDataArguments, TuningArguments
 
+NEXT = "mllm-vision chat --model {artifact} --image IMAGE"
+
 
 @dataclass(kw_only=True)
 class InstructArguments(TuningArguments, ChatDataArguments):
@@ -54,12 +56,12 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     )
 
     from mllm_vision.evaluation.language.question_answering import QuestionAnswering
+    from mllm_vision.modules.audit import audit_table
     from mllm_vision.training.recipe.run import Run
     from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
     from mllm_vision.vlm import FreezeProof, HeldOutLoss, audit, learning_rates, load_vlm, save_vlm
     from mllm_vision.vlm.conversation import label_preview, set_chat_template
     from mllm_vision.vlm.export import merge_lora
-    from mllm_vision.vlm.freezing import audit_table
     from mllm_vision.vlm.tokens import settle_ends
 
     run = Run("stage_two", arguments, recipe_dict(own, arguments, streams))
@@ -118,7 +120,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     run.save_artifact(lambda path: save_vlm(trained, processor, path), own.artifact_name, "vlm")
     run.after_training("merging of the adapters", merge_lora, trained, everywhere=True)  # the main process saved so
     trainer.final_evaluation(model, own.artifact_name)
-    run.finish(freeze_problems=proof.problems, modules=proof.rows)
+    run.finish(next=NEXT, freeze_problems=proof.problems, modules=proof.rows)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from typing import ClassVar
 from mllm_vision.training.recipe.common import CommonArguments
 from mllm_vision.training.recipe.parser import parse_recipe, recipe_dict, run_recipe
 
+NEXT = "mllm-vision pretrain --tokenizer {artifact} --dataset_name PAIRS --output_dir runs/pretrain"
+
 
 @dataclass
 class LanguageModelArguments:
@@ -143,7 +145,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
         trainer.final_evaluation(model, own.artifact_name)
         samples = (language.continuations, model, tokenizer, heldout[:5])
         run.record["samples"] += run.after_training("sample continuations", *samples) or []
-        run.finish()
+        run.finish(next=NEXT)
 
 
 if __name__ == "__main__":

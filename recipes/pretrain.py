@@ -23,6 +23,8 @@ from mllm_vision.training.recipe.parser import parse_recipe, peek_recipe, recipe
 
 logger = logging.getLogger(__name__)
 
+NEXT = "mllm-vision align --encoder {artifact} --llm LANGUAGE_MODEL --dataset_name CAPTIONS --output_dir runs/align"
+
 
 @dataclass(kw_only=True)
 class PretrainArguments(PairEvaluationArguments, DualArguments, PairArguments):
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
 
     from mllm_vision.data import ImageTransform, PairCollator, PairDataset, StreamDataset, bind_columns
     from mllm_vision.evaluation import Geometry
-    from mllm_vision.training.recipe.module_audit import ModuleAudit
+    from mllm_vision.modules.audit import ModuleAudit
     from mllm_vision.training.recipe.run import Run
     from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
@@ -126,7 +128,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     run.save_artifact(dual.save_pretrained, "dual", "dual")
     run.after_training("audit of the parts", audit.close, severe=True)
     trainer.final_evaluation(dual, "dual", evaluators)
-    run.finish()
+    run.finish(next=NEXT)
 
 
 def groups(dual: Any) -> dict[str, dict[str, Any]]:

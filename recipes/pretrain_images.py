@@ -28,6 +28,9 @@ from mllm_vision.training.recipe.parser import parse_recipe, peek_recipe, recipe
 
 logger = logging.getLogger(__name__)
 
+NEXT = "mllm-vision align --encoder {artifact} --llm LANGUAGE_MODEL --dataset_name CAPTIONS --output_dir runs/align"
+MEASURE = "mllm-vision evaluate --model {artifact} --task board --dataset_name IMAGES"  # where nothing was measured
+
 
 @dataclass(kw_only=True)
 class PretrainImagesArguments(EncoderArguments, ImageArguments):
@@ -75,8 +78,8 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     from mllm_vision.data import ImageCollator, StreamDataset
     from mllm_vision.evaluation import Geometry
     from mllm_vision.evaluation.maps.views import view_samples
+    from mllm_vision.modules.audit import ModuleAudit
     from mllm_vision.modules.batch_norm import make_batch_norm_global
-    from mllm_vision.training.recipe.module_audit import ModuleAudit
     from mllm_vision.training.recipe.run import Run
     from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
@@ -140,13 +143,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     drawn = (records, whole.columns["image"], make_views, encoder.processor)
     draw = partial(view_samples, *drawn, seed=arguments.seed)
     run.record["arrays"]["views"] = run.after_training("drawing of the views", draw) or []
-    run.finish()
-    if not after:
-        logger.info(
-            "nothing measured this encoder: name labelled images (--eval_dataset_name), or for its rank and spread "
-            "scripts/evaluate.py --model %s --task board --dataset_name <images>",
-            run.folder / "encoder",
-        )
+    run.finish(next=NEXT if after else MEASURE)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_vision.training.recipe.parser import parse_recipe, run_recipe
+from mllm_vision.utils import write_whole
 
 TASKS = ("zero_shot", "retrieval", "geometry", "maps", "vqa", "knn", "probe", "board", "attention")
 DEFAULTS = {"encoder": ["geometry"], "dual": ["retrieval", "geometry", "maps"], "vlm": ["vqa"]}
@@ -329,7 +330,8 @@ def main(argv: list[str] | None = None) -> None:
         record |= provenance(own.model)
         print(end_table(record), flush=True)
         if own.output:
-            write(Path(own.output), record)
+            written = write_whole(own.output, json.dumps(record))
+            print(f"written: {written}", file=sys.stderr)
 
 
 def encoder_of(path: str, loaded: Any, device: Any) -> Any:
@@ -367,35 +369,11 @@ def provenance(model: str) -> dict[str, Any]:
 
 def end_table(record: dict[str, Any]) -> str:
     """Metrics beside their baselines, as printed."""
-    from mllm_vision.evaluation.base import COUNTS
+    from mllm_vision.training.recipe.summary import left_out, metric_table
 
-    rows = [("", "metric", "value", "baselines")]
-    left_out = []
-    for name, entry in record["evaluations"].items():
-        baselines = entry["details"]["baselines"]
-        for metric, value in entry.items():
-            if isinstance(value, float) and metric not in COUNTS:
-                beside = [f"{key} {values[metric]:.4g}" for key, values in baselines.items() if metric in values]
-                rows.append((name, metric, f"{value:.4g}", ", ".join(beside)))
-        if refused := entry["details"].get("refused"):
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in refused.items())
-            left_out.append(f"{name}: {sum(refused.values())} rows left out: {reasons}")
-    widths = [max(len(row[place]) for row in rows) for place in range(4)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     head = f"== {record['model_kind']}: {record['model']} =="
-    return "\n".join([head, *lines, *left_out, f"time: {record['seconds']} s"])
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    """The JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        aside.write_text(json.dumps(record), encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    print(f"written: {path}", file=sys.stderr)
+    lines = [*metric_table(record["evaluations"]), *left_out(record), f"time: {record['seconds']} s"]
+    return "\n".join([head, *lines])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from mllm_vision.utils import write_whole
+
 LINEAGE_FILE = "lineage.json"
 
 # safetensors' names of types -> the names torch uses, so that a file and a module give the same hash
@@ -166,19 +168,11 @@ def write_lineage(path: str | os.PathLike, lineage: Mapping[str, Any]) -> None:
 
 
 def write_json(file: str | os.PathLike, value: Any) -> None:
-    """Write `value` as JSON through a temporary file, so that a reader never sees half of it.
+    """Write `value` as JSON, whole or not at all.
 
     Numbers that JSON does not know (NaN, infinity) become null: browsers read these files.
     """
-    file = Path(file)
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, file)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    write_whole(file, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def plain(value: Any) -> Any:

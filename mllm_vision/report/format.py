@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from mllm_vision import utils
+
 TINTS = {
     "model": "model",
     "unseen": "other",
@@ -93,15 +95,8 @@ def compact(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """12 min 5 s."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}\u202fs"
-    minutes, rest = divmod(seconds, 60)
-    if minutes < 60:
-        return f"{minutes}\u202fmin {rest}\u202fs" if rest else f"{minutes}\u202fmin"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}\u202fh {minutes}\u202fmin"
+    """12 min 5 s, with narrow spaces."""
+    return utils.duration(seconds, "\u202f")
 
 
 def short_hash(value: Any) -> str:

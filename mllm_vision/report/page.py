@@ -15,7 +15,8 @@ from mllm_vision.report import format as forms
 from mllm_vision.report import images, sections
 from mllm_vision.report.chain import Chain, Stage, as_dict
 from mllm_vision.report.lineage import lineage
-from mllm_vision.report.results import baselines_of, numbers, write_text
+from mllm_vision.report.results import baselines_of, numbers
+from mllm_vision.utils import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ def render(chain: Chain, title: str | None = None) -> str:
 def write_report(chain: Chain, path: str | Path, title: str | None = None) -> bool:
     """Write the page; a failure is logged and returned as False, never raised: a report ends no run."""
     try:
-        write_text(path, render(chain, title))
+        write_whole(path, render(chain, title))
     except Exception as error:
         logger.warning("the report %s could not be written: %s: %s", path, type(error).__name__, error)
         return False

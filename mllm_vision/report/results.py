@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from mllm_vision.report.chain import Chain, Stage, as_dict
+from mllm_vision.utils import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -89,17 +89,5 @@ def flat_results(chain: Chain) -> dict[str, float]:
 def write_results(chain: Chain, path: str | Path) -> dict[str, float]:
     """Write :func:`flat_results` as JSON, atomically, and return it."""
     results = flat_results(chain)
-    write_text(path, json.dumps(results, indent=2, sort_keys=True) + "\n")
+    write_whole(path, json.dumps(results, indent=2, sort_keys=True) + "\n")
     return results
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file through a temporary neighbour, so that a failed write leaves the old file whole."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.part")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mllm_vision.distributed import rank
-from mllm_vision.hub.lineage import combined, tensor_digests
+from mllm_vision.modules.audit import ModuleAudit, audit_table
 from mllm_vision.vlm.model import VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -124,16 +122,15 @@ def learning_rates(model: nn.Module, rates: Mapping[str, float | None]) -> dict[
     return prefixes
 
 
-def _tensors(model: nn.Module, group: str, trainable: bool | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and saved buffers of a group; with ``trainable`` only those that do or do not take gradients."""
+def _groups(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Parameters and saved buffers by group; tied weights count once."""
+    groups: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
     seen: set[int] = set()
-    learns = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if module_group(name) != group or id(tensor) in seen:  # tied weights count once
-            continue
-        seen.add(id(tensor))
-        if trainable is None or learns.get(name, False) == trainable:
-            yield name, tensor.detach()
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            groups[module_group(name)][name] = tensor
+    return groups
 
 
 def audit(
@@ -160,112 +157,28 @@ def audit(
     return rows
 
 
-def audit_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The audit as a table for people; with the proof's keys it says what moved."""
-    lines = [f"{'module':<16}{'parameters':>14}{'trainable':>14}{'learning rate':>15}"]
-    for row in rows:
-        still = "follows" if row.get("follows") else "frozen"  # a teacher is moved by its student, not by a rate
-        rate = f"{row['learning_rate']:.3g}" if row["trainable"] else still
-        line = f"{row['group']:<16}{row['parameters']:>14,}{row['trainable']:>14,}{rate:>15}"
-        if "moved" in row:
-            line += (
-                f"   {row['sha256_before'][:12]} -> {row['sha256_after'][:12]} {'moved' if row['moved'] else 'equal'}"
-            )
-        lines.append(line)
-    return "\n".join(lines)
-
-
-SAMPLE = 65_536  # values of a tensor that trains: any step moves some of so many
-
-
-class FreezeProof:
+class FreezeProof(ModuleAudit):
     """Hashes of every group before training; afterwards they tell what moved.
 
-    Frozen and trainable tensors of a group are told apart, so that with LoRA the language model's own weights
-    are proven untouched while its adapters move. Every byte of what is frozen is hashed, once before and once after;
-    of what trains a sample is enough to see that it moved. The first process alone does it. A language model of 7B
-    weights, frozen, is 14 GB in bf16: at 0.15 to 2 GB/s a core and four tensors at a time some 5 to 25 s each time.
-
-    What trains has to move wherever it could: a run of a single step may have had a rate of 0 (a warm-up), or nothing
-    but zeros in front of a group (LoRA's B, a last layer that starts at zero), through which no gradient comes yet.
+    Frozen and trainable tensors of a group are hashed apart, so that with LoRA the language model's own weights
+    are proven untouched while its adapters move. A language model of 7B weights, frozen, is 14 GB in bf16: some 5 to
+    25 s each time.
 
     Example: ``proof = FreezeProof(model, rows)``, train, ``rows = proof.close(model)``, save, ``proof.check()``.
+
+    Args:
+        model: the model, or the peft model around it.
+        rows: of `audit`.
     """
 
     def __init__(self, model: nn.Module, rows: Iterable[Mapping[str, Any]]) -> None:
-        self.rows = [dict(row) for row in rows]
-        self._before = self._hashes(model) if rank() == 0 else {}
-        self._zero = {
-            module_group(name)
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and parameter.ndim > 1 and not parameter.detach().any()
-        }
-        self.problems: list[str] = []
+        super().__init__(_groups(model), rows=rows, prove=True)
 
-    @staticmethod
-    def _hashes(model: nn.Module) -> dict[tuple[str, bool | None], str]:
-        found: dict[tuple[str, bool | None], str] = {}
-        began, size = time.monotonic(), 0
-        for group in GROUPS:
-            digests: dict[str, str] = {}
-            for trains in (True, False):
-                tensors = list(_tensors(model, group, trains))
-                size += 0 if trains else sum(tensor.nbytes for _, tensor in tensors)
-                part = tensor_digests(tensors, at_most=SAMPLE if trains else None)
-                found[group, trains] = combined(part)
-                digests |= part
-            found[group, None] = combined(digests)
-        logger.info("freeze audit: %.2f GB of frozen weights hashed in %.1f s", size / 1e9, time.monotonic() - began)
-        return found
-
-    def close(self, model: nn.Module, steps: Any = None) -> list[dict[str, Any]]:
-        """The rows with ``sha256_before``, ``sha256_after`` and ``moved``; call before LoRA is merged.
-
-        Args:
-            model: as trained.
-            steps: the trainer's ``MovingSteps``, which tells whether anything could move; without it everything could.
-
-        On other processes than the first, which know no hashes, the rows as they are.
-        """
-        if rank() != 0:
-            return self.rows
-        after = self._hashes(model)
-        self.problems = []
-        for row in self.rows:
-            group = row["group"]
-            row["sha256_before"], row["sha256_after"] = self._before[group, None], after[group, None]
-            row["moved"] = row["sha256_before"] != row["sha256_after"]
-            if self._before[group, False] != after[group, False]:
-                self.problems.append(
-                    f"{group}: frozen weights moved ({self._before[group, False][:12]} -> {after[group, False][:12]})"
-                )
-            still = bool(row["trainable"]) and self._before[group, True] == after[group, True]
-            if still and (why := self._could_not_move(row, steps)):
-                row["still"] = why
-                logger.warning("%s did not move: %s", group, why)
-            elif still:
-                self.problems.append(
-                    f"{group}: {row['trainable']:,} trainable parameters did not move "
-                    f"(learning rate {row['learning_rate']:.3g}; a warm-up that never left zero does this too)"
-                )
-        return self.rows
-
-    def _could_not_move(self, row: Mapping[str, Any], steps: Any) -> str:
-        """Why a group that trains had no way to move in so few steps; empty where it had one."""
-        if steps is None or not row["learning_rate"] or steps.taken > 1:
-            return ""
-        if steps.moving == 0:
-            return "the only step had a learning rate of 0, as a warm-up begins with"
-        if self._zero - {row["group"]}:
-            return "in its first step no gradient comes through weights that start at zero"
-        return ""
+    def close(self, model: Any, steps: Any = None) -> list[dict[str, Any]]:  # type: ignore[override]
+        """As `ModuleAudit.close`, of the model as trained; call before LoRA is merged."""
+        return super().close(_groups(model), steps)
 
     def verify(self, model: nn.Module, steps: Any = None) -> None:
         """`close`, the table for people, and `check`."""
         print(audit_table(self.close(model, steps)), flush=True)
         self.check()
-
-    def check(self) -> None:
-        """Raises ValueError if what was frozen moved or what should train did not. Call after saving."""
-        if self.problems:
-            raise ValueError("the freeze audit does not hold: " + "; ".join(self.problems))

@@ -191,7 +191,7 @@ STEPS = {
     "tokenizer": ("mllm_vision.data.documents", "check_tokenizer", lambda check: saved_only(check)),
     "adapters": ("mllm_vision.vlm.export", "merge_lora", lambda merge: second_only(merge)),
     "drawing": ("mllm_vision.evaluation.maps.views", "view_samples", lambda _: fails),
-    "audit": ("mllm_vision.training.recipe.module_audit.ModuleAudit", "close", lambda _: fails),
+    "audit": ("mllm_vision.modules.audit.ModuleAudit", "close", lambda _: fails),
     "freeze audit": ("mllm_vision.vlm.freezing.FreezeProof", "close", lambda _: fails),
     "lineage": ("mllm_vision.training.recipe.run.Run", "_close_lineages", lambda _: fails),
     "card and push": ("mllm_vision.hub.push", "model_card", lambda _: fails),

@@ -87,6 +87,20 @@ def test_help_imports_nothing_heavy(path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_next_command_exists(recipes, name, capsys):
+    """Its verb is one of mllm-vision, and each flag one of that verb's."""
+    from mllm_vision.cli import VERBS
+
+    for command in filter(None, (getattr(recipes[name], word, None) for word in ("NEXT", "MEASURE"))):
+        program, verb, *words = command.split()
+        assert program == "mllm-vision" and "{artifact}" in words
+        with pytest.raises(SystemExit):
+            load(VERBS[verb].file).main(["--help"])
+        said = capsys.readouterr().out
+        assert all(f"  {word}" in said for word in words if word.startswith("--")), command
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_of_scripts(name, capsys):
     script = load(f"scripts/{name}.py")

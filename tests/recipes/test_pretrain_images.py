@@ -183,7 +183,8 @@ def test_images_without_labels(recipe, data, tmp_path, caplog):
     with caplog.at_level("INFO"):
         recipe.main(flags(data, tmp_path / "run", **given, objective="byol", head_hidden=32))
     assert (tmp_path / "run" / "encoder" / "model.safetensors").is_file()
-    assert "nothing measured this encoder: name labelled images (--eval_dataset_name)" in caplog.text
+    said = json.loads((tmp_path / "run" / "run.json").read_text())["next"]
+    assert said == f"mllm-vision evaluate --model {tmp_path / 'run' / 'encoder'} --task board --dataset_name IMAGES"
     teacher = json.loads((tmp_path / "run" / "run.json").read_text())["modules"][2]
     assert (teacher["group"], teacher["trainable"], teacher["follows"], teacher["moved"]) == ("teacher", 0, True, True)
     assert " follows" in caplog.text and "ten times" not in caplog.text
@@ -211,7 +212,7 @@ def test_the_methods_defaults_give_way_to_flags_and_files(tmp_path):
 
 
 def test_a_head_far_larger_than_the_encoder_is_told(caplog):
-    from mllm_vision.training.recipe.module_audit import ModuleAudit
+    from mllm_vision.modules.audit import ModuleAudit
 
     sizes = {"encoder": 10, "head": 101, "predictor": 100, "teacher": 999}
     parts = {name: {"weight": torch.zeros(size, requires_grad=name != "teacher")} for name, size in sizes.items()}

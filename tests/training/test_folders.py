@@ -92,7 +92,7 @@ def test_a_text_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mllm_vision.training.recipe.folders.to_disk", full)
+    monkeypatch.setattr("mllm_vision.utils.to_disk", full)
     with pytest.raises(OSError, match="No space left"):
         write_whole(file, "second")
     assert file.read_text() == "first" and list(tmp_path.iterdir()) == [file]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mllm_vision.utils import write_whole
 
 SIDE = 128  # pixels of a tile
 GAP = 4
@@ -86,7 +87,7 @@ def draw_board(
     )
     words = "\n".join(lines)
     right.text(0, 1, words, va="top", family="monospace", fontsize=8, transform=right.transAxes)
-    return _save(lambda file: figure.savefig(file, format="png", dpi=110), path)
+    return write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def _tile(image: Any) -> Tensor:
@@ -129,18 +130,4 @@ def _write(rows: Sequence[Sequence[Tensor]], titles: Sequence[str], path: str | 
         pen.text((place * (SIDE + GAP) + 2, 2), title, fill=(60, 60, 60))
     for place, note in enumerate(notes):
         pen.text((2, bottom + place * LABEL), note, fill=(60, 60, 60))
-    return _save(lambda file: image.save(file, "PNG", optimize=True), path)
-
-
-def _save(write: Any, path: str | Path) -> Path:
-    """Whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        with aside.open("wb") as file:
-            write(file)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    return path
+    return write_whole(path, lambda file: image.save(file, "PNG", optimize=True))

@@ -12,7 +12,7 @@ from mllm_vision.training.recipe.launch import check_joined, check_launch
 
 
 @dataclass
-class RecipeArguments(CommonArguments, OptimizerArguments):
+class RecipeArguments(CommonArguments, OptimizerArguments):  # type: ignore[misc]  # a rate may be None
     """`transformers.TrainingArguments`, names verbatim; only defaults differ, and a few names are added: here,
     and for optimizers and schedules in `OptimizerArguments`.
 
@@ -82,6 +82,6 @@ class RecipeArguments(CommonArguments, OptimizerArguments):
         """
         from mllm_vision.training.checkpoint.checkpoints import check_checkpoint, found_by_first, last_checkpoint
 
-        if self.resume_from_checkpoint:
-            return found_by_first(lambda: str(check_checkpoint(Path(self.resume_from_checkpoint))))
-        return found_by_first(lambda: last_checkpoint(Path(self.output_dir))) if self.resume else None
+        if named := self.resume_from_checkpoint:
+            return found_by_first(lambda: str(check_checkpoint(Path(named))))
+        return found_by_first(lambda: last_checkpoint(Path(str(self.output_dir)))) if self.resume else None

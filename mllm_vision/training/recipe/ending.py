@@ -47,8 +47,8 @@ class Ending:
             return
         self.failures.append(failure)
         traced = os.environ.get("MLLM_VISION_TRACEBACK", "0") not in ("", "0")
-        told = {"exc_info": failure.error} if traced else {}
-        logger.warning("%s failed: %s", failure.step, cause_of(failure.error), **told)
+        cause = failure.error if traced else None
+        logger.warning("%s failed: %s", failure.step, cause_of(failure.error), exc_info=cause)
 
     def close(self) -> None:
         """Returns where all went well.

@@ -28,16 +28,17 @@ class RecipeParser(HfArgumentParser):
     def __init__(self, fields: Known) -> None:
         self.fields = fields
         self.switches = [SWITCH] * any(field.metadata.get("imports") for field, _, _ in fields.values())
-        flags = [("config", str, _suppressed())] + [(name, bool, _suppressed()) for name in self.switches]
+        flags: list[tuple[str, Any, Any]] = [("config", str, _suppressed())] + [
+            (name, bool, _suppressed()) for name in self.switches
+        ]
         negated = []
         for name, (field, hint, _) in fields.items():
             kinds = [kind for kind in members(hint) if kind is not type(None)]
-            kind = bool if kinds == [bool] else list[str] if any(map(is_list, kinds)) else str
+            kind: Any = bool if kinds == [bool] else list[str] if any(map(is_list, kinds)) else str
             flags.append((name, kind, _suppressed(field.metadata.get("aliases", ()), listed=kind == list[str])))
             negated += [name] * (kind is bool)
-        super().__init__(
-            dataclasses.make_dataclass("Flags", flags), add_help=False, allow_abbrev=False, exit_on_error=False
-        )
+        text: Any = dataclasses.make_dataclass("Flags", flags)
+        super().__init__(text, add_help=False, allow_abbrev=False, exit_on_error=False)
         for name in negated:
             off = {"action": "store_const", "const": False, "default": argparse.SUPPRESS}
             self.add_argument(*_spellings(f"no_{name}"), dest=name, **off)

@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mllm_vision.utils import to_disk
+from mllm_vision.utils import write_whole as write_whole
+
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
@@ -137,30 +140,6 @@ def whole_folder(final: Path) -> Iterator[Path]:
             raise write_failure(final, error) from error
         raise
     remove(previous, final.parent, strict=False)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a text file through a temporary one: a reader, and a killed process, never leave half of it."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        to_disk(partial)
-        os.replace(partial, file)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def to_disk(path: Path) -> None:
-    """Flush a file, or a folder with all that is in it, to the disk."""
-    if path.is_dir():
-        for entry in path.iterdir():
-            to_disk(entry)
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def is_write_failure(error: Exception) -> bool:

@@ -165,8 +165,9 @@ def recipe_dict(*instances: Any) -> dict[str, Any]:
     (`hub_token`) and what belongs to a single start (`overwrite`, `resume`) are left out.
     """
     flat: dict[str, Any] = {}
+    none: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     for instance in instances:
-        given, resolved = getattr(instance, _GIVEN, ({}, {}))
+        given, resolved = getattr(instance, _GIVEN, none)
         derived = getattr(instance, "derived_fields", ())
         for field in dataclasses.fields(instance):
             if not field.init or field.name in _UNSAVED:

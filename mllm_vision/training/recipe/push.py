@@ -23,7 +23,7 @@ class Push:
     def __init__(self, arguments: RecipeArguments, name: str) -> None:
         self.wanted = bool(arguments.push_to_hub)
         self.base = arguments.hub_model_id or name
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "token": arguments.hub_token,
             "private": arguments.hub_private_repo,
             "revision": arguments.hub_revision,

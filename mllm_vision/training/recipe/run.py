@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ class Run:
         if recipe.get("artifact_name") is not None:
             check_name(recipe["artifact_name"], "--artifact_name")
         self.arguments = arguments
-        self.folder = Path(arguments.output_dir)
+        self.folder = Path(str(arguments.output_dir))
         self.is_main = arguments.process_index == 0
         self._started = time.monotonic()
         self.record: dict[str, Any] = {
@@ -295,8 +296,11 @@ class Run:
         known = [entry for entry in self.record["artifacts"] if entry["name"] == artifact]
         return {"artifact": artifact, "weights_sha256": known[0]["weights_sha256"]} if known else {}
 
-    def finish(self, **extra: Any) -> None:
+    def finish(self, next: str = "", **extra: Any) -> None:
         """Complete the record with `extra`, push if asked to, write run.json, print the end table.
+
+        Args:
+            next: the command of the next stage, with `{artifact}` for the first artifact; the table ends with it.
 
         The artifacts' lineage gets the final metrics.
 
@@ -305,6 +309,8 @@ class Run:
             IncompleteRun: another step failed; `run_recipe` makes exit code 3 of it.
         """
         self.record.update(extra)
+        if next and self.record["artifacts"]:
+            self.record["next"] = next.format(artifact=shlex.quote(self.record["artifacts"][0]["path"]))
         if self.is_main:
             self.after_training("verdict and lineage", self._close_lineages)
             for position, entry in enumerate(self.record["artifacts"] if self.push.wanted else []):

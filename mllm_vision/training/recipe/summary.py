@@ -10,6 +10,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from mllm_vision.utils import columns, duration
+
 _PACKAGES = (
     "mllm_vision",
     "torch",
@@ -112,30 +114,38 @@ def verdict(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
 def compare(metric: str, value: float, baseline: float, count: float | None = None) -> str:
     """ "better", "within noise" or "worse"; of losses and perplexities less is better."""
     gain = baseline - value if metric == "perplexity" or metric.endswith("loss") else value - baseline
-    if count and 0 <= value <= 1 and 0 <= baseline <= 1:
-        noise = 2 * math.sqrt((value * (1 - value) + baseline * (1 - baseline)) / count)
-    else:
-        noise = abs(baseline) / 100
+    errors = [error for of in (value, baseline) if (error := standard_error(of, count)) is not None]
+    noise = 2 * math.hypot(*errors) if len(errors) == 2 else abs(baseline) / 100
     return "within noise" if abs(gain) <= noise else ("better" if gain > 0 else "worse")
 
 
-def end_table(record: Mapping[str, Any]) -> str:
-    """What is printed when a run ends: metrics beside their baselines, the verdict, the paths, the time."""
-    rows: list[tuple[str, str, str]] = []
-    for name, evaluation in record.get("evaluations", {}).items():
+def standard_error(value: float, count: float | None) -> float | None:
+    """Of a fraction of `count` independent cases; None of any other number."""
+    return math.sqrt(value * (1 - value) / count) if count and 0 <= value <= 1 else None
+
+
+def metric_table(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The lines of a table of all metrics, with standard errors and baselines where they are known."""
+    rows = [("metric", "value", "+/-", "baselines")]
+    for name, evaluation in evaluations.items():
         chief = primary_metric(evaluation)
+        baselines = {**(evaluation.get("baselines") or {}), **(evaluation.get("details") or {}).get("baselines", {})}
         for metric, value in evaluation.items():
             if not _is_number(value) or metric in _ASIDE:
                 continue
-            baselines = evaluation.get("baselines") or {} if metric == chief else {}
-            beside = [f"{key} {entry:.4g}" for key, entry in baselines.items() if _is_number(entry)]
-            rows.append((f"{name} {metric}", f"{value:.4g}", ", ".join(beside)))
-    heads = ("metric", "value", "baselines")
-    lines = ["", f"== {record.get('kind')}: {record.get('name')} =="]
-    if rows:
-        widths = [max(len(row[column]) for row in [*rows, heads]) for column in range(3)]
-        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [heads, *rows]]
-    lines += left_out(record)
+            known = {key: of.get(metric) if isinstance(of, Mapping) else of for key, of in baselines.items()}
+            beside = [f"{key} {of:.4g}" for key, of in known.items() if _is_number(of)] if metric == chief else []
+            error = standard_error(value, evaluation.get("count") if metric == chief else None)
+            rows.append(
+                (f"{name} {metric}", f"{value:.4g}", "" if error is None else f"{error:.2g}", ", ".join(beside))
+            )
+    return columns(rows, right=(1, 2)) if len(rows) > 1 else []
+
+
+def end_table(record: Mapping[str, Any]) -> str:
+    """The last lines of a run: metrics beside their baselines, the verdict, paths, the time and the next command."""
+    lines = ["", f"== {record.get('kind')}: {record.get('name')} ==", *metric_table(record.get("evaluations") or {})]
+    lines += left_out(record) if record.get("evaluations") else ["nothing was measured", *left_out(record)]
     lines += [f"verdict: {line}" for line in str(record.get("verdict") or "").splitlines()]
     for entry in record.get("missing") or []:
         remedy = f"; {entry['remedy']}" if entry.get("remedy") else ""
@@ -143,6 +153,8 @@ def end_table(record: Mapping[str, Any]) -> str:
     owner = f" ({record['artifact_is']})" if record.get("artifact_is") else ""
     lines += [f"{entry['kind']}: {entry['path']}{owner}" for entry in record.get("artifacts", [])]
     lines.append(f"time: {duration(record.get('seconds', 0))}")
+    if record.get("next"):
+        lines.append(f"next: {record['next']}")
     return "\n".join(lines)
 
 
@@ -167,13 +179,6 @@ def left_out(record: Mapping[str, Any]) -> list[str]:
 def _counted(counts: Mapping[str, Any]) -> str:
     """`{"hidden files": 3}` -> `3 hidden files`, the most frequent first."""
     return ", ".join(f"{count} {what}" for what, count in sorted(counts.items(), key=lambda pair: -pair[1]))
-
-
-def duration(seconds: float) -> str:
-    """`95` -> `1 min 35 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else (f"{minutes} min {rest} s" if minutes else f"{rest} s")
 
 
 def _is_number(value: Any) -> bool:
