@@ -56,7 +56,7 @@ def build_backbone(
     if isinstance(width, int) and isinstance(heads, int) and (heads < 1 or width % heads):
         raise ValueError(f"hidden_size={width} is not divisible by num_attention_heads={heads}")
     try:
-        config = config_class(**fields)
+        config: Any = config_class(**fields)
         if model_type == "efficientnet":
             # transformers has B7's width here whatever the coefficient says, and cannot run then
             fits = round_filters(config, 1280)

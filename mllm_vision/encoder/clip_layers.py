@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: Any) -> bool:
     """Whether the layer's parts may be run one by one: an untouched `CLIPEncoderLayer` with SDPA attention.
 
     Sharded parameters are gathered, and activations checkpointed, by what surrounds the layer's own `forward`;
@@ -25,7 +25,7 @@ def is_plain(layer: nn.Module) -> bool:
 
     if type(layer) is not CLIPEncoderLayer:  # FSDP2 changes the class
         return False
-    attention = layer.self_attn
+    attention: Any = layer.self_attn
     return (
         attention.config._attn_implementation == "sdpa"
         and not (layer.training and (attention.dropout > 0 or getattr(layer, "gradient_checkpointing", False)))
@@ -33,7 +33,7 @@ def is_plain(layer: nn.Module) -> bool:
     )
 
 
-def pooled_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
+def pooled_layer(layer: Any, hidden: Tensor) -> Tensor:
     """The layer's output for token 0 alone: `[B, D]` of hidden states `[B, N, D]`.
 
     Keys and values need every token; the query, the projection after the attention and the MLP do not, which is
@@ -77,7 +77,7 @@ class Packing:
         return empty.index_copy(0, self.place, packed).view(self.rows, self.width, -1)
 
 
-def packed_layer(layer: nn.Module, hidden: Tensor, packing: Packing) -> Tensor:
+def packed_layer(layer: Any, hidden: Tensor, packing: Packing) -> Tensor:
     """The layer over packed tokens `[M, D]`, each attending to its own text up to itself."""
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden)
@@ -88,7 +88,7 @@ def packed_layer(layer: nn.Module, hidden: Tensor, packing: Packing) -> Tensor:
     return hidden + layer.mlp(layer.layer_norm2(hidden))
 
 
-def packed_pooled_layer(layer: nn.Module, hidden: Tensor, packing: Packing) -> Tensor:
+def packed_pooled_layer(layer: Any, hidden: Tensor, packing: Packing) -> Tensor:
     """The layer's output for the last token of each text: `[B, D]` of packed tokens `[M, D]`."""
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden)

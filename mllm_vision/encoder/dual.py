@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class DualEncoder(nn.Module):
     def __init__(
         self,
         vision: VisionEncoder,
-        text: nn.Module,
+        text: Any,
         tokenizer: Any,
         *,
         embed_dim: int | None = None,
@@ -74,7 +74,8 @@ class DualEncoder(nn.Module):
         logit_bias: float | None = None,
     ) -> None:
         super().__init__()
-        self.vision, self.text, self.tokenizer = vision, text, tokenizer
+        self.vision, self.tokenizer = vision, tokenizer
+        self.text: Any = text
         self.pooling = pooling or default_pooling(text)
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling={pooling!r} is unknown; use one of {', '.join(POOLINGS)}")
@@ -88,8 +89,8 @@ class DualEncoder(nn.Module):
                     f"projection_size={image_width} and leave embed_dim out"
                 )
             self.embed_dim = image_width
-            self.visual_projection: nn.Module = nn.Identity()
-            self.text_projection: nn.Module = nn.Identity()
+            self.visual_projection: Any = nn.Identity()
+            self.text_projection: Any = nn.Identity()
         else:
             self.embed_dim = embed_dim or min(image_width, text_width)
             self.visual_projection = _projection(image_width, self.embed_dim)
@@ -194,7 +195,7 @@ class DualEncoder(nn.Module):
             return "vision-text-dual-encoder"
         return COMPOSITE
 
-    def native_model(self) -> nn.Module:
+    def native_model(self) -> Any:
         """The pair as the transformers model that `layout` names, sharing this pair's tensors.
 
         Raises:
@@ -404,7 +405,7 @@ def _projection(width: int, embed_dim: int) -> nn.Linear:
 
 
 @contextmanager
-def _evaluating(model: nn.Module):
+def _evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -284,7 +284,7 @@ class VisionEncoder(nn.Module):
         if target.exists() and not target.is_dir():
             raise FileExistsError(f"{target} is a file; an encoder is saved as a directory")
         target.parent.mkdir(parents=True, exist_ok=True)
-        where = {"prefix": f".{target.name}.", "suffix": ".partial", "dir": target.parent}
+        where: Any = {"prefix": f".{target.name}.", "suffix": ".partial", "dir": target.parent}
         with tempfile.TemporaryDirectory(**where, ignore_cleanup_errors=True) as folder:
             aside = Path(folder)
             self.backbone.save_pretrained(aside)
@@ -355,6 +355,7 @@ class VisionEncoder(nn.Module):
             tokens = extract_features(
                 self.backbone, image.to(self.device), select_layer=self.select_layer, select_feature="patch"
             ).tokens
+            assert tokens is not None
             self.train(was_training)
             self._probed = (key, (tokens.shape[1], tokens.shape[2]))
         return self._probed[1]

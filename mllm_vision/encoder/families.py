@@ -23,9 +23,9 @@ class Family:
     """One row of the table: how a model type embeds, which layers it has, and how it pools."""
 
     model_type: str
-    embed: Callable[[nn.Module, Tensor], tuple[Hidden, dict[str, Any]]]
-    layers: Callable[[nn.Module], nn.ModuleList]
-    pool: Callable[[nn.Module, Hidden], Tensor]
+    embed: Callable[[Any, Tensor], tuple[Hidden, dict[str, Any]]]
+    layers: Callable[[Any], nn.ModuleList]
+    pool: Callable[[Any, Hidden], Tensor]
     processor: str
     """Name of the family's image processor class in transformers."""
     positions: str | None = None
@@ -53,46 +53,46 @@ def _side(value: Any) -> int:
     return sides[0]
 
 
-def _other_size(model: nn.Module, pixel_values: Tensor) -> bool:
+def _other_size(model: Any, pixel_values: Tensor) -> bool:
     size = _side(model.config.image_size)
     return tuple(pixel_values.shape[-2:]) != (size, size)
 
 
-def _embed_clip(model: nn.Module, pixel_values: Tensor) -> tuple[Hidden, dict[str, Any]]:
+def _embed_clip(model: Any, pixel_values: Tensor) -> tuple[Hidden, dict[str, Any]]:
     hidden = model.embeddings(pixel_values, interpolate_pos_encoding=_other_size(model, pixel_values))
     return model.pre_layrnorm(hidden), {"attention_mask": None}
 
 
-def _embed_siglip(model: nn.Module, pixel_values: Tensor) -> tuple[Hidden, dict[str, Any]]:
+def _embed_siglip(model: Any, pixel_values: Tensor) -> tuple[Hidden, dict[str, Any]]:
     hidden = model.embeddings(pixel_values, interpolate_pos_encoding=_other_size(model, pixel_values))
     return hidden, {"attention_mask": None}
 
 
-def _embed_vit(model: nn.Module, pixel_values: Tensor) -> tuple[Hidden, dict[str, Any]]:
+def _embed_vit(model: Any, pixel_values: Tensor) -> tuple[Hidden, dict[str, Any]]:
     hidden = model.embeddings(pixel_values, interpolate_pos_encoding=_other_size(model, pixel_values))
     return hidden, {}
 
 
-def _embed_dinov2(model: nn.Module, pixel_values: Tensor) -> tuple[Hidden, dict[str, Any]]:
+def _embed_dinov2(model: Any, pixel_values: Tensor) -> tuple[Hidden, dict[str, Any]]:
     return model.embeddings(pixel_values), {}  # interpolates its positions by itself
 
 
-def _embed_dinov3(model: nn.Module, pixel_values: Tensor) -> tuple[Hidden, dict[str, Any]]:
+def _embed_dinov3(model: Any, pixel_values: Tensor) -> tuple[Hidden, dict[str, Any]]:
     return model.embeddings(pixel_values), {"position_embeddings": model.rope_embeddings(pixel_values)}
 
 
-def _pool_siglip(model: nn.Module, hidden: Hidden) -> Tensor:
+def _pool_siglip(model: Any, hidden: Hidden) -> Tensor:
     hidden = model.post_layernorm(hidden)
     # A tower saved without its attention-pooling head has no vector of its own: the mean is the honest stand-in.
     return model.head(hidden) if model.use_head else hidden.mean(dim=1)
 
 
-def _pool_vit(model: nn.Module, hidden: Hidden) -> Tensor:
+def _pool_vit(model: Any, hidden: Hidden) -> Tensor:
     hidden = model.layernorm(hidden)
     return hidden[:, 0] if model.pooler is None else model.pooler(hidden)
 
 
-def _pool_efficientnet(model: nn.Module, hidden: Hidden) -> Tensor:
+def _pool_efficientnet(model: Any, hidden: Hidden) -> Tensor:
     encoder = model.encoder
     hidden = encoder.top_activation(encoder.top_bn(encoder.top_conv(hidden)))
     # The model's own pooler has a fixed window of `hidden_dim` pixels: a global pool for any image smaller.

@@ -199,19 +199,20 @@ def extract_features(
     # CLIP pools token 0 of the last layer: where nobody reads the others, they need not be made.
     class_only = wants_pooled and not (wants_hidden and stop == len(layers)) and family.model_type == CLIP_VISION
     selected = hidden
-    for index, layer in enumerate(layers, start=1):
+    for index, block in enumerate(layers, start=1):
         if index > stop and not wants_pooled:
             break
-        if index == len(layers) and class_only and is_plain(layer):
-            hidden = pooled_layer(layer, hidden)[:, None]
+        if index == len(layers) and class_only and is_plain(block):
+            hidden = pooled_layer(block, hidden)[:, None]
         else:
-            hidden = layer(hidden, **arguments)
+            hidden = block(hidden, **arguments)
         if index == stop:
             selected = hidden
     vector = family.pool(backbone, hidden) if wants_pooled else None
     if not tokens:
         return VisionFeatures(pooled=vector if pooled else None)
     if select_feature == "pooled":
+        assert vector is not None
         chosen = vector[:, None]
     else:
         chosen = select_tokens(selected, family, backbone.config, select_feature)

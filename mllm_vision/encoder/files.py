@@ -68,8 +68,9 @@ class Source:
             return Path(self.name) / name
         from huggingface_hub import snapshot_download
 
-        wanted = {"revision": self.revision, "token": self.token, "allow_patterns": f"{name}/*"}
-        return Path(snapshot_download(self.name, **wanted)) / name
+        wanted = f"{name}/*"
+        found = snapshot_download(self.name, revision=self.revision, token=self.token, allow_patterns=wanted)
+        return Path(str(found)) / name
 
     def lineage(self) -> dict[str, Any] | None:
         """What lineage.json says, after its weight hash was checked against the weights."""

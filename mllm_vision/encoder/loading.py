@@ -63,7 +63,8 @@ def _load_tower(source: Source, processor: Any, dtype: torch.dtype | str) -> Tow
     if model_type not in FAMILIES and model_type not in COMPOSITES:
         raise ValueError(f"{source} is no vision model: model_type={model_type!r}; accepted are {accepted_types()}")
 
-    vision, prefixes = fields, ("",)
+    vision = fields
+    prefixes: tuple[str, ...] = ("",)
     if model_type in COMPOSITES:
         prefixes = COMPOSITES[model_type]
         # transformers fills in what a composite config leaves out (LLaVA 1.5 names only what differs)
@@ -96,13 +97,16 @@ def _load_backbone(
     # A classifier's ViT, and one trained here, has no pooler, and some SigLIP towers no head: a random one must not
     # pass for the image vector. Asked of the weights beforehand: transformers reports what it then draws at random.
     parts = {part for name in state for part in name.split(".")}
-    arguments = {"add_pooling_layer": False} if model_class is ViTModel and "pooler" not in parts else {}
+    arguments: dict[str, Any] = (
+        {"add_pooling_layer": False} if model_class is ViTModel and "pooler" not in parts else {}
+    )
     if config.model_type == "siglip_vision_model" and "head" not in parts:
         config.vision_use_head = False
     try:
-        model, info = model_class.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True, **arguments
         )
+        model, info = loaded
     except RuntimeError as error:
         raise ValueError(f"{source}: weights do not fit their config.json: {error}") from error
     missing = set(info["missing_keys"])

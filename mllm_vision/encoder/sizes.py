@@ -103,7 +103,7 @@ def resize_backbone(backbone: PreTrainedModel, image_size: int) -> PreTrainedMod
         ValueError: `image_size` is not divisible by the patch size.
     """
     family = family_of(backbone)
-    config = backbone.config
+    config: Any = backbone.config
     if family.convolutional:
         check_image_size(image_size, None)
         if hasattr(config, "image_size"):
@@ -116,12 +116,12 @@ def resize_backbone(backbone: PreTrainedModel, image_size: int) -> PreTrainedMod
     if family.positions is not None:
         _resize_positions(backbone, family, image_size, patch_size)
     config.image_size = image_size
-    embeddings = backbone.embeddings
+    embeddings: Any = backbone.embeddings
     if isinstance(getattr(embeddings, "image_size", None), int):
         embeddings.image_size = image_size
     elif hasattr(embeddings, "image_size"):
         embeddings.image_size = (image_size, image_size)
-    patches = getattr(embeddings, "patch_embeddings", None)
+    patches: Any = getattr(embeddings, "patch_embeddings", None)
     if hasattr(patches, "image_size"):
         patches.image_size = (image_size, image_size)
         patches.num_patches = (image_size // patch_size) ** 2
@@ -130,7 +130,7 @@ def resize_backbone(backbone: PreTrainedModel, image_size: int) -> PreTrainedMod
 
 def _resize_positions(backbone: PreTrainedModel, family: Family, image_size: int, patch_size: int) -> None:
     assert family.positions is not None
-    embeddings = backbone.embeddings
+    embeddings: Any = backbone.embeddings
     table = backbone.get_parameter(family.positions)
     tokens = int(family.has_cls) + (image_size // patch_size) ** 2
     # The model's own interpolation looks at nothing but the shape of the embeddings it is given.

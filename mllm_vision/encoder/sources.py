@@ -91,7 +91,7 @@ def build_encoder(
     if is_model_type(source):
         backbone, processor = build_backbone(source, image_size=image_size, **(overrides or {}))
         if not pooler and backbone.config.model_type == "vit":
-            backbone.pooler = None
+            backbone.pooler = None  # type: ignore[assignment]
         return VisionEncoder.from_backbone(backbone, processor)
     if overrides:
         names = ", ".join(sorted(overrides))

@@ -25,6 +25,7 @@ def zero_last_norms(backbone: nn.Module) -> int:
         Goyal et al., 2017, "Accurate, Large Minibatch SGD", section 5.1 (https://arxiv.org/abs/1706.02677).
     """
     blocks = [module for module in backbone.modules() if isinstance(module, (ResNetBasicLayer, ResNetBottleNeckLayer))]
+    block: Any
     for block in blocks:
         block.layer[-1].normalization.weight.zero_()
     return len(blocks)

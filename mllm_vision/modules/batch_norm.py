@@ -114,6 +114,6 @@ def make_batch_norm_global(module: nn.Module, group: dist.ProcessGroup | None = 
     for norm in module.modules():
         if type(norm) in kinds:
             norm.__class__ = kinds[type(norm)]
-            norm.group = group
+            norm.group = group  # type: ignore[assignment]
             changed += 1
     return changed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,7 +73,7 @@ class MomentumTeacher(nn.Module):
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum={momentum} is not between 0 and 1; the papers use 0.99 to 0.9995")
         self.momentum, self.batch_statistics = float(momentum), batch_statistics
-        self.module = copy.deepcopy(student).eval().requires_grad_(False)
+        self.module: Any = copy.deepcopy(student).eval().requires_grad_(False)
         low = {value.dtype for value in self.module.parameters() if value.is_floating_point() and value.itemsize < 4}
         if low:
             raise ValueError(

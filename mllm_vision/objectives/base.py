@@ -38,8 +38,8 @@ POSITIONS = ("position_embeddings", "position_embedding", "pos_embed")
 class ObjectiveOutput(ModelOutput):
     """`loss` is a scalar with gradient; `metrics` maps names to scalars without, logged and averaged."""
 
-    loss: Tensor | None = None
-    metrics: dict[str, Tensor] | None = None
+    loss: Tensor
+    metrics: dict[str, Tensor] = None  # type: ignore[assignment]  # ModelOutput wants None for what is left out
 
 
 def reportable(config: Any) -> Any:

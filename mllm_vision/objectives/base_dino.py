@@ -105,7 +105,7 @@ class DINOObjective(MomentumObjective):
     @property
     def out_dim(self) -> int:
         """How many prototypes there are."""
-        return self.head.out_features
+        return int(self.head.out_features)  # type: ignore[arg-type]
 
     def build_head(self, width: int) -> DINOHead:
         config = self.config
@@ -188,7 +188,7 @@ class DINOObjective(MomentumObjective):
         self.centring.update()
         super().after_step(progress)
 
-    def chance_loss(self, batch_size: int, positives: float = 1.0) -> float:
+    def chance_loss(self, batch_size: int, positives: float = 1.0) -> float | None:
         """ln K: every prototype equally likely, which a collapse to uniform outputs also gives."""
         return math.log(self.out_dim)
 

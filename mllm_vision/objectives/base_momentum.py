@@ -179,7 +179,8 @@ class QueueObjective(MomentumObjective):
             metrics["positive_similarity"] = F.cosine_similarity(queries.float(), keys, dim=-1).mean()
             metrics["queue_rows"] = loss.new_tensor(float(len(self.queue)))
             if negatives is not None:
-                metrics["information_bound"] = mutual_information_bound(loss / len(losses), len(negatives))
+                bound = mutual_information_bound(loss / len(losses), len(negatives))
+                metrics["information_bound"] = torch.as_tensor(bound)
         return ObjectiveOutput(loss=loss, metrics=metrics)
 
     @torch.no_grad()
@@ -194,7 +195,7 @@ class QueueObjective(MomentumObjective):
         """The queue, once it is full."""
         return self.config.queue_size
 
-    def chance_loss(self, batch_size: int, positives: float = 1.0) -> float:
+    def chance_loss(self, batch_size: int, positives: float = 1.0) -> float | None:
         """ln(K + 1) with the K keys in the queue by now (before the first step: when full), twice where `symmetric`."""
         columns = (len(self.queue) or self.queue.size) + 1
         return (2 if self.config.symmetric else 1) * math.log(columns)

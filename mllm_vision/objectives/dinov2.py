@@ -105,7 +105,7 @@ class DINOv2(DINOObjective):
         self._add_patch_side()
 
     def _add_patch_side(self) -> None:
-        self.patch_head = None
+        self.patch_head: Any = None
         if self.config.separate_patch_head:
             self.patch_head = self.build_head(self.encoder.backbone.config.hidden_size).to(self.encoder.device)
             self.teacher = MomentumTeacher(self.student, self.config.momentum, batch_statistics=True)

@@ -121,7 +121,7 @@ class PCL(QueueObjective):
             self._ddp_params_and_buffers_to_ignore += [f"{name}_{number}" for name in names]
 
     @property
-    def features_due(self) -> bool:
+    def features_due(self) -> bool:  # type: ignore[override]
         """Whether the epoch that begins needs clusters."""
         return self.epoch + 1e-6 >= self.config.prototype_warmup_epochs
 
@@ -139,7 +139,7 @@ class PCL(QueueObjective):
         if not self.features_due:
             return
         rows = len(features)
-        if not hasattr(self, "cluster_of_0") or len(self.cluster_of_0) != rows:
+        if not hasattr(self, "cluster_of_0") or len(self.get_buffer("cluster_of_0")) != rows:
             self._make_room(rows)
         own = slice(rows * rank() // world_size(), rows * (rank() + 1) // world_size())
         config, share = self.config, features[own].to(self.clustered.device)
@@ -169,11 +169,10 @@ class PCL(QueueObjective):
         if not self._clustered:
             return found
         numbers = range(len(self.config.num_clusters))
-        clusters = [
-            [self.get_buffer(f"{name}_{number}") for number in numbers] for name in ("prototypes", "concentration")
-        ]
+        prototypes = [self.get_buffer(f"prototypes_{number}") for number in numbers]
+        concentrations = [self.get_buffer(f"concentration_{number}") for number in numbers]
         assigned = [self.get_buffer(f"cluster_of_{number}")[embeddings["index"]] for number in numbers]
-        parts = [proto_nce(query, *clusters, assigned) for query in embeddings["query"].unbind(1)]
+        parts = [proto_nce(query, prototypes, concentrations, assigned) for query in embeddings["query"].unbind(1)]
         among = torch.stack(parts).sum()
         metrics = {**found.metrics, "info_nce": found.loss.detach(), "proto_nce": among.detach()}
         return ObjectiveOutput(loss=found.loss + self.config.prototype_weight * among, metrics=metrics)

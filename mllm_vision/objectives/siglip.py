@@ -73,11 +73,13 @@ class SigLIP(ImageTextObjective):
 
     def loss(self, embeddings: dict[str, Tensor]) -> ObjectiveOutput:
         """`embeddings` as `embed` returns them."""
+        bias = self.dual.logit_bias
+        assert bias is not None
         loss = siglip_loss(
             embeddings["image"],
             embeddings["text"],
             self.dual.logit_scale.exp(),
-            self.dual.logit_bias,
+            bias,
             relations=embeddings.get("ids"),
             **self.config.engine,
         )

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from mllm_vision.distributed import world_size
@@ -109,7 +110,7 @@ class SimCLR(ImageObjective):
         mean = nt_xent(z1, z2, temperature=config.temperature)
         negatives = 2 * len(z1) * world_size() - 2
         if negatives > 0:
-            metrics["information_bound"] = mutual_information_bound(mean.detach(), negatives)
+            metrics["information_bound"] = torch.as_tensor(mutual_information_bound(mean.detach(), negatives))
         return ObjectiveOutput(loss=self._terms * mean, metrics=metrics)
 
     @property

@@ -90,7 +90,8 @@ def build_vlm(
             tokenizer = load_tokenizer(str(tokenizer))
     base = decoder_of(language_model)
     factor = logit_factor(language_model, base)
-    rows = language_model.get_input_embeddings().weight.shape[0]
+    table: Any = language_model.get_input_embeddings().weight
+    rows = table.shape[0]
     if len(tokenizer) > rows:
         logger.warning(
             "the tokenizer has %d tokens, but %s has embeddings for %d only: is it the tokenizer of this model? The "
@@ -106,7 +107,7 @@ def build_vlm(
     tied = _settle_tying(language_model, base)
 
     base.config.pad_token_id = tokenizer.pad_token_id
-    config = LlavaConfig(
+    config = LlavaConfig(  # type: ignore[call-arg]
         vision_config=encoder.backbone.config,
         text_config=base.config,
         image_token_index=image_token_id,
@@ -217,13 +218,14 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, image_token: str = IMA
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     pad_left(tokenizer)
-    return tokenizer.convert_tokens_to_ids(image_token)
+    return tokenizer.convert_tokens_to_ids(image_token)  # type: ignore[return-value]
 
 
 @torch.no_grad()
 def grow_embeddings(language_model: PreTrainedModel, size: int) -> int:
     """Make room for ``size`` tokens; new input and output rows are the mean of the old. Returns the rows added."""
-    old = language_model.get_input_embeddings().weight.shape[0]
+    table: Any = language_model.get_input_embeddings().weight
+    old = table.shape[0]
     if size <= old:
         return 0
     # transformers' own mean_resizing draws around the mean: equal runs would differ by the random state.

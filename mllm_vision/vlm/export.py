@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 ADAPTER = "adapter"
 
 
-def merge_lora(model: VisionLanguageModel | PeftModel) -> VisionLanguageModel:
+def merge_lora(model: Any) -> VisionLanguageModel:
     """``model`` with its LoRA adapters folded into the weights, in place; a model without adapters as it is."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
@@ -46,7 +46,7 @@ def save_vlm(
     """
     path = Path(path)
     if hasattr(model, "merge_and_unload"):
-        model.save_pretrained(path / ADAPTER)
+        model.save_pretrained(str(path / ADAPTER))
     merged = merge_lora(model)
     pad_left(processor.tokenizer)
     settle_ends(merged, processor)
@@ -78,9 +78,10 @@ def load_vlm(
         read_config(folder)
     hub: dict[str, Any] = {"token": token, "revision": revision}
     with reading(path):
-        model, found = VisionLanguageModel.from_pretrained(
+        loaded: Any = VisionLanguageModel.from_pretrained(
             str(path), dtype=dtype, output_loading_info=True, use_safetensors=True, **hub
         )
+        model, found = loaded
         processor = AutoProcessor.from_pretrained(str(path), **hub)
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
@@ -110,8 +111,9 @@ def fit_processor(model: VisionLanguageModel, processor: Any, path: str) -> None
             "LlavaProcessor(image_processor, tokenizer, patch_size=..., vision_feature_select_strategy=...)"
         )
     check_vocabulary(processor.tokenizer, path)
-    config, token = model.config, processor.image_token_id
-    rows = model.get_input_embeddings().weight.shape[0]
+    config: Any = model.config
+    table: Any = model.get_input_embeddings().weight
+    token, rows = processor.image_token_id, table.shape[0]
     if token >= rows:
         raise ValueError(
             f"{path}: the processor's image token {processor.image_token!r} has id {token}, beyond the {rows} "

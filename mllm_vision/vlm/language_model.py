@@ -42,9 +42,10 @@ def load_language_model(source: str, dtype: torch.dtype | str, **hub: Any) -> Pr
             )
         raise ValueError(f"llm={source} has no config.json, so it is no language model; give the folder that has")
     _check_config(source, AutoConfig.from_pretrained(source, **hub))
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, output_loading_info=True, use_safetensors=True, **hub
     )
+    model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"llm={source} lacks {len(missing)} weights of a {type(model).__name__} ({', '.join(missing[:3])}), which "
@@ -79,7 +80,8 @@ def decoder_of(language_model: PreTrainedModel) -> PreTrainedModel:
         ValueError: LLaVA's layout cannot hold the head, or cannot load or run the decoder.
     """
     name = type(language_model).__name__
-    head, base = language_model.get_output_embeddings(), language_model.base_model
+    head = language_model.get_output_embeddings()
+    base: Any = language_model.base_model
     if base is language_model:  # a base_model_prefix that names nothing (Llama 4)
         base = next((child for child in language_model.children() if isinstance(child, PreTrainedModel)), None)
     if head is None or base is None:
@@ -127,7 +129,8 @@ class _Amplified:
 
 def _sample_ids(language_model: PreTrainedModel, length: int = 12) -> Tensor:
     """``[1, length]`` ordinary tokens, always the same ones."""
-    config, table = language_model.config, language_model.get_input_embeddings().weight
+    config = language_model.config
+    table: Any = language_model.get_input_embeddings().weight
     avoid = {getattr(config, f"{role}_token_id", None) for role in ("pad", "bos", "eos")}
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(table), (16 * length,), generator=generator).tolist()
@@ -216,7 +219,7 @@ def fold_factor(language_model: PreTrainedModel, factor: float) -> None:
 
 
 @torch.no_grad()
-def check_generation(model: PreTrainedModel, name: str) -> None:
+def check_generation(model: Any, name: str) -> None:
     """Three tokens with the cache against the same tokens at once: what the joined model generates is what it computes.
 
     Raises:

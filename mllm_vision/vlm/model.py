@@ -64,8 +64,9 @@ class _CheckpointedFrozen:
 
 def _let_checkpoint(part: nn.Module) -> None:
     """Let the frozen layers of ``part`` be checkpointed where gradient checkpointing is on."""
-    for layer in part.modules():
-        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+    layers: list[Any] = [layer for layer in part.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    for layer in layers:
+        if layer.gradient_checkpointing:
             layer.training = True
             if not isinstance(layer._gradient_checkpointing_func, _CheckpointedFrozen):
                 layer._gradient_checkpointing_func = _CheckpointedFrozen(layer, layer._gradient_checkpointing_func)
@@ -86,9 +87,10 @@ class VisionLanguageBackbone(LlavaModel):
         kind = settings(config).get("projector", "mlp")
         self.vision_tower = AutoModel.from_config(config.vision_config)
         layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
-        self.multi_modal_projector = build_projector(
-            kind, config.vision_config.hidden_size * layers, config.text_config.hidden_size
-        )
+        vision: Any = config.vision_config
+        text: Any = config.text_config
+        projector: Any = build_projector(kind, vision.hidden_size * layers, text.hidden_size)
+        self.multi_modal_projector = projector
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -124,8 +126,9 @@ class VisionLanguageBackbone(LlavaModel):
             tokens = extract_features(
                 self.vision_tower, pixel_values, select_layer=layer, select_feature=feature, pooled=False
             ).tokens
+        assert tokens is not None
         projected = self.multi_modal_projector(tokens.to(self.multi_modal_projector.linear_1.weight.dtype))
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=list(projected))
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=list(projected))  # type: ignore[arg-type]
 
 
 class VisionLanguageModel(LlavaForConditionalGeneration):
@@ -146,7 +149,8 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
     def __init__(self, config: LlavaConfig) -> None:
         super(LlavaForConditionalGeneration, self).__init__(config)
         self.model = VisionLanguageBackbone(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text: Any = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"  # tells the Trainer that labels are shifted in forward
         self.post_init()
 
@@ -293,24 +297,29 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
 
     def _additive(self, mask: Tensor) -> Tensor:
         """A boolean ``[B, 1, T, T]`` mask in the form that eager and SDPA attention both take."""
-        implementation = self.config.text_config._attn_implementation
+        text: Any = self.config.text_config
+        implementation = text._attn_implementation
         if implementation not in (None, "sdpa", "eager"):
             raise ValueError(
                 f"packed conversations need a full attention mask, which attn_implementation={implementation!r} does "
                 "not take; load the model with attn_implementation='sdpa', or train without --pack_turns"
             )
-        dtype = self.get_input_embeddings().weight.dtype
+        table: Any = self.get_input_embeddings().weight
+        dtype = table.dtype
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
     def blank_image(self) -> Tensor:
         """The sum of the projected tokens of one black image; a scalar."""
-        size = self.config.vision_config.image_size
+        vision: Any = self.config.vision_config
+        size = vision.image_size
         height, width = (size, size) if isinstance(size, int) else size
         tower = next(self.model.vision_tower.parameters())
-        image = tower.new_zeros(1, getattr(self.config.vision_config, "num_channels", 3), height, width)
+        image = tower.new_zeros(1, getattr(vision, "num_channels", 3), height, width)
         return self.model.get_image_features(image).pooler_output[0].sum()
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike, **kwargs: Any
+    ) -> None:
         """As in transformers; ``config.json`` names LlavaForConditionalGeneration, which can load it too."""
         super().save_pretrained(save_directory, **kwargs)
         file = Path(save_directory) / "config.json"

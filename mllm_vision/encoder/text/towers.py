@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mllm_vision.encoder.clip_layers import is_plain, packed_text
 from mllm_vision.errors import reading, unknown_name
@@ -57,7 +57,7 @@ def build_text_tower(
     projection_size: int | None = None,
     revision: str | None = None,
     token: str | None = None,
-) -> tuple[nn.Module, Any]:
+) -> tuple[Any, Any]:
     """A text tower and a copy of the tokenizer that fits it.
 
     Args:
@@ -102,9 +102,7 @@ def build_text_tower(
     return model, tokenizer
 
 
-def _build_small(
-    spec: str, tokenizer: Any, overrides: dict[str, Any], length: int, projection_size: int | None
-) -> nn.Module:
+def _build_small(spec: str, tokenizer: Any, overrides: dict[str, Any], length: int, projection_size: int | None) -> Any:
     import transformers
 
     prefix = "CLIP" if spec == CLIP_TEXT else "Siglip"
@@ -131,7 +129,7 @@ def _build_small(
     return model
 
 
-def load_text_tower(path_or_id: str, *, revision: str | None = None, token: str | None = None) -> nn.Module:
+def load_text_tower(path_or_id: str, *, revision: str | None = None, token: str | None = None) -> Any:
     """A pretrained text model: the text tower of a CLIP or SigLIP model, or any model of `AutoModel`.
 
     Raises:
@@ -139,10 +137,10 @@ def load_text_tower(path_or_id: str, *, revision: str | None = None, token: str 
     """
     from transformers import AutoConfig, AutoModel, CLIPTextModel, SiglipTextModel
 
-    hub = {"revision": revision, "token": token}
+    hub: dict[str, Any] = {"revision": revision, "token": token}
     with reading(path_or_id):
         config = AutoConfig.from_pretrained(path_or_id, **hub)
-    towers = {"clip": CLIPTextModel, CLIP_TEXT: CLIPTextModel}
+    towers: dict[str, Any] = {"clip": CLIPTextModel, CLIP_TEXT: CLIPTextModel}
     towers |= {"siglip": SiglipTextModel, SIGLIP_TEXT: SiglipTextModel}
     with reading(path_or_id):
         model = towers.get(config.model_type, AutoModel).from_pretrained(path_or_id, use_safetensors=True, **hub)
@@ -155,7 +153,7 @@ def load_text_tower(path_or_id: str, *, revision: str | None = None, token: str 
     return model
 
 
-def text_positions(model: nn.Module) -> int | None:
+def text_positions(model: Any) -> int | None:
     """How many tokens the tower has learnt positions for; `None` where the config does not say."""
     positions = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
     # RoBERTa and its kin count positions from padding_idx + 1
@@ -223,7 +221,7 @@ def _end_with_token(tokenizer: Any, text_type: str, adapt: bool) -> None:
         )
 
 
-def check_tokenizer(model: nn.Module, tokenizer: Any) -> None:
+def check_tokenizer(model: Any, tokenizer: Any) -> None:
     """Raises `ValueError` where a tokenizer would feed the text tower ids it cannot read or pool at."""
     highest = max(len(tokenizer) - 1, tokenizer.pad_token_id or 0, tokenizer.eos_token_id or 0)
     if highest >= model.config.vocab_size:
@@ -246,7 +244,7 @@ def check_tokenizer(model: nn.Module, tokenizer: Any) -> None:
         )
 
 
-def default_pooling(model: nn.Module) -> str:
+def default_pooling(model: Any) -> str:
     """How a text tower becomes one vector: its own pooler, else the last token (decoders) or the mean."""
     if model.config.model_type in (CLIP_TEXT, SIGLIP_TEXT) or getattr(model, "pooler", None) is not None:
         return "pooler"
@@ -255,7 +253,7 @@ def default_pooling(model: nn.Module) -> str:
 
 
 def pool_text(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, *, pooling: str = "pooler"
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, *, pooling: str = "pooler"
 ) -> Tensor:
     """One vector per text.
 
@@ -307,13 +305,13 @@ def pool_text(
     return (states * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
-def _runs_packed(model: nn.Module) -> bool:
+def _runs_packed(model: Any) -> bool:
     """Whether a CLIP tower may be run part by part (not while its shapes are being compiled)."""
     hooked = model._forward_hooks or model._forward_pre_hooks
     return not (hooked or torch.compiler.is_compiling()) and all(is_plain(layer) for layer in model.encoder.layers)
 
 
-def _ends(model: nn.Module, input_ids: Tensor) -> Tensor:
+def _ends(model: Any, input_ids: Tensor) -> Tensor:
     """Where a CLIP tower pools each text, `[B]`: its first end token; the highest id where the config is legacy."""
     legacy = model.config.eos_token_id == 2
     return (input_ids if legacy else (input_ids == model.config.eos_token_id).int()).argmax(dim=-1)
