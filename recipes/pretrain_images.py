@@ -1,11 +1,10 @@
 """Stage zero without texts: a vision encoder learns from a set of images alone, by the method that --objective names.
 
     python recipes/pretrain_images.py --objective simclr --dataset_name cifar10_train.parquet \\
-        --encoder vit --encoder_overrides hidden_size=192,num_hidden_layers=6,num_attention_heads=3,patch_size=4 \\
-        --image_size 32 --optim adamw_torch --learning_rate 1e-3 --output_dir runs/simclr
+        --encoder vit_tiny_patch4 --image_size 32 --output_dir runs/simclr
 
-Leaves <output_dir>/encoder, a native checkpoint. Optimizer, rate and schedule are the paper's, for its networks and
-batches, unless flags or the --config file say otherwise. With a labelled test set (--eval_dataset_name) kNN and a
+Leaves <output_dir>/encoder, a native checkpoint. Optimizer, rate and schedule are the paper's where they fit the
+encoder, unless flags or the --config file say otherwise. With a labelled test set (--eval_dataset_name) kNN and a
 linear probe measure the encoder while it trains; labels are trained on by supcon, contrastive and triplet alone. Every
 method has flags and defaults of its own: --help all beside --objective byol shows those of byol.
 """
