@@ -29,7 +29,10 @@ class FinetuneArguments(EncoderArguments, ImageArguments):
     """Which encoder learns from which labels, and what it is measured on."""
 
     encoder: str = field(
-        metadata={"help": "A path or Hub id, or a model type to build.", "aliases": ["model_name_or_path"]}
+        metadata={
+            "help": "A path or Hub id, or a name to build: vit_small, clip_vit_base, resnet50 (docs/encoder.md).",
+            "aliases": ["model_name_or_path"],
+        }
     )
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Labelled images to measure accuracy on."})
     eval_split: str | None = field(default=None, metadata={"help": "Their split; by default test, or the only one."})

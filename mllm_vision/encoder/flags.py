@@ -12,7 +12,10 @@ class EncoderArguments:
 
     encoder: str = field(
         default="vit",
-        metadata={"help": "A path, a Hub id, or a model type to build.", "aliases": ["model_name_or_path"]},
+        metadata={
+            "help": "A path, a Hub id, or a name to build: vit_small, clip_vit_base, resnet50 (docs/encoder.md).",
+            "aliases": ["model_name_or_path"],
+        },
     )
     encoder_overrides: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Config fields of a tower that is built: hidden_size=192."}
@@ -44,7 +47,10 @@ class DualArguments(EncoderArguments):
 
     encoder: str = field(
         default="clip_vision_model",
-        metadata={"help": "A path, a Hub id, or a model type to build.", "aliases": ["model_name_or_path"]},
+        metadata={
+            "help": "A path, a Hub id, or a name to build: vit_small, clip_vit_base, resnet50 (docs/encoder.md).",
+            "aliases": ["model_name_or_path"],
+        },
     )
     text_learning_rate: float | None = field(default=None, metadata={"help": "The learning rate of that part."})
     text_tower: str | None = field(
