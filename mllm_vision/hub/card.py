@@ -71,16 +71,12 @@ def model_card(path: str | os.PathLike[str], *, name: str | None = None, run: di
         name=name or str(folder),
         tokens=_tokens(config, pooler) if kind == "encoder" else "",
         pooler=pooler,
-        architecture=_architecture(kind, config, sum(math.prod(shape) for _, shape in shapes)),
+        config=config,
+        vision=config if kind == "encoder" else config.get("vision_config") or {},
+        parameters=sum(math.prod(shape) for _, shape in shapes),
         facts=facts,
-        machine=_machine(facts.get("machine")),
-        parents=[
-            (each.get("role"), Path(str(each.get("path", ""))).name, (each.get("weights_sha256") or "")[:16])
-            for each in facts.get("parents") or []
-        ],
         baselines=baselines,
         results=_results(evaluations, baselines),
-        data=_data(facts),
         chosen=chosen,
         rest=rest,
         log=_log(facts, recipe),
@@ -109,8 +105,14 @@ def _card_data(kind: str, title: str, facts: dict[str, Any], evaluations: dict[s
 
 def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    environment.filters["cell"] = _cell
+    environment = jinja2.Environment(
+        loader=loader,
+        undefined=jinja2.ChainableUndefined,  # a fact that a run does not have is empty
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"cell": _cell, "sample": _sample, "basename": lambda path: Path(str(path or "")).name}
     return environment.get_template("card.md")
 
 
@@ -130,26 +132,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _known(*rows: tuple[str, Any]) -> list[tuple[str, Any]]:
-    return [row for row in rows if row[1] is not None]
-
-
-def _architecture(kind: str, config: dict[str, Any], parameters: int) -> list[tuple[str, Any]]:
-    vision = config if kind == "encoder" else config.get("vision_config") or {}
-    own = vision.get("mllm_vision") or {}
-    return _known(
-        ("parameters", f"{parameters:,}"),
-        ("image tower", vision.get("model_type")),
-        ("image size", vision.get("image_size")),
-        ("patch size", vision.get("patch_size")),
-        ("width", vision.get("hidden_size")),
-        ("layers", vision.get("num_hidden_layers")),
-        ("select_layer", own.get("select_layer")),
-        ("select_feature", own.get("select_feature")),
-        ("language model", (config.get("text_config") or {}).get("model_type") if kind == "vlm" else None),
-    )
 
 
 def _shapes(folder: Path) -> list[tuple[str, list[int]]]:
@@ -182,12 +164,6 @@ def _tokens(config: dict[str, Any], pooler: bool) -> str:
     return f"{states}[:, {prefix}:]" if prefix else states
 
 
-def _machine(machine: Any) -> str:
-    if isinstance(machine, dict):
-        return ", ".join(f"{key} {value}" for key, value in machine.items() if value not in (None, "", [], False))
-    return str(machine or "one machine")
-
-
 def _metrics(entry: dict[str, Any]) -> tuple[dict[str, float], str | None]:
     """The numbers of an evaluation, and which of them is the primary one."""
     metrics = {key: float(value) for key, value in entry.items() if isinstance(value, (int, float)) and key != "count"}
@@ -215,16 +191,6 @@ def _baselines(entry: dict[str, Any]) -> dict[str, Any]:
 def _baseline(value: Any, metric: str, primary: bool) -> Any:
     """A baseline is one number for the primary metric, or a number for each."""
     return value.get(metric) if isinstance(value, dict) else value if primary else None
-
-
-def _data(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, Any]], list[str]]]:
-    parts = []
-    for role, entry in (facts.get("data") or {}).items():
-        if isinstance(entry, dict):
-            columns = ", ".join(f"{key}: {value}" for key, value in (entry.get("columns") or {}).items()) or None
-            rows = _known(("rows", entry.get("rows")), ("columns", columns), ("fingerprint", entry.get("fingerprint")))
-            parts.append((role, rows, [_sample(sample) for sample in (entry.get("samples") or [])[:3]]))
-    return parts
 
 
 def _sample(sample: Any) -> str:

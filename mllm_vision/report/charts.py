@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib.ticker import LogLocator, MaxNLocator
+
 from mllm_vision.report.format import clipped, embedded, number, percent
 
 WIDTH, HEIGHT = 460, 262
@@ -27,22 +29,12 @@ class Line:
     dashed: bool = False
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers between two bounds."""
+def ticks(low: float, high: float, log: bool = False) -> list[float]:
+    """Round numbers between two bounds, or powers of ten."""
     if not high > low:
         return [low]
-    raw = (high - low) / count
-    size = 10.0 ** math.floor(math.log10(raw))
-    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten between two bounds, at most six."""
-    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
-    step = max(1, math.ceil((last - first) / 5))
-    return [10.0**power for power in range(first, last + 1, step)]
+    locator = LogLocator(numticks=6) if log else MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
+    return [float(value) for value in locator.tick_values(low, high) if low * 0.9999 <= value <= high * 1.0001]
 
 
 def thin(points: Points, most: int = MAX_POINTS) -> list[tuple[float, float]]:
@@ -140,8 +132,8 @@ def line_chart(
         "note": note,
         "frame": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "top": TOP,
                   "bottom": HEIGHT - BOTTOM},
-        "y_ticks": [(py(y), y_text(y)) for y in (log_ticks(y_low, y_high) if log_y else ticks(y_low, y_high, 4))],
-        "x_ticks": [(px(x), _axis_number(x)) for x in ticks(x_low, x_high, 4)],
+        "y_ticks": [(py(y), y_text(y)) for y in ticks(y_low, y_high, log_y)],
+        "x_ticks": [(px(x), _axis_number(x)) for x in ticks(x_low, x_high)],
         "rules": [(py(y), text) for y, text in rules if y_low <= y <= y_high],
         "marks": [
             {"x": px(x), "y": TOP + 12 + 15 * place, "text": text, "tint": tint, "late": px(x) > WIDTH * 0.65}

@@ -41,6 +41,7 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,  # nothing that a run says may become markup
+        undefined=jinja2.ChainableUndefined,  # run.method.about is empty where a run has no method
         trim_blocks=True,
         lstrip_blocks=True,
     )

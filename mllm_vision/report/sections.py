@@ -9,20 +9,11 @@ from typing import Any
 from mllm_vision.report import charts
 from mllm_vision.report.chain import Stage, as_dict, as_list
 from mllm_vision.report.charts import Line
-from mllm_vision.report.format import is_fraction, label, number, shown, tint
+from mllm_vision.report.format import duration, is_fraction, label, number, shown, tint
 from mllm_vision.report.results import COUNTS, baselines_of, numbers, task_of
 
 SERIES = ("model", "blind", "right", "other", "wrong", "untrained")
 ABLATIONS = ("untrained_encoder", "blind")
-ABOUT = {
-    "stage_zero": "A vision encoder learns from images and their texts: what belongs together is pulled together, "
-    "everything else in the batch is pushed apart.",
-    "language_model": "A small language model learns to read and write, from text alone. It has never seen an image.",
-    "stage_one": "Encoder and language model are frozen; a projector between them learns, from captions, to say in the "
-    "language model's terms what the encoder sees.",
-    "stage_two": "The pair learns to answer questions about images. Only the assistant's words are learnt from.",
-}
-IMAGES_ALONE = "A vision encoder learns from images alone: from what stays when one is cropped, coloured or covered."
 TASKS = {
     "zero_shot": "Zero-shot classification",
     "retrieval": "Retrieval",
@@ -65,51 +56,22 @@ def from_images_alone(run: dict[str, Any]) -> bool:
 
 
 def intro(stage: Stage) -> dict[str, Any]:
-    """What the stage was, its data, and its notes: (css, text) of verdict, missing steps and health warnings."""
+    """The run, what kind of training it was, and the facts of its first line."""
     run, history = stage.run, History(stage.run)
-    if not run:
-        return {}
     facts = []
     for role, data in as_dict(run.get("data")).items():
         rows = numbers(data).get("rows")
         if rows is not None:
             facts.append(f"{number(rows)} {role.replace('_', ' ')} rows")
     steps = max((points[-1][0] for points in history.series.values()), default=0)
-    if steps:
-        facts.append(f"{number(steps)} steps")
     speed = sorted(value for _, value in history["samples_per_second"])
-    if speed:
-        facts.append(f"{number(round(speed[len(speed) // 2]))} samples a second")
-    bad = numbers(run.get("bad_samples")).get("count")
-    about = str(as_dict(run.get("method")).get("about") or "")
-    return {
-        "about": about or (IMAGES_ALONE if from_images_alone(run) else ABOUT.get(stage.name, "")),
-        "facts": facts,
-        "seconds": numbers(run).get("seconds"),
-        "bad": f"{number(bad)} bad samples skipped" if bad else "",
-        "verdict": verdict(run),
-        "warnings": warnings(run),
-    }
-
-
-def verdict(run: dict[str, Any]) -> list[tuple[str, str]]:
-    """(css, text) of the run's own verdict lines, coloured by their outcome."""
-    css = {"better": "good", "worse": "bad"}
-    lines = str(run.get("verdict") or "").splitlines()
-    return [(css.get(line.rpartition(":")[2].strip(), "even"), line.replace("_", " ")) for line in lines]
-
-
-def warnings(run: dict[str, Any]) -> list[str]:
-    """What failed after the training, and what the health check warned of while it trained."""
-    items = [
-        f"missing: {entry.get('step', '')} ({entry.get('cause', '')})"
-        for entry in map(as_dict, as_list(run.get("missing")))
-    ]
-    for entry in map(as_dict, as_list(run.get("health"))):
-        if entry.get("message"):
-            step = numbers(entry).get("step")
-            items.append(f"{'' if step is None else f'step {number(step)}: '}{entry['message']}")
-    return items
+    seconds, bad = numbers(run).get("seconds"), numbers(run.get("bad_samples")).get("count")
+    facts += [f"{number(steps)} steps"] if steps else []
+    facts += [f"{number(round(speed[len(speed) // 2]))} samples a second"] if speed else []
+    facts += [duration(seconds)] if seconds else []
+    facts += [f"{number(bad)} bad samples skipped"] if bad else []
+    kind = "images_alone" if from_images_alone(run) else stage.name
+    return {"run": run, "kind": kind, "facts": facts} if run else {}
 
 
 def curves(stage: Stage) -> dict[str, list[Any]]:
@@ -136,7 +98,7 @@ def curves(stage: Stage) -> dict[str, list[Any]]:
             unit="perplexity, logarithmic",
             log_y=True,
         ),
-        charts.line_chart("Learning rate", history.lines(rates), unit="per step", zero=True),
+        charts.line_chart("Learning rate", history.lines(rates), zero=True),
         charts.line_chart("Gradient norm", history.lines(("grad_norm",)), unit="L2 norm", zero=True),
     ]
     main, folded = [chart for chart in main if chart], [chart for chart in folded if chart]
@@ -293,16 +255,5 @@ def modules(stage: Stage) -> dict[str, Any]:
 
 
 def recipe(stage: Stage) -> dict[str, Any]:
-    """Command, flags, samples of the data, and the samples that were skipped."""
-    run = stage.run
-    flags = [
-        (key, value) for key, value in sorted(as_dict(run.get("recipe")).items()) if value not in (None, "", [], {})
-    ]
-    samples = [
-        (role, " · ".join(f"{key}: {value}" for key, value in as_dict(sample).items()))
-        for role, data in as_dict(run.get("data")).items()
-        for sample in as_list(as_dict(data).get("samples"))[:3]
-    ]
-    skipped = as_list(as_dict(run.get("bad_samples")).get("examples"))
-    found = {"command": str(run.get("command") or ""), "flags": flags, "samples": samples, "skipped": skipped}
-    return found if any(found.values()) else {}
+    """The run, of which the template shows command, flags, samples of the data and the samples that were skipped."""
+    return stage.run if any(stage.run.get(key) for key in ("command", "recipe", "data", "bad_samples")) else {}
