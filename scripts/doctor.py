@@ -2,18 +2,19 @@
 
     python scripts/doctor.py --config recipes/configs/flickr8k/pretrain.yaml --dataset_name pairs.parquet \\
         --tokenizer runs/flickr8k/language_model/model --processes 4
+    python scripts/doctor.py plan --model ViT-B/16 --batch_size 32768 65536 --ranks 8 32 --device_memory 80
 
-Takes the flags and the config of recipes/pretrain.py, and a few of its own. Trains two steps that leave nothing behind,
-to hold the memory estimate against (--no_measure leaves them out). Ends with 1 when it found a problem.
+Takes the flags and the config of recipes/pretrain.py, and a few of its own. Counts the memory of a step on fake tensors
+and trains two real steps that leave nothing behind (--no_measure leaves them out). Ends with 1 when it found a problem.
+`plan` needs no data: it prints memory and communication of a step on many ranks (docs/scaling.md).
 """
 
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ class DoctorArguments:
 
     processes: int = field(default=1, metadata={"help": "How many processes the run will have."})
     sample: int = field(default=5000, metadata={"help": "Rows whose captions and images are compared."})
-    measure: bool = field(default=True, metadata={"help": "Run two steps and hold the memory estimate against them."})
-    measure_rows: int = field(default=128, metadata={"help": "Rows of the measured steps, at most."})
+    measure: bool = field(default=True, metadata={"help": "Run two real steps, for their time and memory."})
+    measure_rows: int = field(default=128, metadata={"help": "Rows of the real steps, at most."})
 
     def __post_init__(self) -> None:
         for name, least in (("processes", 1), ("sample", 2), ("measure_rows", 2)):
@@ -40,11 +41,21 @@ class DoctorArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["plan"]:
+        from mllm_vision.training.preflight.plan import PlanArguments, plan
+
+        print(plan(*parse_recipe(PlanArguments, argv=words[1:], description=__doc__ or "")))
+        return 0
     from mllm_vision.objectives import ImageTextObjective, load_objective
 
     recipe = load_recipe()
-    words = list(sys.argv[1:] if argv is None else argv)
-    check_config(peek_recipe("config", argv=words))
+    config = peek_recipe("config", argv=words)
+    if config is not None and Path(config).is_file():
+        first = Path(config).read_text(encoding="utf-8").partition("\n")[0]
+        if first.startswith("# recipe:") and RECIPE.name not in first:
+            other = first.removeprefix("# recipe:").split()[0]
+            raise ValueError(f"{config} is for recipes/{other}; the doctor examines stage zero ({RECIPE.name}) alone")
     name = peek_recipe("objective", "clip", argv=words)
     method = load_objective(name)
     if not issubclass(method, ImageTextObjective):
@@ -52,90 +63,70 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if peek_recipe("output_dir", argv=words) is None:
             words += ["--output_dir", folder]
-        look, own, arguments, config, streams = parse_recipe(
+        parsed = parse_recipe(
             DoctorArguments, recipe.PretrainArguments, recipe.Arguments, method.Config, StreamArguments,
             argv=words, description=__doc__ or "", defaults=method.defaults_beside(peek_recipe("optim", argv=words)),
         )  # fmt: skip
 
-        from mllm_vision.training.preflight.doctor import report
+        from mllm_vision.training.preflight.checks import Finding, report
 
-        findings = examine(recipe, method, look, own, arguments, config, streams)
+        findings: list[Finding] = []
+        try:
+            findings.extend(examine(recipe, method, *parsed))
+        except (ValueError, OSError) as error:  # what the run itself would refuse
+            findings.append(Finding("problem", "refused", str(error)))
         print(report(findings), flush=True)
     return int(any(finding.level == "problem" for finding in findings))
 
 
 def examine(
     recipe: Any, method: Any, look: DoctorArguments, own: Any, arguments: Any, config: Any, streams: Any
-) -> list[Any]:
-    """All findings; where the towers, the data or the flags are refused, that is the last one."""
+) -> Iterator[Any]:
+    """All findings of a run with these flags."""
     from transformers import set_seed
 
     from mllm_vision.data import ImageTransform, PairCollator, PairDataset, bind_columns
-    from mllm_vision.training.preflight import doctor, memory
-    from mllm_vision.training.preflight import settings as doctor_settings
+    from mllm_vision.encoder import VisionEncoder
+    from mllm_vision.encoder.sources import is_model_type
+    from mllm_vision.training.preflight import checks
     from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
-    steps, rows = arguments.gradient_accumulation_steps, arguments.per_device_train_batch_size
-    embedded = arguments.embed_batch_size
+    rows, embedded = arguments.per_device_train_batch_size, arguments.embed_batch_size
+    steps = arguments.gradient_accumulation_steps
+    method.check_accumulation(steps, rows, embedded)
     if steps > 1 and method.couples_batch:  # as ObjectiveTrainer does: the whole batch at once, in chunks
         rows, embedded = rows * steps, min(embedded or rows, rows)
-    pairs, findings = rows * look.processes, []
-    try:
-        method.check_accumulation(steps, arguments.per_device_train_batch_size, arguments.embed_batch_size)
-        records, total = load(own, arguments, streams, look.sample)
-        named = {"image": own.image_column, "caption": own.caption_column}
-        columns = bind_columns(records, ("image", "caption"), {role: name for role, name in named.items() if name})
-        set_seed(arguments.seed)  # the towers are those that the run will start with
-        dual = own.build_dual(has_bias=method.has_bias)
-        objective = method(dual, config)
-    except (ValueError, OSError) as error:
-        return [doctor.Finding("problem", "refused", str(error))]
+    pairs = rows * look.processes
+    records, total = load(own, arguments, streams, look.sample)
+    named = {"image": own.image_column, "caption": own.caption_column}
+    columns = bind_columns(records, ("image", "caption"), {role: name for role, name in named.items() if name})
+    set_seed(arguments.seed)  # the towers are those that the run will start with
+    dual = own.build_dual(has_bias=method.has_bias)
+    objective = method(dual, config).to(arguments.device)
     transform = ImageTransform(dual.vision.processor, train=True, scale=tuple(own.crop_scale))
     dataset = PairDataset(records, columns, transform=transform, seed=arguments.seed)
-    sample = doctor.sample_pairs(dataset, look.sample, rows=total, seed=arguments.seed)
-    length = doctor.training_steps(arguments, total, pairs)
-    findings += doctor.check_batch(pairs, sample, length, queue=getattr(config, "queue_size", 0))
-    findings += doctor.check_duplicates(sample, pairs, positives=getattr(config, "duplicate_positives", True))
-    if total is not None and total < pairs:
-        findings.append(doctor.Finding("problem", "batch", f"{total:,} rows are fewer than one batch of {pairs:,}"))
-    findings += doctor_settings.check_images(
-        dual.vision,
-        sample,
-        crop_scale=tuple(own.crop_scale),
-        trained_size=trained_size(own.encoder),
-        built=not trained(own.encoder),
-    )
-    findings += doctor_settings.check_texts(dual, sample, tower_tokenizer=tower_tokenizer(own))
-    if own.eval_dataset_name:
-        findings += leak(own, sample, doctor)
+    collator = PairCollator(transform, dual.tokenizer, dual.max_text_length)
 
-    measured_rows = min(rows, look.measure_rows, len(dataset))
-    collator, device = PairCollator(transform, dual.tokenizer, dual.max_text_length), arguments.device
-    usable = [dataset[index] for index in range(measured_rows)]
-    batch = {name: value.to(device) for name, value in collator(usable).items()}
-    objective.to(device)
-    findings += doctor.check_chance(objective, sample, pairs)
-    findings += doctor.check_start(objective, batch, pairs, sample)
+    sample = checks.sample_pairs(dataset, look.sample, rows=total, seed=arguments.seed)
+    length = arguments.max_steps if arguments.max_steps > 0 else 0
+    if not length and total:
+        length = int(arguments.num_train_epochs * (total // pairs))
+    yield from checks.check_batch(pairs, sample, length, queue=getattr(config, "queue_size", 0))
+    yield from checks.check_duplicates(sample, pairs, positives=getattr(config, "duplicate_positives", True))
+    size = None if is_model_type(own.encoder) else VisionEncoder.from_pretrained(own.encoder).image_size
+    yield from checks.check_images(dual.vision, sample, crop_scale=own.crop_scale, trained_size=size)
+    yield from checks.check_texts(dual, sample, tower_tokenizer=tower_tokenizer(own))
+    if own.eval_dataset_name:
+        yield from checks.check_leak(sample, evaluation_images(own))
+    batch = collator([dataset[index] for index in range(min(rows, look.measure_rows, len(dataset)))])
+    batch = {name: value.to(arguments.device) for name, value in batch.items()}
+    yield from checks.check_start(objective, batch, pairs, sample)
 
     def build(given: Any) -> Any:
         return ObjectiveTrainer(model=objective, args=given, train_dataset=dataset, data_collator=collator)
 
-    with tempfile.TemporaryDirectory() as folder:
-        optimizer = build(memory.trial_arguments(arguments, folder, 2)).create_optimizer()
-    cost = memory.estimate_step(
-        objective,
-        batch,
-        optimizer,
-        image_bytes=memory.decoded_bytes(usable) if not arguments.dataloader_num_workers else 0.0,
-        autocast=memory.autocast(device, bf16=arguments.bf16, fp16=arguments.fp16),
-        averaged=getattr(arguments, "ema_decay", None) is not None,
-    )
-    del usable, batch, optimizer
-    limit = memory.available_memory(device)
-    measured = None
-    if look.measure and (limit is None or cost.at(measured_rows, embedded).total < 0.5 * limit):
-        measured = memory.measure_step(build, arguments, measured_rows, embedded)
-    return findings + doctor_settings.check_step(cost, measured, rows, embedded, limit, length)
+    real_rows = len(batch["input_ids"]) if look.measure else 0
+    yield from checks.check_step(build, arguments, batch, rows, embedded, real_rows=real_rows, steps=length)
 
 
 def load_recipe() -> Any:
@@ -146,18 +137,6 @@ def load_recipe() -> Any:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
-
-
-def check_config(path: str | None) -> None:
-    """A config of another recipe is refused by name."""
-    if path is None or not Path(path).is_file():
-        return
-    first = Path(path).read_text(encoding="utf-8").partition("\n")[0]
-    match = re.match(r"#\s*recipe:\s*(\w+\.py)\b", first)
-    if match and match.group(1) != RECIPE.name:
-        raise ValueError(
-            f"{path} is for recipes/{match.group(1)}; the doctor examines stage zero ({RECIPE.name}) alone"
-        )
 
 
 def load(own: Any, arguments: Any, streams: Any, count: int) -> tuple[Any, int | None]:
@@ -174,22 +153,8 @@ def load(own: Any, arguments: Any, streams: Any, count: int) -> tuple[Any, int |
     return [dict(head[row]) for row in range(len(head))], stream.total
 
 
-def trained(encoder: str) -> bool:
-    """Whether the image tower comes with weights, and is not a model type to be built."""
-    from mllm_vision.encoder.sources import is_model_type
-
-    return not is_model_type(encoder)
-
-
-def trained_size(encoder: str) -> int | None:
-    """The side of the images that a tower with weights was trained on."""
-    from mllm_vision.encoder import VisionEncoder
-
-    return VisionEncoder.from_pretrained(encoder).image_size if trained(encoder) else None
-
-
 def tower_tokenizer(own: Any) -> Any:
-    """The tokenizer saved with a pretrained text tower, where the recipe was told to use another."""
+    """The tokenizer saved with a pretrained text tower, where the recipe uses another."""
     from mllm_vision.encoder.text.towers import CLIP_TEXT, SIGLIP_TEXT
 
     if own.text_tower in (None, CLIP_TEXT, SIGLIP_TEXT) or own.tokenizer in (None, own.text_tower):
@@ -202,20 +167,15 @@ def tower_tokenizer(own: Any) -> Any:
         return None
 
 
-def leak(own: Any, sample: Any, doctor: Any) -> list:
-    """Whether images of the evaluation are among those of the training."""
+def evaluation_images(own: Any) -> list[Any]:
+    """The undecoded images of the evaluation set."""
     from mllm_vision.data import bind_columns, load_records
     from mllm_vision.data.records.records import UsualSplit
 
-    try:
-        split = own.eval_split or UsualSplit("validation", "--eval_split")
-        records = load_records(
-            own.eval_dataset_name, split=split, max_rows=own.max_eval_samples, image_root=own.image_root
-        )
-        column = own.image_column or bind_columns(records, ("image",))["image"]
-    except (ValueError, OSError) as error:
-        return [doctor.Finding("problem", "evaluation", str(error))]
-    return doctor.check_leak(sample, [row[column] for row in records.select_columns([column])])
+    split = own.eval_split or UsualSplit("validation", "--eval_split")
+    records = load_records(own.eval_dataset_name, split=split, max_rows=own.max_eval_samples, image_root=own.image_root)
+    column = own.image_column or bind_columns(records, ("image",))["image"]
+    return [row[column] for row in records.select_columns([column])]
 
 
 if __name__ == "__main__":

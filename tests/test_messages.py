@@ -49,7 +49,7 @@ SEEN: dict[str, set[str]] = {
     "mllm_vision/evaluation/labelled/flags.py": {"recipes/pretrain_images.py"},
     "mllm_vision/objectives": {"recipes/pretrain_images.py"},
     "mllm_vision/data/documents.py": {"recipes/language_model.py"},
-    "mllm_vision/training/doctor": {"scripts/doctor.py"},
+    "mllm_vision/training/preflight": {"scripts/doctor.py"},
     "mllm_vision/vlm": CHAT,
     "mllm_vision/vlm/packing.py": {"recipes/instruct.py"},
 }
@@ -101,7 +101,7 @@ def flags_of(script: str) -> set[str]:
 
 def test_every_flag_in_a_message_is_one_of_that_recipe():
     known = {script: flags_of(script) for script in [*sorted(ALL), *(f"scripts/{name}.py" for name in (
-        "evaluate", "chat", "report", "push_to_hub", "doctor", "plan_scale"))]}  # fmt: skip
+        "evaluate", "chat", "report", "push_to_hub", "doctor"))]}  # fmt: skip
     seen, wrong = 0, []
     for folder in ("mllm_vision", "recipes", "scripts"):
         for path in sorted((ROOT / folder).rglob("*.py")):

@@ -1,4 +1,4 @@
-"""What the ranks do in test_plan_scale.py: losses with every byte that is sent counted."""
+"""What the ranks do in test_plan.py: losses with every byte that is sent counted."""
 
 from __future__ import annotations
 
