@@ -25,6 +25,7 @@ class Verb(NamedTuple):
     file: str
     help: str
     distributed: bool = False
+    words: tuple[str, ...] = ()
 
 
 VERBS = {
@@ -40,7 +41,7 @@ VERBS = {
     "chat": Verb("scripts/chat.py", "Ask a vision-language model about an image."),
     "push": Verb("scripts/push_to_hub.py", "Upload what a run saved to the Hugging Face Hub."),
     "doctor": Verb("scripts/doctor.py", "Check data, batch, memory and settings before training."),
-    "plan": Verb("scripts/plan_scale.py", "Estimate memory and communication on many GPUs."),
+    "plan": Verb("scripts/doctor.py", "Estimate memory and communication on many GPUs.", words=("plan",)),
     "draw-views": Verb("scripts/draw_views.py", "Draw the augmented views that a method trains on."),
     "env": Verb("scripts/env.py", "Print versions and machine for a bug report."),
 }
@@ -157,7 +158,7 @@ def run(name: str, words: Sequence[str]) -> int:
     file = program(name)
     if file.suffix == ".sh":
         return subprocess.call(["bash", str(file), *words], env={**os.environ, "PYTHON": sys.executable})
-    sys.argv = [str(file), *words]
+    sys.argv = [str(file), *VERBS[name].words, *words]
     runpy.run_path(str(file), run_name="__main__")
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PrinterCallback
@@ -52,8 +53,11 @@ class PeakCounter(TorchDispatchMode):
         self._alive: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.nonzero.default and isinstance(args[0], torch._subclasses.FakeTensor):
-            made = args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)  # no value is known: all count
+        fake = any(isinstance(value, FakeTensor) for value in args)
+        if fake and func is torch.ops.aten.nonzero.default:  # no value is known: every one counts
+            made = args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
+        elif fake and func is torch.ops.aten._local_scalar_dense.default:  # nor read: a count is as high as it can be
+            return args[0].dtype == torch.bool or (1.0 if args[0].is_floating_point() else sys.maxsize)
         else:
             made = func(*args, **(kwargs or {}))
         known = {value.untyped_storage()._cdata for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
