@@ -72,16 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         findings: list[Finding] = []
         try:
-            findings.extend(examine(recipe, method, *parsed))
+            findings.extend(examine(method, *parsed))
         except (ValueError, OSError) as error:  # what the run itself would refuse
             findings.append(Finding("problem", "refused", str(error)))
         print(report(findings), flush=True)
     return int(any(finding.level == "problem" for finding in findings))
 
 
-def examine(
-    recipe: Any, method: Any, look: DoctorArguments, own: Any, arguments: Any, config: Any, streams: Any
-) -> Iterator[Any]:
+def examine(method: Any, look: DoctorArguments, own: Any, arguments: Any, config: Any, streams: Any) -> Iterator[Any]:
     """All findings of a run with these flags."""
     from transformers import set_seed
 
@@ -98,8 +96,7 @@ def examine(
         rows, embedded = rows * steps, min(embedded or rows, rows)
     pairs = rows * look.processes
     records, total = load(own, arguments, streams, look.sample)
-    named = {"image": own.image_column, "caption": own.caption_column}
-    columns = bind_columns(records, ("image", "caption"), {role: name for role, name in named.items() if name})
+    columns = bind_columns(records, ("image", "caption"), own.columns)
     set_seed(arguments.seed)  # the towers are those that the run will start with
     dual = own.build_dual(has_bias=method.has_bias)
     objective = method(dual, config).to(arguments.device)
@@ -141,14 +138,10 @@ def load_recipe() -> Any:
 
 def load(own: Any, arguments: Any, streams: Any, count: int) -> tuple[Any, int | None]:
     """The records to sample from, and how many rows the data has; of a stream the first rows of its first shard."""
-    from mllm_vision.data import load_records
-
-    where = {"split": own.dataset_split, "config_name": own.dataset_config_name, "max_rows": own.max_train_samples}
-    where["image_root"] = own.image_root
     if not streams.streaming:
-        records = load_records(own.dataset_name, **where)
+        records = own.load()
         return records, len(records)
-    stream = streams.open(own.dataset_name, **where, seed=arguments.seed, max_steps=arguments.max_steps)
+    stream = streams.open(own.dataset_name, **own.where, seed=arguments.seed, max_steps=arguments.max_steps)
     head = stream.head(count)
     return [dict(head[row]) for row in range(len(head))], stream.total
 

@@ -93,9 +93,10 @@ def flags_of(script: str) -> set[str]:
         "recipes/pretrain.py": list_objectives("image_text"),
         "recipes/pretrain_images.py": list_objectives("images"),
     }
-    for words in [[], *(["--objective", name] for name in methods.get(script, ()))]:
+    calls = [[], *(["--objective", name] for name in methods.get(script, ()))]
+    for words in [*(["--help", "all", *words] for words in calls), ["plan", "--help", "all"]]:  # a mode of the doctor
         with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit, ValueError):
-            module.main(["--help", "all", *words])
+            module.main(words)
     return set(re.findall(r"(?:^  |, )--(\w+)", out.getvalue(), re.M)) | {"config", "help"}
 
 
