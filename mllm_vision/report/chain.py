@@ -116,7 +116,7 @@ def read_json(path: str | Path, inner: str = "run.json") -> dict[str, Any] | Non
 def split_name(text: str) -> tuple[str, str, str]:
     """``NAME[/VARIANT]=PATH`` into (name, variant, path); a bare path has an empty name.
 
-    An ``=`` inside a path is no separator: a name holds letters, digits, ``_`` and one ``/`` only.
+    An ``=`` inside a path does not separate: a name holds letters, digits, ``_`` and one ``/`` only.
     """
     name, equals, path = text.partition("=")
     if not equals or not name.replace("/", "").replace("_", "").replace("-", "").isalnum() or name.count("/") > 1:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from mllm_vision.report.format import clipped, embedded, number, percent
+from mllm_vision.report.format import clipped, embedded
 
 WIDTH, HEIGHT = 460, 262
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 24, 34
@@ -37,6 +37,27 @@ def ticks(low: float, high: float, log: bool = False) -> list[float]:
     return [float(value) for value in locator.tick_values(low, high) if low * 0.9999 <= value <= high * 1.0001]
 
 
+@dataclass
+class Axis:
+    """Values from low to high on pixels from start to end."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        if self.log:
+            share = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
+        return round(self.start + (self.end - self.start) * share, 1)
+
+    def ticks(self) -> list[float]:
+        return ticks(self.low, self.high, self.log)
+
+
 def thin(points: Points, most: int = MAX_POINTS) -> list[tuple[float, float]]:
     """At most ``most`` points, the last one kept."""
     step = max(1, -(-len(points) // most))
@@ -55,7 +76,8 @@ def smooth(points: Points) -> list[tuple[float, float]]:
     return result
 
 
-def _axis_number(value: float) -> str:
+def axis_number(value: float) -> str:
+    """A tick's value, short."""
     if value and (abs(value) < 0.001 or abs(value) >= 1e6):
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
     if abs(value) >= 10000:
@@ -73,6 +95,25 @@ def _bounds(values: Sequence[float], log_y: bool, as_percent: bool, zero: bool) 
     return (0.0 if zero and low >= 0 else low - margin), high + margin
 
 
+@dataclass
+class Chart:
+    """A line chart as `line_chart` describes it; the template maps values to pixels by its axes `x` and `y`."""
+
+    title: str
+    lines: list[Line]
+    x: Axis
+    y: Axis
+    unit: str
+    x_label: str
+    as_percent: bool
+    last: bool
+    rules: Sequence[tuple[float, str]]
+    marks: Sequence[tuple[float, str, str]]
+    note: str
+    width: int = WIDTH
+    height: int = HEIGHT
+
+
 def line_chart(
     title: str,
     lines: Sequence[Line],
@@ -86,8 +127,8 @@ def line_chart(
     rules: Sequence[tuple[float, str]] = (),
     marks: Sequence[tuple[float, str, str]] = (),
     note: str = "",
-) -> dict[str, Any] | None:
-    """What the template needs of a chart, or None where there is nothing to draw.
+) -> Chart | None:
+    """A chart of what can be drawn of some lines, or None where that is nothing.
 
     Args:
         title: over the chart.
@@ -102,50 +143,21 @@ def line_chart(
         marks: (x, text, tint) vertical reference lines.
         note: a sentence under the chart.
     """
-    kept = []
-    for line in lines:
-        points = [(x, y) for x, y in line.points if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y)]
-        if points:
-            kept.append(Line(line.name, thin(points), line.tint, line.faint, line.dashed))
-    if not kept or all(len(line.points) < 2 for line in kept):
+
+    def drawable(y: float) -> bool:
+        return math.isfinite(y) and (y > 0 or not log_y)
+
+    kept = [replace(line, points=thin([(x, y) for x, y in line.points if drawable(y)])) for line in lines]
+    kept = [line for line in kept if line.points]
+    if all(len(line.points) < 2 for line in kept):
         return None
-    rules = [(y, text) for y, text in rules if math.isfinite(y) and (y > 0 or not log_y)]
+    rules = [(y, text) for y, text in rules if drawable(y)]
     xs = [x for line in kept for x, _ in line.points]
-    x_low, x_high = min(xs), max(xs)
-    levels = [y for line in kept for _, y in line.points] + [y for y, _ in rules]
-    y_low, y_high = _bounds(levels, log_y, as_percent, zero)
-
-    def px(x: float) -> float:
-        share = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
-        return round(LEFT + (WIDTH - LEFT - RIGHT) * share, 1)
-
-    def py(y: float) -> float:
-        share = math.log(y / y_low) / math.log(y_high / y_low) if log_y else (y - y_low) / (y_high - y_low)
-        return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share, 1)
-
-    y_text: Callable[[float], str] = (lambda value: f"{value:.0%}") if as_percent else _axis_number
-    shown = percent if as_percent else number
-    return {
-        "title": title,
-        "unit": unit,
-        "x_label": x_label,
-        "note": note,
-        "frame": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "top": TOP,
-                  "bottom": HEIGHT - BOTTOM},
-        "y_ticks": [(py(y), y_text(y)) for y in ticks(y_low, y_high, log_y)],
-        "x_ticks": [(px(x), _axis_number(x)) for x in ticks(x_low, x_high)],
-        "rules": [(py(y), text) for y, text in rules if y_low <= y <= y_high],
-        "marks": [
-            {"x": px(x), "y": TOP + 12 + 15 * place, "text": text, "tint": tint, "late": px(x) > WIDTH * 0.65}
-            for place, (x, text, tint) in enumerate(marks)
-            if x_low <= x <= x_high
-        ],
-        "lines": [
-            {"line": line, "points": [(px(x), py(y)) for x, y in line.points], "last": shown(line.points[-1][1])}
-            for line in kept
-        ],
-        "last": last,
-    }  # fmt: skip
+    ys = [y for line in kept for _, y in line.points] + [y for y, _ in rules]
+    x_axis = Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    y_axis = Axis(*_bounds(ys, log_y, as_percent, zero), HEIGHT - BOTTOM, TOP, log_y)
+    marks = [mark for mark in marks if x_axis.low <= mark[0] <= x_axis.high]
+    return Chart(title, kept, x_axis, y_axis, unit, x_label, as_percent, last, rules, marks, note)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from mllm_vision.report import format as forms
 from mllm_vision.report import images, sections
 from mllm_vision.report.chain import Chain, Stage, as_dict
+from mllm_vision.report.charts import axis_number
 from mllm_vision.report.lineage import lineage
 from mllm_vision.report.results import baselines_of, numbers
 from mllm_vision.utils import write_whole
@@ -47,6 +48,7 @@ def _environment() -> jinja2.Environment:
     )
     names = ("label", "tint", "percent", "number", "duration", "short_hash", "clipped")
     environment.filters |= {name: getattr(forms, name) for name in names}
+    environment.filters["axis_number"] = axis_number
     environment.globals["what"] = WHAT
     return environment
 

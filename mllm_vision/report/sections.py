@@ -25,8 +25,6 @@ TASKS = {
 }
 ENTROPIES = ("teacher_entropy", "prototype_entropy", "divergence")
 
-Chart = dict[str, Any] | None
-
 
 class History:
     """The logged quantities of a run as series of (step, value)."""
@@ -79,7 +77,7 @@ def curves(stage: Stage) -> dict[str, list[Any]]:
     run, history = stage.run, History(stage.run)
     method = as_dict(run.get("method"))
     rates = [key for key in history.series if key.startswith("learning_rate")]
-    main: list[Chart] = [_loss(stage, history), _validation(run, history)]
+    main: list[charts.Chart | None] = [_loss(stage, history), _validation(run, history)]
     if from_images_alone(run):  # both fall when all images get the same embedding
         for ending, title in (
             ("_spread", "Spread of the embeddings: 1 even, 0 collapsed"),
@@ -105,7 +103,7 @@ def curves(stage: Stage) -> dict[str, list[Any]]:
     return {"main": main or folded, "folded": folded if main else []}
 
 
-def _loss(stage: Stage, history: History) -> Chart:
+def _loss(stage: Stage, history: History) -> charts.Chart | None:
     loss = history["loss"]
     lines = [Line("training", loss, SERIES[0], faint=len(loss) > 25)]
     if len(loss) > 25:
@@ -122,7 +120,7 @@ def _loss(stage: Stage, history: History) -> Chart:
     return charts.line_chart("Loss", lines, unit="nats per token" if tokens else "loss", rules=rules, zero=True)
 
 
-def _validation(run: dict[str, Any], history: History) -> Chart:
+def _validation(run: dict[str, Any], history: History) -> charts.Chart | None:
     """Evaluation fractions logged while training, beside chance; where there are many, the primary ones."""
     keys = [key for key in history.series if key.startswith("eval_") and is_fraction(key) and "mean_class" not in key]
     if len(keys) > len(SERIES):
@@ -194,7 +192,7 @@ def by_type(stage: Stage) -> dict[str, Any]:
     return {"legend": list(used), "groups": groups, "split": stage.split} if groups else {}
 
 
-def spectrum(stage: Stage) -> Chart:
+def spectrum(stage: Stage) -> charts.Chart | None:
     """Eigenvalues of the embeddings' covariance, trained and untrained, with the effective rank of each."""
     data, entry = as_dict(stage.array("spectrum")), as_dict(stage.find("geometry"))
     lines, marks = [], []

@@ -300,7 +300,7 @@ def test_what_a_method_names_is_drawn() -> None:
     assert not curves(Stage("stage_zero", run=record))["folded"]
     record["method"] = {"loss_parts": ["pull", "push", "never_logged"], "about": "Pulls and pushes."}
     (chart,) = curves(Stage("stage_zero", run=record))["folded"]
-    assert [each["line"].name for each in chart["lines"]] == ["pull", "push"]
+    assert [line.name for line in chart.lines] == ["pull", "push"]
     assert "Pulls and pushes." in draw("parts.intro", intro, Stage("stage_zero", run=record))
 
 
