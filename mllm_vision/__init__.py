@@ -114,8 +114,8 @@ _SUBJECTS = {
         "Run": "training.recipe.run",
         "parse_recipe": "training.recipe.parser",
         "run_recipe": "training.recipe.parser",
-        "LARS": "training.optim.lars",
-        "LAMB": "training.optim.lamb",
+        "LARS": "training.optim.layerwise",
+        "LAMB": "training.optim.layerwise",
         "WeightAverage": "training.callbacks.ema",
     },
     "Lineage": {
