@@ -1,6 +1,6 @@
 """mllm_vision: train vision encoders by contrast, connect them to a language model, measure every stage.
 
-The public names are imported when first used: `import mllm_vision` itself costs no torch import. docs/api.md lists them.
+The public names are imported when first used: `import mllm_vision` itself costs no torch import (docs/api.md).
 """
 
 from mllm_vision.lazy import attach
