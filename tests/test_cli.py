@@ -8,6 +8,7 @@ import site
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,39 +72,46 @@ def test_configs_of_the_package_are_found_by_name(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built from a copy of the checkout, so that no earlier build is part of it."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout, so that no earlier build is part of what is built."""
     pytest.importorskip("pip")
-    source, target = tmp_path_factory.mktemp("source") / "copy", tmp_path_factory.mktemp("wheel")
     skipped = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "runs", "tests", "docs")
-    shutil.copytree(ROOT, source, ignore=skipped)
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("source") / "copy", ignore=skipped))
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("wheel")
     offline = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check"]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *offline, "-w", target, source], check=True, timeout=120)
     return next(target.glob("*.whl"))
 
 
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory):
-    """`installed(verb, *flags, cwd=...)`: the command of an environment that holds the wheel, and our dependencies."""
-    place = tmp_path_factory.mktemp("environment")
+def environment(place: Path, *wanted: str) -> Callable[..., str]:
+    """`run(*words, cwd=...)` in a new environment at `place` that holds `wanted` and our dependencies."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True, timeout=60)
     packages = next((place / "lib").glob("python*/site-packages"))
-    # A line of a .pth file adds a folder, and reads none of its .pth files: no editable install comes with it.
+    # A line of a .pth file adds a folder, and reads none of its .pth files: no other editable install comes with it.
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
-    quiet = ["--no-deps", "--no-index", "--quiet", "--disable-pip-version-check"]
-    install = ["--python", str(place / "bin" / "python"), "install", "--ignore-installed", *quiet, str(wheel)]
+    quiet = ["--no-deps", "--no-index", "--no-build-isolation", "--quiet", "--disable-pip-version-check"]
+    install = ["--python", str(place / "bin" / "python"), "install", "--ignore-installed", *quiet, *wanted]
     subprocess.run([sys.executable, "-m", "pip", *install], check=True, timeout=120)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["PATH"] = f"{place / 'bin'}:{environment['PATH']}"
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    variables["PATH"] = f"{place / 'bin'}:{variables['PATH']}"
 
-    def run(*words: object, cwd: Path, timeout: float = 240) -> str:
-        command = [str(word) for word in words]
-        both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        done = subprocess.run(command, cwd=cwd, env=environment, timeout=timeout, text=True, **both)
-        assert done.returncode == 0, done.stdout
+    def run(*words: object, cwd: Path) -> str:
+        done = subprocess.run(
+            list(map(str, words)), cwd=cwd, env=variables, timeout=240, text=True, capture_output=True
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    return environment(tmp_path_factory.mktemp("environment"), str(wheel))
 
 
 def test_a_wheel_holds_every_file(wheel):
@@ -123,6 +131,14 @@ def test_the_installed_command(installed, tmp_path):
     assert "pretrain-images" in installed("mllm-vision", "--help", cwd=tmp_path)
     assert installed("python", "-m", "mllm_vision", "--version", cwd=tmp_path).startswith("mllm_vision 0.")
     assert "transformers" in installed("mllm-vision", "env", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_an_editable_install(source, tmp_path):
+    run = environment(tmp_path / "environment", "-e", str(source))
+    assert str(source) in run("python", "-c", "import mllm_vision; print(mllm_vision.__file__)", cwd=tmp_path)
+    assert "--tokenizer" in run("mllm-vision", "pretrain", "--help", cwd=tmp_path)
+    assert "transformers" in run("python", "-m", "mllm_vision", "env", cwd=tmp_path)
 
 
 @pytest.mark.slow
