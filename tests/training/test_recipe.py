@@ -274,7 +274,7 @@ def test_user_errors_end_without_traceback(capsys: pytest.CaptureFixture, monkey
     ("settings", "message"),
     [
         ({"output_dir": None}, "--output_dir is missing"),
-        ({"overwrite": True, "resume": True}, "--overwrite starts anew and --resume goes on"),
+        ({"overwrite": True, "resume": True}, "--overwrite and --resume are mutually exclusive"),
         ({"overwrite": True, "resume_from_checkpoint": "true"}, "give one of them"),
         ({"max_bad_fraction": 1.5}, "max_bad_fraction=1.5 is not between 0 and 1"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be at least 1"),

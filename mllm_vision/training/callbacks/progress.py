@@ -10,11 +10,50 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from mllm_vision.distributed import is_distributed
 
 logger = logging.getLogger(__name__)
+
+
+class LogLines(ProgressCallback):
+    """The Trainer's progress bar; what is logged is a line of numbers, and without a bar that line alone."""
+
+    def __init__(self, bar: bool = True) -> None:
+        super().__init__()
+        self.bar = bar
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        numbers = [
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in logs.items()
+            if name not in ("total_flos", "step")
+        ]
+        line = f"step {state.global_step}/{state.max_steps}: {', '.join(numbers)}"
+        self.training_bar.write(line) if self.training_bar is not None else print(line, flush=True)
+
+    @staticmethod
+    def take_over(trainer: Any) -> None:
+        """Put this in the place of the callback with which transformers prints dicts of text."""
+        for kind in (ProgressCallback, PrinterCallback):
+            if any(type(callback) is kind for callback in trainer.callback_handler.callbacks):
+                trainer.remove_callback(kind)
+                trainer.add_callback(LogLines(bar=kind is ProgressCallback))
 
 
 class AfterStep(TrainerCallback):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PrinterCallback
+
+from mllm_vision.training.callbacks.progress import LogLines
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def measure_step(build: Callable[[Any], Any], arguments: Any, rows: int, embedde
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(trial_arguments(arguments, folder, rows, embedded))
-        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(LogLines)
         on_gpu = trainer.args.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()

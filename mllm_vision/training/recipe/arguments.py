@@ -51,7 +51,7 @@ class RecipeArguments(CommonArguments, OptimizerArguments):  # type: ignore[misc
             self.resume = self.resume or str(given).lower() == "true"
             self.resume_from_checkpoint = None
         if self.overwrite and (self.resume or self.resume_from_checkpoint):
-            raise ValueError("--overwrite starts anew and --resume goes on: give one of them")
+            raise ValueError("--overwrite and --resume are mutually exclusive: give one of them")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction} is not between 0 and 1")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -65,6 +65,8 @@ class RecipeArguments(CommonArguments, OptimizerArguments):  # type: ignore[misc
         self.enable_jit_checkpoint = False  # what it asks for is always on (training/checkpoint/signals.py), and exact
         check_launch(self)
         super().__post_init__()
+        if self.device.type in ("cpu", "mps"):
+            self.dataloader_pin_memory = False  # torch would warn that it has no effect there
         check_resolved(self)
         check_joined(self)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from mllm_vision.errors import IncompleteRun, explain, tidy
 
+PATIENCE = 3.0  # seconds that a launcher takes to end the ranks beside one that failed
 EXIT_CODE = 75  # of a rank that ends because another one was lost ("temporary failure": start again with --resume)
 
 
@@ -44,11 +46,18 @@ def run_recipe(main: Callable[[], Any]) -> None:
             raise SystemExit(EXIT_CODE) from None
         if told is None or os.environ.get("MLLM_VISION_TRACEBACK", "0") not in ("", "0"):
             raise
+        _wait_for_the_first_rank()
         print(f"error: {told}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted; a run with checkpoints goes on with --resume", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _wait_for_the_first_rank() -> None:
+    """Where all ranks of a machine fail for one reason, the first reports it, and the launcher ends the others."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(PATIENCE)
 
 
 # ---- before the start ----------------------------------------------------------------------------------------

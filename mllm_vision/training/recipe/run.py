@@ -417,6 +417,8 @@ class Run:
 
 def start_logging(arguments: RecipeArguments) -> None:
     """Messages of this package and others at the level of `--log_level`; handlers that a program has are left alone."""
+    from transformers.utils.logging import disable_progress_bar
+
     passive = arguments.log_level == "passive" and arguments.should_log
     level = logging.INFO if passive else arguments.get_process_log_level()
     if not logging.getLogger().handlers:  # a recipe as a program; a user of the library decides alone
@@ -425,6 +427,7 @@ def start_logging(arguments: RecipeArguments) -> None:
             logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
     if not passive:
         logging.getLogger("mllm_vision").setLevel(level)
+    disable_progress_bar()  # of transformers: one for each file that is read or written
 
 
 def _shorten(value: Any, limit: int = 200) -> str:

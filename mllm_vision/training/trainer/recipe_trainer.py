@@ -17,6 +17,7 @@ from mllm_vision.data.records.sampling import EpochCallback
 from mllm_vision.training.callbacks.ema import WeightAverage
 from mllm_vision.training.callbacks.progress import (
     BadSampleLimit,
+    LogLines,
     MovingSteps,
     RunFolder,
     SaveByMinutes,
@@ -104,6 +105,7 @@ class RecipeTrainer(Evaluating):
         self._add_callbacks(bad_samples)
 
     def _add_callbacks(self, bad_samples: Any) -> None:
+        LogLines.take_over(self)
         if self.run is not None:
             self.add_callback(RunFolder(self.run))
         self.add_callback(self.steps)
