@@ -58,21 +58,28 @@ class Arguments(CommonArguments):
 
 def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> None:
     show_help(FinetuneArguments, Arguments, argv=argv, description=__doc__)  # before torch is imported
-    from mllm_vision.data.views.views import ViewArguments, ViewMaker, ViewPolicy
+    from mllm_vision.data.views.views import ViewArguments
     from mllm_vision.objectives.classification import Classification
 
     kinds = (FinetuneArguments, Arguments, Classification.Config, ViewArguments)
-    own, arguments, config, view_flags = flags = parse_recipe(*kinds, argv=argv, description=__doc__)
+    flags = parse_recipe(*kinds, argv=argv, description=__doc__)
+    train(flags, callbacks)
 
+
+def train(flags: tuple, callbacks: Any) -> None:
+    """Data, encoder, training, artifacts, evaluation."""
     from mllm_vision.data import ImageCollator, load_records
     from mllm_vision.data.records.records import UsualSplit
     from mllm_vision.data.views.draws import View
+    from mllm_vision.data.views.views import ViewMaker, ViewPolicy
     from mllm_vision.evaluation import ClassifierAccuracy, LabelledImages
     from mllm_vision.evaluation.labelled.classifier import save_classifier
     from mllm_vision.modules.audit import ModuleAudit
+    from mllm_vision.objectives.classification import Classification
     from mllm_vision.training.recipe.run import Run
     from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
+    own, arguments, config, view_flags = flags
     records = own.load()
     run = Run("stage_zero", arguments, recipe_dict(*flags))
     run.start()

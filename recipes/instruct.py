@@ -9,7 +9,7 @@ plain transformers loads (LoRA merged into it), with the answer accuracy by ques
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mllm_vision.data.flags import COLUMN
 from mllm_vision.data.streams.flags import StreamArguments
@@ -36,6 +36,21 @@ class InstructArguments(TuningArguments, ChatDataArguments):
     )
     max_new_tokens: int = field(default=12, metadata={"help": "The length limit of an answer in the evaluation."})
 
+    def asked(self, data: Any, processor: Any, batch_size: int, streaming: bool) -> Any:
+        """The evaluator that asks the held-out questions; the training's most frequent answers are its baseline."""
+        from mllm_vision.evaluation.language.question_answering import QuestionAnswering
+
+        paired = {"question", "answer"} <= set(data.columns) and data.columns == data.eval_columns
+        return QuestionAnswering(
+            "answers",
+            data.eval_records,
+            data.eval_columns,
+            processor,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=batch_size,
+            training_answers=data.train_records if paired and not streaming else None,  # a stream has to be read first
+        )
+
 
 @dataclass
 class Arguments(CommonArguments):
@@ -55,7 +70,6 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
         InstructArguments, Arguments, StreamArguments, argv=argv, description=__doc__
     )
 
-    from mllm_vision.evaluation.language.question_answering import QuestionAnswering
     from mllm_vision.modules.audit import audit_table
     from mllm_vision.training.recipe.run import Run
     from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
@@ -65,7 +79,6 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     from mllm_vision.vlm.tokens import settle_ends
 
     run = Run("stage_two", arguments, recipe_dict(own, arguments, streams))
-
     run.start()
     run.inherit("vlm", own.model)
     model, processor = load_vlm(own.model, dtype=own.dtype)
@@ -79,20 +92,9 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     refused = dict(data.evaluation.bad_samples.reasons)
     run.describe_data("validation", data.eval_records, data.eval_columns, refused=refused)
     heldout = HeldOutLoss("conversations", data.evaluation, data.collator, arguments.per_device_eval_batch_size)
-    evaluators: list = [heldout]
+    evaluators = [heldout]
     if data.asks_single_questions:
-        paired = {"question", "answer"} <= set(data.columns) and data.columns == data.eval_columns
-        paired = paired and not streams.streaming  # the most frequent answer is not known before a pass
-        asked = QuestionAnswering(
-            "answers",
-            data.eval_records,
-            data.eval_columns,
-            processor,
-            max_new_tokens=own.max_new_tokens,
-            batch_size=arguments.per_device_eval_batch_size,
-            training_answers=data.train_records if paired else None,
-        )
-        evaluators.append(asked)
+        evaluators.append(own.asked(data, processor, arguments.per_device_eval_batch_size, streams.streaming))
 
     trained = own.prepare(model)
     rows = audit(trained, arguments.learning_rate, own.rates)

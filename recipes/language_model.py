@@ -9,12 +9,11 @@ Leaves <output_dir>/model: a LlamaForCausalLM with its tokenizer that plain tran
 
 from __future__ import annotations
 
-import random
 import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mllm_vision.training.recipe.common import CommonArguments
 from mllm_vision.training.recipe.parser import parse_recipe, recipe_dict, run_recipe
@@ -51,6 +50,26 @@ class LanguageModelArguments:
             limit = self.max_position_embeddings
             raise ValueError(f"block_size={self.block_size} is not between 2 and max_position_embeddings={limit}")
 
+    def build(self, tokenizer: Any) -> Any:
+        """The `LlamaForCausalLM` with random weights."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size or -(-self.hidden_size * 8 // 3 // 32) * 32,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_attention_heads,
+            max_position_embeddings=self.max_position_embeddings,
+            initializer_range=self.initializer_range,
+            tie_word_embeddings=self.tie_word_embeddings,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        return LlamaForCausalLM(config)
+
 
 @dataclass
 class Arguments(CommonArguments):
@@ -69,22 +88,16 @@ class Arguments(CommonArguments):
 def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> None:
     own, arguments = parse_recipe(LanguageModelArguments, Arguments, argv=argv, description=__doc__)
 
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
     from mllm_vision.data import documents as language
     from mllm_vision.training.recipe.run import Run
     from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
 
     documents = language.read_documents(own.text_files, lower_case=own.lower_case, max_rows=own.max_documents)
-    held = random.Random(arguments.seed).sample(range(len(documents)), min(own.validation_lines, len(documents) // 10))
-    if not held:
-        raise ValueError(f"{len(documents)} documents leave none to hold out; bring ten at least, one a line")
-    heldout, train = [documents[i] for i in sorted(held)], documents.copy()
-    for index in sorted(held, reverse=True):
-        del train[index]
+    train, heldout = language.hold_out(documents, own.validation_lines, arguments.seed)
 
     run = Run("language_model", arguments, recipe_dict(own, arguments))
-
     run.start()
     run.describe_data("train", train)
     run.describe_data("validation", heldout)
@@ -97,27 +110,12 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
             limits = {"vocab_size": own.vocab_size, "max_length": own.max_position_embeddings}
             tokenizer = language.train_tokenizer(train, folder, **limits)
             language.check_tokenizer(folder, documents[:200])
-        eos = tokenizer.eos_token_id
-        if eos is None:
+        if (eos := tokenizer.eos_token_id) is None:
             raise ValueError(f"--tokenizer {own.tokenizer} has no eos token to separate documents with")
         data = language.PackedBlocks(language.encode_documents(tokenizer, train, eos), own.block_size)
         test = language.PackedBlocks(language.encode_documents(tokenizer, heldout, eos), own.block_size)
 
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=own.hidden_size,
-            intermediate_size=own.intermediate_size or -(-own.hidden_size * 8 // 3 // 32) * 32,
-            num_hidden_layers=own.num_hidden_layers,
-            num_attention_heads=own.num_attention_heads,
-            num_key_value_heads=own.num_attention_heads,
-            max_position_embeddings=own.max_position_embeddings,
-            initializer_range=own.initializer_range,
-            tie_word_embeddings=own.tie_word_embeddings,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=eos,
-        )
-        model = LlamaForCausalLM(config)
+        model = own.build(tokenizer)
         known = {"unigram": language.unigram_perplexity(data, test, len(tokenizer))}
         evaluator = language.Perplexity(test, batch_size=arguments.per_device_eval_batch_size, baselines=known)
         trainer = RecipeTrainer(

@@ -62,18 +62,16 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     method = load_objective(name)
     if not issubclass(method, ImageTextObjective):
         raise ValueError(f"objective {name!r} takes no image-text pairs, and this recipe trains on pairs")
-    own, arguments, config, streams = parse_recipe(
-        PretrainArguments,
-        Arguments,
-        method.Config,
-        StreamArguments,
-        argv=argv,
-        description=__doc__,
-        defaults=method.defaults_beside(peek_recipe("optim", argv=argv)),
-    )
+    kinds = (PretrainArguments, Arguments, method.Config, StreamArguments)
+    defaults = method.defaults_beside(peek_recipe("optim", argv=argv))
+    own, arguments, config, streams = parse_recipe(*kinds, argv=argv, description=__doc__, defaults=defaults)
     steps, rows = arguments.gradient_accumulation_steps, arguments.per_device_train_batch_size
     method.check_accumulation(steps, rows, arguments.embed_batch_size)
+    train(method, own, arguments, config, streams, callbacks)
 
+
+def train(method: Any, own: PretrainArguments, arguments: Any, config: Any, streams: Any, callbacks: Any) -> None:
+    """Data, towers, training, artifacts, evaluation."""
     from mllm_vision.data import ImageTransform, PairCollator, PairDataset, StreamDataset, bind_columns
     from mllm_vision.evaluation import Geometry
     from mllm_vision.modules.audit import ModuleAudit

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mllm_vision.data.images.flags import ImageArguments
 from mllm_vision.data.streams.flags import StreamArguments
@@ -43,6 +43,14 @@ class PretrainImagesArguments(EncoderArguments, ImageArguments):
         default=False, metadata={"help": "Normalise the encoder's BatchNorm over all processes.", "rare": True}
     )
 
+    def build_encoder(self) -> Any:
+        from mllm_vision.modules.batch_norm import make_batch_norm_global
+
+        encoder = super().build_encoder()
+        if self.sync_batch_norm and not make_batch_norm_global(encoder):
+            raise ValueError(f"--sync_batch_norm: {self.encoder} has no BatchNorm; leave it out")
+        return encoder
+
 
 @dataclass
 class Arguments(CommonArguments):
@@ -58,9 +66,8 @@ class Arguments(CommonArguments):
 
 
 def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> None:
-    shown = (PretrainImagesArguments, LabelledArguments, Arguments)
-    show_help(*shown, argv=argv, description=__doc__)  # before torch is imported
-    from mllm_vision.data.views.views import WHOLE, ViewArguments, ViewMaker
+    show_help(PretrainImagesArguments, LabelledArguments, Arguments, argv=argv, description=__doc__)  # imports no torch
+    from mllm_vision.data.views.views import ViewArguments
     from mllm_vision.objectives import ImageObjective, load_objective
 
     name = peek_recipe("objective", "simclr", argv=argv)
@@ -70,18 +77,22 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     kinds = (PretrainImagesArguments, Arguments, method.Config, ViewArguments, LabelledArguments, StreamArguments)
     defaults = method.defaults_beside(peek_recipe("optim", argv=argv), peek_recipe("encoder", "vit", argv=argv))
     flags = parse_recipe(*kinds, argv=argv, description=__doc__, defaults=defaults)
-    own, arguments, config, view_flags, labelled, streams = flags
+    arguments = flags[1]
     steps, rows = arguments.gradient_accumulation_steps, arguments.per_device_train_batch_size
     method.check_accumulation(steps, rows, arguments.embed_batch_size)
+    train(method, flags, callbacks)
 
+
+def train(method: Any, flags: tuple, callbacks: Any) -> None:
+    """Data, encoder, training, artifact, evaluation."""
     from mllm_vision.data import ImageCollator, StreamDataset
-    from mllm_vision.evaluation import Geometry
+    from mllm_vision.data.views.views import WHOLE, ViewMaker
     from mllm_vision.evaluation.maps.views import view_samples
     from mllm_vision.modules.audit import ModuleAudit
-    from mllm_vision.modules.batch_norm import make_batch_norm_global
     from mllm_vision.training.recipe.run import Run
     from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
+    own, arguments, config, view_flags, labelled, streams = flags
     if streams.streaming and method.needs_features:
         raise ValueError(f"{method.__name__} passes over all rows before an epoch: leave --streaming out")
     records, stream = own.open(streams, arguments)
@@ -90,25 +101,15 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     if not own.is_built:
         run.inherit("encoder", own.encoder)
     encoder = own.build_encoder()
-    if own.sync_batch_norm and not make_batch_norm_global(encoder):
-        raise ValueError(f"--sync_batch_norm: {own.encoder} has no BatchNorm; leave it out")
     objective = method(encoder, config)
     make_views = ViewMaker.for_objective(objective, view_flags)
+    logger.info("%s: %s", own.objective, make_views)
     whole = own.dataset(records, encoder, seed=arguments.seed)
-    with_labels = whole.labels is not None and (streams.streaming or whole.unlabelled < len(whole))
-    if "labels" in objective.columns() and not with_labels:
-        raise ValueError(f"--objective {name} learns from labels, and no row has one; name the column: --label_column")
-    labelled.check_bank(with_labels, streams.streaming)
+    labelled.check_labels(whole, streams.streaming, objective=own.objective * ("labels" in objective.columns()))
     dataset = whole if stream is None else StreamDataset(stream, whole)
     facts = {"unlabelled": whole.unlabelled} if stream is None else {}
     run.describe_data("train", records if stream is None else stream, whole.columns, **facts)
-    before, after = labelled.build(records, own.columns, arguments.per_device_eval_batch_size, own.image_root)
-    if after:
-        run.describe_data("test", after[0].records, after[0].data.test_columns)
-    if not before and arguments.load_best_model_at_end:
-        raise ValueError("--load_best_model_at_end needs --eval_dataset_name")
-    if not before:
-        arguments.eval_strategy, arguments.eval_steps = "no", None  # a share of steps would be warned of on --resume
+    before, after = labelled.prepare(records, own, arguments, run)
     trainer = ObjectiveTrainer(
         model=objective,
         args=arguments,
@@ -122,25 +123,22 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
         make_views=make_views,
         make_plain_views=ViewMaker.for_encoder(WHOLE, encoder),
     )
-    logger.info("%s: %s", name, make_views)
-    logger.info("optimizer: %s (%s's default: %s)", arguments.optim.value, name, method.default_optimizers())
+    optimizers = (arguments.optim.value, own.objective, method.default_optimizers())
+    logger.info("optimizer: %s (%s's default: %s)", *optimizers)
     rates = {"encoder": own.encoder_learning_rate or arguments.learning_rate}
     audit = ModuleAudit.of_children(objective, rates, arguments.learning_rate)
     run.record["modules"], run.record["artifact_is"] = audit.rows, objective.artifact_is
     logger.info("%s", audit)
     audit.warn_of_heavy("encoder")
     trainer.measure_before("untrained" if own.is_built else "before_training", after)
-    if after:  # not for a verdict: it shows a collapse, and draws the spectrum
-        image = {"image": after[0].data.image_column()}
-        after = [*after, Geometry("geometry", after[0].records, image, limit=2000)]
+    after = labelled.with_geometry(after)
     trainer.train()
 
     saved = objective.artifact_encoder
     run.save_artifact(saved.save_pretrained, "encoder", "encoder")
     run.after_training("audit of the parts", audit.close, severe=True)
     trainer.final_evaluation(saved, "encoder", after)
-    drawn = (records, whole.columns["image"], make_views, encoder.processor)
-    draw = partial(view_samples, *drawn, seed=arguments.seed)
+    draw = partial(view_samples, records, whole.columns["image"], make_views, encoder.processor, seed=arguments.seed)
     run.record["arrays"]["views"] = run.after_training("drawing of the views", draw) or []
     run.finish(next=NEXT if after else MEASURE)
 

@@ -161,7 +161,7 @@ class Bench:
             role: getattr(own, f"{role}_column") for role in ("image", "caption", "label", "question", "answer")
         }
 
-    def records(self, path: str, split: Any, max_rows: int | None) -> Any:
+    def _records(self, path: str, split: Any, max_rows: int | None) -> Any:
         from mllm_vision.data import load_records
 
         key = (path, split, max_rows)
@@ -169,20 +169,20 @@ class Bench:
             self.loaded[key] = load_records(path, split=split, max_rows=max_rows, image_root=self.own.image_root)
         return self.loaded[key]
 
-    def columns(self, records: Any, *roles: str) -> dict[str, str]:
+    def _columns(self, records: Any, *roles: str) -> dict[str, str]:
         from mllm_vision.data import bind_columns
 
         return bind_columns(records, roles, {role: name for role, name in self.named.items() if name})
 
     def evaluator(self, job: Job) -> Any:
         """The evaluator of a job; bad data is refused here, before anything is measured."""
-        own, records = self.own, self.records(job.dataset, self.split, None)
+        own, records = self.own, self._records(job.dataset, self.split, None)
         return getattr(self, job.task)(job, own, records)
 
     def zero_shot(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
         from mllm_vision.evaluation import ZeroShot
 
-        columns = self.columns(records, "image", "label")
+        columns = self._columns(records, "image", "label")
         names = own.class_names or None
         return ZeroShot(job.name, records, names, own.templates, columns, own.batch_size, limit=own.max_samples)
 
@@ -191,32 +191,32 @@ class Bench:
 
         limits = [each for each in (own.max_images, own.max_samples) if each is not None]
         options = {"captions_each": own.captions_each, "distinct": own.distinct, "limit": min(limits, default=None)}
-        columns = self.columns(records, "image", "caption")
+        columns = self._columns(records, "image", "caption")
         return Retrieval(job.name, records, columns, own.ks, own.batch_size, **options)
 
     def geometry(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
         from mllm_vision.evaluation import Geometry
 
-        columns = self.columns(records, "image", "caption?")
+        columns = self._columns(records, "image", "caption?")
         return Geometry(job.name, records, columns, own.batch_size, feature=own.feature, limit=own.max_samples)
 
     def board(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
         from mllm_vision.evaluation import Geometry
 
-        columns = self.columns(records, "image")
+        columns = self._columns(records, "image")
         settings = {"feature": own.feature, "limit": own.max_samples, "views": True, "seed": own.seed}
         return Geometry(job.name, records, columns, own.batch_size, **settings)
 
     def attention(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
         from mllm_vision.evaluation import Attention
 
-        return Attention(job.name, records, self.columns(records, "image"), count=own.map_count)
+        return Attention(job.name, records, self._columns(records, "image"), count=own.map_count)
 
     def knn(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
         from mllm_vision.evaluation import KnnAccuracy
 
         settings = {"k": own.knn_k, "temperature": own.knn_temperature, "raw_pixels": own.raw_pixels}
-        return KnnAccuracy(job.name, self.labelled_images(job), **settings)
+        return KnnAccuracy(job.name, self._labelled_images(job), **settings)
 
     def probe(self, job: Job, own: EvaluateArguments, records: Any) -> Any:
         from mllm_vision.evaluation import LinearProbe
@@ -224,10 +224,10 @@ class Bench:
 
         sweep = own.probe_regularisation or SWEEP
         return LinearProbe(
-            job.name, self.labelled_images(job), regularisation=sweep, raw_pixels=own.raw_pixels, seed=own.seed
+            job.name, self._labelled_images(job), regularisation=sweep, raw_pixels=own.raw_pixels, seed=own.seed
         )
 
-    def labelled_images(self, job: Job) -> Any:
+    def _labelled_images(self, job: Job) -> Any:
         """Training and test images, shared by the tasks on one test set so that they are encoded once."""
         from mllm_vision.evaluation import LabelledImages
 
@@ -236,8 +236,8 @@ class Bench:
             raise ValueError(f"--task {job.name} learns from labelled images: name them with --training_dataset_name")
         if job.dataset not in self.labelled:
             sets = [
-                self.records(own.training_dataset_name, own.training_split, None),
-                self.records(job.dataset, self.split, None),
+                self._records(own.training_dataset_name, own.training_split, None),
+                self._records(job.dataset, self.split, None),
             ]
             columns = {role: name for role, name in self.named.items() if name and role in ("image", "label")}
             limits = {"train_limit": own.max_training_samples, "test_limit": own.max_samples, "seed": own.seed}
@@ -249,9 +249,9 @@ class Bench:
         from mllm_vision.evaluation import Maps
 
         if self.kind == "vlm":
-            columns = self.columns(records, "image", "question")
+            columns = self._columns(records, "image", "question")
             return Maps(job.name, records, columns, self.processor, count=own.map_count)
-        columns = self.columns(records, "image", "caption?", "label?")
+        columns = self._columns(records, "image", "caption?", "label?")
         names = getattr(records.features.get(columns.get("label", "")), "names", None)
 
         def texts(row: dict[str, Any]) -> list[str]:
@@ -268,7 +268,7 @@ class Bench:
         columns = bind_conversations(records, roles, forms=[("question", "answer")], tell=False)
         training = None
         if own.training_dataset_name:
-            training = self.records(own.training_dataset_name, own.training_split, own.max_samples)
+            training = self._records(own.training_dataset_name, own.training_split, own.max_samples)
         return QuestionAnswering(
             job.name,
             records,

@@ -6,6 +6,7 @@ import glob
 import json
 import logging
 import math
+import random
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,20 @@ def read_documents(patterns: Sequence[str], *, lower_case: bool = False, max_row
         raise ValueError(f"--text_files {' '.join(patterns)}: no text in them")
     documents = documents[:max_rows]
     return [document.lower() for document in documents] if lower_case else documents
+
+
+def hold_out(documents: Sequence[str], count: int, seed: int) -> tuple[list[str], list[str]]:
+    """(documents to train on, held-out ones): `count` of them, at most a tenth, drawn by the seed.
+
+    Raises:
+        ValueError: fewer than ten documents.
+    """
+    drawn = random.Random(seed).sample(range(len(documents)), min(count, len(documents) // 10))
+    if not drawn:
+        raise ValueError(f"{len(documents)} documents leave none to hold out; bring ten at least, one a line")
+    held = set(drawn)
+    train = [document for index, document in enumerate(documents) if index not in held]
+    return train, [documents[index] for index in sorted(held)]
 
 
 def train_tokenizer(

@@ -48,26 +48,63 @@ class LabelledArguments:
             if name not in EVALUATORS:
                 raise ValueError(unknown_name("evaluator", name, EVALUATORS))
 
-    def check_bank(self, with_labels: bool, streaming: bool) -> None:
-        """Refuses a measurement that the training set is to be the bank of and cannot be.
+    def check_labels(self, dataset: Any, streaming: bool, *, objective: str = "") -> None:
+        """Refuses a training set without labels where the method or a measurement is to learn from them.
 
         Args:
-            with_labels: whether its rows have labels.
-            streaming: whether it is a stream.
+            dataset: the `ImageDataset`.
+            streaming: whether it reads a stream.
+            objective: the method that learns from labels.
 
         Raises:
-            ValueError: it is a stream, or has none.
+            ValueError: it has no labels; it is a stream, and kNN and probe are to learn from it.
         """
+        labelled = dataset.labels is not None and (streaming or dataset.unlabelled < len(dataset))
+        if objective and not labelled:
+            raise ValueError(
+                f"--objective {objective} learns from labels, and no row has one; name the column: --label_column"
+            )
         if not self.eval_dataset_name or self.eval_train_dataset_name:
             return
         if streaming:
             raise ValueError("a stream is no bank for kNN and probe: name labelled images, --eval_train_dataset_name")
-        if not with_labels:
+        if not labelled:
             raise ValueError(
                 "kNN and the probe learn from labelled images, and the training set has none: name a labelled set, "
                 "--eval_train_dataset_name, or the column, --label_column; without --eval_dataset_name nothing is "
                 "measured"
             )
+
+    def prepare(self, training: Any, images: Any, arguments: Any, run: Any) -> tuple[list[Any], list[Any]]:
+        """As `build`; the test set is noted in the run, and without evaluators none run while training.
+
+        Args:
+            training: records of the training set.
+            images: the `ImageArguments`; columns and `image_root` are read.
+            arguments: the `RecipeArguments`.
+            run: the `Run`.
+
+        Raises:
+            ValueError: `load_best_model_at_end` without evaluators; see `build`.
+        """
+        before, after = self.build(training, images.columns, arguments.per_device_eval_batch_size, images.image_root)
+        if after:
+            run.describe_data("test", after[0].records, after[0].data.test_columns)
+        if not before and arguments.load_best_model_at_end:
+            raise ValueError("--load_best_model_at_end needs --eval_dataset_name")
+        if not before:  # a share of steps would be warned of on --resume
+            arguments.eval_strategy, arguments.eval_steps = "no", None
+        return before, after
+
+    @staticmethod
+    def with_geometry(evaluators: list[Any]) -> list[Any]:
+        """The evaluators and, beside any, `Geometry`: not for a verdict, but it shows a collapse."""
+        from mllm_vision.evaluation.geometry import Geometry
+
+        if not evaluators:
+            return []
+        image = {"image": evaluators[0].data.image_column()}
+        return [*evaluators, Geometry("geometry", evaluators[0].records, image, limit=2000)]
 
     def build(
         self, training: Any, columns: Mapping[str, str], batch_size: int = 256, image_root: str | None = None

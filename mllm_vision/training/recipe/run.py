@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -17,19 +16,19 @@ from typing import Any
 import yaml
 
 from mllm_vision.data.records.columns import further_images
-from mllm_vision.hub.lineage import check_lineage, hash_weights, plain, write_json, write_lineage
+from mllm_vision.hub.lineage import hash_weights, plain, write_json, write_lineage
 from mllm_vision.training.checkpoint.changed_flags import changed_flags, notes_before, notes_of, recipe_before
 from mllm_vision.training.recipe import summary
 from mllm_vision.training.recipe.arguments import RecipeArguments
 from mllm_vision.training.recipe.ending import Ending, Failure, attempt
 from mllm_vision.training.recipe.folders import check_name, clean, list_checkpoints, remove, whole_folder, write_whole
 from mllm_vision.training.recipe.launch import limit_collectives
+from mllm_vision.training.recipe.origins import describe_data, describe_parent
 from mllm_vision.training.recipe.push import Push
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("language_model", "stage_zero", "stage_one", "stage_two")
-TEXT_ROLES = ("caption", "question", "answer", "messages", "conversations", "text", "label")
 
 
 class Run:
@@ -112,67 +111,21 @@ class Run:
         Raises:
             ValueError: the parent's weights are not those its lineage was written for; both hashes are named.
         """
-        path = Path(path_or_id)
-        parent: dict[str, Any] = {"role": role, "path": str(path_or_id), "kind": None, "weights_sha256": None}
-        if path.is_dir():
-            lineage = check_lineage(path)
-            if lineage is not None:
-                parent |= {key: lineage.get(key) for key in ("kind", "weights_sha256")}
-                parent |= {"run": lineage.get("run"), "parents": lineage.get("parents", [])}
-                numbers = [
-                    f"{name} {metric} {entry[metric]:.4g}"
-                    for name, entry in (lineage.get("evaluations") or {}).items()
-                    if (metric := summary.primary_metric(entry)) is not None
-                ]
-                told = f"{lineage.get('kind')} of run {lineage.get('run')!r}; {', '.join(numbers) or 'no metrics'}"
-            else:
-                if any(path.glob("*.safetensors")):
-                    parent["weights_sha256"] = hash_weights(path)
-                told = "a directory without lineage"
-            if parent["weights_sha256"]:
-                told += f"; weights sha256 {parent['weights_sha256'][:12]}"
-        else:
-            told = "from the Hub or its cache"
+        parent, told = describe_parent(role, path_or_id)
         self.record["parents"].append(parent)
         self._say("inherits %s from %s (%s)", role, path_or_id, told)
 
     def describe_data(self, role: str, dataset: Any, columns: Mapping[str, str] | None = None, **more: Any) -> None:
         """Note a data set ("train", "validation"...): fingerprint, rows, columns bound, three texts; `more` facts."""
-        columns = dict(columns or {})
-        rows = len(dataset) if hasattr(dataset, "__len__") else getattr(dataset, "total", None)
-        wanted = [column for bound, column in columns.items() if bound in TEXT_ROLES]
-        if not columns:
-            wanted = [name for name in getattr(dataset, "column_names", None) or ["text"] if "image" not in name]
-        view = dataset.head() if hasattr(dataset, "head") else dataset  # of a stream, its first rows
-        names = getattr(view, "column_names", None) or []
-        unused = [name for name in names if columns and name not in columns.values() and not name.startswith("__")]
-        count = len(view) if hasattr(view, "__len__") else 0
-        if hasattr(view, "select_columns"):  # so that no image is decoded for three sentences
-            wanted = [name for name in wanted if name in view.column_names]
-            view, count = view.select_columns(wanted), count if wanted else 0  # images alone have no sentences
-        samples = []
-        for index in sorted({0, count // 2, count - 1}) if count else []:
-            row = view[index]
-            row = {name: row[name] for name in wanted if name in row} if isinstance(row, Mapping) else {"text": row}
-            samples.append({name: _shorten(value) for name, value in row.items()})
-        fingerprint = getattr(dataset, "_fingerprint", None)
-        if fingerprint is None:
-            fingerprint = hashlib.sha256(json.dumps([rows, plain(samples)]).encode()).hexdigest()[:16]
-        left_out = dict(getattr(dataset, "left_out", None) or {})
-        if self.record["kind"] == "stage_zero" and (more_images := further_images(dataset, columns.get("image"))):
-            left_out["images behind the first of their row's list"] = more_images
-            logger.warning("%s data: only the first image of a row is used, %d others are not", role, more_images)
-        self.record["data"][role] = {
-            "fingerprint": fingerprint,
-            "rows": rows,
-            "columns": columns,
-            "unused_columns": unused,
-            "left_out": left_out,
-            "samples": samples,
-            **more,
-        }
+        entry = describe_data(dataset, columns or {})
+        first = (columns or {}).get("image")
+        if self.record["kind"] == "stage_zero" and (others := further_images(dataset, first)):
+            entry["left_out"]["images behind the first of their row's list"] = others
+            logger.warning("%s data: only the first image of a row is used, %d others are not", role, others)
+        self.record["data"][role] = {**entry, **more}
+        unused = entry["unused_columns"]
         told = f"; not used: {', '.join(unused)}"[:200] if unused else ""
-        self._say("%s data: %s rows, columns %s%s", role, rows, columns or "as they are", told)
+        self._say("%s data: %s rows, columns %s%s", role, entry["rows"], entry["columns"] or "as they are", told)
 
     def note_change(self, what: str, step: int) -> None:
         """Note what is another one from the step after `step` on, for the first lines of recipe.yaml."""
@@ -428,8 +381,3 @@ def start_logging(arguments: RecipeArguments) -> None:
     if not passive:
         logging.getLogger("mllm_vision").setLevel(level)
     disable_progress_bar()  # of transformers: one for each file that is read or written
-
-
-def _shorten(value: Any, limit: int = 200) -> str:
-    text = value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
