@@ -148,7 +148,7 @@ def load(own: Any, arguments: Any, streams: Any, count: int) -> tuple[Any, int |
 
 def tower_tokenizer(own: Any) -> Any:
     """The tokenizer saved with a pretrained text tower, where the recipe uses another."""
-    from mllm_vision.encoder.text.towers import CLIP_TEXT, SIGLIP_TEXT
+    from mllm_vision.encoder.text.tokenizers import CLIP_TEXT, SIGLIP_TEXT
 
     if own.text_tower in (None, CLIP_TEXT, SIGLIP_TEXT) or own.tokenizer in (None, own.text_tower):
         return None

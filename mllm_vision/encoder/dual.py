@@ -18,18 +18,9 @@ from mllm_vision.encoder.activations import use_fast_activations
 from mllm_vision.encoder.encoder import VisionEncoder
 from mllm_vision.encoder.families import family_of
 from mllm_vision.encoder.files import Source, read_json
-from mllm_vision.encoder.text.towers import (
-    CLIP_TEXT,
-    POOLINGS,
-    SIGLIP_TEXT,
-    build_text_tower,
-    check_tokenizer,
-    default_pooling,
-    pool_text,
-    prepare_tokenizer,
-    text_positions,
-    text_sizes,
-)
+from mllm_vision.encoder.text.pooling import POOLINGS, default_pooling, pool_text
+from mllm_vision.encoder.text.tokenizers import CLIP_TEXT, SIGLIP_TEXT, check_tokenizer, prepare_tokenizer
+from mllm_vision.encoder.text.towers import build_text_tower, text_positions, text_sizes
 from mllm_vision.errors import reading
 from mllm_vision.hub.lineage import check_lineage, hash_weights
 
@@ -47,10 +38,10 @@ class DualEncoder(nn.Module):
     Args:
         vision: the image tower; its pooled vector is what gets projected.
         text: a transformers text model (see `encoder.text.towers.build_text_tower`).
-        tokenizer: the tokenizer prepared for it (see `encoder.text.towers.prepare_tokenizer`).
+        tokenizer: the tokenizer prepared for it (see `encoder.text.tokenizers.prepare_tokenizer`).
         embed_dim: width E of the shared space. Two SigLIP towers share the image tower's width without
             projections; for them leave it out or give that width.
-        pooling: "pooler", "mean" or "last" (`encoder.text.towers.pool_text`); by default what the tower has.
+        pooling: "pooler", "mean" or "last" (`encoder.text.pooling.pool_text`); by default what the tower has.
         logit_scale: initial value of the log scale.
         logit_bias: initial bias of the sigmoid loss; `None` for the softmax loss, which has none.
 

@@ -94,7 +94,7 @@ class DualArguments(EncoderArguments):
     def parents(self) -> dict[str, str]:
         """Role -> path or Hub id of what has weights or a vocabulary to inherit; model types have none."""
         from mllm_vision.encoder.sources import is_model_type
-        from mllm_vision.encoder.text.towers import CLIP_TEXT, SIGLIP_TEXT
+        from mllm_vision.encoder.text.tokenizers import CLIP_TEXT, SIGLIP_TEXT
 
         named = {"encoder": self.encoder, "text_tower": self.text_tower, "tokenizer": self.tokenizer}
         built = (None, "", CLIP_TEXT, SIGLIP_TEXT)

@@ -12,7 +12,7 @@ from transformers.activations import QuickGELUActivation
 from mllm_vision.encoder.activations import QuickGelu, use_fast_activations
 from mllm_vision.encoder.clip_layers import Packing, is_plain
 from mllm_vision.encoder.features import extract_features
-from mllm_vision.encoder.text.towers import pool_text
+from mllm_vision.encoder.text.pooling import pool_text
 
 LENGTHS = (4, 9, 32, 2, 9, 17)
 ENDS = {3: 3, 2: 255}  # eos_token_id of the config -> the id that ends a text (2 is the legacy mark: the highest id)

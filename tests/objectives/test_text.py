@@ -7,7 +7,9 @@ import torch
 from pairs_for_tests import TEXT_SIZES, make_dual, tokenizer
 from tiny import tiny_clip, tiny_llama
 
-from mllm_vision.encoder.text.towers import build_text_tower, default_pooling, pool_text, prepare_tokenizer
+from mllm_vision.encoder.text.pooling import default_pooling, pool_text
+from mllm_vision.encoder.text.tokenizers import prepare_tokenizer
+from mllm_vision.encoder.text.towers import build_text_tower
 
 LONG = "there is a red circle at the left of the image and a blue square on the right of it"
 

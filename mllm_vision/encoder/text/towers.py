@@ -1,28 +1,20 @@
-"""Text towers and the tokenizers that go with them.
+"""Text towers: our own small ones, and any text model of transformers by path.
 
 Our own small text tower is a `CLIPTextModel` or `SiglipTextModel` built small from its config, so that the
-trained pair is a native `CLIPModel` or `SiglipModel`. Any other text model of transformers works by path.
+trained pair is a native `CLIPModel` or `SiglipModel`. Tokenizers are in `tokenizers`, pooled vectors in `pooling`.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from mllm_vision.encoder.clip_layers import is_plain, packed_text
+from mllm_vision.encoder.text.tokenizers import CLIP_TEXT, SIGLIP_TEXT, check_tokenizer, prepare_tokenizer
 from mllm_vision.errors import reading, unknown_name
 
-CLIP_TEXT, SIGLIP_TEXT = "clip_text_model", "siglip_text_model"
 # A tower that two CPU cores train in minutes; every field can be overridden by name.
 SMALL_TEXT_TOWER = {"hidden_size": 256, "num_hidden_layers": 4, "hidden_act": "gelu"}
 DEFAULT_LENGTH = {CLIP_TEXT: 77, SIGLIP_TEXT: 64}
-END_OF_TEXT = "<|endoftext|>"
-POOLINGS = ("pooler", "mean", "last")
 
 
 def text_sizes(vision: Any) -> dict[str, Any]:
@@ -160,158 +152,3 @@ def text_positions(model: Any) -> int | None:
     if positions and model.config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"):
         positions -= model.config.pad_token_id + 1
     return positions
-
-
-def prepare_tokenizer(tokenizer: Any, text_type: str, max_length: int, *, adapt_end: bool = True) -> Any:
-    """A copy of the tokenizer set up for a text tower, in a way that survives saving and plain loading.
-
-    Texts are padded and cut on the right and cut at `max_length`. For a CLIP or SigLIP tower every text ends
-    with the end token, also when cut. CLIP's transformers class treats end id 2 as a legacy mark and pools at
-    the highest id instead, so a tokenizer whose end id is 2 (or that has none) is given a new end token.
-
-    Args:
-        tokenizer: any transformers tokenizer; not changed.
-        text_type: the text tower's `model_type`.
-        max_length: longest text in tokens, the end token included.
-        adapt_end: whether an end token may be added (a tower built here), or the tokenizer has to have it.
-
-    Raises:
-        ValueError: `max_length` too small, or the end token cannot be appended.
-    """
-    if max_length < 2:
-        raise ValueError(f"max_length={max_length} leaves no room for a word and the end token; use at least 2")
-    tokenizer = copy.deepcopy(tokenizer)
-    settings: dict[str, Any] = {"padding_side": "right", "truncation_side": "right"}
-    if text_type == SIGLIP_TEXT and adapt_end:
-        # A tower built here masks its padding; the tokenizer then has to hand the mask to pipelines too.
-        settings["model_input_names"] = ["input_ids", "attention_mask"]
-    for name, value in settings.items():
-        setattr(tokenizer, name, value)
-    if text_type in (CLIP_TEXT, SIGLIP_TEXT):
-        _end_with_token(tokenizer, text_type, adapt_end)
-    tokenizer.model_max_length = settings["model_max_length"] = max_length
-    tokenizer.init_kwargs |= settings  # this is what save_pretrained writes
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise ValueError("the tokenizer has neither a padding nor an end token; set tokenizer.pad_token")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _end_with_token(tokenizer: Any, text_type: str, adapt: bool) -> None:
-    def ids(text: str, **settings: Any) -> list[int]:
-        return tokenizer(text, **settings)["input_ids"]
-
-    probe = "a red circle on the left of a blue square"
-    starts_with_bos = tokenizer.bos_token_id is not None and ids(probe)[:1] == [tokenizer.bos_token_id]
-    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
-        tokenizer.eos_token = tokenizer.sep_token  # BERT's texts end with [SEP]
-    if adapt and (tokenizer.eos_token_id is None or (text_type == CLIP_TEXT and tokenizer.eos_token_id == 2)):
-        tokenizer.add_tokens([END_OF_TEXT], special_tokens=True)
-        tokenizer.eos_token = END_OF_TEXT
-    if ids(probe)[-1] != tokenizer.eos_token_id and hasattr(tokenizer, "update_post_processor"):
-        tokenizer.add_bos_token = starts_with_bos
-        tokenizer.add_eos_token = True
-    whole, cut = ids(probe), ids(probe, truncation=True, max_length=3)
-    if tokenizer.eos_token_id is None or whole[-1] != tokenizer.eos_token_id or cut[-1] != tokenizer.eos_token_id:
-        raise ValueError(
-            f"{type(tokenizer).__name__} does not end its texts with its end token ({tokenizer.eos_token!r}, id "
-            f"{tokenizer.eos_token_id}): {probe!r} became {whole}; a CLIP or SigLIP tower needs it. Use a "
-            "tokenizer with an end token in its post-processor (for example one with add_eos_token)"
-        )
-
-
-def check_tokenizer(model: Any, tokenizer: Any) -> None:
-    """Raises `ValueError` where a tokenizer would feed the text tower ids it cannot read or pool at."""
-    highest = max(len(tokenizer) - 1, tokenizer.pad_token_id or 0, tokenizer.eos_token_id or 0)
-    if highest >= model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has ids up to {highest} but the text tower's vocab_size is {model.config.vocab_size}; "
-            "use the tokenizer that belongs to the tower, or build a new tower for this tokenizer"
-        )
-    if model.config.model_type != CLIP_TEXT:
-        return
-    expected = model.config.eos_token_id
-    if expected == 2 and tokenizer.eos_token_id != len(tokenizer) - 1:
-        raise ValueError(
-            "the CLIP text tower has the legacy eos_token_id=2 and pools at the highest id, but the tokenizer's end "
-            f"token has id {tokenizer.eos_token_id} of {len(tokenizer)}; use the tokenizer of that checkpoint"
-        )
-    if expected not in (2, tokenizer.eos_token_id):
-        raise ValueError(
-            f"the CLIP text tower pools at eos_token_id={expected} but the tokenizer ends texts with id "
-            f"{tokenizer.eos_token_id}; use the tokenizer of that checkpoint"
-        )
-
-
-def default_pooling(model: Any) -> str:
-    """How a text tower becomes one vector: its own pooler, else the last token (decoders) or the mean."""
-    if model.config.model_type in (CLIP_TEXT, SIGLIP_TEXT) or getattr(model, "pooler", None) is not None:
-        return "pooler"
-    decoder_only = getattr(model.config, "is_decoder", False) or hasattr(model.config, "rope_parameters")
-    return "last" if decoder_only or model.config.model_type in ("gpt2", "gpt_neo", "opt") else "mean"
-
-
-def pool_text(
-    model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, *, pooling: str = "pooler"
-) -> Tensor:
-    """One vector per text.
-
-    CLIP towers are run without the padding mask: attention is causal, padding is on the right and pooling is
-    at the end token, so nothing that is pooled ever sees padding. It is left out altogether: the texts run packed
-    end to end, and the last layer works for the end tokens alone (encoder/clip_layers.py).
-
-    SigLIP towers pool the last of their fixed number of positions. Without a mask (the published checkpoints) that
-    position attends to padding, and texts are padded here to the fixed length. With a mask (towers built here) it
-    attends to the words alone, so one column with the last position stands for all the padding: the same vector at
-    a fraction of the cost.
-
-    Args:
-        model: a text tower.
-        input_ids: `[B, T]`, padded on the right.
-        attention_mask: `[B, T]`, 1 for tokens; unused by CLIP towers.
-        pooling: "pooler" (the model's own), "mean" of the unmasked tokens, or the "last" of them.
-
-    Returns:
-        `[B, D]`.
-    """
-    kind = model.config.model_type
-    if kind == CLIP_TEXT:
-        if _runs_packed(model):
-            return packed_text(model, input_ids, _ends(model, input_ids))
-        return model(input_ids=input_ids).pooler_output
-    if kind == SIGLIP_TEXT:
-        length, positions = input_ids.shape[1], model.config.max_position_embeddings
-        pad = model.config.pad_token_id
-        if attention_mask is None or length >= positions:
-            input_ids = F.pad(input_ids, (0, max(0, positions - length)), value=pad)
-            return model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
-        index = torch.arange(length + 1, device=input_ids.device)
-        index[-1] = positions - 1
-        return model(
-            input_ids=F.pad(input_ids, (0, 1), value=pad),
-            attention_mask=F.pad(attention_mask, (0, 1), value=0),
-            position_ids=index[None],
-        ).pooler_output
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    output = model(input_ids=input_ids, attention_mask=attention_mask)
-    if pooling == "pooler":
-        return output.pooler_output
-    states = output.last_hidden_state
-    if pooling == "last":
-        return states[torch.arange(len(states), device=states.device), attention_mask.sum(1) - 1]
-    weights = attention_mask.unsqueeze(-1).to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1).clamp_min(1)
-
-
-def _runs_packed(model: Any) -> bool:
-    """Whether a CLIP tower may be run part by part (not while its shapes are being compiled)."""
-    hooked = model._forward_hooks or model._forward_pre_hooks
-    return not (hooked or torch.compiler.is_compiling()) and all(is_plain(layer) for layer in model.encoder.layers)
-
-
-def _ends(model: Any, input_ids: Tensor) -> Tensor:
-    """Where a CLIP tower pools each text, `[B]`: its first end token; the highest id where the config is legacy."""
-    legacy = model.config.eos_token_id == 2
-    return (input_ids if legacy else (input_ids == model.config.eos_token_id).int()).argmax(dim=-1)

@@ -22,7 +22,8 @@ from mllm_vision.data.pairs import captions_of, image_id
 from mllm_vision.data.records.sampling import BadRow, draw_key, judge, text_id
 from mllm_vision.data.text_length import cut_text
 from mllm_vision.encoder.build import build_processor
-from mllm_vision.encoder.text.towers import CLIP_TEXT, SIGLIP_TEXT, text_positions
+from mllm_vision.encoder.text.tokenizers import CLIP_TEXT, SIGLIP_TEXT
+from mllm_vision.encoder.text.towers import text_positions
 from mllm_vision.training.callbacks.health import expected_chance
 from mllm_vision.training.preflight.memory import FakeStep, available_memory, measure_step, show_bytes
 
