@@ -39,15 +39,10 @@ class DualEncoder(nn.Module):
         vision: the image tower; its pooled vector is what gets projected.
         text: a transformers text model (see `encoder.text.towers.build_text_tower`).
         tokenizer: the tokenizer prepared for it (see `encoder.text.tokenizers.prepare_tokenizer`).
-        embed_dim: width E of the shared space. Two SigLIP towers share the image tower's width without
-            projections; for them leave it out or give that width.
+        embed_dim: width E of the shared space; two SigLIP towers share the image tower's width without projections.
         pooling: "pooler", "mean" or "last" (`encoder.text.pooling.pool_text`); by default what the tower has.
-        logit_scale: initial value of the log scale.
-        logit_bias: initial bias of the sigmoid loss; `None` for the softmax loss, which has none.
-
-    Attributes:
-        logit_scale: 0-d parameter, the log of the scale.
-        logit_bias: 0-d parameter or `None`.
+        logit_scale: initial value of the log scale, a 0-d parameter.
+        logit_bias: initial bias of the sigmoid loss, a 0-d parameter; `None` for the softmax loss, which has none.
 
     Raises:
         ValueError: widths, vocabulary, end token or pooling that do not fit together.
@@ -354,8 +349,7 @@ def build_dual(
         encoder_overrides, text_overrides: config fields of towers built here; a text tower is sized to the image
             tower otherwise (`encoder.text.towers.text_sizes`).
         image_size: side of the square image.
-        embed_dim, logit_bias: see `DualEncoder`.
-        max_text_length: see `encoder.text.towers.build_text_tower`.
+        embed_dim, max_text_length, logit_bias: see `DualEncoder` and `encoder.text.towers.build_text_tower`.
 
     Raises:
         ValueError: no tokenizer named, overrides for a checkpoint, or parts that do not fit together.

@@ -128,25 +128,18 @@ _FAMILIES = (
         positions="embeddings.position_embeddings",
         has_cls=True,
     ),
-    Family(
-        "dinov2",
-        embed=_embed_dinov2,
-        layers=lambda model: model.encoder.layer,
-        pool=lambda model, hidden: model.layernorm(hidden)[:, 0],
-        processor="BitImageProcessor",
-        positions="embeddings.position_embeddings",
-        has_cls=True,
-        optional_weights=("embeddings.mask_token",),
-    ),
-    Family(
-        "dinov2_with_registers",
-        embed=_embed_dinov2,
-        layers=lambda model: model.encoder.layer,
-        pool=lambda model, hidden: model.layernorm(hidden)[:, 0],
-        processor="BitImageProcessor",
-        positions="embeddings.position_embeddings",
-        has_cls=True,
-        optional_weights=("embeddings.mask_token",),
+    *(
+        Family(
+            name,
+            embed=_embed_dinov2,
+            layers=lambda model: model.encoder.layer,
+            pool=lambda model, hidden: model.layernorm(hidden)[:, 0],
+            processor="BitImageProcessor",
+            positions="embeddings.position_embeddings",
+            has_cls=True,
+            optional_weights=("embeddings.mask_token",),
+        )
+        for name in ("dinov2", "dinov2_with_registers")
     ),
     Family(
         "dinov3_vit",
