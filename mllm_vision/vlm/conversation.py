@@ -21,7 +21,8 @@ from mllm_vision.data import (
     load_records,
     preview_labels,
 )
-from mllm_vision.data.records.forms import FORMS, image_counts
+from mllm_vision.data.records.columns import image_counts
+from mllm_vision.data.records.forms import FORMS
 from mllm_vision.data.records.records import UsualSplit
 from mllm_vision.data.records.sampling import BadRow, judge
 from mllm_vision.errors import unknown_name

@@ -361,6 +361,105 @@ def test_inline_images_and_nulls_in_arrow(tokenizer, image):
     assert [len(dataset[i]["images"]) for i in range(3)] == [0, 1, 0]
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Every arrow data set is tokenised through a cache of its own."""
+    import datasets
+
+    from mllm_vision.data.chat import tokenise
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tokenise, "_IN_MEMORY", 0)
+    return tmp_path / "cache" / "mllm_vision"
+
+
+def forms(image):
+    """Good and bad rows of turns, rows of several questions, and captions; with their columns and settings."""
+    talks = [talk(image, "<image>\nq?", "a"), talk(None, "<image>\nq?", "no image"), talk(image, "<image>\n", "b")] * 9
+    captions = [{"image": image, "captions": [f"{row} {k}" for k in range(3)]} for row in range(9)]
+    yield talks, TALK, {"max_length": 60}
+    yield many(image, 20), QA, {"max_turns": 2, "max_length": 1000}
+    yield captions, {"image": "image", "caption": "captions"}, {"chat_template": "plain"}
+
+
+def test_what_is_cached_is_what_is_tokenised_in_memory(tokenizer, image, cache, monkeypatch):
+    from datasets import Dataset
+
+    from mllm_vision.data.chat.tokenise import Tokeniser
+
+    whole = Tokeniser.__call__
+    for rows, columns, options in forms(image):
+        plain = build(rows, columns, tokenizer, **options)
+        table = Dataset.from_list(rows)
+        for _ in range(2):  # written, then found
+            kept = build(table, columns, tokenizer, **options)
+            assert kept.bad_samples.examples == plain.bad_samples.examples and kept.refused == plain.refused
+            assert kept.lengths.tolist() == plain.lengths.tolist()
+            for epoch in (0, 1):
+                kept.set_epoch(epoch)
+                plain.set_epoch(epoch)
+                for index in range(len(plain)):
+                    one, other = kept[index], plain[index]
+                    assert np.array_equal(one["input_ids"], other["input_ids"]) and one["keys"] == other["keys"]
+                    assert np.array_equal(one["labels"], other["labels"]) and one["index"] == other["index"]
+            monkeypatch.setattr(Tokeniser, "__call__", None)  # the second time nothing is tokenised
+        monkeypatch.setattr(Tokeniser, "__call__", whole)
+
+
+def test_what_is_cached_is_never_stale(tokenizer, image, cache):
+    from datasets import Dataset
+
+    rows = [talk(image, "<image>\nq?", "a"), talk(image, "<image>\nq?", "b")]
+    files = set()
+    for change, options in (
+        (rows, {}),
+        ([rows[0], talk(image, "<image>\nq?", "c")], {}),  # one letter
+        ([rows[1], rows[0]], {}),
+        ([rows[0], talk([image, image], "<image>\nq?", "b")], {}),  # the same text, other images
+        (rows, {"max_length": 127}),
+        (rows, {"num_image_tokens": 5}),
+        (rows, {"on_truncation": "truncate"}),
+        (rows, {"chat_template": "vicuna"}),
+    ):
+        change = [row | {"image": row["image"] if isinstance(row["image"], list) else [row["image"]]} for row in change]
+        build(Dataset.from_list(change), TALK, tokenizer, **options)
+        before, files = files, {file.name for file in cache.glob("*.arrow")}
+        assert len(files) == len(before) + 1
+
+
+def test_processes_tokenise_once(tmp_path, tokenizer, image, run_python):
+    """Two processes at once on a new cache: one file is written, and both read the same."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from datasets import Dataset
+
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    Dataset.from_list([talk(image, "<image>\nq?", f"answer {row}") for row in range(600)]).to_parquet(
+        tmp_path / "t.parquet"
+    )
+    code = f"""
+from transformers import AutoTokenizer
+from mllm_vision.data import ConversationDataset, load_records
+from mllm_vision.data.chat import tokenise
+tokenise._IN_MEMORY = 0
+count = [0]
+original = tokenise.Tokeniser.__call__
+def counted(self, records, first):
+    count[0] += len(records)
+    return original(self, records, first)
+tokenise.Tokeniser.__call__ = counted
+data = ConversationDataset(load_records({str(tmp_path / "t.parquet")!r}), None,
+    AutoTokenizer.from_pretrained({str(tmp_path / "tokenizer")!r}), num_image_tokens=4, max_length=128,
+    chat_template="qa", progress=False)
+print("found", count[0], len(data), int(data.lengths.sum()))
+"""
+    environment = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    with ThreadPoolExecutor(2) as pool:
+        printed = [each.result() for each in [pool.submit(run_python, code, **environment) for _ in range(2)]]
+    found = sorted(line.split() for text in printed for line in text.splitlines() if line.startswith("found"))
+    assert [row[1] for row in found] == ["0", "600"] and found[0][2:] == found[1][2:]
+
+
 def test_real_questions(data_dir, tokenizer):
     records = load_records(data_dir / "easyvqa_test.parquet", max_rows=100)
     dataset = build(records, bind_conversations(records), tokenizer, max_length=1024)

@@ -426,8 +426,8 @@ def test_shards_of_a_hub_data_set(shards: Path, tmp_path: Path, run_python) -> N
         code = f"""
 import sys
 sys.path[:0] = [{str(Path(__file__).parents[2])!r}]
-from mllm_vision.data.stream_order import Source, StreamOrder
-from mllm_vision.data.shards import find_shards
+from mllm_vision.data.streams.order import Source, StreamOrder
+from mllm_vision.data.streams.shards import find_shards
 source = Source(find_shards("somebody/pairs"))
 assert not source.known
 order = StreamOrder([source], buffer=0, lanes=1)

@@ -31,7 +31,7 @@ def chat_template_of(processor: Any) -> str | None:
 
 def has_marks(template: str | None) -> bool:
     """Whether a template has ``{% generation %}`` marks around what is learnt."""
-    return bool(template) and _MARKS.search(template) is not None
+    return template is not None and _MARKS.search(template) is not None
 
 
 def _parts(content: Any) -> list[dict[str, Any]]:
@@ -80,12 +80,9 @@ def _rendered(
 
     turns = [{"role": turn["role"], "content": form(turn["content"], image_token)} for turn in messages]
     marked = has_marks(template)
-    texts, spans = render_jinja_template(
-        conversations=[turns],
-        chat_template=template,
-        return_assistant_tokens_mask=marked,
-        **{**dict(names), **options},
-    )
+    settings: dict[str, Any] = {**dict(names), **options, "return_assistant_tokens_mask": marked}
+    found: Any = render_jinja_template(conversations=[turns], chat_template=template, **settings)
+    texts, spans = found
     return texts[0], spans[0] if marked else []
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from mllm_vision.data.chat.messages import BadConversation, image_parts
 from mllm_vision.data.chat.templates import CHAT_TEMPLATES, ChatTokenizer, Rendered
 from mllm_vision.data.records.cache import cached
-from mllm_vision.data.records.forms import ConversationForm, Dialogue, image_counts
+from mllm_vision.data.records.columns import image_counts
+from mllm_vision.data.records.forms import ConversationForm, Dialogue
 from mllm_vision.data.records.sampling import BadRow, bytes_id, judge, only_columns
 
 _IN_MEMORY = 2000  # rows; fewer are tokenised in every process, which takes a second or two
@@ -92,8 +93,8 @@ class Tokeniser:
         """A sample as its columns, or its refusal."""
         good: list[tuple[np.ndarray, np.ndarray, bool]] = []
         last = part.refused
-        for rendered, images in part.texts:
-            found = judge(f"row {row}", self.fitting, next(encoded), rendered, images)
+        for rendered, count in part.texts:
+            found = judge(f"row {row}", self.fitting, next(encoded), rendered, count)
             if isinstance(found, BadRow):
                 last = found
             else:
@@ -105,7 +106,7 @@ class Tokeniser:
         first, mask = good[0][:2]
         prefix, _ = self.chat.turns(first, mask)
         ids = np.concatenate([tokens for tokens, *_ in good])
-        images = [int((tokens == self.chat.image_token_id).sum()) for tokens, _, _ in good]
+        images = [int((tokens == self.chat.image_token_id).sum()) for tokens, *_ in good]
         return entry | {
             "ids": ids,
             "mask": np.concatenate([mask for _, mask, _ in good]),

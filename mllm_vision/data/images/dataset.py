@@ -65,8 +65,9 @@ class ImageDataset(EpochDataset):
         self.columns = bind_columns(records, ("image", "label?"), columns)
         self.records = only_columns(records, [self.columns["image"]])
         tell_of_more_images(self.records, self.columns["image"])
-        self.labels, self.class_names = None, None
-        self._places: list[int] | None = None  # the rows that are taken, where not all are
+        self.labels: Tensor | None = None
+        self.class_names: list[str] | None = None
+        self._places: np.ndarray | None = None  # the rows that are taken, where not all are
         self._bad_labels: dict[int, BadRow] = {}
         if "label" in self.columns:
             self._take_labels(records)
@@ -77,7 +78,9 @@ class ImageDataset(EpochDataset):
         found.tell(f"column {self.columns['label']!r}")
         if self.labelled:
             found, self._bad_labels = found.numbered(), found.bad
-            self._places = sorted({*found.labelled, *found.bad})
+            kept = (found.numbers >= 0).numpy()
+            kept[list(found.bad)] = True
+            self._places = np.flatnonzero(kept)
             if not found.labelled:
                 why = f", such as row {min(found.bad)}: {found.bad[min(found.bad)]}" if found.bad else ""
                 raise ValueError(
@@ -98,7 +101,7 @@ class ImageDataset(EpochDataset):
 
     def record_of(self, index: int) -> int:
         """The row of the records that a sample comes from."""
-        return index if self._places is None else self._places[index]
+        return index if self._places is None else int(self._places[index])
 
     def _read(self, index: int, key: int) -> dict[str, Any]:
         row = self.record_of(index)
@@ -108,13 +111,12 @@ class ImageDataset(EpochDataset):
 
     def read_record(self, record: dict[str, Any], key: int, index: int) -> dict[str, Any]:
         """A record of a stream as a row, a word's label being a number of its own; ValueError where it is of no use."""
-        label = None
-        if "label" in self.columns:
-            label = label_value(record.get(self.columns["label"])) if self.labelled else self._label_or_none(record)
-            if isinstance(label, str):
-                label = text_id(label)  # a stream's classes are not known beforehand, but equal words are one class
-            label = -1 if label is None else label
-        return self._row(record, label, key, index)
+        if "label" not in self.columns:
+            return self._row(record, None, key, index)
+        label = label_value(record.get(self.columns["label"])) if self.labelled else self._label_or_none(record)
+        if isinstance(label, str):
+            label = text_id(label)  # a stream's classes are not known beforehand, but equal words are one class
+        return self._row(record, -1 if label is None else label, key, index)
 
     def _label_or_none(self, record: dict[str, Any]) -> int | str | None:
         try:

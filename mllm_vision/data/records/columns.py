@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from mllm_vision.data.records.sampling import rows_of
+import numpy as np
+
+from mllm_vision.data.images.files import images_of
+from mllm_vision.data.records.sampling import only_columns, rows_of
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "image": (
@@ -222,20 +225,44 @@ def _type_name(feature: Any) -> str:
 
 
 def further_images(dataset: Any, column: str | None) -> int:
-    """How many images stand behind the first one in the lists of an image column; of a stream or a plain list: 0."""
+    """How many images follow the first one in the lists of an image column; of a stream or a plain list: 0."""
+    if column is None or not hasattr(dataset, "features") or column not in dataset.column_names:
+        return 0
+    return int(np.maximum(image_counts(dataset, column) - 1, 0).sum())
+
+
+def image_counts(records: Any, column: str) -> np.ndarray:
+    """How many images each row's image column holds (nulls do not count), `[rows]` int64; no image is read or copied
+    where Arrow can tell."""
+    kind = column_kind(records.features[column]) if hasattr(records, "features") else "any"
+    if kind == "any":
+        return np.asarray([len(images_of(record[column])) for record in only_columns(records, [column])])
+    chosen = only_columns(records, [column])
+    counts = [_counts(chunk) for chunk in chosen.data.table.column(0).chunks]
+    found = np.concatenate([np.zeros(0, np.int64), *counts])
+    # `select` and `shuffle` leave the table as it is and keep the rows' numbers here (`datasets` 5.2.0).
+    return found if chosen._indices is None else found[np.asarray(chosen._indices.column(0))]
+
+
+def _counts(values: Any) -> np.ndarray:
+    """Images in each row of an Arrow array of images, paths, or lists of them."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    table = getattr(getattr(dataset, "data", None), "table", None)
-    if column is None or table is None or column not in table.column_names:
-        return 0
-    values = table.column(column)
-    if isinstance(values.type, pa.JsonType):
-        cells = dataset.select_columns([column])[column]
-        return sum(len(cell) - 1 for cell in cells if isinstance(cell, list) and cell)
     if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
-        return 0
-    lengths = pc.list_value_length(values)
-    if dataset._indices is not None:  # of `select` and `shuffle` (`datasets` 5.2.0)
-        lengths = lengths.take(dataset._indices.column(0))
-    return int(pc.sum(pc.max_element_wise(pc.subtract(lengths, 1), 0, skip_nulls=False)).as_py() or 0)
+        return _there(values).astype(np.int64)
+    rows = np.asarray(pc.list_parent_indices(values), dtype=np.int64)
+    return np.bincount(rows, _there(pc.list_flatten(values)), len(values)).astype(np.int64)
+
+
+def _there(values: Any) -> np.ndarray:
+    """Which values are images: not null, not blank, a struct with any such field."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_struct(values.type):
+        fields = [_there(pc.struct_field(values, field.name)) for field in values.type]
+        return np.logical_or.reduce(fields) & np.asarray(pc.is_valid(values))
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        return np.asarray(pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(values), ""), False))
+    return np.asarray(pc.is_valid(values))

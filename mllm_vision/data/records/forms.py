@@ -21,7 +21,7 @@ from mllm_vision.data.chat.messages import (
     words,
 )
 from mllm_vision.data.images.files import images_of
-from mllm_vision.data.records.columns import bind_columns, column_kind, features_of
+from mllm_vision.data.records.columns import bind_columns, column_kind, features_of, image_counts
 from mllm_vision.data.records.sampling import only_columns, rows_of
 from mllm_vision.errors import short
 
@@ -171,15 +171,16 @@ class ConversationForm:
     def __init__(self, records: Any, columns: dict[str, str] | None = None) -> None:
         self.columns = dict(columns) if columns else bind_conversations(records)
         bound = set(self.columns)
-        self.form = next((form for form in FORMS if bound.issuperset(form)), None)
-        if self.form is None:
+        found = next((form for form in FORMS if bound.issuperset(form)), None)
+        if found is None:
             raise ValueError(
                 f"columns={self.columns} name no conversation: bind 'messages', 'conversations', 'question' and "
                 "'answer', or 'caption'"
             )
+        self.form = found
         features = getattr(records, "features", None) or {}
-        found = {name: _names(features[name]) for name in self.columns.values() if name in features}
-        self._names = {name: convert for name, convert in found.items() if convert is not None}
+        names = {name: _names(features[name]) for name in self.columns.values() if name in features}
+        self._names = {name: convert for name, convert in names.items() if convert is not None}
         self.by_question = self.form in (("question", "answer"), ("pairs",))
 
     def value(self, record: dict[str, Any], role: str) -> Any:
@@ -299,54 +300,18 @@ def to_messages(record: dict[str, Any], columns: dict[str, str], *, choice: int 
 
 def several_images(records: Any, column: str) -> np.ndarray:
     """Which rows have more than one image, `[rows]` bool."""
-    kind = column_kind(features_of(records)[column])
-    if kind not in ("images", "texts", "any") and not kind.startswith("list"):
-        return np.zeros(len(records), dtype=bool)
     return image_counts(records, column) > 1
 
 
 def tell_of_more_images(records: Any, column: str) -> int:
-    """How many images are left out where one a row is taken and the column holds lists (told); in a list of rows, of
-    its first thousand."""
-    features = getattr(records, "features", None)
-    if features is not None and not column_kind(features[column]).startswith(("images", "texts", "list")):
-        return 0
-    rows = records if features is not None else [records[row] for row in range(min(len(records), 1000))]
+    """How many images are left out where one a row is taken and the column holds lists (reported); in a list of rows,
+    of its first thousand."""
+    rows = records if hasattr(records, "features") else [records[row] for row in range(min(len(records), 1000))]
     more = int(np.maximum(image_counts(rows, column) - 1, 0).sum())
     if more:
-        told = "column %r holds lists of images: the first one of a row is taken, %d further ones are left out"
-        logger.warning(told, column, more)
+        message = "column %r holds lists of images: the first one of a row is taken, %d further ones are left out"
+        logger.warning(message, column, more)
     return more
-
-
-def image_counts(records: Any, column: str) -> np.ndarray:
-    """How many images each row's image column holds (nulls do not count), without reading them where Arrow can tell."""
-    kind = column_kind(records.features[column]) if hasattr(records, "features") else "any"
-    if kind == "any":
-        return np.asarray([len(images_of(record[column])) for record in only_columns(records, [column])])
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    def there(values: Any) -> np.ndarray:
-        if pa.types.is_struct(values.type):
-            fields = [there(pc.struct_field(values, field.name)) for field in values.type]
-            return np.logical_or.reduce(fields) & np.asarray(pc.is_valid(values).to_pylist())
-        elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-            found = pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(values), ""), False)
-        else:
-            found = pc.is_valid(values)
-        return np.asarray(found.to_pylist(), dtype=bool)
-
-    counts: list[np.ndarray] = []
-    for table in only_columns(records, [column]).with_format("arrow").iter(batch_size=1000):
-        values = table[column]
-        values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-        if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-            rows = np.asarray(pc.list_parent_indices(values).to_pylist(), dtype=np.int64)
-            counts.append(np.bincount(rows, there(pc.list_flatten(values)), len(values)).astype(np.int64))
-        else:
-            counts.append(there(values).astype(np.int64))
-    return np.concatenate(counts)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mllm_vision.data.records.sampling import BadRow, column_values
+from mllm_vision.data.records.sampling import BadRow, column_values, only_columns
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def label_value(value: Any) -> int | str | None:
         return value.strip() or None
     if value is None:
         return None
-    if not isinstance(value, numbers.Real):
+    if not isinstance(value, int | float):
         raise BadRow("the label is no class", f"{str(value)[:80]!r} of type {type(value).__name__}")
     if value != value:
         return None
@@ -91,13 +91,14 @@ def label_value(value: Any) -> int | str | None:
     return int(value)
 
 
-def read_labels(values: Sequence[Any], names: Sequence[str] | None = None) -> Labels:
+def read_labels(values: Sequence[Any], names: Sequence[str] | None = None, places: np.ndarray | None = None) -> Labels:
     """The labels of rows.
 
     Args:
-        values: the cells of the label column.
+        values: the cells of the label column; with `places` its distinct cells.
         names: class names by number, of a ClassLabel column or as the user gave them. None: words are numbered in
             alphabetical order (numbers among words are words), integers stay.
+        places: which of `values` each row has, `[rows]`; None: one each.
 
     A word that is none of `names`, or a number beyond them, is one that cannot be read.
     """
@@ -113,18 +114,40 @@ def read_labels(values: Sequence[Any], names: Sequence[str] | None = None) -> La
         names = sorted({str(value) for value in found if value is not None})
         found = [None if value is None else str(value) for value in found]
     if names is not None:
-        place = {name: number for number, name in enumerate(names)}
+        known = {name: number for number, name in enumerate(names)}
         for row, value in enumerate(found):
-            number = place.get(value, -1) if isinstance(value, str) else value
-            if number is not None and not 0 <= number < len(place):
+            number = known.get(value, -1) if isinstance(value, str) else value
+            if number is not None and not 0 <= number < len(known):
                 bad[row] = BadRow("the label is none of the classes", f"{value!r}; they are {', '.join(names[:8])}")
                 number = None
             found[row] = number
     filled = torch.tensor([-1 if value is None else value for value in found], dtype=torch.int64)
+    if places is not None:
+        filled = filled[torch.from_numpy(places)]
+        bad = {row: bad[places[row]] for row in np.flatnonzero(np.isin(places, list(bad))).tolist()}
     return Labels(filled, None if names is None else list(names), bad)
 
 
 def column_labels(records: Any, column: str) -> Labels:
     """The labels of a column of records, with the class names of a ClassLabel column."""
     feature = (getattr(records, "features", None) or {}).get(column)
-    return read_labels(column_values(records, column), getattr(feature, "names", None))
+    values, places = _distinct(records, column) or (column_values(records, column), None)
+    return read_labels(values, getattr(feature, "names", None), places)
+
+
+def _distinct(records: Any, column: str) -> tuple[list[Any], np.ndarray] | None:
+    """(the distinct cells, which of them each row has) of a column of words or numbers in Arrow."""
+    import pyarrow as pa
+
+    if not hasattr(records, "column_names"):
+        return None
+    chosen = only_columns(records, [column])
+    cells = chosen.data.table.column(0)
+    if not (pa.types.is_string(cells.type) or pa.types.is_integer(cells.type) or pa.types.is_floating(cells.type)):
+        return None
+    encoded = cells.combine_chunks().dictionary_encode()
+    encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
+    values = [*encoded.dictionary.to_pylist(), None]
+    places = np.asarray(encoded.indices.fill_null(len(values) - 1), dtype=np.int64)
+    # `select` and `shuffle` leave the table as it is and keep the rows' numbers here (`datasets` 5.2.0).
+    return values, places if chosen._indices is None else places[np.asarray(chosen._indices.column(0))]

@@ -91,7 +91,7 @@ def sample_scene(rng: np.random.Generator, *, unseen: bool = False, count: int |
     cells = rng.choice(len(PLACES), size=count, replace=False)
     sizes = rng.choice(list(SIZES), size=count)
     drawn = zip(pairs, sizes, cells, strict=True)
-    return [SceneObject(*pair, size=str(size), cell=int(cell)) for pair, size, cell in drawn]
+    return [SceneObject(colour, shape, str(size), int(cell)) for (colour, shape), size, cell in drawn]
 
 
 def draw_scene(objects: Sequence[SceneObject], rng: np.random.Generator, *, image_size: int = 48) -> Image.Image:

@@ -166,7 +166,7 @@ def questions(
         before = len(asked)
         for index in rng.permutation(len(QUESTION_TYPES)):
             kind = QUESTION_TYPES[index]
-            target = about or objects[rng.integers(len(objects))]
+            target = about or objects[int(rng.integers(len(objects)))]
             question = _ASK[kind](objects, target, rng)
             if question is not None and question[0] not in asked and len(asked) < count:
                 asked[question[0]] = (question[1], kind)

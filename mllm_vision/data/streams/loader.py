@@ -66,7 +66,9 @@ class StreamLoader:
             "generator", torch.Generator().manual_seed(self.order.seed)
         )  # draws nothing from the model's
         self.batch_sampler = _Batches(self)
-        self._loader = DataLoader(dataset, batch_sampler=self.batch_sampler, collate_fn=collate_fn, **options)
+        self._loader: DataLoader = DataLoader(
+            dataset, batch_sampler=self.batch_sampler, collate_fn=collate_fn, **options
+        )
 
     def __len__(self) -> int:
         if self.order.total is None:
@@ -141,7 +143,7 @@ class _Batches:
             order.next_pass()
             loader.reader.forget()
         while not bounded or loader._left(walk.taken):
-            count = min(batch, order.total - walk.taken) if bounded else batch
+            count = batch if order.total is None else min(batch, order.total - walk.taken)
             rows = loader.reader.read(order.take(count))
             loader._states.append(order.state_dict())
             yield rows

@@ -98,11 +98,12 @@ class Shard:
         """The first rows as an Arrow table; a value that cannot be read is null."""
         import pyarrow as pa
 
-        if self.kind == "parquet":
-            return self.opened.head(count)
+        opened = self.opened
+        if isinstance(opened, ParquetFile):
+            return opened.head(count)
         from mllm_vision.data.records.readers.tables import arrow_of
 
-        return arrow_of(self.opened.read(0)[:count], LeftOut()) if self.groups else pa.table({})
+        return arrow_of(opened.read(0)[:count], LeftOut()) if self.groups else pa.table({})
 
 
 class ParquetFile:

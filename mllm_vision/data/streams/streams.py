@@ -11,12 +11,13 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch.utils.data import Dataset
 
 from mllm_vision.data.records.readers.arrow import united
 from mllm_vision.data.records.readers.files import LeftOut
@@ -26,8 +27,6 @@ from mllm_vision.data.records.readers.tables import with_paths
 from mllm_vision.data.records.sampling import BadRow, BadSamples, draw_key
 from mllm_vision.data.streams.order import Ref, Source, StreamOrder, deal
 from mllm_vision.data.streams.shards import find_shards
-
-logger = logging.getLogger(__name__)
 
 _HEADS = 8  # shards that are looked at for their columns
 _ROWS_TRIED, _SHARDS_TRIED = 200, 8  # in place of a row that cannot be used
@@ -155,7 +154,7 @@ class Stream:
         return rows
 
 
-class StreamDataset:
+class StreamDataset(Dataset):
     """Turns the rows of a stream into samples. `StreamLoader` hands it rows that have been read, with where they lie.
 
     Args:
@@ -223,11 +222,12 @@ class StreamDataset:
             own = source.group_of(shard, ref.row) if shard == ref.shard else 0
             for group in [*groups[own:], *groups[:own]]:
                 start = int(source.starts(shard)[group])
-                kept = range(start, start + source.shards[shard].groups[group])
+                stop = start + source.shards[shard].groups[group]
+                others = [*range(start, stop)]
                 if (shard, group) == (ref.shard, own):
-                    kept = [*range(ref.row + 1, kept.stop), *range(start, ref.row)]
-                rows = self.read(ref.source, shard, group) if kept else []
-                for row in kept:
+                    others = [*range(ref.row + 1, stop), *range(start, ref.row)]
+                rows = self.read(ref.source, shard, group) if others else []
+                for row in others:
                     yield ref._replace(shard=shard, row=row), rows[row - start]
                     count += 1
                     if count == _ROWS_TRIED:

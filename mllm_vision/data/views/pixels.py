@@ -136,7 +136,7 @@ def crop_by_row(
         resample: "bilinear" or "bicubic", antialiased as Pillow's.
     """
     p, strides = parameters, pixels.stride()
-    corners = pixels.storage_offset() + images * strides[0] + p.top * strides[2] + p.left * strides[3]
+    corners = images * strides[0] + p.top * strides[2] + p.left * strides[3] + int(pixels.storage_offset())
     boxes = []
     for corner, height, width in torch.stack([corners, p.height, p.width], dim=1).tolist():
         # Contiguous first: the resize would make the same copy, and take ten times as long for it.

@@ -130,11 +130,12 @@ class ViewArguments:
     def _changed(self, view: View, strength: float, scale: Sequence[float] | None) -> View:
         names = ("flip", "jitter_probability", "gray", "blur", "solarize")
         given: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given["jitter"] = tuple(strength * each for each in view.jitter)
         if scale is not None:
             given["scale"] = tuple(scale)
         if self.blur_sigma is not None:
             given["sigma"] = tuple(self.blur_sigma)
-        return replace(view, jitter=tuple(strength * each for each in view.jitter), **given)
+        return replace(view, **given)
 
 
 class ViewMaker:

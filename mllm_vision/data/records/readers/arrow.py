@@ -127,7 +127,7 @@ def united(tables: Sequence[tuple[str, pa.Table]], left_out: LeftOut) -> tuple[p
         parts = [(table.column(column) if column in table.column_names else None) for _, table in filled]
         feature, change = _common(column, given, [part for part in parts if part is not None], left_out)
         kind = _storage(feature)
-        chunks = []
+        chunks: list[Any] = []
         for (_, table), part, own in zip(filled, parts, features, strict=True):
             array = pa.nulls(table.num_rows, kind) if part is None else change(part, own[column], kind)
             chunks += array.chunks if isinstance(array, pa.ChunkedArray) else [array]
@@ -195,8 +195,8 @@ def _common(column: str, features: list[Any], parts: list[Any], left_out: LeftOu
         return known[0], keep
     if any(isinstance(feature, ClassLabel) for feature in features):
         left_out.note(f"column {column!r} has other classes in some files: its labels are read as words")
-        kinds = {pa.string() if isinstance(feature, ClassLabel) else _storage(feature) for feature in features}
-        kind = _promoted([*kinds]) or pa.string()
+        stored = {pa.string() if isinstance(feature, ClassLabel) else _storage(feature) for feature in features}
+        kind = _promoted([*stored]) or pa.string()
 
         def words(part: Any, own: Any, kind: pa.DataType) -> Any:
             if isinstance(own, ClassLabel):

@@ -23,7 +23,7 @@ from mllm_vision.data.records.readers.paths import ImagePaths
 from mllm_vision.errors import short
 
 _CHUNK = 8192  # rows that become Arrow at once
-_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _INTEGER = r"^-?(0|[1-9][0-9]{0,17})$"
 _NUMBER = r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
 

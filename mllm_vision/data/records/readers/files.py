@@ -135,8 +135,8 @@ def _matched(text: str, path: Path, left_out: LeftOut) -> Found:
     there, *parts = Path(), *path.parts
     while len(parts) > 1 and (there / parts[0]).is_dir():  # a folder that exists is that folder, brackets and all
         there /= parts.pop(0)
-    known = glob.escape(str(there))
-    spelled = [each if known == "." else os.path.join(known, each) for each in braces(os.path.join(*parts))]
+    folder = glob.escape(str(there))
+    spelled = [each if folder == "." else os.path.join(folder, each) for each in braces(os.path.join(*parts))]
     found = {each: glob.glob(each, recursive=True) for each in spelled}
     missing = [each for each, files in found.items() if not any(map(os.path.exists, files))]
     if len(missing) == len(spelled):
@@ -146,18 +146,14 @@ def _matched(text: str, path: Path, left_out: LeftOut) -> Found:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise FileNotFoundError(f"{text!r} names {len(spelled)} files, and {len(missing)} are missing: {names}{more}")
     paths = sorted({path for files in found.values() for path in files if os.path.exists(path)})
-    folders = [path for path in paths if os.path.isdir(path)]
     root = Path(os.path.commonpath([os.path.dirname(path) or "." for path in paths]))
     files = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths if not os.path.isdir(path)]
-    known = set(files)
-    for folder in folders:
-        prefix = os.path.relpath(folder, root).replace(os.sep, "/")
-        below = [file if prefix == "." else f"{prefix}/{file}" for file in walk(Path(folder), left_out)]
-        files += [file for file in below if file not in known]
-        known.update(below)
+    for below in filter(os.path.isdir, paths):
+        prefix = os.path.relpath(below, root).replace(os.sep, "/")
+        files += [file if prefix == "." else f"{prefix}/{file}" for file in walk(Path(below), left_out)]
     if not files:
         raise FileNotFoundError(f"{text!r} matches folders only, and they are empty (working folder: {Path.cwd()})")
-    return Found(root, sorted(files), named=True)
+    return Found(root, sorted(set(files)), named=True)
 
 
 def walk(folder: Path, left_out: LeftOut) -> list[str]:
@@ -248,7 +244,7 @@ def table_splits(files: Sequence[str], asked: str = "") -> tuple[dict[str, list[
         return {top: list(files)}, []
     named = exact
     if not any(exact.values()):
-        known = set(worded.values()) - {None}
+        known = {found for found in worded.values() if found is not None}
         paired = len({rest for _, rest in known}) < len(known)
         alone = {split for split, _ in known} in ({"train"}, {_SPLIT_OF.get(asked, asked)})
         if not paired and not (alone and None not in worded.values()):

@@ -31,7 +31,7 @@ def plain_repository(name: str) -> Found | None:
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
         return _noted(note)
     files = sorted(sibling.rfilename for sibling in info.siblings or [])
-    if (info.card_data or {}).get("configs") or not _plain(files):
+    if (info.card_data is not None and info.card_data.get("configs")) or not _plain(files):
         return None
     files = [file for file in files if kind_of(file) and not any(map(hidden, PurePosixPath(file).parts))]
     folder = snapshot_download(name, repo_type="dataset", revision=info.sha, allow_patterns=files)

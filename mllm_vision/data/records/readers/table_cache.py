@@ -16,7 +16,7 @@ from mllm_vision.data.records.readers.files import LeftOut, kind_of
 from mllm_vision.data.records.readers.paths import ImagePaths
 from mllm_vision.data.records.readers.tables import read_table
 
-IN_MEMORY = 256 << 20  # bytes of files; more of them become Arrow files in the cache of `datasets`
+IN_MEMORY = 64 << 20  # bytes of files; more of them become Arrow files in the cache of `datasets`
 _FORMAT = 1  # of what is cached; raise it where a change here or in the readers gives other rows
 _SAMPLED = 64 << 10  # bytes at both ends of a file that its fingerprint is of, and all of a smaller one
 
@@ -38,8 +38,8 @@ def read_tables(root: Path, files: Sequence[str], image_root: Path | None, left_
     tables: list[tuple[str, pa.Table]] = []
     for file in files:
         path = root / file
-        pieces = read_table(path, ImagePaths(image_root or path.parent, left_out), left_out)
-        if large and kind_of(file) in ("parquet", "tar"):
+        pieces: Iterable[pa.Table] = read_table(path, ImagePaths(image_root or path.parent, left_out), left_out)
+        if large and kind_of(file) != "arrow":
             pieces = _mapped(path, image_root, pieces, left_out)
         found = [(file, piece) for piece in pieces]
         if not any(piece.num_rows for _, piece in found):
@@ -88,7 +88,8 @@ def _mapped(path: Path, image_root: Path | None, pieces: Iterable[pa.Table], lef
 
 def _write(stem: Path, pieces: Iterable[pa.Table]) -> int:
     """Writes Arrow files stem-0.arrow, stem-1.arrow ..., a new one where the schema changes; how many there are."""
-    number, writer, schema = 0, None, None
+    number, schema = 0, None
+    writer: Any = None
     for piece in pieces:
         if not piece.num_rows and writer is not None:
             continue

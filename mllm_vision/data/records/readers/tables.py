@@ -6,7 +6,6 @@ it.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -176,12 +175,14 @@ def _coco_captions(value: dict[str, Any], path: Path, left_out: LeftOut) -> list
 def _parquet_tables(path: Path, left_out: LeftOut) -> Iterator[pa.Table]:
     import pyarrow.parquet as pq
 
+    def bad(name: str, error: Exception) -> None:
+        left_out.add(f"texts of {path.name} that are no UTF-8", f"{name}: {error}")
+
     try:
         file = pq.ParquetFile(path, memory_map=True)
         yield file.schema_arrow.empty_table()
         for batch in file.iter_batches(batch_size=1024):
-            told = functools.partial(left_out.add, f"texts of {path.name} that are no UTF-8")
-            yield readable(pa.Table.from_batches([batch]), lambda name, error, add=told: add(f"{name}: {error}"))[0]
+            yield readable(pa.Table.from_batches([batch]), bad)[0]
     except (OSError, ValueError, NotImplementedError) as error:
         if isinstance(error, FileNotFoundError):
             raise

@@ -96,10 +96,10 @@ def _members(path: Path, left_out: LeftOut) -> list[Member]:
     """The files in a tar, of all archives that were appended to it; what is no plain file inside it is counted."""
     found: list[Member] = []
     size = path.stat().st_size
-    start = 0
+    start: int | None = 0
     try:
         with path.open("rb") as stream:
-            while True:
+            while start is not None:
                 stream.seek(start)
                 with tarfile.open(fileobj=stream, mode="r:") as archive:
                     for member in archive:
@@ -111,9 +111,9 @@ def _members(path: Path, left_out: LeftOut) -> list[Member]:
                     what = "ends without the mark of a tar's end" if len(block) < _BLOCK else "has a damaged header"
                     raise ValueError(f"{path} is cut off or damaged: at byte {end} of {size} it {what}")
                 start = _next_archive(stream, end + _BLOCK)
-                if start is None:
-                    return found
-                left_out.note(f"{path.name} is several tars, one behind the other: all are read")
+                if start is not None:
+                    left_out.note(f"{path.name} is several tars, one behind the other: all are read")
+            return found
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as a tar: {error}; it must be whole and uncompressed") from error
 
