@@ -20,6 +20,17 @@ logger = logging.getLogger(__name__)
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 IMAGE_TOKEN = "<image>"
+_SETTINGS = {
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": False,
+    "add_eos_token": False,
+    "legacy": False,
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "additional_special_tokens": [IMAGE_TOKEN],
+}
 
 
 def read_documents(patterns: Sequence[str], *, lower_case: bool = False, max_rows: int | None = None) -> list[str]:
@@ -105,19 +116,9 @@ def train_tokenizer(
             f"letter; raise --vocab_size (sentencepiece says: {needed.group(0) if needed else error})"
         ) from error
     (folder / "tokenizer.vocab").unlink(missing_ok=True)
-    settings = {
-        "tokenizer_class": "LlamaTokenizer",
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "legacy": False,
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "additional_special_tokens": [IMAGE_TOKEN],
-        "model_max_length": max_length,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**_SETTINGS, "model_max_length": max_length}, indent=2), encoding="utf-8"
+    )
     tokenizer = LlamaTokenizer.from_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if len(tokenizer) < vocab_size:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from mllm_vision.data import PairDataset, bind_columns
 from mllm_vision.data.streams.flags import StreamArguments
 from mllm_vision.data.streams.loader import StreamLoader
-from mllm_vision.data.streams.order import Source, StreamOrder, deal
+from mllm_vision.data.streams.order import Source, StreamOrder, split_among_ranks
 from mllm_vision.data.streams.shards import Shard, find_shards
 from mllm_vision.data.streams.streams import Stream, StreamDataset
 
@@ -126,8 +126,8 @@ def test_a_pass_shows_every_row_once_and_goes_on_from_any_state(groups, buffer, 
     whole = order()
     first, second = whole.take(total), whole.take(total)
     everything = [(shard, row) for shard, sizes in enumerate(groups) for row in range(sum(sizes))]
-    assert sorted(ref[1:3] for ref in first) == sorted(ref[1:3] for ref in second) == everything
-    assert {ref.turn for ref in first} == {0} and {ref.turn for ref in second} == {1}
+    assert sorted(position[1:3] for position in first) == sorted(position[1:3] for position in second) == everything
+    assert {position.turn for position in first} == {0} and {position.turn for position in second} == {1}
 
     stop = data.draw(st.integers(0, 2 * total))
     torn = order()
@@ -140,24 +140,24 @@ def test_a_pass_shows_every_row_once_and_goes_on_from_any_state(groups, buffer, 
 def test_shuffling_reaches_across_shards_and_passes_differ() -> None:
     order = StreamOrder([numbers([[50]] * 8)], buffer=100, lanes=4)
     first, second = order.take(400), order.take(400)
-    assert [ref[1:3] for ref in first] != [ref[1:3] for ref in second]
-    assert len({ref.shard for ref in first[:40]}) >= 4
-    places = np.array([ref.row for ref in first[:400]])
+    assert [position[1:3] for position in first] != [position[1:3] for position in second]
+    assert len({position.shard for position in first[:40]}) >= 4
+    places = np.array([position.row for position in first[:400]])
     assert np.abs(np.diff(places)).mean() > 5  # neighbours were no neighbours in the file
     unshuffled = StreamOrder([numbers([[3], [2, 1]])], buffer=0, lanes=1).take(6)
-    assert [ref[1:3] for ref in unshuffled] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert [position[1:3] for position in unshuffled] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 6, 8])
 def test_every_rank_gets_as_much_and_its_own_lanes_first(world: int) -> None:
     order = StreamOrder([numbers([[200]] * 12)], buffer=60, lanes=6)
     for _ in range(5):
-        refs = order.take(24 * world)
-        hands = deal(refs, [6], world)
-        assert sorted(place for hand in hands for place in hand) == list(range(24 * world))
-        assert {len(hand) for hand in hands} == {24}
+        positions = order.take(24 * world)
+        taken = split_among_ranks(positions, [6], world)
+        assert sorted(place for own in taken for place in own) == list(range(24 * world))
+        assert {len(own) for own in taken} == {24}
         if 6 % world == 0:  # no rank reads another's shards
-            assert all(refs[place].lane * world // 6 == rank for rank, hand in enumerate(hands) for place in hand)
+            assert all(positions[place].lane * world // 6 == rank for rank, own in enumerate(taken) for place in own)
 
 
 # ---- ranks and resuming --------------------------------------------------------------------------------------
@@ -251,12 +251,12 @@ def test_ranks_read_their_own_shards(tmp_path: Path) -> None:
 def test_weights_are_the_shares_of_the_sources(shards: Path) -> None:
     stream = stream_of(shards / "parquet", mix={str(shards / "other"): 0.25})
     order = stream.order()
-    refs = order.take(4000)
-    share = sum(ref.source == 1 for ref in refs) / 4000
+    positions = order.take(4000)
+    share = sum(position.source == 1 for position in positions) / 4000
     assert abs(share - 0.2) < 4 * (0.2 * 0.8 / 4000) ** 0.5
-    own = [ref for ref in refs if ref.source == 1]
+    own = [position for position in positions if position.source == 1]
     for turn in range(10):  # each source passes over all its rows before it repeats one
-        assert sorted(ref.row for ref in own[20 * turn : 20 * turn + 20]) == list(range(20))
+        assert sorted(position.row for position in own[20 * turn : 20 * turn + 20]) == list(range(20))
     assert stream.total is None
     with pytest.raises(TypeError, match="no known length"):
         len(loader_of(stream))
@@ -431,8 +431,9 @@ from mllm_vision.data.streams.shards import find_shards
 source = Source(find_shards("somebody/pairs"))
 assert not source.known
 order = StreamOrder([source], buffer=0, lanes=1)
-refs = order.take(18)
-print([len(source.shards), [source.shards[r.shard].read(source.group_of(r.shard, r.row))[0] is not None for r in refs]])
+positions = order.take(18)
+read = [source.shards[r.shard].read(source.group_of(r.shard, r.row))[0] is not None for r in positions]
+print([len(source.shards), read])
 assert source.shards[0].read(1, ["caption"])[0] == {{"caption": "a4"}}
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled

@@ -275,6 +275,23 @@ def test_large_parts_are_mapped_from_the_disk_and_give_the_same(place, monkeypat
     assert len(changed) == 5 and changed._fingerprint != plain._fingerprint
 
 
+def test_what_is_left_out_of_a_mapped_file_is_known_again(place, monkeypatch, caplog) -> None:
+    import datasets
+
+    from mllm_vision.data.records.readers import table_cache
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(place / "cache"))
+    torn = file(place / "torn.jsonl", lines(*[{"image": "shots/0.PNG", "caption": str(n)} for n in range(4)]) + "{torn")
+    plain = load_records(torn)
+    monkeypatch.setattr(table_cache, "IN_MEMORY", 0)
+    for _ in range(2):  # written, then found
+        caplog.clear()
+        mapped = load_records(torn)
+        assert mapped[:] == plain[:] and mapped.left_out == plain.left_out and sum(plain.left_out.values()) == 1
+        assert "no JSON object" in caplog.text
+    assert len(list((place / "cache" / "mllm_vision").glob("*.arrow"))) == 1
+
+
 # ---- any table ---------------------------------------------------------------------------------------------------
 
 WORDS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\r"), max_size=12)

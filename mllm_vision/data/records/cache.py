@@ -29,6 +29,8 @@ def cached(name: str, use: Callable[[Path], _T], what: str) -> _T:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{name}.lock"):
             return use(folder / name)
+    except FileNotFoundError:
+        raise  # an image of the data, not the cache
     except OSError as error:
         raise OSError(
             f"{what} cannot be written to {folder}: {error}; set HF_DATASETS_CACHE to a folder with room"

@@ -67,21 +67,8 @@ def bind_columns(dataset: Any, roles: Sequence[str], overrides: dict[str, str] |
         if role not in _NAMES:
             raise ValueError(f"unknown role {role!r}; the roles are {', '.join(ROLES)}")
     for role in wanted:
-        name = overrides.get(role)
-        if name is None:
-            continue
-        if name not in features:
-            near = get_close_matches(name, features, n=1)
-            raise ValueError(
-                f"column {name!r} (for {role}) does not exist"
-                + (f"; did you mean {near[0]!r}?" if near else ".")
-                + f" The columns are: {found}"
-            )
-        if not _fits(role, features[name]):
-            raise ValueError(
-                f"column {name!r} ({_type_name(features[name])}) cannot serve as {role}. The columns are: {found}"
-            )
-        bound[role] = name
+        if role in overrides:
+            bound[role] = _checked(overrides[role], role, features, found)
     lower = {name.lower(): name for name in reversed(list(features))}
     for role in wanted:
         if role in bound:
@@ -111,6 +98,22 @@ def bind_columns(dataset: Any, roles: Sequence[str], overrides: dict[str, str] |
                 f"Name it with --{wanted_role}_column"
             )
     return {role: bound[role] for role in wanted if role in bound}
+
+
+def _checked(name: str, role: str, features: dict[str, Any], found: str) -> str:
+    """The column the user names for a role, if there is one that can serve."""
+    if name not in features:
+        near = get_close_matches(name, features, n=1)
+        raise ValueError(
+            f"column {name!r} (for {role}) does not exist"
+            + (f"; did you mean {near[0]!r}?" if near else ".")
+            + f" The columns are: {found}"
+        )
+    if not _fits(role, features[name]):
+        raise ValueError(
+            f"column {name!r} ({_type_name(features[name])}) cannot serve as {role}. The columns are: {found}"
+        )
+    return name
 
 
 def features_of(dataset: Any) -> dict[str, Any]:

@@ -91,8 +91,8 @@ class StreamLoader:
     @property
     def passes_done(self) -> int:
         """How many whole passes lie behind the saved state, where their length is known."""
-        walk = self._state["sources"][0]
-        return walk["turn"] + (self.order.total is not None and self.batches_done == len(self))
+        source_order = self._state["sources"][0]
+        return source_order["turn"] + (self.order.total is not None and self.batches_done == len(self))
 
     def __iter__(self) -> Iterator[Any]:
         if self._states:  # the last iteration was left before its end: workers had fetched more than was used
@@ -138,12 +138,12 @@ class _Batches:
 
     def __iter__(self) -> Iterator[list[Any]]:
         loader, order = self.loader, self.loader.order
-        batch, bounded, walk = loader.batch_size * loader.world, order.total is not None, order.walks[0]
-        if bounded and not loader._left(walk.taken):
+        batch, bounded, source_order = loader.batch_size * loader.world, order.total is not None, order.source_orders[0]
+        if bounded and not loader._left(source_order.taken):
             order.next_pass()
             loader.reader.forget()
-        while not bounded or loader._left(walk.taken):
-            count = batch if order.total is None else min(batch, order.total - walk.taken)
+        while not bounded or loader._left(source_order.taken):
+            count = batch if order.total is None else min(batch, order.total - source_order.taken)
             rows = loader.reader.read(order.take(count))
             loader._states.append(order.state_dict())
             yield rows

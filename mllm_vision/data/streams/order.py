@@ -2,7 +2,7 @@
 
 The order is fixed by the shards, the seed, the size of the shuffle buffer and the number of lanes (MosaicML's
 StreamingDataset calls the like of them canonical nodes); by the number of ranks, workers and the batch size it is
-not. Every rank walks all of it and reads its own rows only: a walk moves integers, so its state is some integers.
+not. Every rank computes all of it and reads its own rows only: an order is made of integers, and so is its state.
 
 A lane reads its share of the shards one after the other into its share of the shuffle buffer; the lanes take turns.
 """
@@ -21,7 +21,7 @@ _BLOCK = 1024  # random numbers made at once
 _MASK = (1 << 64) - 1
 
 
-class Ref(NamedTuple):
+class RowPosition(NamedTuple):
     """Where a row lies: source, shard and row in the shard; the pass over the source, and the lane it came by."""
 
     source: int
@@ -106,7 +106,7 @@ def _splitmix(state: Any) -> Any:
         return state ^ (state >> np.uint64(31))
 
 
-class _Lane:
+class _ShardReader:
     """A share of a source's shards, read in turn into a share of the shuffle buffer."""
 
     def __init__(self, source: Source, shards: Sequence[int], size: int, draws: _Draws) -> None:
@@ -186,7 +186,7 @@ class _Lane:
         self._rows = None
 
 
-class _Walk:
+class _SourceOrder:
     """One source's rows, pass after pass."""
 
     def __init__(self, source: Source, number: int, seed: int, buffer: int, lanes: int) -> None:
@@ -197,17 +197,19 @@ class _Walk:
         self._begin(0)
 
     def _begin(self, turn: int) -> None:
-        """A new pass: the shards in a new order, dealt to the lanes."""
+        """A new pass: the shards in a new order, shared out over the lanes."""
         self.turn, self.taken, self.next = turn, 0, 0
         order = list(range(len(self.source.shards)))
         if self.shuffle:
             order = _Draws(self.seed, self.number, turn, 1).shuffled(len(order))
         self.lanes = [
-            _Lane(self.source, order[lane :: self.count], self.share, _Draws(self.seed, self.number, turn, 2, lane))
+            _ShardReader(
+                self.source, order[lane :: self.count], self.share, _Draws(self.seed, self.number, turn, 2, lane)
+            )
             for lane in range(self.count)
         ]
 
-    def draw(self) -> Ref | None:
+    def draw(self) -> RowPosition | None:
         """The next row of this pass; None at its end."""
         for _ in range(self.count):
             lane = self.next
@@ -215,7 +217,7 @@ class _Walk:
             row = self.lanes[lane].draw()
             if row is not None:
                 self.taken += 1
-                return Ref(self.number, row >> 32, row & 0xFFFFFFFF, self.turn, lane)
+                return RowPosition(self.number, row >> 32, row & 0xFFFFFFFF, self.turn, lane)
         return None
 
     def state(self) -> dict[str, Any]:
@@ -263,8 +265,9 @@ class StreamOrder:
     def restart(self) -> None:
         """Back to the first row of the first pass."""
         self.position = 0
-        self.walks = [
-            _Walk(source, number, self.seed, self.buffer, self.lanes) for number, source in enumerate(self.sources)
+        self.source_orders = [
+            _SourceOrder(source, number, self.seed, self.buffer, self.lanes)
+            for number, source in enumerate(self.sources)
         ]
 
     @property
@@ -278,32 +281,32 @@ class StreamOrder:
 
     def next_pass(self) -> None:
         """Leave out what is left of this pass (less than a batch)."""
-        self.walks[0]._begin(self.walks[0].turn + 1)
+        self.source_orders[0]._begin(self.source_orders[0].turn + 1)
 
-    def take(self, count: int) -> list[Ref]:
+    def take(self, count: int) -> list[RowPosition]:
         """The next `count` rows; across the end of a pass where need be.
 
         Raises:
             ValueError: a whole pass over a source has no row.
         """
-        refs = []
+        positions = []
         for _ in range(count):
             number = 0
             if len(self.sources) > 1:
                 number = min(bisect_right(self._bounds, self._chosen(self.position) / 2**64), len(self.sources) - 1)
-            walk = self.walks[number]
-            ref = walk.draw()
-            if ref is None:
-                if not walk.taken:
-                    names = ", ".join(shard.name for shard in walk.source.shards[:3])
+            source_order = self.source_orders[number]
+            position = source_order.draw()
+            if position is None:
+                if not source_order.taken:
+                    names = ", ".join(shard.name for shard in source_order.source.shards[:3])
                     raise ValueError(f"a whole pass over {names} gave no row: they are empty")
-                walk._begin(walk.turn + 1)
-                ref = walk.draw()
-                if ref is None:
-                    raise ValueError(f"{walk.source.shards[0].name} gave rows once and none in the next pass")
+                source_order._begin(source_order.turn + 1)
+                position = source_order.draw()
+                if position is None:
+                    raise ValueError(f"{source_order.source.shards[0].name} gave rows once and none in the next pass")
             self.position += 1
-            refs.append(ref)
-        return refs
+            positions.append(position)
+        return positions
 
     # ---- state -----------------------------------------------------------------------------------------------
 
@@ -319,34 +322,34 @@ class StreamOrder:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on from here: plain numbers and lists of them."""
-        return {"position": self.position, "sources": [walk.state() for walk in self.walks]}
+        return {"position": self.position, "sources": [source_order.state() for source_order in self.source_orders]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken."""
         self.position = int(state["position"])
-        for walk, saved in zip(self.walks, state["sources"], strict=True):
-            walk.load(saved)
+        for source_order, saved in zip(self.source_orders, state["sources"], strict=True):
+            source_order.load(saved)
 
 
-def deal(refs: Sequence[Ref], sources: Sequence[int], world: int) -> list[list[int]]:
+def split_among_ranks(positions: Sequence[RowPosition], sources: Sequence[int], world: int) -> list[list[int]]:
     """Which positions of a global batch each rank takes: those of its own lanes first, and equally many for all.
 
     Args:
-        refs: a global batch; its length is a multiple of `world`.
+        positions: a global batch; its length is a multiple of `world`.
         sources: how many lanes each source has.
         world: number of ranks.
 
     Returns:
-        For every rank the places in `refs`, in order. Together they are all places, each once.
+        For every rank the places in `positions`, in order. Together they are all places, each once.
     """
-    share = len(refs) // world
-    hands: list[list[int]] = [[] for _ in range(world)]
+    share = len(positions) // world
+    taken: list[list[int]] = [[] for _ in range(world)]
     others: list[int] = []
-    for place, ref in enumerate(refs):
-        hand = hands[ref.lane * world // sources[ref.source]]
-        (hand if len(hand) < share else others).append(place)
-    for hand in hands:
-        while len(hand) < share:
-            hand.append(others.pop(0))
-        hand.sort()
-    return hands
+    for place, position in enumerate(positions):
+        own = taken[position.lane * world // sources[position.source]]
+        (own if len(own) < share else others).append(place)
+    for own in taken:
+        while len(own) < share:
+            own.append(others.pop(0))
+        own.sort()
+    return taken

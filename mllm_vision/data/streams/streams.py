@@ -25,7 +25,7 @@ from mllm_vision.data.records.readers.paths import ImagePaths
 from mllm_vision.data.records.readers.table_cache import ends_of, fingerprint
 from mllm_vision.data.records.readers.tables import with_paths
 from mllm_vision.data.records.sampling import BadRow, BadSamples, draw_key
-from mllm_vision.data.streams.order import Ref, Source, StreamOrder, deal
+from mllm_vision.data.streams.order import RowPosition, Source, StreamOrder, split_among_ranks
 from mllm_vision.data.streams.shards import find_shards
 
 _HEADS = 8  # shards that are looked at for their columns
@@ -80,7 +80,7 @@ class Stream:
         return cls(sources, **settings)
 
     def order(self) -> StreamOrder:
-        """A walker that stands at the beginning."""
+        """The order of rows, at its beginning."""
         return StreamOrder(self.sources, **self.settings)
 
     def head(self, count: int = 16) -> Any:
@@ -155,7 +155,7 @@ class Stream:
 
 
 class StreamDataset(Dataset):
-    """Turns the rows of a stream into samples. `StreamLoader` hands it rows that have been read, with where they lie.
+    """Turns the rows of a stream into samples. `StreamLoader` taken it rows that have been read, with where they lie.
 
     Args:
         stream: what is read.
@@ -197,38 +197,38 @@ class StreamDataset(Dataset):
             raise TypeError("the stream has no known length (weights, or shards on the Hub)")
         return self.stream.total
 
-    def __getitem__(self, item: tuple[Ref, dict[str, Any]]) -> dict[str, Any]:
-        ref, row = item
-        key = draw_key(self.seed, ref.turn, ref.source, ref.shard, ref.row)
-        last = self._judge(row, ref, key)
+    def __getitem__(self, item: tuple[RowPosition, dict[str, Any]]) -> dict[str, Any]:
+        position, row = item
+        key = draw_key(self.seed, position.turn, position.source, position.shard, position.row)
+        last = self._judge(row, position, key)
         if not isinstance(last, BadRow):
             return last
         tried = 1
-        for other, row in self._instead(ref):
+        for other, row in self._instead(position):
             last = self._judge(row, other, key)
             if not isinstance(last, BadRow):
                 return last
             tried += 1
-        name = self.stream.sources[ref.source].shards[ref.shard].name
-        raise ValueError(f"{tried} rows from row {ref.row} of {name} on cannot be used; the last one, {last}")
+        name = self.stream.sources[position.source].shards[position.shard].name
+        raise ValueError(f"{tried} rows from row {position.row} of {name} on cannot be used; the last one, {last}")
 
-    def _instead(self, ref: Ref) -> Iterator[tuple[Ref, dict[str, Any]]]:
+    def _instead(self, position: RowPosition) -> Iterator[tuple[RowPosition, dict[str, Any]]]:
         """Rows to take in place of one: those of its group, then of the groups and shards behind it."""
-        source = self.stream.sources[ref.source]
+        source = self.stream.sources[position.source]
         count = 0
-        shards = [*range(ref.shard, len(source.shards)), *range(ref.shard)]
+        shards = [*range(position.shard, len(source.shards)), *range(position.shard)]
         for shard in shards[:_SHARDS_TRIED]:
             groups = range(len(source.shards[shard].groups))
-            own = source.group_of(shard, ref.row) if shard == ref.shard else 0
+            own = source.group_of(shard, position.row) if shard == position.shard else 0
             for group in [*groups[own:], *groups[:own]]:
                 start = int(source.starts(shard)[group])
                 stop = start + source.shards[shard].groups[group]
                 others = [*range(start, stop)]
-                if (shard, group) == (ref.shard, own):
-                    others = [*range(ref.row + 1, stop), *range(start, ref.row)]
-                rows = self.read(ref.source, shard, group) if others else []
+                if (shard, group) == (position.shard, own):
+                    others = [*range(position.row + 1, stop), *range(start, position.row)]
+                rows = self.read(position.source, shard, group) if others else []
                 for row in others:
-                    yield ref._replace(shard=shard, row=row), rows[row - start]
+                    yield position._replace(shard=shard, row=row), rows[row - start]
                     count += 1
                     if count == _ROWS_TRIED:
                         return
@@ -237,16 +237,16 @@ class StreamDataset(Dataset):
         """The rows of a group with the columns that are needed."""
         return self.stream.read(source, shard, group, self.columns, self._images)
 
-    def _judge(self, row: dict[str, Any], ref: Ref, key: int) -> dict[str, Any] | BadRow:
+    def _judge(self, row: dict[str, Any], position: RowPosition, key: int) -> dict[str, Any] | BadRow:
         """The sample, or why there is none."""
-        where = f"{self.stream.sources[ref.source].shards[ref.shard].name} row {ref.row}"
-        return self.bad_samples.judge(where, self._sample, row, ref, key)
+        where = f"{self.stream.sources[position.source].shards[position.shard].name} row {position.row}"
+        return self.bad_samples.judge(where, self._sample, row, position, key)
 
-    def _sample(self, row: dict[str, Any], ref: Ref, key: int) -> dict[str, Any]:
+    def _sample(self, row: dict[str, Any], position: RowPosition, key: int) -> dict[str, Any]:
         for value in row.values():
             if isinstance(value, BadRow):
                 raise value
-        return self.reader.read_record(row, key, ref.row)
+        return self.reader.read_record(row, key, position.row)
 
 
 class RowReader:
@@ -264,21 +264,25 @@ class RowReader:
         self._pool: ThreadPoolExecutor | None = None
         self.groups_read = 0
 
-    def read(self, refs: Sequence[Ref]) -> list[tuple[Ref, dict[str, Any]]]:
+    def read(self, positions: Sequence[RowPosition]) -> list[tuple[RowPosition, dict[str, Any]]]:
         """This rank's rows of a global batch that `order` has just given."""
-        mine = deal(refs, [walk.count for walk in self.order.walks], self.world)[self.rank]
+        mine = split_among_ranks(
+            positions, [source_order.count for source_order in self.order.source_orders], self.world
+        )[self.rank]
         wanted: dict[tuple[_File, int], set[int]] = {}
         for place in mine:
-            file, row = _file(refs[place]), refs[place].row
+            file, row = _file(positions[place]), positions[place].row
             if row not in self._rows.get(file, ()):
                 group = self.order.sources[file.source].group_of(file.shard, row)
                 wanted.setdefault((file, group), set()).add(row)
         for (file, group), rows in wanted.items():
             self._load(file, group, rows)
-        found = [(refs[place], self._rows[_file(refs[place])].pop(refs[place].row)) for place in mine]
-        for ref in refs:  # what the other ranks took
-            self._rows.get(_file(ref), {}).pop(ref.row, None)
-        if any(ref.turn != refs[0].turn for ref in refs):  # a pass ended: nothing of it is still to come
+        found = [(positions[place], self._rows[_file(positions[place])].pop(positions[place].row)) for place in mine]
+        for position in positions:  # what the other ranks took
+            self._rows.get(_file(position), {}).pop(position.row, None)
+        if any(
+            position.turn != positions[0].turn for position in positions
+        ):  # a pass ended: nothing of it is still to come
             self._drop_old()
         self._look_ahead()
         return found
@@ -286,10 +290,10 @@ class RowReader:
     def _load(self, file: _File, group: int, needed: set[int]) -> None:
         future = self._ahead.pop((file, group), None)
         rows = future.result() if future is not None else self._read(file, group)
-        walk = self.order.walks[file.source]
+        source_order = self.order.source_orders[file.source]
         alive = set(needed)
-        if file.turn == walk.turn:
-            lane = next(lane for lane in walk.lanes if file.shard in lane.shards)
+        if file.turn == source_order.turn:
+            lane = next(lane for lane in source_order.lanes if file.shard in lane.shards)
             alive |= lane.waiting(file.shard, group)
         start = int(self.order.sources[file.source].starts(file.shard)[group])
         self._rows.setdefault(file, {}).update({row: rows[row - start] for row in alive})
@@ -301,19 +305,19 @@ class RowReader:
 
     def _look_ahead(self) -> None:
         """Start reading the groups that the rank's own lanes stand in."""
-        for number, walk in enumerate(self.order.walks):
-            for index, lane in enumerate(walk.lanes):
+        for number, source_order in enumerate(self.order.source_orders):
+            for index, lane in enumerate(source_order.lanes):
                 place = lane.ahead()
-                if place is None or index * self.world // walk.count != self.rank:
+                if place is None or index * self.world // source_order.count != self.rank:
                     continue
-                file, group = _File(number, walk.turn, place[0]), place[1]
+                file, group = _File(number, source_order.turn, place[0]), place[1]
                 known = (file, group) in self._loaded or (file, group) in self._ahead
-                if not known and group < len(walk.source.shards[file.shard].groups):
+                if not known and group < len(source_order.source.shards[file.shard].groups):
                     self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="stream")
                     self._ahead[file, group] = self._pool.submit(self._read, file, group)
 
     def _drop_old(self) -> None:
-        turns = [walk.turn for walk in self.order.walks]
+        turns = [source_order.turn for source_order in self.order.source_orders]
         self._rows = {file: rows for file, rows in self._rows.items() if file.turn == turns[file.source]}
         self._ahead = {key: future for key, future in self._ahead.items() if key[0].turn == turns[key[0].source]}
         self._loaded = {key for key in self._loaded if key[0].turn == turns[key[0].source]}
@@ -337,5 +341,5 @@ class _File(NamedTuple):
     shard: int
 
 
-def _file(ref: Ref) -> _File:
-    return _File(ref.source, ref.turn, ref.shard)
+def _file(position: RowPosition) -> _File:
+    return _File(position.source, position.turn, position.shard)

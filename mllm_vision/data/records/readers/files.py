@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from mllm_vision.errors import nearby
 
@@ -64,6 +65,27 @@ class LeftOut:
         """An image outside of the data's folder: read as asked, and listed once, the first few by name."""
         if len(self.outside) < 4 and path not in self.outside:
             self.outside.append(path)
+
+    def merge(self, other: LeftOut) -> None:
+        """What another reader left out, too."""
+        self.counts.update(other.counts)
+        self.examples = {**other.examples, **self.examples}
+        for text in other.notes:
+            self.note(text)
+        for path in other.outside:
+            self.lies_outside(path)
+
+    def state(self) -> dict[str, Any]:
+        """What `LeftOut.of` reads, fit for JSON."""
+        return {name: getattr(self, name) for name in ("counts", "examples", "notes", "outside")}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> LeftOut:
+        """What was left out when `state` was taken."""
+        found = cls()
+        found.counts, found.examples = Counter(state["counts"]), dict(state["examples"])
+        found.notes, found.outside = list(state["notes"]), list(state["outside"])
+        return found
 
     def tell(self, where: object) -> None:
         """A line for each note, and one for all that is left out; nothing that was told before."""

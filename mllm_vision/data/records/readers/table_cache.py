@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ from mllm_vision.data.records.readers.files import LeftOut, kind_of
 from mllm_vision.data.records.readers.paths import ImagePaths
 from mllm_vision.data.records.readers.tables import read_table
 
-IN_MEMORY = 64 << 20  # bytes of files; more of them become Arrow files in the cache of `datasets`
-_FORMAT = 1  # of what is cached; raise it where a change here or in the readers gives other rows
+IN_MEMORY = 64 << 20  # bytes of rows; files beyond them become Arrow files in the cache of `datasets`
+_FORMAT = 2  # of what is cached; raise it where a change here or in the readers gives other rows
 _SAMPLED = 64 << 10  # bytes at both ends of a file that its fingerprint is of, and all of a smaller one
 
 
@@ -34,17 +36,23 @@ def read_tables(root: Path, files: Sequence[str], image_root: Path | None, left_
     """
     from datasets import Dataset, DatasetInfo
 
-    large = sum((root / file).stat().st_size for file in files) > IN_MEMORY
+    size = 0
     tables: list[tuple[str, pa.Table]] = []
     for file in files:
+        own = LeftOut()
         path = root / file
-        pieces: Iterable[pa.Table] = read_table(path, ImagePaths(image_root or path.parent, left_out), left_out)
-        if large and kind_of(file) != "arrow":
-            pieces = _mapped(path, image_root, pieces, left_out)
-        found = [(file, piece) for piece in pieces]
-        if not any(piece.num_rows for _, piece in found):
+        rest = read_table(path, ImagePaths(image_root or path.parent, own), own)
+        pieces: list[pa.Table] = []
+        for piece in rest:
+            pieces.append(piece)
+            size += piece.nbytes
+            if size > IN_MEMORY and kind_of(file) != "arrow":
+                pieces, own = _mapped(path, image_root, chain(pieces, rest), own)
+                break
+        left_out.merge(own)
+        if not any(piece.num_rows for piece in pieces):
             left_out.add("files without rows", file)
-        tables += found
+        tables += [(file, piece) for piece in pieces]
     if not any(table.num_rows for _, table in tables):
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         raise ValueError(f"{root / files[0]}{more} is empty: it has no rows")
@@ -70,18 +78,26 @@ def ends_of(path: Path, name: str) -> bytes:
         return f"{name} {size}".encode() + head + stream.read()
 
 
-def _mapped(path: Path, image_root: Path | None, pieces: Iterable[pa.Table], left_out: LeftOut) -> list[pa.Table]:
-    """The pieces from the Arrow files that were written of them, now or earlier; pieces of one schema share a file."""
+def _mapped(
+    path: Path, image_root: Path | None, pieces: Iterable[pa.Table], left_out: LeftOut
+) -> tuple[list[pa.Table], LeftOut]:
+    """(the pieces from the Arrow files that were written of them, now or earlier, what was left out then); pieces of
+    one schema share a file."""
     state = path.stat()
     key = fingerprint(
         str(each).encode() for each in (_FORMAT, path.resolve(), state.st_size, state.st_mtime_ns, image_root)
     )
 
-    def use(stem: Path) -> list[pa.Table]:
-        done = Path(f"{stem}.parts")
-        if not done.is_file():
-            done.write_text(str(_write(stem, pieces)), encoding="utf-8")
-        return [_map(Path(f"{stem}-{number}.arrow")) for number in range(int(done.read_text(encoding="utf-8")))]
+    def use(stem: Path) -> tuple[list[pa.Table], LeftOut]:
+        note = Path(f"{stem}.json")
+        if not note.is_file():
+            count = _write(stem, pieces)
+            partial = note.with_suffix(".partial")
+            partial.write_text(json.dumps({"files": count, "left_out": left_out.state()}), encoding="utf-8")
+            os.replace(partial, note)
+        found = json.loads(note.read_text(encoding="utf-8"))
+        files = [Path(f"{stem}-{number}.arrow") for number in range(found["files"])]
+        return [_map(file) for file in files], LeftOut.of(found["left_out"])
 
     return cached(key, use, f"the rows of {path}")
 
