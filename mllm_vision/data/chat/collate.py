@@ -24,7 +24,7 @@ class ConversationCollator:
     Gives "input_ids", "attention_mask" and "labels" `[B, T]`, and "pixel_values" `[images, 3, H, W]` in the order
     of their tokens; a batch of text alone has no "pixel_values". With rows of `PackedConversations` the
     "attention_mask" is `[B, 1, T, T]` (True: the row's token attends to the column's), and "position_ids" `[B, T]`
-    begin anew with every conversation.
+    start at every conversation.
     """
 
     def __init__(self, tokenizer: Any, transform: ImageTransform, *, pad_to_multiple_of: int = 1) -> None:

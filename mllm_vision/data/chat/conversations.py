@@ -8,23 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from mllm_vision.data.chat.collate import IGNORED, ConversationCollator, preview_labels
-from mllm_vision.data.chat.messages import BadConversation, image_parts
-from mllm_vision.data.chat.templates import CHAT_TEMPLATES, ChatTokenizer
+from mllm_vision.data.chat.collate import IGNORED
+from mllm_vision.data.chat.messages import image_parts
+from mllm_vision.data.chat.templates import ChatTokenizer
 from mllm_vision.data.chat.tokenise import Tokeniser, tokenised
 from mllm_vision.data.images.transforms import ImageTransform, load_image
-from mllm_vision.data.records.forms import ConversationForm, bind_conversations, to_messages
+from mllm_vision.data.records.forms import ConversationForm
 from mllm_vision.data.records.sampling import BadSamples, EpochDataset, draw_key, only_columns, rows_of
 
-__all__ = [
-    "CHAT_TEMPLATES",
-    "BadConversation",
-    "ConversationCollator",
-    "ConversationDataset",
-    "bind_conversations",
-    "preview_labels",
-    "to_messages",
-]
 logger = logging.getLogger(__name__)
 
 

@@ -96,7 +96,7 @@ class ChatTokenizer:
             )
         if not has_marks(template):
             raise ValueError(
-                "the chat template has no generation marks, so the assistant's words cannot be told from the others: "
+                "the chat template has no generation marks, so nothing says which words are the assistant's: "
                 "put {% generation %} ... {% endgeneration %} around what the assistant says, "
                 f"or choose one of {names}"
             )

@@ -32,14 +32,14 @@ class ImageDataset(EpochDataset):
         seed: with the epoch and the index it decides a sample's views.
         decode_size: images whose shorter side is longer are shrunk to it (a JPEG while it is decoded); the views
             have no use for more than about twice their own size. None leaves all as they are.
-        labelled: take the rows that have a label alone; their number is told.
+        labelled: take the rows that have a label alone; their number is reported.
         bad_samples: a counter to share; otherwise one is made (`bad_samples`).
 
     A row is {"image": PIL, "key": int, "index": int} and "label": int where there is a label column, -1 where the
     row has none. A row whose image cannot be decoded is counted and replaced by the next good one; `index` is then
     the other row's. Of a list of images the first one is meant. Labels are read as `labels.read_labels` says: words
     are numbered in alphabetical order, and with `labelled` integers too, where they are not 0, 1, 2...; one that is no
-    class (0.5) is none, which is told, and with `labelled` a bad row.
+    class (0.5) is none, which is reported, and with `labelled` a bad row.
 
     Attributes: `labels` `[rows of the records]` int64 (-1 where missing) or None, `class_names` or None, `unlabelled`:
     how many rows have no label. Of a stream they are those of its first rows.
@@ -88,8 +88,8 @@ class ImageDataset(EpochDataset):
                     "column with --label_column"
                 )
             if len(self._places) < self._rows:
-                told = "%d of the %d rows have a label in column %r: these are trained on"
-                logger.warning(told, len(self._places), self._rows, self.columns["label"])
+                message = "%d of the %d rows have a label in column %r: these are trained on"
+                logger.warning(message, len(self._places), self._rows, self.columns["label"])
         self.labels, self.class_names = found.numbers, found.names
 
     def __len__(self) -> int:
@@ -121,7 +121,7 @@ class ImageDataset(EpochDataset):
     def _label_or_none(self, record: dict[str, Any]) -> int | str | None:
         try:
             return label_value(record.get(self.columns["label"]))
-        except BadRow:  # told of the first rows; this one is trained on without
+        except BadRow:  # reported for the first rows; this one is trained on without
             return None
 
     def _row(self, record: dict[str, Any], label: int | None, key: int, index: int) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def bind_conversations(
     The forms are `messages`, `conversations`, TRL's `prompt` with `completion` (lists of messages), `question` with
     `answer` (Alpaca's `instruction` with `output` too), lists of question-answer pairs (the Cauldron's `texts`), and
     `caption`. An image column is bound where there is one, and Alpaca's `input`, `system` and `history`. What
-    `overrides` names is preferred. Columns that say something and are not used are told in one warning (`tell`).
+    `overrides` names is preferred. Columns that say something and are not used are reported in one warning (`tell`).
 
     Raises:
         ValueError: none of these is there; lists the columns, and as remedy the flags of the roles in `overrides`.

@@ -42,11 +42,11 @@ class Labels(NamedTuple):
         return Labels(places - missing, [str(value) for value in found[missing:].tolist()], self.bad)
 
     def refusals(self, consequence: str) -> dict[Any, BadRow]:
-        """row -> why it has no label, for an evaluation that needs one; their number is told."""
+        """row -> why it has no label, for an evaluation that needs one; their number is reported."""
         missing = [row for row in (self.numbers < 0).nonzero().flatten().tolist() if row not in self.bad]
         if missing:
-            told = "%d of %d rows have no label (the first is row %d): %s"
-            logger.warning(told, len(missing), len(self.numbers), missing[0], consequence)
+            message = "%d of %d rows have no label (the first is row %d): %s"
+            logger.warning(message, len(missing), len(self.numbers), missing[0], consequence)
         self.tell("these rows")
         return self.bad | dict.fromkeys(missing, BadRow("the row has no label"))
 

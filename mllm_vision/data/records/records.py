@@ -63,7 +63,7 @@ def load_records(
             one class. In the order of the data.
         image_root: what relative image paths start from; otherwise the folder of the file that names them.
 
-    What is left out (other files, links, rows that cannot be parsed) is told in one line.
+    What is left out (other files, links, rows that cannot be parsed) is reported in one line.
 
     Raises:
         FileNotFoundError: no such path, split file or image; ConnectionError: the Hub is out of reach.
@@ -197,7 +197,7 @@ def _saved(path: Path, split: str | UsualSplit) -> Any:
 
 
 def _usual_split(path: Path, splits: Mapping[str, Any], usual: UsualSplit) -> str:
-    """The split of that name, or the only one, which is told: it may be what was trained on."""
+    """The split of that name, or the only one, which is reported: it may be what was trained on."""
     if usual.name in splits:
         return usual.name
     if len(splits) > 1:

@@ -93,7 +93,7 @@ class BadSamples:
     """
 
     _SLOTS, _EXAMPLES, _WIDTH = 65, 3, 240  # slot 0 is the main process, then one a worker
-    _REASONS, _REASON_WIDTH = 16, 64  # reasons told apart in one process; the last place counts all others
+    _REASONS, _REASON_WIDTH = 16, 64  # reasons kept apart in one process; the last place counts all others
 
     def __init__(self, total: int | None = None) -> None:
         self.total = total

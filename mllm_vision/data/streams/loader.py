@@ -49,7 +49,7 @@ class StreamLoader:
         if not drop_last and world > 1:
             raise ValueError(
                 f"dataloader_drop_last=False cannot give {world} processes equal parts of a stream's last batch; "
-                "leave it True (the rest of a pass is left out, and the next pass is shuffled anew)"
+                "leave it True (the rest of a pass is left out, and the next pass is shuffled again)"
             )
         self.drop_last, self.accumulate = drop_last, int(accumulate)
         total, batch = self.order.total, self.batch_size * world * self.accumulate
@@ -122,7 +122,7 @@ class StreamLoader:
             name = different[0]
             raise ValueError(
                 f"the checkpoint's stream has another {name}: {_short(saved.get(name))}, now {_short(own[name])}; its "
-                "order cannot be gone on with. Resume with the flags and shards the run was started with"
+                "order cannot be continued. Resume with the flags and shards the run was started with"
             )
         self._states.clear()
         self.order.load_state_dict(state)

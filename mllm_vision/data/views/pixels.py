@@ -81,7 +81,7 @@ def _large_crops(pixels: Tensor, parameters: ViewParameters, size: tuple[int, in
     groups: Sequence[tuple[list[int] | None, int]] = [(None, len(parameters))]
     ranked = torch.arange(len(parameters))
     if max(size) > _DENSE_SIDE:
-        ranked, groups = _alike(parameters)
+        ranked, groups = _grouped_by_jitter(parameters)
     images, parameters = ranked // each, parameters[ranked]
     start = 0
     for steps, count in groups:
@@ -92,7 +92,7 @@ def _large_crops(pixels: Tensor, parameters: ViewParameters, size: tuple[int, in
         start += count
 
 
-def _alike(parameters: ViewParameters) -> tuple[Tensor, list[tuple[list[int], int]]]:
+def _grouped_by_jitter(parameters: ViewParameters) -> tuple[Tensor, list[tuple[list[int], int]]]:
     """The rows, those whose jitter comes in the same order together; and of each such group the steps and the size.
 
     A group's grey rows are its last; those without jitter take no steps.

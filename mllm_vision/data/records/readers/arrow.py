@@ -107,11 +107,11 @@ def _decoded(data: bytes | None, name: str, bad: Callable[[str, Exception], Any]
 
 
 def united(tables: Sequence[tuple[str, pa.Table]], left_out: LeftOut) -> tuple[pa.Table, Any]:
-    """(the rows of all tables, their `datasets.Features`): columns that some lack are null there, which is told.
+    """(the rows of all tables, their `datasets.Features`): columns that some lack are null there, which is reported.
 
     Args:
         tables: (the file's name, its rows), at least one.
-        left_out: is told of columns that some files lack, and of types that had to give way.
+        left_out: collects columns that some files lack, and of types that had to give way.
     """
     filled = [(name, table) for name, table in tables if table.num_rows] or [tables[0]]
     features = [features_of(table) for _, table in filled]

@@ -124,7 +124,7 @@ def _cells(
 
 
 def _noted(line: str, rest: Iterator[str], taken: list[str]) -> Iterator[str]:
-    """The line and, for a cell that goes on, those behind it; each of these is noted in `taken`."""
+    """The line and, for a cell that continues, those behind it; each of these is noted in `taken`."""
     yield line
     for each in rest:
         taken.append(each)
@@ -132,7 +132,7 @@ def _noted(line: str, rest: Iterator[str], taken: list[str]) -> Iterator[str]:
 
 
 def _csv_rows(rows: Iterable[tuple[int, list[str]]], width: int, path: Path, left_out: LeftOut) -> Iterator[list[str]]:
-    """Rows of `width` cells: of fewer the last ones are missing, of more all are; both are told."""
+    """Rows of `width` cells: of fewer the last ones are missing, of more all are; both are reported."""
     for number, row in rows:
         if len(row) < 2 and not any(row):
             continue  # an empty line

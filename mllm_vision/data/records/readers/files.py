@@ -42,7 +42,7 @@ _NUMBER = r"(?:[-_. ]?\d+(?:[-_]of[-_]\d+)?)?"  # of a shard: train-00001-of-000
 
 
 class LeftOut:
-    """What a reader leaves out or reads otherwise than might be expected: counted by kind, told once, with examples."""
+    """What a reader leaves out or reads in an unexpected way: counted by kind, reported once, with examples."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -57,7 +57,7 @@ class LeftOut:
         self.examples.setdefault(what, str(example)[:200])
 
     def note(self, text: str) -> None:
-        """Something the user should know of how the data is read; the same words are told once."""
+        """Something the user should know of how the data is read; the same words are reported once."""
         if text not in self.notes:
             self.notes.append(text)
 
@@ -88,7 +88,7 @@ class LeftOut:
         return found
 
     def tell(self, where: object) -> None:
-        """A line for each note, and one for all that is left out; nothing that was told before."""
+        """A line for each note, and one for all that is left out; nothing that was reported before."""
         lines = list(self.notes)
         if self.counts:
             each = (f"{count} {what} ({self.examples[what]})" for what, count in self.counts.most_common())

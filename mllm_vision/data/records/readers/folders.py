@@ -34,7 +34,7 @@ class Contents:
     Attributes:
         root: the folder all paths start from.
         images: whether the files are images; otherwise tables.
-        splits: split -> files; one split "" where nothing tells of splits.
+        splits: split -> files; one split "" where no name says a split.
         classes: the names of the class folders of all splits, in order; empty where there are none.
         base: the folder, below `root`, under which classes stand, by split.
         loose: images that stand beside the tables, of which some may be named by no row.
@@ -54,7 +54,7 @@ def contents(found: Found, asked: str, left_out: LeftOut) -> Contents:
     Args:
         found: the files.
         asked: a split that may have another name than the usual ones.
-        left_out: is told of all other files, and of those of no split.
+        left_out: collects all other files, and of those of no split.
 
     Raises:
         ValueError: nothing that can be read; says what there is.

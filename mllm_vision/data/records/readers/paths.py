@@ -31,7 +31,7 @@ class ImagePaths:
 
     Args:
         root: the folder relative paths start from.
-        left_out: is told of paths outside `root` and of addresses on the net.
+        left_out: collects paths outside `root` and of addresses on the net.
         sure: columns that are of images, as the user or their binding says; their missing files are no error here.
     """
 

@@ -29,7 +29,7 @@ def read_tables(root: Path, files: Sequence[str], image_root: Path | None, left_
     Args:
         root, files: the folder and the paths below it.
         image_root: where relative image paths start; None: each file's own folder.
-        left_out: is told of all that is not read.
+        left_out: collects all that is not read.
 
     Raises:
         ValueError: a file that cannot be read as what its name says; none has rows.

@@ -1,7 +1,7 @@
 """Tables: CSV, JSON, Parquet and Arrow files and tars as Arrow tables; no row, column or word is lost on the way.
 
-What cannot be parsed (a line, a member of a tar) is a row or cell without a value and is told; the judge of rows counts
-it.
+What cannot be parsed (a line, a member of a tar) is a row or cell without a value and is reported; the judge of rows
+counts it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _loads(text: str) -> Any:
 
 
 def _line_rows(lines: Iterable[str], path: Path, left_out: LeftOut) -> Iterator[dict[str, Any]]:
-    """A row for every line; one that is no JSON object has no values, and is told."""
+    """A row for every line; one that is no JSON object has no values, and is reported."""
     good = bad = 0
     why = ""
     for number, line in enumerate(lines, 1):
@@ -217,7 +217,7 @@ def _tar_tables(path: Path, left_out: LeftOut) -> Iterator[pa.Table]:
 
 
 def arrow_of(rows: list[dict[str, Any]], left_out: LeftOut) -> pa.Table:
-    """The samples of a tar as an Arrow table; what cannot be read has no value, and is told."""
+    """The samples of a tar as an Arrow table; what cannot be read has no value, and is reported."""
     for row in rows:
         for name, value in row.items():
             if isinstance(value, BadRow):
@@ -228,7 +228,7 @@ def arrow_of(rows: list[dict[str, Any]], left_out: LeftOut) -> pa.Table:
 
 
 def with_paths(table: pa.Table, paths: ImagePaths) -> pa.Table:
-    """The table with absolute image paths, in columns of texts, lists and structs alike."""
+    """The table with absolute image paths, in columns of texts, lists and structs."""
     for place, field in enumerate(table.schema):
         if not may_hold_paths(field.type, field.name):
             continue

@@ -27,13 +27,13 @@ class TarFile:
     A sample is a row whose columns are the extensions: `.txt` as text, `.cls` as a number (or a word), the fields of
     `.json` as columns of their own unless the name is taken, other files as bytes. The image is in the column `image`,
     whatever its type (jpg, png, webp ...); further images of a sample keep their extension. Where keys hold dots
-    (`v1.0_07.jpg`) the last dot ends the key, which is told.
+    (`v1.0_07.jpg`) the last dot ends the key, which is reported.
 
     A value that cannot be read (a text that is no UTF-8, a broken JSON) is a `BadRow` in its place.
 
     Args:
         path: of an uncompressed tar.
-        left_out: is told of links, names that lead outside, hidden files and files that belong to no sample.
+        left_out: collects links, names that lead outside, hidden files and files that belong to no sample.
 
     Attributes:
         groups: how many samples each group holds. columns: those that the names tell, without the fields of `.json`.
