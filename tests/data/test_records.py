@@ -273,7 +273,7 @@ def test_missing_and_wrong_columns(tmp_path):
         bind_columns(records, ["image"], {"image": "label"})
     with pytest.raises(ValueError, match=r"column 'image' \(image\) cannot serve as caption"):
         bind_columns(records, ["caption"], {"caption": "image"})
-    with pytest.raises(ValueError, match="unknown role 'image'"):
+    with pytest.raises(ValueError, match="unknown role 'photograph'"):
         bind_columns(records, ["photograph"])
     with pytest.raises(ValueError, match="no column found for image"):
         bind_columns(records.select_columns(["label"]), ["image"])

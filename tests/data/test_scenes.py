@@ -362,7 +362,7 @@ def test_what_a_scene_cannot_hold_is_refused():
 def test_help_and_a_small_set_from_the_command_line(tmp_path):
     from datasets import ClassLabel, load_dataset
 
-    command = [sys.executable, "-m", "mllm_vision.data.scenes.scenes"]
+    command = [sys.executable, "-m", "mllm_vision.data.scenes"]
     done = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--questions_each" in done.stdout and "(default: 48)" in done.stdout
 
