@@ -103,7 +103,7 @@ def measure(kind: str, path: Path) -> dict[str, float]:
     tokenizer = tokenizer_of(path.parent)
     tokenizer("warm up")
     transform = ImageTransform(CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32))
-    before, start = held(), time.perf_counter()
+    before, start, worked = held(), time.perf_counter(), sum(os.times()[:4])
     records = load_records(path)
     if kind == "conversations":
         data: Any = ConversationDataset(
@@ -123,9 +123,15 @@ def measure(kind: str, path: Path) -> dict[str, float]:
         data, collate = ImageDataset(records), ImageCollator()
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:32].tolist()
     batch = collate([data[index] for index in order])
-    seconds, after = time.perf_counter() - start, held()
+    seconds, after, worked = time.perf_counter() - start, held(), sum(os.times()[:4]) - worked
     tokens = float(batch["input_ids"].shape[1]) if kind == "conversations" else 0.0
-    return {"seconds": seconds, "own": after[0] - before[0], "mapped": after[1] - before[1], "tokens": tokens}
+    return {
+        "seconds": seconds,
+        "cpu": worked,
+        "own": after[0] - before[0],
+        "mapped": after[1] - before[1],
+        "tokens": tokens,
+    }
 
 
 def main() -> None:
@@ -144,7 +150,8 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "HF_DATASETS_CACHE": tempfile.mkdtemp(dir=temporary)}
         print(
-            "| data | rows | run | first batch [s] | own memory [MiB] | mapped files [MiB] |\n|---|---|---|---|---|---|"
+            "| data | rows | run | first batch [s] | CPU time [s] | own memory [MiB] | mapped files [MiB] |\n"
+            "|---|---|---|---|---|---|---|"
         )
         for kind in given.kinds:
             for rows in given.rows:
@@ -156,7 +163,7 @@ def main() -> None:
                     if result.returncode:
                         sys.exit(result.stderr)
                     found = json.loads(result.stdout.splitlines()[-1])
-                    cells = f"{found['seconds']:.1f} | {found['own']:.0f} | {found['mapped']:.0f}"
+                    cells = f"{found['seconds']:.1f} | {found['cpu']:.1f} | {found['own']:.0f} | {found['mapped']:.0f}"
                     print(f"| {kind} | {rows} | {run} | {cells} |", flush=True)
 
 

@@ -250,24 +250,36 @@ def _map(texts: Any, batch: Callable[..., Any], stem: Path, progress: bool) -> A
     quiet = not progress and not datasets.are_progress_bars_disabled()
     if quiet:
         datasets.disable_progress_bars()
+    aside = stem.with_name(f"texts-{stem.name}.arrow")
+    options: dict[str, Any] = {"batched": True, "load_from_cache_file": True}
     try:
+        if workers > 1 and not any(stem.parent.glob(f"{stem.name}*.arrow")):
+            # Workers map a file; of a table in memory each of them would receive a copy.
+            texts = texts.with_format("arrow").map(
+                _unchanged, batch_size=10_000, cache_file_name=str(aside), new_fingerprint=aside.stem, **options
+            )
+            texts = texts.with_format(None)
         return texts.map(
             batch,
             with_indices=True,
-            batched=True,
             batch_size=_BATCH,
             writer_batch_size=10_000,
             remove_columns=texts.column_names,
             features=features(),
             num_proc=workers if workers > 1 else None,
             cache_file_name=f"{stem}.arrow",
-            load_from_cache_file=True,
             new_fingerprint=stem.name,
             desc="tokenising conversations",
+            **options,
         )
     finally:
+        aside.unlink(missing_ok=True)
         if quiet:
             datasets.enable_progress_bars()
+
+
+def _unchanged(table: Any) -> Any:
+    return table
 
 
 def _key(texts: Any, counts: np.ndarray | None, tokeniser: Tokeniser) -> str:

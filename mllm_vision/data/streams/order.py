@@ -42,12 +42,7 @@ class Source:
         ValueError: no shards, a weight that is not positive.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[Shard],
-        *,
-        weight: float = 1.0,
-    ) -> None:
+    def __init__(self, shards: Sequence[Shard], *, weight: float = 1.0) -> None:
         if not shards:
             raise ValueError("a stream needs at least one shard")
         if not weight > 0:
