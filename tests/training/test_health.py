@@ -300,7 +300,7 @@ def test_the_two_collapses_of_self_distillation(tmp_path: Path) -> None:
     one = watch(tmp_path, [{"prototype_entropy": 0.01, "teacher_entropy": 0.01}] * 8, objective=objective).found
     assert list(one) == ["prototypes"] and "to one prototype" in one["prototypes"]
     even = {"prototype_entropy": math.log(64), "teacher_entropy": 0.99 * math.log(64)}
-    assert "to all prototypes alike" in watch(tmp_path, [even] * 8, objective=objective).found["prototypes"]
+    assert "to all prototypes equally" in watch(tmp_path, [even] * 8, objective=objective).found["prototypes"]
     sound = {"prototype_entropy": math.log(64), "teacher_entropy": 1.0}
     assert watch(tmp_path, [sound] * 8, objective=objective).found == {}
 

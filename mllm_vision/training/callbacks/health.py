@@ -1,4 +1,4 @@
-"""Warnings during a training of stage zero: what is going wrong, said once, while there is still time to stop."""
+"""Warnings during a training of stage zero: what goes wrong, once each, while there is still time to stop."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
-CHANCE_SHARE = 0.98  # a loss above this share of the loss at chance has learnt nothing
-CLAMP_SHARE = 0.995  # a mean scale this near to a limit was at it for most of the steps
-BIAS_RATIO = 4.0  # pairs called positive against pairs that are, beyond which the bias is wrong
+CHANCE_SHARE = 0.98  # of the loss at chance, above which nothing was learnt
+CLAMP_SHARE = 0.995  # of a limit: a mean scale above this was at the limit for most of the steps
+BIAS_RATIO = 4.0  # pairs called positive against positive pairs, beyond which the bias is wrong
 LEAST_SPREAD = 0.1  # of unit vectors; their mean cosine is then 0.99
 LEAST_RANK = 1.1  # directions that carry the variance; 1 is a line
-LEAST_ENTROPY = 0.1  # of the prototypes that a batch is given to; 0 is one prototype
-HOLD = 10  # steps that a state has to last before it is worth a warning
-_SEEN = ("z", "query")  # metrics of what is behind the head
+LEAST_ENTROPY = 0.1  # of the prototypes that a batch is assigned to; 0 is one prototype
+HOLD = 10  # steps that a state has to last before a warning
 EARLIEST = 50  # steps that a training is given in any case: the sigmoid loss passes its chance slowly
+
+Warnings = Iterator[tuple[str, str]]  # (name, message)
 
 
 class Health(TrainerCallback):
@@ -28,24 +29,23 @@ class Health(TrainerCallback):
     - `chance`: the loss stays at that of a model that knows nothing, named where it is a known one: ln N (softmax
       over the batch), ln(2N-1) (NT-Xent), ln(K+1) (a queue of K), ln(out_dim) (DINO's prototypes), the margin (pairs
       and triplets, whose distances are then all the same);
-    - `scale`: the logit scale came to its clamp in the first half of the training, or fell to the lower one;
+    - `scale`: the logit scale reached its clamp in the first half of the training, or its lower one;
     - `bias`: the sigmoid loss calls several times too many or too few pairs positive;
-    - `prototypes`: a teacher that gives every image to one prototype, or none to any (DINO and its kin);
+    - `prototypes`: a teacher that assigns every image to one prototype, or to all of them (DINO and its kin);
     - `collapse`: all embeddings point one way (`*_spread` below 0.1), or vary along one line (`*_rank` below 1.1);
-    - `offset`: the encoder's vectors h point one way and what the loss sees, behind the head, does not: they share a
-      large offset, which a head takes off and a cosine between vectors does not.
+    - `offset`: the encoder's vectors h point one way and the head's outputs do not: the vectors share a large offset,
+      which a head removes and a cosine between vectors does not.
 
     A state counts when it lasts for 10 steps, and, but for the scale, only after a fifth of the training (at least
-    50 steps, at most 1000 after warm-up): every training starts at chance. When it passes again, that is said too.
+    50 steps, at most 1000 after warm-up). When it passes, that is logged too.
 
     Args:
-        objective: what is trained; its `chance_loss`, `scale_limits` and `logit_scale` are asked.
+        objective: what is trained; its `chance_loss`, `scale_limits` and `logit_scale` are read.
         pairs: how many pairs meet in one loss, over all ranks.
         run: a `Run`; its record then gets `health`, a list of `{"step", "name", "message"}`.
 
-    It reads the metrics `logit_scale`, `positives` and `predicted_positives` (positive pairs an image, and how many
-    the sigmoid says there are), `prototype_entropy` and `teacher_entropy`, and every metric whose name ends in
-    `_spread` or `_rank`; what is not logged is not judged.
+    It reads the metrics `logit_scale`, `positives` and `predicted_positives` (positive pairs per image, and how many
+    the sigmoid predicts), `prototype_entropy`, `teacher_entropy`, `*_spread` and `*_rank`, where they are logged.
     """
 
     def __init__(self, objective: Any, pairs: Callable[[], int], run: Any = None) -> None:
@@ -59,7 +59,7 @@ class Health(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._last = state.global_step
         scale, limits = getattr(self.objective, "logit_scale", None), self._limits()
-        # a pair that was trained before comes with its scale at the limit: that is no event of this training
+        # the scale of a pair that was trained before may begin at the limit
         self._at_limit = scale is not None and limits is not None and _near(scale.detach().exp().item(), limits)
 
     def on_log(
@@ -67,9 +67,8 @@ class Health(TrainerCallback):
     ) -> None:
         if not logs or "loss" not in logs or state.global_step == self._last:
             return
-        present: dict[str, str] = {}
-        for name, message in self._judge(args, state, logs):
-            present[name] = message
+        present = dict(self._judge(args, state, logs))
+        for name, message in present.items():
             lasted = state.global_step - self._began.setdefault(name, self._last)
             early = name != "scale" and state.global_step < patience(args, state.max_steps)
             if name not in self._active and lasted >= HOLD and not early:
@@ -95,37 +94,37 @@ class Health(TrainerCallback):
 
     # ---- the judgements ------------------------------------------------------------------------------------
 
-    def _judge(self, args: Any, state: Any, logs: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-        """(name, message) of all that is wrong in these logs."""
+    def _judge(self, args: Any, state: Any, logs: Mapping[str, float]) -> Warnings:
+        """All that is wrong in these logs."""
         yield from self._scale(state, logs)
         pairs = self.pairs()
         alone = not hasattr(self.objective, "dual") and hasattr(self.objective, "views")  # images without texts
         causes = [*_bias(logs, pairs), *_collapse(logs, alone), *_prototypes(logs, self.objective)]
         yield from causes
-        causes = [cause for cause in causes if cause[0] != "offset"]
         chance = expected_chance(self.objective, pairs, logs.get("positives", 1.0))
         if not chance or not CHANCE_SHARE * chance <= logs["loss"] < math.inf:
             return
-        where = "sits at" if logs["loss"] < 1.05 * chance else "is above"
-        why = (
+        names = {name for name, _ in causes} - {"offset"}
+        at = "the views (too strong?)" if alone else "the pairs (do image and caption belong together?)"
+        look = (
             "see the warning of the bias"
-            if any(name == "bias" for name, _ in causes)
-            else "look at "
-            + ("the views (too strong?)" if alone else "the pairs (do image and caption belong together?)")
-            + f", the learning rate ({args.learning_rate:g}) and the {'temperature' if alone else 'logit scale'}"
-            + "; the embeddings have collapsed too" * bool(causes)
+            if "bias" in names
+            else f"look at {at}, the learning rate ({args.learning_rate:g}) and the "
+            + ("temperature" if alone else "logit scale")
+            + "; the embeddings have collapsed too" * bool(names)
         )
+        where = "sits at" if logs["loss"] < 1.05 * chance else "is above"
         level = level_name(self.objective, pairs, chance)
         level = f"{level} = {chance:.4f}" if level else f"{chance:.4f}"
-        told = f"the loss {logs['loss']:.4f} {where} chance ({level} for {pairs} {'images' if alone else 'pairs'})"
-        yield "chance", f"{told}: nothing is learnt; {why}"
+        of = f"{pairs} {'images' if alone else 'pairs'}"
+        yield "chance", f"the loss {logs['loss']:.4f} {where} chance ({level} for {of}): nothing is learnt; {look}"
 
     def _limits(self) -> tuple[float, float] | None:
         limits = getattr(self.objective, "scale_limits", None)
         scale = getattr(self.objective, "logit_scale", None)
         return limits if scale is not None and scale.requires_grad else None
 
-    def _scale(self, state: Any, logs: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    def _scale(self, state: Any, logs: Mapping[str, float]) -> Warnings:
         limits, scale = self._limits(), logs.get("logit_scale")
         if limits is None or scale is None:
             return
@@ -134,16 +133,15 @@ class Health(TrainerCallback):
         elif not self._at_limit and scale < sum(limits) / 2:
             yield (
                 "scale",
-                f"logit_scale {scale:.4g} is at its lower clamp {limits[0]:g}: the loss gains by making all pairs "
-                "alike, as with captions that do not belong to their images or a learning rate that is too high",
+                f"logit_scale {scale:.4g} is at its lower clamp {limits[0]:g}: the loss falls by making all pairs "
+                "equal, as with captions that do not belong to their images or a learning rate that is too high",
             )
         elif not self._at_limit and state.global_step <= state.max_steps / 2:
             yield (
                 "scale",
                 f"logit_scale {scale:.4g} is at its clamp {limits[1]:g} after {state.global_step} of "
-                f"{state.max_steps} steps: the loss would sharpen further and cannot. In a long run on much data that "
-                "comes late; this early the data are learnt by heart (look at the evaluation), or the learning rate "
-                "of the scale is too high",
+                f"{state.max_steps} steps. In a long run on much data that comes late; this early the data are "
+                "memorised (see the evaluation), or the learning rate of the scale is too high",
             )
 
 
@@ -153,27 +151,28 @@ def patience(args: Any, max_steps: int) -> int:
 
 
 def expected_chance(objective: Any, pairs: int, positives: float = 1.0) -> float | None:
-    """The loss at chance that the objective states, `positives` positive texts an image included; None without one.
+    """The loss at chance that the objective states, or its `margin`, or None.
 
-    An objective that states none (as `Objective` itself does not) and has a `margin` sits at that: its distances are
-    then all the same.
+    Args:
+        objective: its `chance_loss(pairs)` need not take duplicates.
+        pairs: over all ranks.
+        positives: positive texts per image, duplicates included.
     """
     chance = getattr(objective, "chance_loss", None)
     if pairs < 2:
         return None
     if callable(chance):
-        # a method of the user's own need not know of duplicates
         stated = chance(pairs, positives) if positives > 1.0 else chance(pairs)
         if stated is not None:
             return stated
-    return _setting(objective, "margin")
+    return _setting(objective, "margin")  # of distances that are all the same
 
 
 def level_name(objective: Any, pairs: int, level: float) -> str:
-    """What a loss at chance is known as ("ln(2N-1)", "ln(K+1)"...), or nothing.
+    """The known name of a loss at chance ("ln(2N-1)", "ln(K+1)"...), or nothing.
 
     Args:
-        objective: asked for its queue (`queue`, `config.queue_size`), `out_dim`, `temperature` and `margin`.
+        objective: its queue (`queue`, `config.queue_size`), `out_dim`, `temperature` and `margin` are read.
         pairs: N, the rows of the batch over all ranks.
         level: the loss at chance.
     """
@@ -203,25 +202,25 @@ def _setting(objective: Any, name: str) -> float | None:
     return None
 
 
-def _prototypes(logs: Mapping[str, float], objective: Any) -> Iterator[tuple[str, str]]:
-    """The two ways in which self-distillation collapses (Caron et al. 2021, section 5.3 and figure 7)."""
+def _prototypes(logs: Mapping[str, float], objective: Any) -> Warnings:
+    """The two collapses of self-distillation (Caron et al. 2021, section 5.3 and figure 7)."""
     used, sure = logs.get("prototype_entropy", math.nan), logs.get("teacher_entropy", math.nan)
     width = _setting(objective, "out_dim")
     if used < LEAST_ENTROPY:
         yield (
             "prototypes",
-            f"collapse: the teacher gives every image to one prototype (prototype_entropy {used:.2g}); the centring is "
-            "too weak for the sharpening: raise the teacher's temperature, or lengthen its warm-up",
+            f"collapse: the teacher assigns every image to one prototype (prototype_entropy {used:.2g}); the centering "
+            "is too weak for the sharpening: raise the teacher's temperature, or lengthen its warm-up",
         )
     elif width and width > 1 and sure >= CHANCE_SHARE * math.log(width):
         yield (
             "prototypes",
-            f"collapse: the teacher gives every image to all prototypes alike (teacher_entropy {sure:.4g}, ln(out_dim) "
-            f"= {math.log(width):.4g}): lower the teacher's temperature",
+            f"collapse: the teacher assigns every image to all prototypes equally (teacher_entropy {sure:.4g}, "
+            f"ln(out_dim) = {math.log(width):.4g}): lower the teacher's temperature",
         )
 
 
-def _bias(logs: Mapping[str, float], pairs: int) -> Iterator[tuple[str, str]]:
+def _bias(logs: Mapping[str, float], pairs: int) -> Warnings:
     said, are = logs.get("predicted_positives"), logs.get("positives")
     if said is None or not are or not math.isfinite(said):
         return
@@ -230,35 +229,37 @@ def _bias(logs: Mapping[str, float], pairs: int) -> Iterator[tuple[str, str]]:
             "bias",
             f"logit_bias {logs.get('logit_bias', math.nan):.4g} is wrong: of the {pairs} texts of the batch {said:.3g} "
             f"are called positives of an image and {are:.3g} are. {'Lower' if said > are else 'Raise'} "
-            "--initial_logit_bias: scripts/doctor.py tells the one that fits these towers and this batch",
+            "--initial_logit_bias: scripts/doctor.py computes the one that fits these towers and this batch",
         )
 
 
-def _collapse(logs: Mapping[str, float], alone: bool = False) -> Iterator[tuple[str, str]]:
-    told = []
-    # what the loss sees, where it keeps its directions apart (a BatchNorm spreads out a line too)
-    behind = max(logs.get(f"{side}_spread", 0.0) * (logs.get(f"{side}_rank", 0.0) > LEAST_RANK) for side in _SEEN)
+def _collapse(logs: Mapping[str, float], alone: bool = False) -> Warnings:
+    collapsed = []
+    # behind the head; a rank of 1 does not count as spread (a BatchNorm spreads out a line too)
+    behind = max(logs.get(f"{side}_spread", 0.0) * (logs.get(f"{side}_rank", 0.0) > LEAST_RANK) for side in _HEADS)
     for side in sorted({name.removesuffix("_spread").removesuffix("_rank") for name in logs}):
         spread, rank = logs.get(f"{side}_spread", math.nan), logs.get(f"{side}_rank", math.nan)
         if side == "h" and spread < LEAST_SPREAD <= behind and not rank < LEAST_RANK:
             yield (
                 "offset",
-                f"the vectors h of all images share one direction (h_spread {spread:.2g}), and what the loss sees "
-                f"does not (spread {behind:.2g}): what they know is left, but their cosines are all near 1. The rate "
-                "is high for this encoder, as that of LARS is for a small ViT: try --optim adamw_torch "
-                "--learning_rate 1e-3",
+                f"the vectors h of all images share one direction (h_spread {spread:.2g}), and the head's outputs do "
+                f"not (spread {behind:.2g}): their cosines are all near 1, whatever they encode. The rate is high for "
+                "this encoder, as that of LARS is for a small ViT: try --optim adamw_torch --learning_rate 1e-3",
             )
         elif spread < LEAST_SPREAD:
-            told.append(f"all {side} embeddings point one way ({side}_spread {spread:.2g}; 1 is evenly spread)")
+            collapsed.append(f"all {side} embeddings point one way ({side}_spread {spread:.2g}; 1 is evenly spread)")
         elif rank < LEAST_RANK:
-            told.append(f"the {side} embeddings vary along a line ({side}_rank {rank:.3g} directions)")
-    if told:
+            collapsed.append(f"the {side} embeddings vary along a line ({side}_rank {rank:.3g} directions)")
+    if collapsed:
         yield (
             "collapse",
-            f"collapse: {' and '.join(told)}. Lower the learning rate or lengthen the warm-up; see that "
+            f"collapse: {' and '.join(collapsed)}. Lower the learning rate or lengthen the warm-up; see that "
             + ("" if alone else "image and caption belong together, and that ")
             + "images still differ once they are transformed",
         )
+
+
+_HEADS = ("z", "query")  # metrics of what is behind the head
 
 
 def _near(scale: float, limits: tuple[float, float]) -> bool:

@@ -1,8 +1,7 @@
 """Flags that differ from those a run was started with: what takes effect on `--resume`, and what is refused.
 
-`recipe.yaml` says what was done. Of a flag that could not be obeyed any more, because what it decides lies in the
-checkpoint (the optimizer's kind, the shape of the model, the order of the rows), another value is refused. The others
-are in force from the first step after the checkpoint on; they are told, and noted in `recipe.yaml` with that step.
+Another value is refused where what the flag decides is in the checkpoint (the optimizer's kind, the shape of the model,
+the order of the rows). Otherwise it holds from the first step after the checkpoint on, as `recipe.yaml` then says.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ _WHY = "The checkpoint was made with the other, and the run would not be what it
 
 
 def recipe_before(folder: Path, checkpoint: str | None) -> dict[str, Any]:
-    """The flags of the run that is gone on with; empty where nothing of it was trained yet, or none are known.
+    """The flags of the run that is resumed; empty where nothing of it was trained yet, or none are known.
 
     Args:
         folder: the run folder.
-        checkpoint: the one that was named, perhaps of another folder; None takes the newest.
+        checkpoint: the one that was named, perhaps of another folder; None means the newest.
     """
     source = Path(checkpoint).parent if checkpoint else folder
     if checkpoint is None and not any(folder.glob("checkpoint-*")):
@@ -57,7 +56,7 @@ def recipe_before(folder: Path, checkpoint: str | None) -> dict[str, Any]:
 
 
 def notes_before(folder: Path, step: int) -> list[str]:
-    """What `recipe.yaml` says in its first lines of changes up to a step; later ones were given up."""
+    """The changes up to a step in the first lines of `recipe.yaml`; later ones were abandoned."""
     file = folder / "recipe.yaml"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     found = [(line.removeprefix("# "), match) for line in lines if (match := _NOTE.match(line))]
@@ -65,7 +64,7 @@ def notes_before(folder: Path, step: int) -> list[str]:
 
 
 def notes_of(changed: Mapping[str, tuple[Any, Any]], step: int) -> list[str]:
-    """A line for each changed flag, as `notes_before` reads it again."""
+    """A line for each changed flag, as `notes_before` reads it."""
     return [f"from step {step + 1} on {name}: {now!r}; before {old!r}" for name, (old, now) in changed.items()]
 
 
@@ -97,7 +96,7 @@ def changed_flags(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str
         raise ValueError(
             f"--resume with another {first}: {now[first]!r}, the run was started with {before[first]!r}{also}. "
             f"{_REFUSED.get(first, _WHY)}; give the flags of the run's recipe.yaml (--config, with --resume), or start "
-            "anew in another --output_dir"
+            "from scratch in another --output_dir"
         )
     return changed
 

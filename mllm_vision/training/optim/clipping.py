@@ -7,38 +7,23 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from mllm_vision.training.optim.layerwise import tensor_norms
 from mllm_vision.training.optim.optimizers import plain_name
 
 
-@torch.no_grad()
-def clip_per_parameter_(parameters: Iterable[Tensor], max_norm: float, *, eps: float = 1e-6) -> Tensor:
+def clip_per_parameter_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale every gradient whose norm exceeds `max_norm` to that norm, each on its own, in place.
 
     Args:
         parameters: those without a gradient are passed over.
         max_norm: of one parameter's gradient.
-        eps: added to the norm.
 
     Returns:
         0-d: the norm of all gradients together, before clipping.
 
-    Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (2021), as its official code
-    does it: min(1, max_norm / (norm + 1e-6)) per parameter, with max_norm 3.0.
+    Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (2021), official code:
+    min(1, max_norm / (norm + 1e-6)) per parameter, with max_norm 3.0.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        return torch.zeros(())
-    by_kind: dict[tuple, list[Tensor]] = {}
-    for gradient in gradients:
-        by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
-    totals = []
-    for some in by_kind.values():
-        norms = tensor_norms(some)
-        for gradient, factor in zip(some, (max_norm / (norms + eps)).clamp(max=1.0), strict=True):
-            gradient.mul_(factor.to(gradient.dtype))
-        totals.append(norms.norm().to(gradients[0].device, torch.float32))
-    return torch.stack(totals).norm()
+    return _clip([[parameter] for parameter in parameters if parameter.grad is not None], max_norm)
 
 
 def clip_per_module_(model: nn.Module, max_norm: float) -> Tensor:
@@ -53,11 +38,15 @@ def clip_per_module_(model: nn.Module, max_norm: float) -> Tensor:
 
     Source: the official code of Oquab et al., "DINOv2" (2023), which clips the backbone and each head, at 3.0.
     """
-    parts: dict[str, list[nn.Parameter]] = {}
+    parts: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             part, dot, _ = plain_name(name).partition(".")
             parts.setdefault(part if dot else "encoder", []).append(parameter)
-    norms = [nn.utils.clip_grad_norm_(some, max_norm) for some in parts.values()]
+    return _clip(list(parts.values()), max_norm)
+
+
+def _clip(groups: list[list[Tensor]], max_norm: float) -> Tensor:
+    norms = [nn.utils.clip_grad_norm_(some, max_norm) for some in groups]
     whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
-    return torch.stack([norm.to(whole[0].device) for norm in whole]).norm() if whole else torch.zeros(())
+    return torch.stack([norm.to(whole[0].device, torch.float32) for norm in whole]).norm() if whole else torch.zeros(())

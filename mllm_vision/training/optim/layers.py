@@ -1,4 +1,4 @@
-"""Which layer of a tower a parameter belongs to, read off its name: for rates that fall towards the input."""
+"""Layer-wise learning rate decay, by the layer that a parameter's name says it belongs to."""
 
 from __future__ import annotations
 

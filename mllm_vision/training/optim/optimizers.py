@@ -80,23 +80,22 @@ def parameter_groups(
         weight_decay_on: `"method"` adds what `also_decays` names, `"matrices"` does not, `"all"` means every parameter.
         also_decays: parts of parameter names, such as `"cls_token"` or `"last_layer.norm"`.
         learning_rates: parameter-name prefix -> learning rate; the longest prefix wins, None means the default.
-        muon_learning_rate: if given, 2-D weights inside repeated blocks (`layers.0.`...) go to groups marked `muon`
-            at this rate, times the ratio of their prefix's rate to `learning_rate`.
-        bias_learning_rate: if given, the rate of what takes no weight decay, times the same ratio (Barlow Twins: 0.2
-            for weights, 0.0048 for biases and norms).
+        muon_learning_rate: of 2-D weights inside repeated blocks (`layers.0.`...), in groups marked `muon`; times the
+            ratio of their prefix's rate to `learning_rate`.
+        bias_learning_rate: of what takes no weight decay (Barlow Twins: 0.0048 beside 0.2), times the same ratio.
         layer_decay: rates fall towards the input of each tower; see `training.optim.layers.layer_scales`.
         patch_embedding_lr_scale: multiplies the patch embedding's rate.
 
     Returns:
-        Dicts with `params`, `lr`, `weight_decay`, `group_name`, `muon` and `decays` (whether weight decay and
-        layer-wise adaptation apply); the default group comes first, and of its kind the largest rate.
+        Dicts with `params`, `lr`, `weight_decay`, `group_name`, `muon` and `decays` (whether weight decay applies); the
+        default group comes first, and of its kind the largest rate.
 
     Raises:
-        ValueError: a prefix matches no parameter, a rate is negative, nothing is trainable, or `layer_decay` finds
-            no layers.
+        ValueError: a prefix matches no parameter, a rate is negative, nothing is trainable, or no layers to decay.
     """
     rates = {prefix: rate for prefix, rate in (learning_rates or {}).items() if rate is not None}
     _check_rates(model, rates)
+    also = also_decays if weight_decay_on == "method" else ()
     scales = {} if layer_decay is None else layer_scales(_trained(model), layer_decay)
     groups: dict[tuple[str, bool, bool, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -104,10 +103,10 @@ def parameter_groups(
             continue
         plain = plain_name(name)
         prefix = max((prefix for prefix in rates if is_under(plain, prefix)), key=len, default="")
-        matrix = decays(plain, parameter)
-        also = weight_decay_on == "method" and any(f".{part}." in f".{plain}." for part in also_decays)
-        decayed = matrix or also or weight_decay_on == "all"
-        muon = muon_learning_rate is not None and matrix and parameter.ndim == 2 and bool(_HIDDEN.search(plain))
+        decayed = (
+            any(f".{part}." in f".{plain}." for part in also) or weight_decay_on == "all" or decays(plain, parameter)
+        )
+        muon = muon_learning_rate is not None and _is_hidden_matrix(plain, parameter)
         rate = rates.get(prefix, learning_rate)
         own = muon_learning_rate if muon else None if decayed else bias_learning_rate
         if own is not None:
@@ -115,19 +114,17 @@ def parameter_groups(
         rate *= scales.get(plain, 1.0) * (patch_embedding_lr_scale if is_patch_embedding(plain) else 1.0)
         group = groups.setdefault(
             (prefix, muon, not decayed, -rate),
-            {
-                "params": [],
-                "lr": rate,
-                "weight_decay": weight_decay if decayed else 0.0,
-                "group_name": prefix or "default",
-                "muon": muon,
-                "decays": decayed,
-            },
+            {"params": [], "lr": rate, "weight_decay": weight_decay if decayed else 0.0}
+            | {"group_name": prefix or "default", "muon": muon, "decays": decayed},
         )
         group["params"].append(parameter)
     if not groups:
         raise ValueError("nothing to train: every parameter is frozen (requires_grad=False)")
     return [groups[key] for key in sorted(groups)]
+
+
+def _is_hidden_matrix(name: str, parameter: Any) -> bool:
+    return parameter.ndim == 2 and decays(name, parameter) and _HIDDEN.search(name) is not None
 
 
 def _check_rates(model: nn.Module, rates: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""What an objective is told of the training, and its pass over the data before each epoch."""
+"""The progress of the training for an objective, and its pass over the data before each epoch."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from mllm_vision.distributed import all_gather
 logger = logging.getLogger(__name__)
 
 
-class TellProgress(TrainerCallback):
+class Progress(TrainerCallback):
     """Sets `objective.progress` (0 to 1), `epoch` and `epochs_a_step` before each step and each epoch.
 
-    All are functions of the step, so that a resumed run goes on with the same temperatures and schedules.
+    All are functions of the step, so that a resumed run continues with the same temperatures and schedules.
     """
 
     def __init__(self, objective: Any) -> None:
         self.objective = objective
 
-    def _tell(self, state: Any) -> None:
+    def _set(self, state: Any) -> None:
         self.objective.progress = state.global_step / max(state.max_steps, 1)
         self.objective.epoch = float(state.epoch or 0.0)
         self.objective.epochs_a_step = self.objective.epoch / max(state.global_step, 1)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._tell(state)
+        self._set(state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._tell(state)
+        self._set(state)
 
 
 class FeaturesBeforeEpoch(TrainerCallback):
     """Calls `objective.before_epoch(features)` at the beginning of each epoch, `features` `[rows, D]` by row number.
 
-    An epoch that is resumed in its middle has had its pass: what came of it lies in the checkpoint.
+    An epoch that is resumed in its middle has had its pass: the result is in the checkpoint.
 
     Args:
         trainer: the `ObjectiveTrainer`.

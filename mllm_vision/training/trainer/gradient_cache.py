@@ -1,11 +1,8 @@
 """Gradient caching: the exact gradient of a big batch, with the memory of a chunk of it.
 
-A contrastive loss couples all rows of a batch, but only through their embeddings, which are small. So the batch is
-embedded in chunks without a graph, the loss is taken of all embeddings, and its gradient with respect to the
-embeddings is kept; then every chunk is embedded again, with a graph, and that gradient is sent through it. The
-chain rule makes the sum over the chunks the gradient of the whole batch; what it costs is one more forward pass.
-
-Here the last chunk is embedded once only: its graph is still there when the loss is taken.
+A contrastive loss couples the rows of a batch only through their embeddings, which are small. The batch is embedded in
+chunks without a graph, and the loss taken of all embeddings; then every chunk is embedded again, with a graph, and the
+gradient of the loss with respect to its embeddings is propagated through it. The last chunk is embedded once only.
 
 Reference:
     Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3
@@ -19,6 +16,7 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,23 +42,23 @@ def cached_backward(
 ) -> Any:
     """One forward and backward pass of an objective over a batch, embedded in chunks.
 
-    Adds to every parameter's `grad` what `objective(**batch).loss.backward()` adds, to rounding. Random numbers
-    (dropout, dropped patches, augmentation in `embed`) are the same in both passes over a chunk, and the random
-    state afterwards is that of embedding every chunk once.
+    Adds to every parameter's `grad` what `objective(**batch).loss.backward()` adds, to rounding. Random draws (dropout,
+    dropped patches, augmentation in `embed`) are the same in both passes over a chunk; the random state afterwards is
+    that of embedding every chunk once.
 
     Args:
         objective: an `Objective` in training mode: `embed` works row by row and has no side effects.
-        batch: columns; tensors and lists with one entry a row are split, anything without rows goes to every chunk.
+        batch: columns; tensors and lists with one entry per row are split, anything else goes to every chunk.
         chunk_size: rows embedded at once.
         model: the objective inside DDP or FSDP, whose hooks then see every pass; default the objective itself.
         backward: called with the loss (`accelerator.backward` scales it in fp16).
-        move: to the device; applied to each chunk once, when its turn comes first, and kept for its second pass: the
-            device then holds the batch as the loader made it (8-bit images where views are made on the device).
+        move: to the device; applied to each chunk once, and kept for its second pass: the device then holds the batch
+            as the loader made it (8-bit images where views are made on the device).
         prepare: applied to each chunk before either of its passes: makes what is large, such as views.
-        autocast: makes the context of every forward pass. It is entered anew for each: the casts of weights that
-            autocast keeps from a pass without graph would cut the gradient of the next.
+        autocast: makes the context of each forward pass: the casts of weights that autocast keeps from a pass without
+            graph would cut the gradient of the next.
         no_sync: makes the context in which gradients are not synchronised; the last chunk runs outside of it.
-        check: look whether `embed` keeps its side of the contract; costs a comparison a chunk.
+        check: check that `embed` keeps its side of the contract, at a comparison per chunk.
 
     Returns:
         The `ObjectiveOutput` of the whole batch; its loss has been through `backward`.
@@ -71,36 +69,55 @@ def cached_backward(
     """
     passes = _Passes(objective, objective if model is None else model, prepare, autocast)
     chunks: list[Mapping[str, Any]] = list(split_rows(batch, chunk_size))
-    states: list[RandomState] = []
-    parts: list[dict[str, Tensor]] = []
     with no_sync() if len(chunks) > 1 else contextlib.nullcontext():
         buffers = _versions(objective) if check else {}
-        for number, chunk in enumerate(chunks[:-1]):
-            chunk = chunks[number] = move(chunk)
-            states.append(RandomState())
-            # no_grad inside of DDP's forward, not around it: its collectives then come in the order of a plain step,
-            # which is what a rank with no more rows than a chunk takes
-            parts.append(_checked(passes.run(torch.no_grad()(objective.embed), chunk), count_rows(chunk)))
+        states, parts = _embed_first(passes, chunks, move)
         if check and parts:
             _check_buffers(objective, buffers, chunk_size)
-
-        def embed_and_loss(**columns: Any) -> Any:
-            live = _checked(objective.embed(**columns), count_rows(chunks[-1]))
-            for part in parts:
-                for name in part:  # only what has a graph in the last chunk has a gradient in the others
-                    part[name] = part[name].detach().requires_grad_(live[name].requires_grad)
-            return objective.loss({name: torch.cat([*(part[name] for part in parts), live[name]]) for name in live})
-
         chunks[-1] = move(chunks[-1])
-        output = passes.run(embed_and_loss, chunks[-1])
+        output = passes.run(partial(_embed_last, objective, parts, count_rows(chunks[-1])), chunks[-1])
         backward(output.loss)
-    if not parts:
-        return output
+    if parts:
+        _embed_again(passes, chunks, states, parts, no_sync, check)
+    return output
 
+
+def _embed_first(
+    passes: _Passes, chunks: list[Mapping[str, Any]], move: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+) -> tuple[list[RandomState], list[dict[str, Tensor]]]:
+    """Embeds all chunks but the last without a graph; the random state before each, and the embeddings."""
+    states: list[RandomState] = []
+    parts: list[dict[str, Tensor]] = []
+    for number, chunk in enumerate(chunks[:-1]):
+        chunk = chunks[number] = move(chunk)
+        states.append(RandomState())
+        # no_grad inside of DDP's forward, not around it: its collectives then come in the order of a plain step
+        parts.append(_checked(passes.run(torch.no_grad()(passes.objective.embed), chunk), count_rows(chunk)))
+    return states, parts
+
+
+def _embed_last(objective: Any, parts: list[dict[str, Tensor]], rows: int, /, **columns: Any) -> Any:
+    """Embeds the last chunk, with its graph, and takes the loss of all chunks."""
+    live = _checked(objective.embed(**columns), rows)
+    for part in parts:
+        for name in part:  # only what has a graph in the last chunk has a gradient in the others
+            part[name] = part[name].detach().requires_grad_(live[name].requires_grad)
+    return objective.loss({name: torch.cat([*(part[name] for part in parts), live[name]]) for name in live})
+
+
+def _embed_again(
+    passes: _Passes,
+    chunks: list[Mapping[str, Any]],
+    states: list[RandomState],
+    parts: list[dict[str, Tensor]],
+    no_sync: Callable[[], Any],
+    check: bool,
+) -> None:
+    """Embeds all chunks but the last a second time, and propagates the gradients of the loss through them."""
     after = RandomState()
-    objective.replaying = True
+    passes.objective.replaying = True
     try:
-        with _kept_statistics(objective):
+        with _kept_statistics(passes.objective):
             for number, (state, part) in enumerate(zip(states, parts, strict=True)):
                 last = part is parts[-1]
                 state.restore()
@@ -109,16 +126,12 @@ def cached_backward(
                 part.clear()
                 chunks[number] = {}
     finally:
-        objective.replaying = False
+        passes.objective.replaying = False
         after.restore()
-    return output
 
 
 class RandomState:
-    """The state of every global random generator an `embed` may draw from, at the time it was made.
-
-    Python's, numpy's where it is loaded, torch's on the CPU and on the current accelerator.
-    """
+    """The state of Python's, numpy's (where loaded) and torch's global random generators when it was made."""
 
     def __init__(self) -> None:
         numpy = sys.modules.get("numpy")
@@ -129,7 +142,7 @@ class RandomState:
         self._device = None if device is None else device.get_rng_state()
 
     def restore(self) -> None:
-        """Draws go on from here again."""
+        """Draws continue from here."""
         random.setstate(self._python)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
@@ -139,23 +152,23 @@ class RandomState:
 
 
 def count_rows(batch: Mapping[str, Any]) -> int:
-    """Rows of a batch: the length that its columns share; 0 where no column has rows.
+    """Rows of a batch: the length that its columns share, or 0.
 
     Raises:
         ValueError: columns of different lengths.
     """
     lengths = {name: len(value) for name, value in batch.items() if _has_rows(value)}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        counts = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise ValueError(
-            f"the columns of a batch differ in their number of rows ({told}), so it cannot be embedded in chunks; "
+            f"the columns of a batch differ in their number of rows ({counts}), so it cannot be embedded in chunks; "
             "give each column one entry a row (two views as [B, 2, ...]), or leave embed_batch_size out"
         )
     return next(iter(lengths.values()), 0)
 
 
 def split_rows(batch: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
-    """The batch in chunks of `size` rows, the last one smaller where they do not come out even; tensors are views."""
+    """The batch in chunks of `size` rows, the last one perhaps smaller; tensors are views."""
     rows = count_rows(batch)
     return [
         {name: value[start : start + size] if _has_rows(value) else value for name, value in batch.items()}
@@ -183,7 +196,7 @@ class _Passes:
                 self.objective.forward = before
 
     def replay(self, chunk: Mapping[str, Any], part: Mapping[str, Tensor], *, touch: bool, check: bool) -> None:
-        """Embeds a chunk with its graph and sends the kept gradients through it."""
+        """Embeds a chunk with its graph and propagates the kept gradients through it."""
         kept = {name: value for name, value in part.items() if value.grad is not None}
 
         def embed(**columns: Any) -> dict[str, Tensor]:

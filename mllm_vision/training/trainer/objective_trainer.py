@@ -21,7 +21,7 @@ from mllm_vision.training.callbacks.finite import stop_if_not_finite
 from mllm_vision.training.callbacks.health import Health
 from mllm_vision.training.callbacks.progress import AfterStep
 from mllm_vision.training.optim.method_rates import FrozenAtFirst, MethodRates, StillAtFirst
-from mllm_vision.training.trainer.epoch_pass import FeaturesBeforeEpoch, TellProgress
+from mllm_vision.training.trainer.epoch_pass import FeaturesBeforeEpoch, Progress
 from mllm_vision.training.trainer.gradient_cache import cached_backward, count_rows
 from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
 
@@ -31,26 +31,22 @@ logger = logging.getLogger(__name__)
 class ObjectiveTrainer(RecipeTrainer):
     """Trains an `Objective`: its loss, its metrics (averaged between logs and over ranks), its `after_step`.
 
-    Says at the start how many negatives an anchor meets and what the loss is at chance; warns when the training
-    goes wrong (`Health`: a loss at chance, a scale at its clamp, a wrong bias, a collapse).
+    Logs the negatives per anchor and the loss at chance at the start, and warns of a training that goes wrong
+    (`Health`). A loss that is NaN or infinite ends the training before its step, with the batch saved.
 
     With `args.embed_batch_size` below the batch size, the batch is embedded in chunks of so many rows, each of which is
-    moved to the device once; views exist for the chunk at work alone. Loss and gradients are those of the whole batch
+    moved to the device once; views exist for one chunk at a time. Loss and gradients are those of the whole batch
     (`gradient_cache`). Where the loss couples the rows of a batch, `gradient_accumulation_steps` means the same: so
     many times the rows at once, in chunks of `per_device_train_batch_size`.
 
-    A loss that is NaN or infinite ends the training before its step, with the batch saved (`callbacks.finite`). The
-    rates that a method asks for are in `training.optim.method_rates`.
-
     Args:
         make_views: a callable batch -> batch that makes the views of a batch on its device (`data.views.ViewMaker`).
-            It is given the chunk at work, so that views exist for a chunk at a time.
         make_plain_views: the same without augmentation, for methods that pass over the data before each epoch.
 
     Raises:
-        ValueError: the method cannot be chunked (it says why), or it meets torch.compile, DeepSpeed, an optimizer
-            that steps inside the backward pass, or several GPUs in one process; the data are too few for the method;
-            a method that passes over the data meets a stream.
+        ValueError: the method cannot be chunked, or not with torch.compile, DeepSpeed, an optimizer that steps inside
+            the backward pass, or several GPUs in one process; the data are too few for the method; a method that
+            passes over the data is given a stream.
     """
 
     takes_embed_batch_size = True
@@ -70,7 +66,7 @@ class ObjectiveTrainer(RecipeTrainer):
         self.make_views, self.make_plain_views = make_views, make_plain_views
         args = _chunked(model, args)
         super().__init__(model, args, *others, **kwargs)
-        # It asks the device twice a step whether the loss is a number, which `stop_if_not_finite` has asked already.
+        # It reads the loss from the device twice a step, which `stop_if_not_finite` does already.
         self.args.logging_nan_inf_filter = False
         self.model_accepts_loss_kwargs = False
         self._contract_checked = False
@@ -87,12 +83,12 @@ class ObjectiveTrainer(RecipeTrainer):
         self.add_callback(Health(self.objective, lambda: self.negatives_batch, self.run))
 
     def _prepare_method(self) -> None:
-        """Tells the method the sizes of the data, and what it asks to be told later."""
+        """The method gets the sizes of the data, and the callbacks that it needs."""
         rows = len(self.train_dataset) if has_length(self.train_dataset) else None
         if hasattr(self.objective, "before_training") and self.train_dataset is not None:
             self.objective.before_training(rows, self.negatives_batch)
         if isinstance(self.objective, ImageObjective):
-            self.add_callback(TellProgress(self.objective))
+            self.add_callback(Progress(self.objective))
             if self.average is not None and self.objective.artifact_encoder is not self.objective.encoder:
                 raise ValueError(
                     f"ema_decay={self.args.ema_decay} averages the encoder under training, and what this run saves is "
@@ -116,10 +112,6 @@ class ObjectiveTrainer(RecipeTrainer):
         """How many pairs meet in one loss: the batch of all processes, without accumulation."""
         return self._train_batch_size * self.args.world_size
 
-    def _chance(self) -> float | None:
-        chance = getattr(self.objective, "chance_loss", None)
-        return chance(self.negatives_batch) if callable(chance) else None
-
     @property
     def embed_batch_size(self) -> int | None:
         """Rows embedded at once where that is fewer than the batch of this process, else None."""
@@ -129,29 +121,31 @@ class ObjectiveTrainer(RecipeTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `RecipeTrainer.train`, after a line on negatives and chance."""
         if self.is_world_process_zero():
-            steps, batch, chance = self.args.gradient_accumulation_steps, self.negatives_batch, self._chance()
-            told = f"; loss at chance {chance:.4f}" if chance is not None else ""
-            count = getattr(self.objective, "negatives", lambda rows: rows - 1)(batch)
-            if self.run is not None:  # for the card and the report
-                method = {"chance_loss": chance, "citation": getattr(self.objective, "citation", "")}
-                self.run.record["method"] = {**method, "loss_parts": list(getattr(self.objective, "loss_parts", ()))}
-            negatives = "" if count is None else f"negatives per anchor: {count}; "
-            logger.info("%seffective batch: %d%s", negatives, batch * steps, told)
-            if self.embed_batch_size is not None:
-                logger.info(
-                    "each process takes %d rows at once and embeds them in chunks of %d%s",
-                    self._train_batch_size, self.embed_batch_size,
-                    f" (gradient_accumulation_steps={self._accumulated})" if self._accumulated > steps else "",
-                )  # fmt: skip
-            if steps > 1 and getattr(self.objective, "couples_batch", True):
-                logger.warning(
-                    "gradient_accumulation_steps=%d adds no negatives: each loss sees %d pairs, not %d",
-                    steps, batch, batch * steps,
-                )  # fmt: skip
+            self._describe()
         return super().train(*args, **kwargs)
 
+    def _describe(self) -> None:
+        steps, batch, objective = self.args.gradient_accumulation_steps, self.negatives_batch, self.objective
+        chance = objective.chance_loss(batch) if callable(getattr(objective, "chance_loss", None)) else None
+        if self.run is not None:  # for the card and the report
+            method = {"chance_loss": chance, "citation": getattr(objective, "citation", "")}
+            self.run.record["method"] = {**method, "loss_parts": list(getattr(objective, "loss_parts", ()))}
+        count = getattr(objective, "negatives", lambda rows: rows - 1)(batch)
+        negatives = "" if count is None else f"negatives per anchor: {count}; "
+        at_chance = f"; loss at chance {chance:.4f}" if chance is not None else ""
+        logger.info("%seffective batch: %d%s", negatives, batch * steps, at_chance)
+        if self.embed_batch_size is not None:
+            why = f" (gradient_accumulation_steps={self._accumulated})" if self._accumulated > steps else ""
+            rows = (self._train_batch_size, self.embed_batch_size)
+            logger.info("each process takes %d rows at once and embeds them in chunks of %d%s", *rows, why)
+        if steps > 1 and getattr(objective, "couples_batch", True):
+            logger.warning(
+                "gradient_accumulation_steps=%d adds no negatives: each loss sees %d pairs, not %d",
+                steps, batch, batch * steps,
+            )  # fmt: skip
+
     def get_train_dataloader(self) -> Any:
-        """As `Trainer.get_train_dataloader`; a batch that is embedded in chunks stays where it was made."""
+        """As `Trainer.get_train_dataloader`; a batch that is embedded in chunks stays on the CPU."""
         loader = super().get_train_dataloader()
         if self.embed_batch_size is not None and isinstance(loader, DataLoaderShard):
             loader.device = None
@@ -188,7 +182,7 @@ class ObjectiveTrainer(RecipeTrainer):
         return output.loss.detach() / self.current_gradient_accumulation_steps
 
     def _move(self, chunk: Mapping[str, Any]) -> dict[str, Any]:
-        """A chunk on the device; from pinned memory the copy runs while the chunk before it is at work."""
+        """A chunk on the device; from pinned memory the copy overlaps with the chunk before it."""
         device = self.args.device
         return {
             name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
