@@ -95,7 +95,6 @@ def parameter_groups(
     """
     rates = {prefix: rate for prefix, rate in (learning_rates or {}).items() if rate is not None}
     _check_rates(model, rates)
-    also = also_decays if weight_decay_on == "method" else ()
     scales = {} if layer_decay is None else layer_scales(_trained(model), layer_decay)
     groups: dict[tuple[str, bool, bool, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -103,9 +102,7 @@ def parameter_groups(
             continue
         plain = plain_name(name)
         prefix = max((prefix for prefix in rates if is_under(plain, prefix)), key=len, default="")
-        decayed = (
-            any(f".{part}." in f".{plain}." for part in also) or weight_decay_on == "all" or decays(plain, parameter)
-        )
+        decayed = _decayed(plain, parameter, weight_decay_on, also_decays)
         muon = muon_learning_rate is not None and _is_hidden_matrix(plain, parameter)
         rate = rates.get(prefix, learning_rate)
         own = muon_learning_rate if muon else None if decayed else bias_learning_rate
@@ -121,6 +118,11 @@ def parameter_groups(
     if not groups:
         raise ValueError("nothing to train: every parameter is frozen (requires_grad=False)")
     return [groups[key] for key in sorted(groups)]
+
+
+def _decayed(name: str, parameter: Any, where: str, also: Sequence[str]) -> bool:
+    named = where == "method" and any(f".{part}." in f".{name}." for part in also)
+    return named or where == "all" or decays(name, parameter)
 
 
 def _is_hidden_matrix(name: str, parameter: Any) -> bool:
