@@ -140,7 +140,7 @@ def test_a_bias_that_is_wrong(bias: float, tmp_path: Path) -> None:
     [
         ({}, {"learning_rate": 0.3, "warmup_steps": 0}, "point one way"),
         ({"same": True}, {}, "point one way"),
-        ({}, {"learning_rate": 0.03, "warmup_steps": 0}, "vary along a line"),
+        ({}, {"learning_rate": 0.03, "warmup_steps": 0}, "collapse"),
     ],
     ids=["rate far too high", "one image for all", "rate too high"],
 )
@@ -308,6 +308,8 @@ def test_the_two_collapses_of_self_distillation(tmp_path: Path) -> None:
 def test_a_collapse_without_captions_speaks_of_none(tmp_path: Path) -> None:
     found = watch(tmp_path, [{"h_spread": 0.01, "h_rank": 3.0}] * 8, objective=Alone(9.0)).found
     assert "all h embeddings point one way" in found["collapse"] and "caption" not in found["collapse"]
+    found = watch(tmp_path, [{"h_spread": 0.5, "h_rank": 1.05}] * 8, objective=Alone(9.0)).found
+    assert "the h embeddings vary along a line (h_rank 1.05 directions)" in found["collapse"]
 
 
 def test_an_offset_that_the_head_takes_off_is_no_collapse(tmp_path: Path) -> None:
