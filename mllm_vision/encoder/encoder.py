@@ -245,7 +245,7 @@ class VisionEncoder(nn.Module):
         Raises:
             ValueError: unknown `feature`, or an image that cannot be decoded (`BadImage`).
         """
-        from mllm_vision.data.images.transforms import load_image
+        from mllm_vision.data.images.decoding import in_threads, load_image
 
         if feature not in ("tokens", "pooled"):
             raise ValueError(f"feature={feature!r} is unknown; use 'tokens' or 'pooled'")
@@ -259,7 +259,7 @@ class VisionEncoder(nn.Module):
         try:
             rows = []
             for start in tqdm(range(0, len(images), batch_size), desc="encode", disable=not progress):
-                batch = [load_image(image) for image in images[start : start + batch_size]]
+                batch = in_threads(load_image, images[start : start + batch_size])
                 pixel_values = self.processor(images=batch, return_tensors="pt")["pixel_values"]
                 wanted = feature == "pooled"
                 features = self(pixel_values.to(self.device), pooled=wanted, tokens=not wanted)

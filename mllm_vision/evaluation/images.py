@@ -8,8 +8,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from mllm_vision.data.images.decoding import in_threads, load_image
 from mllm_vision.data.images.files import first_image
-from mllm_vision.data.images.transforms import load_image
 from mllm_vision.data.records.forms import tell_of_more_images
 from mllm_vision.data.records.sampling import BadRow, draw_rows, judge, only_columns
 
@@ -82,9 +82,17 @@ def usable_images(
     """
     refused = {} if refused is None else refused
     rows = only_columns(records, [column])
+
+    def encoded(index: int) -> Any:
+        return first_image(rows[index].get(column))
+
+    def decoded(pair: tuple[int, Any]) -> Any:
+        return pair[1] if isinstance(pair[1], BadRow) else judge(f"row {pair[0]}", load_image, pair[1])
+
+    # the rows are read here, one after the other: not every kind of records may be read from several threads
+    values = [judge(f"row {index}", encoded, index) for index in indices]
     images, kept = [], []
-    for index in indices:
-        found = judge(f"row {index}", row_image, rows, column, index)
+    for index, found in zip(indices, in_threads(decoded, list(zip(indices, values, strict=True))), strict=True):
         if isinstance(found, BadRow):
             leave_out(refused, index, found)
             continue

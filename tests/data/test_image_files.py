@@ -34,7 +34,7 @@ def test_every_opening_of_an_image_names_its_formats():
             owner = node.func.value
             if isinstance(owner, ast.Name | ast.Attribute) and "Image" in (getattr(owner, "id", "") or owner.attr):
                 found.append((file.name, "formats" in {word.arg for word in node.keywords}))
-    assert ("image_files.py", True) in found and all(named for _, named in found), found
+    assert ("files.py", True) in found and all(named for _, named in found), found
 
 
 def test_no_format_outside_the_list_is_opened(tmp_path, monkeypatch):

@@ -196,6 +196,26 @@ def test_broken_images_say_what_is_wrong(tmp_path):
         load_image(bytes(corrupt))
 
 
+@pytest.mark.parametrize("name", ["clip", "vit (bilinear)"])
+def test_threads_change_no_value(stock, name):
+    """Images are decoded and resized on all threads of torch; what a thread does for itself stays with it."""
+    images = [image_bytes(noise(90 + 7 * seed, 130, seed), "JPEG") for seed in range(9)]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            transform, crops = ImageTransform(stock[name]), ImageTransform(stock[name], train=True)
+            pixels = transform.pixels([load_image(image) for image in images])
+            found.append([transform(images), transform.normalise(pixels), crops(images, keys=list(range(9)))])
+            with pytest.raises(BadImage, match="cannot be decoded"):
+                transform([*images, images[0][:200], b"no image"])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+    assert torch.equal(found[0][0], found[0][1])
+
+
 def test_training_crops_depend_on_keys_alone(stock):
     images = [random_image(number, (80, 60)) for number in range(6)]
     transform = ImageTransform(stock["clip"], train=True, scale=(0.5, 0.9))

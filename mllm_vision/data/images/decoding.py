@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from PIL import Image
 
 from mllm_vision.data.images.files import ORIENTED, BadImage, describe, eight_bits, open_image, orientation_of
 
-__all__ = ["MAX_BYTES", "BadImage", "load_image"]
+__all__ = ["MAX_BYTES", "BadImage", "in_threads", "load_image"]
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 MAX_BYTES = 224 * 2**20  # of memory while an image is decoded: 58 million RGB pixels
 _STRIP = 2**18  # pixels that are converted at once where a conversion needs several times the image
@@ -18,6 +23,7 @@ _SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
 _STORED = {"1": 1, "L": 1, "P": 1} | dict.fromkeys(_SIXTEEN, 2)  # bytes a pixel in Pillow, of other modes 4
 _FACTORS = (1, 2, 4, 8)  # by which a large grey image is reduced before it becomes RGB
 _BESIDE = {"WEBP": 12, "JPEG2000": 16, "AVIF": 8}  # bytes a pixel that a decoder keeps beside the image
+_MOST_THREADS = 16  # beyond which Python's own share of decoding leaves them waiting for one another
 _DEAREST = 24  # bytes a pixel that nothing exceeds
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -84,6 +90,27 @@ def load_image(
         raise
     except Exception as error:  # the decoders raise nearly anything on broken files (struct.error, SyntaxError...)
         raise BadImage(f"{describe(value)} cannot be decoded: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def in_threads(function: Callable[[_T], _R], values: Sequence[_T]) -> list[_R]:
+    """`[function(value) for value in values]` on as many threads as torch uses here: one in a loader's worker process.
+
+    Pillow lets other threads run while it decodes and resizes, so that a batch takes all cores. Operations of torch
+    take one core each inside, and wait for no other. The threads end with the call: a process forked later inherits
+    none.
+
+    Raises:
+        Exception: that of the first value, in their order, for which `function` raises one.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, len(values), _MOST_THREADS)
+    if workers < 2:
+        return [function(value) for value in values]
+    try:
+        with ThreadPoolExecutor(workers, "images", torch.set_num_threads, (1,)) as pool:
+            return list(pool.map(function, values))
+    finally:
+        torch.set_num_threads(threads)  # the number of this thread stayed, that for threads to come did not
 
 
 class _Cost:

@@ -1,8 +1,7 @@
 """Images: decoding whatever users bring, and turning it into the pixel values an encoder was saved with.
 
 `ImageTransform` gives what the saved transformers image processor gives, within one grey level, several times
-faster: it works on 8-bit pixels up to the very end, resizes images of one size together, and never resizes
-what the crop throws away of a panorama.
+faster: it works on 8-bit pixels up to the very end, on all threads that torch has.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import logging
 import math
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mllm_vision.data.images.decoding import BadImage, load_image
+from mllm_vision.data.images.decoding import BadImage, in_threads, load_image
 
 __all__ = ["BadImage", "ImageTransform", "load_image"]
 
@@ -124,16 +123,18 @@ class ImageTransform:
             raise ValueError("no images: images is empty")
         if keys is not None and len(keys) != len(images):
             raise ValueError(f"{len(keys)} keys for {len(images)} images")
-        loaded = [self.load(image, None if keys is None else keys[i]) for i, image in enumerate(images)]
+        of_each: list[int | None] = [None] * len(images) if keys is None else list(keys)
+        loaded = in_threads(lambda pair: self.load(*pair), list(zip(images, of_each, strict=True)))
         if self.train:
-            boxes = [self._random_box(p.size, None if keys is None else keys[i]) for i, p in enumerate(loaded)]
+            boxes = [self._random_box(image.size, key) for image, key in zip(loaded, of_each, strict=True)]
             if self._plan is None:
                 loaded = [image.crop(box) for image, box in zip(loaded, boxes, strict=True)]
                 return self._processed(loaded)
             return self._cropped(loaded, boxes)
         if self._plan is None:
             return self._processed(loaded)
-        return self._finish(self._centred(loaded))
+        values = torch.empty(len(loaded), 3, *self.size)
+        return _in_parts(lambda part, out: self._finish(self._centred(part), out), loaded, values)
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor | None:
         """Evaluation images as they are before normalisation, `[B, H, W, 3]` uint8: a quarter of the memory.
@@ -141,11 +142,13 @@ class ImageTransform:
         `normalise` makes of them what `__call__` gives. None for processors with settings of their own (`native` is
         False), whose pixel values cannot be taken apart.
         """
-        return None if self._plan is None else self._centred(list(images))
+        if self._plan is None:
+            return None
+        return _in_parts(self._centred, list(images), torch.empty(len(images), *self.size, 3, dtype=torch.uint8))
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """What `pixels` gave, `[B, H, W, 3]` uint8, as pixel values `[B, 3, H, W]` float32."""
-        return self._finish(pixels)
+        return _in_parts(self._finish, pixels, torch.empty(len(pixels), 3, *self.size))
 
     # -- geometry ---------------------------------------------------------------------------------------------
 
@@ -176,11 +179,12 @@ class ImageTransform:
         left, top, right, bottom = self._random_box((width, height), key)
         return math.ceil(height * self.size[0] / (bottom - top)), math.ceil(width * self.size[1] / (right - left))
 
-    def _centred(self, images: list[Image.Image]) -> Tensor:
-        """Resize and centre crop as the processor does; `[B, H, W, 3]` uint8."""
+    def _centred(self, images: list[Image.Image], out: Tensor | None = None) -> Tensor:
+        """Resize and centre crop as the processor does; `[B, H, W, 3]` uint8, into `out` where given."""
         plan = self._plan
         assert plan is not None
-        out = torch.empty(len(images), *self.size, 3, dtype=torch.uint8)
+        if out is None:
+            out = torch.empty(len(images), *self.size, 3, dtype=torch.uint8)
         by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, image in enumerate(images):
             by_size[image.size].append(index)
@@ -189,7 +193,7 @@ class ImageTransform:
             top, left = (target[0] - plan.height) // 2, (target[1] - plan.width) // 2
             group = [images[row] for row in rows]
             if target[0] * target[1] > _HUGE:
-                # A strip a few pixels high would become gigabytes: resize only what the crop keeps.
+                # a strip a few pixels high would become gigabytes: resize only what the crop keeps
                 x0, x1 = left * width / target[1], min(width, (left + plan.width) * width / target[1])
                 y0, y1 = top * height / target[0], min(height, (top + plan.height) * height / target[0])
                 filter_ = Image.Resampling(plan.resample)
@@ -198,8 +202,8 @@ class ImageTransform:
                     strip = strip.resize((plan.width, plan.height), filter_, box=(0, y0, plan.width, y1))
                     out[row] = torch.from_numpy(np.array(strip))
                 continue
-            # Bilinear, torch's 8-bit resize agrees with Pillow. Bicubic it does not quite: one value in a million is
-            # two levels off, and Pillow clips the overshoot between its passes in an order of its own choosing.
+            # Bilinear, torch's 8-bit resize agrees with Pillow. Bicubic one value in a million is two levels off, and
+            # overshoot is clipped between the passes, in an order that Pillow chooses.
             mode = _TORCH_MODES.get(plan.resample)
             with_torch = mode == "bilinear" or (height, width) == target or (mode is not None and not self.exact)
             step = max(1, 2**21 // (height * width))  # bounded stacks: photographs need not lie in memory twice
@@ -212,22 +216,23 @@ class ImageTransform:
         """Each image's box resized to the full size, as values; no processor to agree with here."""
         assert self._plan is not None
         values = torch.empty(len(images), 3, *self.size)
-        fast = self._plan.resample in _TORCH_MODES
-        for row, (image, box) in enumerate(zip(images, boxes, strict=True)):
-            pixels = _resize([image], self.size, self._plan.resample, with_torch=fast, box=box)
+        resample = self._plan.resample
+        fast = resample in _TORCH_MODES
+
+        def crop(row: int) -> None:
+            pixels = _resize([images[row]], self.size, resample, with_torch=fast, box=boxes[row])
             self._finish(pixels, values[row : row + 1])  # while they are in the cache
+
+        in_threads(crop, range(len(images)))
         return values
 
     # -- values -----------------------------------------------------------------------------------------------
 
-    def _finish(self, pixels: Tensor, values: Tensor | None = None) -> Tensor:
-        """`[B, H, W, 3]` uint8 to `[B, 3, H, W]` float32, into `values` where given."""
+    def _finish(self, pixels: Tensor, values: Tensor) -> Tensor:
+        """`[B, H, W, 3]` uint8 to float32, into `values` `[B, 3, H, W]`."""
         assert self._plan is not None
-        if values is None:
-            values = torch.empty(pixels.shape[0], 3, *pixels.shape[1:3])
         for channel, (multiply, add) in enumerate(zip(self._plan.multiply, self._plan.add, strict=True)):
-            # Copied first: a product of two types walks the bytes one by one, twice as slowly. Then one pass for both.
-            plane = values[:, channel].copy_(pixels[..., channel])
+            plane = values[:, channel].copy_(pixels[..., channel])  # a product of two types would walk byte by byte
             torch.add(torch.tensor(add), plane, alpha=multiply, out=plane)
         return values
 
@@ -250,6 +255,15 @@ class ImageTransform:
         logger.info("%s has settings of its own: images go through it unchanged (slower)", name)
         values = self._processed([Image.new("RGB", (64, 64))])
         return int(values.shape[-2]), int(values.shape[-1])
+
+
+def _in_parts(function: Callable[[Any, Tensor], Any], batch: Any, out: Tensor) -> Tensor:
+    """`function(batch, out)`, on several threads part by part: four parts a thread, so that none waits long."""
+    threads = torch.get_num_threads()
+    size = len(batch) if threads == 1 else -(-len(batch) // (4 * threads))
+    parts = [slice(start, start + size) for start in range(0, len(batch), max(1, size))]
+    in_threads(lambda part: function(batch[part], out[part]), parts)
+    return out
 
 
 def _resize(
