@@ -105,6 +105,12 @@ def run(kind: str, **extra: Any) -> dict[str, Any]:
     return record
 
 
+def module(group: str, parameters: int, before: str, after: str, rate: float | None = None) -> dict[str, Any]:
+    """An entry of the freeze audit; trained where it has a rate."""
+    hashes = {"sha256_before": digest(before), "sha256_after": digest(after), "moved": before != after}
+    return {"group": group, "parameters": parameters, "trainable": rate is not None, "learning_rate": rate, **hashes}
+
+
 def stage_zero() -> dict[str, Any]:
     history = loss_history(1200, 4.85, 0.35)
     for place, entry in enumerate(history):
@@ -133,24 +139,8 @@ def stage_zero() -> dict[str, Any]:
             {"name": "dual", "path": "runs/q/pretrain/dual", "kind": "dual", "weights_sha256": digest("d")},
         ],
         modules=[
-            {
-                "group": "vision",
-                "parameters": 812416,
-                "trainable": True,
-                "learning_rate": 1e-3,
-                "sha256_before": digest("a"),
-                "sha256_after": digest("e"),
-                "moved": True,
-            },
-            {
-                "group": "text",
-                "parameters": 412416,
-                "trainable": True,
-                "learning_rate": 1e-3,
-                "sha256_before": digest("t"),
-                "sha256_after": digest("u"),
-                "moved": True,
-            },
+            module("vision", 812416, "a", "e", 1e-3),
+            module("text", 412416, "t", "u", 1e-3),
         ],
         verdict="zero_shot accuracy 0.978 against chance 0.0417: better\n"
         "retrieval r1 0.8 against chance 0.005: better\nrank 12 against untrained 12.1: within noise",
@@ -183,33 +173,9 @@ def stage_one() -> dict[str, Any]:
         ],
         artifacts=[{"name": "model", "kind": "vlm", "path": "x", "weights_sha256": digest("al")}],
         modules=[
-            {
-                "group": "encoder",
-                "parameters": 812416,
-                "trainable": False,
-                "sha256_before": digest("e"),
-                "sha256_after": digest("e"),
-                "moved": False,
-                "learning_rate": None,
-            },
-            {
-                "group": "projector",
-                "parameters": 41216,
-                "trainable": True,
-                "learning_rate": 2e-3,
-                "sha256_before": digest("p"),
-                "sha256_after": digest("q"),
-                "moved": True,
-            },
-            {
-                "group": "language_model",
-                "parameters": 1630000,
-                "trainable": False,
-                "sha256_before": digest("l"),
-                "sha256_after": digest("l"),
-                "moved": False,
-                "learning_rate": None,
-            },
+            module("encoder", 812416, "e", "e"),
+            module("projector", 41216, "p", "q", 2e-3),
+            module("language_model", 1630000, "l", "l"),
         ],
         evaluations={
             "captions": {"loss": 0.91, "loss_shuffled": 2.4, "primary_metric": "loss", "baselines": {"blank": 2.2}}
@@ -231,32 +197,9 @@ def stage_two() -> dict[str, Any]:
         parents=[{"role": "vlm", "path": "runs/q/align", "kind": "vlm", "weights_sha256": digest("al")}],
         artifacts=[{"name": "model", "kind": "vlm", "path": "x", "weights_sha256": digest("in")}],
         modules=[
-            {
-                "group": "encoder",
-                "parameters": 812416,
-                "trainable": False,
-                "sha256_before": digest("e"),
-                "sha256_after": digest("e"),
-                "moved": False,
-            },
-            {
-                "group": "projector",
-                "parameters": 41216,
-                "trainable": True,
-                "learning_rate": 1e-3,
-                "moved": True,
-                "sha256_before": digest("q"),
-                "sha256_after": digest("r"),
-            },
-            {
-                "group": "language_model",
-                "parameters": 1630000,
-                "trainable": True,
-                "learning_rate": 5e-4,
-                "moved": True,
-                "sha256_before": digest("l"),
-                "sha256_after": digest("m"),
-            },
+            module("encoder", 812416, "e", "e"),
+            module("projector", 41216, "q", "r", 1e-3),
+            module("language_model", 1630000, "l", "m", 5e-4),
         ],
     )
 
