@@ -5,7 +5,7 @@ The public names are imported when first used: `import mllm_vision` itself costs
 
 from mllm_vision.lazy import attach
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # what users type, by subject: name -> module
 _SUBJECTS = {
