@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from matplotlib.ticker import LogLocator, MaxNLocator
-
 from mllm_vision.report.format import clipped, embedded
 
 WIDTH, HEIGHT = 460, 262
@@ -33,6 +31,8 @@ def ticks(low: float, high: float, log: bool = False) -> list[float]:
     """Round numbers between two bounds, or powers of ten."""
     if not high > low:
         return [low]
+    from matplotlib.ticker import LogLocator, MaxNLocator  # at use: --help imports no numpy
+
     locator = LogLocator(numticks=6) if log else MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
     return [float(value) for value in locator.tick_values(low, high) if low * 0.9999 <= value <= high * 1.0001]
 

@@ -59,11 +59,12 @@ def test_decoded_images_are_kept_up_to_the_flag(room, decoded, monkeypatch):
 
 def test_the_freeze_audit_hashes_what_is_frozen_once_each_time_and_samples_what_trains(monkeypatch):
     from mllm_vision.hub import lineage
-    from mllm_vision.vlm import FreezeProof, audit, freeze, freezing
+    from mllm_vision.modules import audit as auditing
+    from mllm_vision.vlm import FreezeProof, audit, freeze
 
     model, _ = cases._language_model()
     freeze(model, ("language_model",))
-    monkeypatch.setattr(freezing, "SAMPLE", 50)
+    monkeypatch.setattr(auditing, "SAMPLE", 50)
     hashed: list[int] = []
     plain = lineage._tensor_bytes
 
@@ -87,7 +88,7 @@ def test_the_freeze_audit_hashes_what_is_frozen_once_each_time_and_samples_what_
     proof.close(model)
     assert "encoder: frozen weights moved" in proof.problems[0]
 
-    monkeypatch.setattr(freezing, "rank", lambda: 1)
+    monkeypatch.setattr(auditing, "rank", lambda: 1)
     hashed.clear()
     assert FreezeProof(model, audit(model, 1e-3)).close(model) and not hashed  # the first process does it for all
 

@@ -40,14 +40,15 @@ def test_a_run_of_two_ranks_ends_with_its_artifact(tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "import os\nfrom recipes import align\nfrom mllm_vision.training import evaluating, recipe\n"
+        "import os\nfrom recipes import align\nfrom mllm_vision.training.recipe import parser\n"
+        "from mllm_vision.training.trainer import evaluating\n"
         "plain = evaluating.examine\n"
         "def examine(evaluator, model, step=0):\n"
         "    if step and os.environ['RANK'] == '1': raise OSError('the row is gone')\n"
         "    return plain(evaluator, model, step)\n"
         "evaluating.examine = examine\n"
-        "from mllm_vision.training import ending\nending.PATIENCE = 3.0\n"
-        "recipe.run_recipe(align.main)\n"
+        "from mllm_vision.training.recipe import ending\nending.PATIENCE = 3.0\n"
+        "parser.run_recipe(align.main)\n"
     )
     words = tiny_runs.words("align", data, tmp_path / "run", per_device_train_batch_size=4)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(recipe)]

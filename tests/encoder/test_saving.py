@@ -11,8 +11,9 @@ import torch
 from families import CONVOLUTIONAL, FAMILIES, TABLES, small
 from safetensors.torch import load_file
 
-from mllm_vision.encoder import VisionEncoder, model_card
+from mllm_vision.encoder import VisionEncoder
 from mllm_vision.encoder.sources import build_encoder
+from mllm_vision.hub.card import model_card
 from mllm_vision.hub.lineage import hash_weights, read_lineage, write_lineage
 
 PLAIN = """

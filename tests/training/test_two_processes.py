@@ -20,9 +20,9 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 from torch import nn
 from transformers.utils import ModelOutput
-from mllm_vision.training.arguments import RecipeArguments
-from mllm_vision.training.run import Run
-from mllm_vision.training.trainer import ObjectiveTrainer
+from mllm_vision.training.recipe.arguments import RecipeArguments
+from mllm_vision.training.recipe.run import Run
+from mllm_vision.training.trainer.objective_trainer import ObjectiveTrainer
 
 
 class Toy(nn.Module):

@@ -58,10 +58,16 @@ def choose_tile(tile_size: int | None, device: torch.device, rows: int = 0) -> i
         return int(tile_size)
     if device.type != "cpu":
         return TILE_ON_GPU
-    threads = torch.get_num_threads()
+    threads = cpu_threads()
     if threads == 1 or rows < 4 * SMALLEST_TILE:
         return TILE_ON_CPU
     return min(TILE_ON_CPU, max(SMALLEST_TILE, -(-rows // (2 * threads))))  # two strips of rows a thread
+
+
+@torch.compiler.assume_constant_result
+def cpu_threads() -> int:
+    """Number of threads of one operation; a constant in compiled code, where the call would break the graph."""
+    return torch.get_num_threads()
 
 
 def first_row(sizes: list[int], group: dist.ProcessGroup | None) -> int:
