@@ -275,7 +275,7 @@ def test_the_figures_told_are_those_of_the_checkpoint_that_is_saved(folder, alig
     seen = [row["eval_captions_loss"] for row in record["history"] if "eval_captions_loss" in row]
     assert seen[0] > seen[1] > seen[2]
     assert record["evaluations"]["captions"]["loss"] == pytest.approx(seen[0], rel=1e-5)
-    with pytest.raises(ValueError, match=r"'loss' is measured by no evaluator; use e\.g\. captions_loss"):
+    with pytest.raises(ValueError, match=r"'loss' is not measured by any evaluator; use e\.g\. captions_loss"):
         run_align(folder, tmp_path / "wrong", "--load_best_model_at_end", *best[3:], *every)
 
 

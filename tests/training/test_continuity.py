@@ -151,7 +151,9 @@ def test_a_checkpoint_without_its_state_is_refused_unless_asked_for(missing: str
     shutil.copytree(begun, tmp_path / "run")
     for name in (missing, "complete.json"):
         (tmp_path / "run" / "checkpoint-4" / name).unlink()
-    with pytest.raises(ValueError, match=f"has no {missing}: the training would not go on.*--accept_missing_state"):
+    with pytest.raises(
+        ValueError, match=f"has no {missing}: only its weights could be resumed.*--accept_missing_state"
+    ):
         resume_work.seen(tmp_path / "run", None, resume=True, **BASE)
     rows = resume_work.seen(tmp_path / "run", None, resume=True, accept_missing_state=True, **BASE)
     assert len(rows) == 4
@@ -169,7 +171,9 @@ def test_a_best_checkpoint_with_a_flipped_bit_is_not_the_result(tmp_path: Path) 
 
     settings = {**BASE, "eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
     settings |= {"metric_for_best_model": "one_loss", "greater_is_better": False}
-    with pytest.raises(ValueError, match="checkpoint-4 is torn: the content of model.safetensors .*last step are kept"):
+    with pytest.raises(
+        ValueError, match="checkpoint-4 is damaged: the content of model.safetensors .*last step are kept"
+    ):
         resume_work.trainer_of(tmp_path, None, evaluators=[Falling()], **settings).train()
     shutil.rmtree(tmp_path / "checkpoint-4")
     shutil.rmtree(tmp_path / "checkpoint-8")
@@ -195,7 +199,7 @@ def test_other_data_are_noticed(begun: Path, tmp_path: Path, monkeypatch: pytest
             super().__init__(37)
 
     monkeypatch.setattr(resume_work, "Rows", Fewer)
-    with pytest.raises(ValueError, match=r"not those the run .* \(38 rows then, 37 now\).*--accept_changed"):
+    with pytest.raises(ValueError, match=r"differ from those the run .* \(38 rows then, 37 now\).*--accept_changed"):
         resumed(begun, tmp_path / "run")
     trainer = resume_work.trainer_of(tmp_path / "run", None, resume=True, accept_changed_data=True, **BASE)
     assert trainer.train().global_step == 8

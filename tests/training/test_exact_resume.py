@@ -355,7 +355,7 @@ def test_any_damage_is_noticed_and_the_checkpoint_before_is_used(
         path.write_bytes(content)
     if damage != "flipped":  # which only reading all of it tells
         assert not is_whole(run / "checkpoint-4")
-    with pytest.raises(ValueError, match=rf"torn: .*{file}"):
+    with pytest.raises(ValueError, match=rf"damaged: .*{file}"):
         check_checkpoint(run / "checkpoint-4")
     assert last_checkpoint(run) == str(run / "checkpoint-2")
 

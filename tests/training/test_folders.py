@@ -73,14 +73,12 @@ def test_what_a_kill_left_is_undone(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     (tmp_path / ".run.json.partial").write_text("{")
-    (tmp_path / "checkpoint-4").mkdir()
-    (tmp_path / "checkpoint-4" / "rng_state_1.pth").touch()  # all that a second rank could write
     for name in (".checkpoint-6.partial", ".checkpoint-6.previous"):  # killed while one took the other's place
         (tmp_path / name).mkdir()
         (tmp_path / name / "trainer_state.json").write_text(name)
     clean(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", "encoder", "model", "notes"]
-    assert (tmp_path / "model" / "file").read_text() == ".model.previous"  # put back: no other one was there
+    assert (tmp_path / "model" / "file").read_text() == ".model.previous"  # restored: nothing replaced it
     assert (tmp_path / "encoder" / "file").read_text() == "encoder"
     assert (tmp_path / "checkpoint-6" / "trainer_state.json").read_text() == ".checkpoint-6.previous"
 

@@ -298,5 +298,5 @@ def test_resume_takes_true_or_a_path(tmp_path: Path) -> None:
     )
     with pytest.raises(FileNotFoundError, match="checkpoint-3: no such folder"):
         named.checkpoint_to_resume()
-    with pytest.raises(FileNotFoundError, match="holds no run to go on with"):
+    with pytest.raises(FileNotFoundError, match="contains no run to resume"):
         RecipeArguments(output_dir=str(tmp_path / "none"), use_cpu=True, resume=True).checkpoint_to_resume()

@@ -141,7 +141,7 @@ def test_data_is_described_without_decoding_images(tmp_path: Path) -> None:
 
 
 def test_an_unknown_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="kind='stage_nine' is none of language_model, stage_zero"):
+    with pytest.raises(ValueError, match="kind='stage_nine' is not one of language_model, stage_zero"):
         Run("stage_nine", arguments(tmp_path / "a"), {})
     assert not (tmp_path / "a").exists()
 
@@ -276,7 +276,7 @@ def test_a_run_that_is_killed_in_a_step_has_told_which(tmp_path: Path) -> None:
 
     def killed() -> None:
         (entry,) = json.loads((tmp_path / "a" / "run.json").read_text())["missing"]
-        assert entry == {"step": "sampling", "cause": "the run ended before it was over"}
+        assert entry == {"step": "sampling", "cause": "the run ended during this step"}
         raise SystemExit(143)
 
     with pytest.raises(SystemExit):

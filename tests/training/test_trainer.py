@@ -213,11 +213,11 @@ def test_a_checkpoint_loads_in_plain_transformers(tmp_path: Path) -> None:
     assert_same(state_of(loaded), state_of(model))
 
 
-def test_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped(tmp_path: Path) -> None:
     RecipeTrainer(llama(), arguments(tmp_path), train_dataset=text_rows()).train()
     (tmp_path / "checkpoint-8" / "trainer_state.json").unlink()  # it is written last
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    with pytest.raises(ValueError, match="checkpoint-8 is torn"):
+    with pytest.raises(ValueError, match="checkpoint-8 is damaged"):
         arguments(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-8")).checkpoint_to_resume()
 
 
@@ -387,7 +387,9 @@ def test_a_metric_that_the_training_needs_stops_it_with_a_checkpoint(tmp_path: P
 def test_a_metric_that_nobody_measures_is_refused_at_the_start(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"save_steps": 2, "eval_steps": 2, "eval_strategy": "steps"}
     args = arguments(tmp_path, **settings, load_best_model_at_end=True)  # the stock default is "loss"
-    with pytest.raises(ValueError, match=r"metric_for_best_model='loss' is measured by no .* e\.g\. counter_score"):
+    with pytest.raises(
+        ValueError, match=r"metric_for_best_model='loss' is not measured by any .* e\.g\. counter_score"
+    ):
         RecipeTrainer(llama(), args, train_dataset=text_rows(), evaluators=[Counter()])
     args = arguments(tmp_path, **settings, metric_for_best_model="counter_scor", load_best_model_at_end=True)
     with pytest.raises(ValueError, match=r"'eval_counter_scor', which is not found.*eval_counter_score"):

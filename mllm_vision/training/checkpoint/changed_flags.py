@@ -1,7 +1,7 @@
-"""Flags that differ from those a run was started with: what takes effect on `--resume`, and what is refused.
+"""Flags that differ from those a run was started with: which take effect on `--resume`, and which are refused.
 
-Another value is refused where what the flag decides is in the checkpoint (the optimizer's kind, the shape of the model,
-the order of the rows). Otherwise it holds from the first step after the checkpoint on, as `recipe.yaml` then says.
+A flag is refused where the checkpoint contains what it decides (the kind of optimizer, the shape of the model, the
+order of the rows). Any other applies from the first step after the checkpoint, as `recipe.yaml` then records.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ import yaml
 from mllm_vision.hub.lineage import plain
 from mllm_vision.training.recipe.arguments import RecipeArguments
 
-# of `RecipeArguments`, all of whose other flags take effect on resuming
+# of `RecipeArguments`; its other flags take effect on resuming
 _REFUSED = {
-    "optim": "What another optimizer keeps is not in the checkpoint",
+    "optim": "The checkpoint has no state for another optimizer",
     "seed": "The rows would come in another order",
     "data_seed": "The rows would come in another order",
-    "dataloader_drop_last": "Epochs would have another length",
+    "dataloader_drop_last": "The length of an epoch would change",
     "train_sampling_strategy": "The rows would come in another order",
     "metric_for_best_model": "The best checkpoint so far was found by the other one",
     "greater_is_better": "The best checkpoint so far was found by the other one",
 }
-# of recipes, methods and data, all of whose other flags are in the checkpoint or decide what a row is
+# of recipes, methods and data; their other flags are in the checkpoint or decide what a row is
 _APPLIED = re.compile(
     r"(eval_|max_eval_|zero_shot_|knn_).*|.*learning_rate|"
     r"evaluators|final_evaluators|raw_pixels|templates|sample_count|max_new_tokens|artifact_name|"
-    r"dataset_name|image_root|mix_datasets|eval_cache_gb"  # whether the rows are the same, the trainer compares
+    r"dataset_name|image_root|mix_datasets|eval_cache_gb"  # the trainer compares the rows
 )
 _NOTE = re.compile(r"# from step (\d+) on ")
-_WHY = "The checkpoint was made with the other, and the run would not be what its recipe.yaml says"
+_WHY = "The checkpoint was made with the other value"
 
 
 def recipe_before(folder: Path, checkpoint: str | None) -> dict[str, Any]:
-    """The flags of the run that is resumed; empty where nothing of it was trained yet, or none are known.
+    """The flags of the run to resume; empty where there is no checkpoint or no recipe.yaml.
 
     Args:
         folder: the run folder.
-        checkpoint: the one that was named, perhaps of another folder; None means the newest.
+        checkpoint: as named, perhaps in another folder; None means the newest.
     """
     source = Path(checkpoint).parent if checkpoint else folder
     if checkpoint is None and not any(folder.glob("checkpoint-*")):
@@ -56,7 +56,7 @@ def recipe_before(folder: Path, checkpoint: str | None) -> dict[str, Any]:
 
 
 def notes_before(folder: Path, step: int) -> list[str]:
-    """The changes up to a step in the first lines of `recipe.yaml`; later ones were abandoned."""
+    """The changes up to a step, from the first lines of `recipe.yaml`."""
     file = folder / "recipe.yaml"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     found = [(line.removeprefix("# "), match) for line in lines if (match := _NOTE.match(line))]
@@ -69,10 +69,10 @@ def notes_of(changed: Mapping[str, tuple[Any, Any]], step: int) -> list[str]:
 
 
 def changed_flags(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Flag -> (value before, value now), of those that differ and take effect.
+    """Flag -> (value before, value now), of those that differ.
 
     Args:
-        before: a recipe as read from `recipe.yaml`.
+        before: the recipe from `recipe.yaml`.
         now: the recipe of this start.
 
     Raises:
@@ -102,7 +102,7 @@ def changed_flags(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str
 
 
 def _same(left: Any, right: Any) -> bool:
-    """Equal values, or two ways to write one path."""
+    """Equal values, or two spellings of one path."""
     if left == right:
         return True
     if not (isinstance(left, str) and isinstance(right, str)) or "/" not in left + right:

@@ -1,4 +1,4 @@
-"""Checkpoint folders: a manifest of content hashes, what is damaged, which one is the newest, which ones go."""
+"""Checkpoint folders: the manifest, damage, the newest one, and the removal of old ones."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def damage(checkpoint: Path, *, contents: bool = False) -> str | None:
     """What is wrong with a checkpoint, or None.
 
     Args:
-        checkpoint: a folder. One without a manifest (the stock Trainer's) passes with a readable state and weights.
-        contents: also compare the hash of every file (about a second per gigabyte), not only its size.
+        checkpoint: a folder. Without a manifest (the stock Trainer's) a readable state and weights suffice.
+        contents: also compare the hash of every file (about a second per gigabyte).
     """
     try:
         json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         if not (checkpoint / MANIFEST).exists():
-            return None if any(checkpoint.rglob("*.safetensors")) else "it holds no weights"
+            return None if any(checkpoint.rglob("*.safetensors")) else "it contains no weights"
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         for name, size in manifest["files"].items():
             if (found := (checkpoint / name).stat().st_size) != size:
-                return f"{name} is {found} bytes long, it was written with {size}"
+                return f"{name} has {found} bytes, {size} were written"
         for name, expected in manifest.get("sha256", {}).items() if contents else ():
             if _hash(checkpoint / name) != expected:
-                return f"the content of {name} is not what was written (sha256): the disk or a copy changed it"
+                return f"the content of {name} differs from what was written (sha256)"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -58,15 +58,15 @@ def damage(checkpoint: Path, *, contents: bool = False) -> str | None:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether all files of a checkpoint are there in full length; their contents are not read."""
+    """Whether all files of a checkpoint exist with their sizes."""
     return damage(checkpoint) is None
 
 
 def check_shapes(checkpoint: Path, model: Any) -> None:
-    """Compare the shapes of the weights with the model's before any is loaded.
+    """Compare the shapes of the weights with the model's, before loading.
 
     Raises:
-        ValueError: tensors of the same name and another shape. Nothing is checked without a `model.safetensors`.
+        ValueError: a tensor has another shape. Nothing is checked without a `model.safetensors`.
     """
     file = checkpoint / "model.safetensors"
     if not file.is_file():
@@ -85,15 +85,15 @@ def check_shapes(checkpoint: Path, model: Any) -> None:
 
 
 def check_complete(checkpoint: Path, processes: int, accept: bool) -> None:
-    """Look for optimizer, schedule and random states, without which another training would continue.
+    """Look for optimizer, schedule and random states, which an exact resume needs.
 
     Args:
         checkpoint: a folder.
         processes: how many wrote it.
-        accept: warn of what is missing instead of raising.
+        accept: log what is missing instead of raising.
 
     Raises:
-        ValueError: with the files that are missing.
+        ValueError: with the missing files.
     """
     names = {path.name for path in checkpoint.iterdir()}
     random = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
@@ -102,28 +102,28 @@ def check_complete(checkpoint: Path, processes: int, accept: bool) -> None:
         missing.insert(0, "optimizer.pt")
     if missing and not accept:
         raise ValueError(
-            f"{checkpoint} has no {', '.join(missing)}: the training would not go on but restart from its weights. "
+            f"{checkpoint} has no {', '.join(missing)}: only its weights could be resumed. "
             "Resume from a complete checkpoint (one saved without --save_only_model), or give --accept_missing_state"
         )
     if missing:
-        logger.warning("%s has no %s: they start from scratch, as accepted", checkpoint, ", ".join(missing))
+        logger.warning("%s has no %s: they start from scratch (--accept_missing_state)", checkpoint, ", ".join(missing))
 
 
 def rotate(run_folder: Path, keep: int | None, best: str | None = None, step: int | None = None) -> None:
     """Remove damaged checkpoints, and whole ones but the last `keep` (None or 0: all stay); the best one stays.
 
-    As in the stock Trainer the best one counts among them. "Last" is by step, not by the time of writing.
+    As in the stock Trainer the best one counts among `keep`. The order is by step, not by time.
 
     Args:
-        run_folder: holds the checkpoints.
+        run_folder: contains the checkpoints.
         keep: how many stay.
         best: path of the best checkpoint.
-        step: of the checkpoint just written; later ones belong to a continuation that was abandoned, and go.
+        step: of the checkpoint just written; later ones, of an abandoned continuation, are removed.
     """
     found = list_checkpoints(run_folder)
     left = [path for path in found if step is not None and step_of(path) > step]
     if left:
-        logger.warning("removed %s: the run was resumed before them", ", ".join(path.name for path in left))
+        logger.warning("removed %s: the run was resumed from an earlier step", ", ".join(path.name for path in left))
     whole = [path for path in found if path not in left and is_whole(path)]
     gone = [path for path in found if path not in whole]
     if keep and whole:
@@ -135,45 +135,45 @@ def rotate(run_folder: Path, keep: int | None, best: str | None = None, step: in
 
 
 def last_checkpoint(run_folder: Path) -> str | None:
-    """The newest whole checkpoint of a run, or None; damaged ones are reported and passed over.
+    """The newest whole checkpoint of a run, or None; damaged ones are logged and skipped.
 
     Raises:
-        FileNotFoundError: there is no run in the folder.
+        FileNotFoundError: the folder contains no run.
     """
     if not run_folder.is_dir() or not any(run_folder.iterdir()):
-        raise FileNotFoundError(f"--resume: {run_folder} holds no run to go on with; leave --resume out to start one")
+        raise FileNotFoundError(f"--resume: {run_folder} contains no run to resume; leave --resume out to start one")
     for checkpoint in reversed(list_checkpoints(run_folder)):
         wrong = damage(checkpoint, contents=True)
         if wrong is None:
             return str(checkpoint)
-        logger.warning("%s is torn: %s; it is passed over", checkpoint, wrong)
+        logger.warning("skipped %s, which is damaged: %s", checkpoint, wrong)
     logger.warning("%s contains no checkpoint to resume from: the run starts at step 0", run_folder)
     return None
 
 
 def check_checkpoint(checkpoint: Path) -> Path:
-    """`checkpoint` if it is there and whole, its contents included.
+    """`checkpoint` if it exists and is whole, contents included.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: it does not exist.
         ValueError: it is damaged.
     """
     if not checkpoint.is_dir():
         beside = [path.name for path in list_checkpoints(checkpoint.parent)] if checkpoint.parent.is_dir() else []
         raise FileNotFoundError(
-            f"--resume_from_checkpoint {checkpoint}: no such folder; beside it are {', '.join(beside) or 'none'}"
+            f"--resume_from_checkpoint {checkpoint}: no such folder; found {', '.join(beside) or 'none'}"
         )
     wrong = damage(checkpoint, contents=True)
     if wrong is not None:
         raise ValueError(
-            f"--resume_from_checkpoint {checkpoint} is torn: {wrong}; "
-            "use an earlier checkpoint, or --resume to take the newest whole one"
+            f"--resume_from_checkpoint {checkpoint} is damaged: {wrong}; "
+            "use an earlier checkpoint, or --resume for the newest whole one"
         )
     return checkpoint
 
 
 def found_by_first(find: Callable[[], Found]) -> Found:
-    """What the first process finds, on every process; all of them raise its error."""
+    """The result of `find` on the first process, on every process; all raise its error."""
     if not is_distributed():
         return find()
     answer: list[Any] = [None, None]

@@ -1,4 +1,4 @@
-"""The data and the optimizer of a checkpoint against those of this start: what takes effect, what is refused."""
+"""Data and optimizer of a checkpoint against those of this start: what takes effect, what is refused."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mllm_vision.training.optim.optimizers import plain_name
 
 logger = logging.getLogger(__name__)
 
-ROWS = 512  # of a large data set, that many rows are compared, evenly spread
-_KNOWN = ("initial_lr", "weight_decay", "betas", "eps", "momentum")  # in checkpoints without that file
+ROWS = 512  # of a large data set, compared, evenly spread
+_KNOWN = ("initial_lr", "weight_decay", "betas", "eps", "momentum")  # compared where a checkpoint has no settings
 
 
 # ---- data ----------------------------------------------------------------------------------------------------
@@ -45,18 +45,18 @@ def data_identity(dataset: Any) -> dict[str, Any]:
     for index in sorted({number * count // ROWS for number in range(ROWS)} if count > ROWS else range(count)):
         try:
             _add(total, records[index])
-        except Exception as error:  # a row that cannot be read is counted when it is trained on
+        except Exception as error:  # counted when it is trained on
             total.update(type(error).__name__.encode())
     _add(total, getattr(dataset, "labels", None))
     return {"rows": rows, "sha256": total.hexdigest()[:16]}
 
 
 def _add(total: Any, value: Any) -> None:
-    """Add a value of a row to the hash; a file by its name and size, so that a copy elsewhere is the same."""
+    """Add a value of a row to the hash; a file by its name and size, so that a copy counts as the same."""
     if isinstance(value, Mapping):
         for key in sorted(value, key=str):
             if key == "path" and value.get("bytes") is not None:
-                continue  # where an image that is here in full once was
+                continue  # the former path of an embedded image
             total.update(f"{key}:".encode())
             _add(total, value[key])
     elif isinstance(value, (list, tuple)):
@@ -78,7 +78,7 @@ def _add(total: Any, value: Any) -> None:
 
 
 def check_data(before: Mapping[str, Any] | None, now: Mapping[str, Any], accept: bool) -> str | None:
-    """What differs from the rows that the run was trained on, or None.
+    """The difference to the rows that the run was trained on, or None.
 
     Raises:
         ValueError: they differ, and `accept` is false.
@@ -87,12 +87,12 @@ def check_data(before: Mapping[str, Any] | None, now: Mapping[str, Any], accept:
         return None
     difference = f"{before.get('rows')} rows then, {now.get('rows')} now"
     if before.get("rows") == now.get("rows"):
-        difference = f"{now.get('rows')} rows as before, of other contents"
+        difference = f"{now.get('rows')} rows as before, with other contents"
     if not accept:
         raise ValueError(
-            f"--resume: the training data are not those the run was trained on ({difference}). Restore them; or "
-            "continue with these by --accept_changed_data, at the same number of rows into the epoch; or start from "
-            "scratch in another --output_dir"
+            f"--resume: the training data differ from those the run was trained on ({difference}). Restore them, "
+            "continue with these by --accept_changed_data (at the same row of the epoch), or start from scratch in "
+            "another --output_dir"
         )
     logger.warning("resumed with other training data (%s), as accepted", difference)
     return f"training data: {difference}"
@@ -120,10 +120,10 @@ def settings_of(optimizer: Any, scheduler: Any, model: Any) -> dict[str, Any]:
 
 
 def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: str) -> None:
-    """Compare with what a checkpoint holds the state of.
+    """Compare the optimizer with the one whose state a checkpoint contains.
 
     Raises:
-        ValueError: another kind of optimizer, other parameters or groups, or another schedule that keeps a state.
+        ValueError: another optimizer or schedule, other parameters or groups.
     """
     remedy = "resume with the flags of the run's recipe.yaml, or start from scratch in another --output_dir"
     for name, what in (("optimizer", "--optim"), ("scheduler", "--lr_scheduler_type")):
@@ -140,12 +140,12 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint
 
 
 def apply_settings(optimizer: Any, scheduler: Any, before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
-    """After a checkpoint was loaded: what was given another value takes effect, the rest stays untouched.
+    """After loading a checkpoint: apply the settings that were changed, and no others.
 
     Args:
-        optimizer: with the checkpoint's state; its groups have the rates and settings it was saved with.
+        optimizer: with the checkpoint's state and settings.
         scheduler: likewise.
-        before: the settings the run was started with; None where the checkpoint does not say.
+        before: the settings the run was started with, where the checkpoint contains them.
         now: those of this start.
 
     Raises:
@@ -161,12 +161,12 @@ def apply_settings(optimizer: Any, scheduler: Any, before: Mapping[str, Any] | N
     if not isinstance(scheduler, LambdaLR):
         if rates:
             raise ValueError(
-                f"--resume with another learning rate: {type(scheduler).__name__} keeps the rate it has come to in the "
-                "checkpoint; leave the rate as it was, or start from scratch in another --output_dir"
+                f"--resume with another learning rate: {type(scheduler).__name__} keeps its rate in the "
+                "checkpoint; leave the rate unchanged, or start from scratch in another --output_dir"
             )
         return
     scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-    for number, group in enumerate(optimizer.param_groups):  # the same bits where nothing was changed
+    for number, group in enumerate(optimizer.param_groups):  # bit-equal where nothing changed
         group["lr"] = scheduler.base_lrs[number] * scheduler.lr_lambdas[number](scheduler.last_epoch)
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 

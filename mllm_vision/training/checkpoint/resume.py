@@ -1,4 +1,4 @@
-"""Exact resume: checkpoints that are whole or absent, the position in the data, signals."""
+"""Exact resume: whole checkpoints, the position in the data, signals."""
 
 from __future__ import annotations
 
@@ -48,20 +48,19 @@ from mllm_vision.training.recipe.folders import whole_folder
 logger = logging.getLogger(__name__)
 
 DATA_STATE = "data_state.json"  # in a checkpoint: how far the data was read
-SETTINGS = "settings.json"  # in a checkpoint: the optimizer's settings as they were given
+SETTINGS = "settings.json"  # in a checkpoint: the settings of the optimizer
 
 
 class ExactResume(Trainer):
     """The part of the trainer that saves and resumes.
 
-    The stock Trainer resumes map-style data exactly (its order depends on the seed and the epoch alone) and reads a
-    stream from its beginning. Here a checkpoint also says how far the data was read: for map-style data the epoch and
-    the row, for a stream the state of its order (`StreamLoader.state_dict`). Both count rows, so that the same order
-    continues with another number of processes.
+    The stock Trainer resumes map-style data exactly and reads a stream from its beginning. Here a checkpoint also
+    contains the position in the data: for map-style data the epoch and the row, for a stream the state of its order
+    (`StreamLoader.state_dict`). Both count rows: the order continues with another number of processes.
 
     Raises:
-        ValueError: on resuming, the optimizer steps would take another number of rows than before, the stream is
-            another one, or the checkpoint does not fit the model or the optimizer.
+        ValueError: on resuming, an optimizer step has another number of rows, the stream differs, or the checkpoint
+            does not fit the model or the optimizer.
     """
 
     args: Any  # RecipeArguments, or plain TrainingArguments
@@ -69,16 +68,16 @@ class ExactResume(Trainer):
     optimizer: Any
     run: Any = None
     average: Any = None  # a WeightAverage
-    evaluation_due: bool = False  # the evaluation of this step is left to the next start
+    evaluation_due: bool = False  # the next start evaluates this step
     _resumed_from: str | None = None
     _train_loader: Any = None
-    _data: dict[str, Any] | None = None  # what the rows are, see `data_identity`
+    _data: dict[str, Any] | None = None  # see `data_identity`
     _settings: dict[str, Any] | None = None  # of the optimizer, as the flags ask for them
     _steps_in_epoch: int = 0
     _signals: StopSignals | None = None  # while it trains
     _any_rank: AnyRank | None = None
-    _writing: Path | None = None  # the temporary folder of the checkpoint that is being written
-    saved_at: int = -1  # the step of the checkpoint written last
+    _writing: Path | None = None  # the temporary folder of a checkpoint
+    saved_at: int = -1  # the step of the newest checkpoint
     _start: tuple[int, int, int] = (0, 0, 0)  # global step, epoch and optimizer step of the epoch this start began at
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -98,7 +97,7 @@ class ExactResume(Trainer):
             self._check_checkpoint(Path(checkpoint))
         self._resumed_from, self.saved_at, self.evaluation_due = checkpoint, -1, False
         self._any_rank = AnyRank(self.args.device)
-        if self.average is not None:  # behind an objective's after_step
+        if self.average is not None:  # after an objective's after_step
             self.remove_callback(self.average)
             self.add_callback(self.average)
         stop = StopAfterStep(self)
@@ -112,7 +111,7 @@ class ExactResume(Trainer):
             self.remove_callback(stop)
 
     def _check_checkpoint(self, checkpoint: Path) -> None:
-        """Whether the checkpoint fits the model and holds all that a resume needs."""
+        """Check that the checkpoint fits the model and contains all that a resume needs."""
         if not self.is_fsdp_enabled:
             check_shapes(checkpoint, self.accelerator.unwrap_model(self.model))
         if not self.is_deepspeed_enabled:
@@ -123,7 +122,7 @@ class ExactResume(Trainer):
     # ---- data ------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
-        """As `Trainer.get_train_dataloader`; a stream gets a `StreamLoader` at the position it is resumed from."""
+        """As `Trainer.get_train_dataloader`; a stream gets a `StreamLoader` at its resumed position."""
         if not isinstance(self.train_dataset, StreamDataset):
             self._train_loader = super().get_train_dataloader()
             return self._train_loader
@@ -147,7 +146,7 @@ class ExactResume(Trainer):
         saved = _read(self._resumed_from, DATA_STATE)
         if self._resumed_from and (saved is None or "stream" not in saved):
             raise ValueError(
-                f"{self._resumed_from} was saved without --streaming: its order cannot be continued as a stream; "
+                f"{self._resumed_from} was saved without --streaming and cannot be continued as a stream; "
                 "resume with the flags the run was started with"
             )
         if saved is not None:
@@ -166,9 +165,9 @@ class ExactResume(Trainer):
             found = super()._init_training_state(
                 max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
             )
-        self.state.compute_steps(self.args, max_steps)  # the stock Trainer logs, evaluates and saves as before
+        self.state.compute_steps(self.args, max_steps)  # the stock Trainer keeps the old intervals
         saved = _read(checkpoint, DATA_STATE)
-        self._data, changed = found_by_first(lambda: self._judge_data(saved or {}))
+        self._data, changed = found_by_first(lambda: self._check_data(saved or {}))
         if changed is not None and self.run is not None:
             self.run.note_change(changed, self.state.global_step)
         if saved is not None and not self.args.ignore_data_skip:
@@ -182,7 +181,7 @@ class ExactResume(Trainer):
 
     @contextlib.contextmanager
     def _resolved_steps(self, max_steps: int) -> Iterator[None]:
-        """Ratios of the steps as numbers: the stock Trainer warns on resuming that 0.2 is not the 12 it came to."""
+        """Ratios as steps: the stock Trainer would warn that 0.2 differs from the 12 of the checkpoint."""
         resolved = TrainerState()
         resolved.compute_steps(self.args, max_steps)
         given = {name: getattr(self.args, name) for name in ("logging_steps", "eval_steps", "save_steps")}
@@ -195,24 +194,26 @@ class ExactResume(Trainer):
             for name, value in given.items():
                 setattr(self.args, name, value)
 
-    def _judge_data(self, saved: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    def _check_data(self, saved: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
         now = data_identity(self.train_dataset)
         return now, check_data(saved.get("data"), now, getattr(self.args, "accept_changed_data", False))
 
     def _finished(self, max_steps: int, num_train_epochs: int, checkpoint: Any) -> tuple[int, int]:
-        """No epoch is left of a run that has all its steps: only what follows the training is done again."""
+        """The position of a run with all its steps: nothing is trained, only the steps after the training run."""
         done = self.state.global_step
         if done > max_steps:
             raise ValueError(
-                f"{checkpoint} is at step {done}, and this run has {max_steps} in all: it was trained for longer "
-                f"than that; give --max_steps {done}, or resume from an earlier checkpoint (--resume_from_checkpoint)"
+                f"{checkpoint} is at step {done}, beyond the {max_steps} steps of this run; give "
+                f" --max_steps {done}, or resume from an earlier checkpoint (--resume_from_checkpoint)"
             )
-        logger.warning("the run has all its %d steps: nothing is trained, what is missing after that is done", done)
+        logger.warning(
+            "the run has all its %d steps: nothing is trained, the steps after the training are repeated", done
+        )
         self._load_rng_state(checkpoint)
         return num_train_epochs, 0
 
     def _place(self, saved: dict[str, Any], epoch: int, batches: int) -> tuple[int, int]:
-        """Epoch and batches of it that are done, from a checkpoint's state of the data."""
+        """Finished epochs, and finished batches of the next one, from the data state of a checkpoint."""
         loader, args = self._train_loader, self.args
         if not has_length(loader):
             return epoch, batches
@@ -228,8 +229,8 @@ class ExactResume(Trainer):
             raise ValueError(
                 f"the checkpoint's optimizer steps took {before} rows, now they would take {now} "
                 f"(per_device_train_batch_size={self._train_batch_size} x gradient_accumulation_steps="
-                f"{args.gradient_accumulation_steps} x {args.world_size} processes), and epochs and schedule would no "
-                f"longer fit; resume with {remedy}"
+                f"{args.gradient_accumulation_steps} x {args.world_size} processes), which changes epochs "
+                f"and schedule; resume with {remedy}"
             )
         if isinstance(loader, StreamLoader):
             epoch, batches = loader.passes_done, loader.batches_done % len(loader)
@@ -241,17 +242,20 @@ class ExactResume(Trainer):
         return epoch, batches
 
     def _run_epoch(self, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As `Trainer._run_epoch` (5.23), which skips the first batches of a resumed epoch: a stream is behind them."""
-        if self.control.should_training_stop:  # as an evaluation decided that was still due
+        """As `Trainer._run_epoch` (5.23), which skips the first batches of a resumed epoch, unless a stream did."""
+        if self.control.should_training_stop:  # decided by the repeated evaluation
             return None
         skipped = kwargs["steps_trained_in_current_epoch"] if kwargs["epoch"] == kwargs["epochs_trained"] else 0
         if skipped and isinstance(self._train_loader, StreamLoader):
-            batches, generator = _Behind(self._train_loader, skipped), torch.Generator()  # draws none of the model's
+            batches, generator = (
+                _Behind(self._train_loader, skipped),
+                torch.Generator(),
+            )  # leaves the global random state alone
             kwargs["train_dataloader"] = DataLoader(batches, batch_size=None, generator=generator, collate_fn=_as_is)
         return super()._run_epoch(**kwargs)
 
     def _data_state(self) -> dict[str, Any]:
-        """How far the data was read, after this optimizer step."""
+        """The position in the data after this optimizer step."""
         state: dict[str, Any] = {"rows_per_step": self._rows_per_step(), "processes": self.args.world_size}
         state |= {"data": self._data} | ({"evaluation_due": True} if self.evaluation_due else {})
         if isinstance(self._train_loader, StreamLoader):
@@ -265,7 +269,7 @@ class ExactResume(Trainer):
     # ---- optimizer -------------------------------------------------------------------------------------------
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As `Trainer.create_scheduler`; an optimizer or schedule that the checkpoint does not hold is refused."""
+        """As `Trainer.create_scheduler`; compares optimizer and schedule with the checkpoint's."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if not self.is_deepspeed_enabled:
             self._settings = settings_of(self.optimizer, scheduler, self.model)
@@ -274,10 +278,7 @@ class ExactResume(Trainer):
         return scheduler
 
     def apply_flags(self) -> None:
-        """After a checkpoint was loaded: rates, weight decay and schedule are those of this start.
-
-        The stock Trainer keeps the checkpoint's, whatever the flags say.
-        """
+        """Apply rates, weight decay and schedule of this start; the stock Trainer keeps the checkpoint's."""
         if self._resumed_from is None:
             return
         if self._settings is not None:
@@ -289,16 +290,16 @@ class ExactResume(Trainer):
     # ---- signals ---------------------------------------------------------------------------------------------
 
     def stop_wanted(self, *, now: bool = False) -> bool:
-        """Whether a rank was sent a signal; to be asked on every rank at the same place."""
+        """Whether any rank received a signal; every rank calls it at the same place."""
         if self._signals is None or self._any_rank is None:
             return False
         return self._any_rank(self._signals.received is not None, now=now)
 
     def cut_evaluation(self) -> None:
-        """To be called between two parts of an evaluation, on every rank: leaves it where a signal came.
+        """Called between two parts of an evaluation, on every rank; leaves it after a signal.
 
         Raises:
-            EvaluationCut: what `evaluate` catches.
+            EvaluationCut: caught by `evaluate`.
         """
         if self.stop_wanted(now=True):
             raise EvaluationCut
@@ -313,16 +314,16 @@ class ExactResume(Trainer):
         self.evaluation_due = self.evaluation_due or evaluation_due
         resumed_here = self._resumed_from is not None and step == self._start[0]  # nothing was trained since
         if step and not resumed_here and (evaluation_due or self.saved_at != step):
-            self.args.save_only_model = False  # or it could not be resumed from
+            self.args.save_only_model = False  # needed to resume
             self._save_checkpoint(self.model_wrapped, None)
-        barrier()  # a launcher ends all ranks when one has gone, and the first still writes the checkpoint
+        barrier()  # a launcher ends all ranks when one exits, and the first still writes the checkpoint
         if step and self.is_world_process_zero():
             folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{step}"
             logger.warning("stopped by a signal after step %d; %s is saved: continue with --resume", step, folder)
         raise Stopped
 
     def evaluate_what_is_due(self) -> None:
-        """The evaluation that the run was stopped before, with all that follows from it but the checkpoint itself."""
+        """The evaluation that a signal prevented, without saving the checkpoint again."""
         metrics = self._evaluate(None, None)
         self._determine_best_metric(metrics=metrics, trial=None)
         if self.state.best_global_step == self.state.global_step:
@@ -360,7 +361,7 @@ class ExactResume(Trainer):
             rotate(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint, step)
 
     def _complete(self, written: Path, name: str) -> None:
-        """The state of the data and the manifest, beside what the stock Trainer wrote one folder further down."""
+        """Move the stock Trainer's files up one folder; add the state of the data and the manifest."""
         for path in (written / name).iterdir():
             path.rename(written / path.name)
         (written / name).rmdir()
@@ -371,7 +372,7 @@ class ExactResume(Trainer):
 
 
 class _Continue(TrainerCallback):
-    """Applies the flags of this start to what a checkpoint holds, before a run folder is touched."""
+    """Applies the flags of this start to the loaded checkpoint, before the run folder is changed."""
 
     def __init__(self, trainer: ExactResume) -> None:
         self.trainer = trainer
@@ -381,7 +382,7 @@ class _Continue(TrainerCallback):
 
 
 class _Behind(IterableDataset):
-    """The batches of a resumed pass, with nothing in the place of those that lie behind: the Trainer skips them."""
+    """The batches of a resumed pass after `count` placeholders, which the Trainer skips."""
 
     def __init__(self, loader: StreamLoader, count: int) -> None:
         self.loader, self.count = loader, count

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 (a preemption, the end of a job's time): finish the step, save, end with 143, on all ranks."""
+"""SIGTERM and SIGUSR1 (preemption, end of a job): finish the step, save, exit with 143, on all ranks."""
 
 from __future__ import annotations
 
@@ -18,30 +18,29 @@ from transformers import TrainerCallback
 
 from mllm_vision.distributed import is_distributed
 
-EXIT_CODE = 143  # 128 + SIGTERM: what a shell and a scheduler expect of a process that was asked to end
+EXIT_CODE = 143  # 128 + SIGTERM
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_SAME = 1.0  # seconds in which torchrun passes on a signal that this process was sent as well
+_SAME = 1.0  # seconds within which torchrun repeats a signal
 
 
 class Stopped(SystemExit):
-    """The training was ended by a signal, with a checkpoint saved; no artifact is written as if it had been trained."""
+    """A signal ended the training, with a checkpoint; no artifact is written."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_CODE)
 
 
 class EvaluationCut(Exception):
-    """An evaluation was left because of a signal; it is made up for on resuming."""
+    """A signal interrupted an evaluation; it is repeated on resuming."""
 
 
 class StopSignals:
-    """Inside `with`, the first SIGTERM or SIGUSR1 is only noted; a second one ends the process at once.
+    """Inside `with`, the first SIGTERM or SIGUSR1 is recorded; a second one ends the process at once.
 
-    Handlers that a program has set itself stay, and nothing is done outside the main thread. A signal that was not
-    acted upon until the end of the block takes effect there.
+    Handlers of the program are kept, and nothing is done outside the main thread.
 
     Args:
-        announce: what is still done when the signal comes, for a line on stderr; nothing is written without it.
+        announce: what is finished after the signal, for a line on stderr; "" for no line.
 
     Attributes:
         received: the number of the first signal, or None.
@@ -71,12 +70,12 @@ class StopSignals:
             raise Stopped
 
     def _note(self, number: int, frame: Any) -> None:
-        if os.getpid() != self._process:  # a data worker that was just forked
+        if os.getpid() != self._process:  # a forked data worker
             return
         if self.received is None:
             self.received, self._since = number, time.monotonic()
-            if not os.environ.get("TORCHELASTIC_RUN_ID"):  # a launcher passes the same signal on a second time
-                for each in self._before:  # the next one ends a process that hangs in a collective too
+            if not os.environ.get("TORCHELASTIC_RUN_ID"):  # torchrun repeats the signal
+                for each in self._before:  # the next one also ends a process in a collective
                     signal.signal(each, signal.SIG_DFL)
             if self._announce:
                 name = signal.Signals(number).name
@@ -90,11 +89,11 @@ class StopSignals:
 class AnyRank:
     """Whether any rank says yes: one number per call, and the same answer on every rank.
 
-    Over gloo it is the answer of this call. On an accelerator it is that of the call before, which is in host memory
-    by then: the host does not wait for the device's queue.
+    With gloo it is the answer of this call, on an accelerator that of the call before: the host does not wait for the
+    device.
 
     Args:
-        device: what the backend of the process group works on.
+        device: of the process group's backend.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -102,7 +101,7 @@ class AnyRank:
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     def __call__(self, yes: bool, *, now: bool = False) -> bool:
-        """The answer; with `now` that of this call on an accelerator too."""
+        """The answer; with `now` that of this call on any device."""
         if not is_distributed():
             return yes
         flag = torch.full((1,), int(yes), dtype=torch.int32, device=self.device)
@@ -121,9 +120,9 @@ class AnyRank:
 
 
 class StopAfterStep(TrainerCallback):
-    """After a signal: the step is logged and a checkpoint saved, then the process ends. The last of all callbacks.
+    """After a signal: log the step, save a checkpoint, exit. The last of all callbacks.
 
-    An evaluation of this step is left to the next start, as the checkpoint says; that start makes it first.
+    An evaluation of this step is left to the next start, which begins with it.
 
     Args:
         trainer: an `ExactResume`.
@@ -138,7 +137,7 @@ class StopAfterStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         epoch_ends = state.global_step >= state.max_steps or float(state.epoch or 0.0).is_integer()
-        if not epoch_ends:  # else what belongs to the end of the epoch comes first
+        if not epoch_ends:  # else the end of the epoch comes first
             self._stop_if_wanted(args, control, now=False)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -154,18 +153,15 @@ class StopAfterStep(TrainerCallback):
             if saved and not (control.should_log or control.should_evaluate):
                 self.trainer.save_and_stop()
             self.stopping, control.should_save = True, True
-            args.save_only_model = False  # or it could not be resumed from
+            args.save_only_model = False  # needed to resume
             if control.should_evaluate:
                 control.should_evaluate, self.trainer.evaluation_due = False, True
 
 
 def deaf_workers(init: Callable[[int], Any] | None) -> Callable[[int], Any]:
-    """`init` as a `worker_init_fn` of data workers that ignore the signals their job is sent.
-
-    A step that waits for them could not be finished otherwise. They end when their loader does, or with this process.
-    """
+    """`init` as a `worker_init_fn` of data workers that ignore signals: the current step needs them to finish."""
     global _ends_workers
-    if _ends_workers != os.getpid():  # multiprocessing would ask them with SIGTERM, and wait for ever
+    if _ends_workers != os.getpid():  # multiprocessing would send SIGTERM and wait forever
         _ends_workers = os.getpid()
         Finalize(None, _end_workers, exitpriority=100)
     return partial(_ignore_signals, init)
@@ -183,7 +179,7 @@ def _ignore_signals(init: Callable[[int], Any] | None, number: int) -> None:
 
 def _end_workers() -> None:
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a worker that is killed for an accident
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a killed worker
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     for worker in workers:
         worker.terminate()

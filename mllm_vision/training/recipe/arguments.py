@@ -13,34 +13,34 @@ from mllm_vision.training.recipe.launch import check_joined, check_launch
 
 @dataclass
 class RecipeArguments(CommonArguments, OptimizerArguments):  # type: ignore[misc]  # a rate may be None
-    """`transformers.TrainingArguments`, names verbatim; only defaults differ, and a few names are added: here,
-    and for optimizers and schedules in `OptimizerArguments`.
+    """`transformers.TrainingArguments`, names verbatim, with other defaults and the few fields below.
 
-    `resume_from_checkpoint` takes a path or "true" (the newest whole checkpoint in `output_dir`).
+    `resume_from_checkpoint` accepts a path or "true" (the newest whole checkpoint in `output_dir`).
 
     Raises:
-        ValueError: a flag that would take no effect (recipe/flags.py), `overwrite` with `resume`, a batch size or a
-            fraction out of range, no `output_dir`.
+        ValueError: a flag without effect (recipe/flags.py), `overwrite` with `resume`, a batch size or a fraction out
+            of range, no `output_dir`.
     """
 
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Kept off: our collators need columns that the model does not take."}
+        default=False, metadata={"help": "Kept off: the collators need columns that are not arguments of the model."}
     )
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Drop the last, smaller batch; filling it up would make false negatives."}
     )
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Off: what trains here has a gradient in every step, and looking takes time."}
+        default=False,
+        metadata={"help": "Off: every trainable parameter has a gradient in every step, and the search takes time."},
     )
     save_minutes: float | None = field(
         default=None, metadata={"help": "Save a checkpoint after so many minutes too, beside those of save_steps."}
     )
     accept_changed_data: bool = field(
-        default=False, metadata={"help": "With --resume: go on although the training data are not the same rows."}
+        default=False, metadata={"help": "With --resume: continue although the training data are not the same rows."}
     )
     accept_missing_state: bool = field(
         default=False,
-        metadata={"help": "With --resume: go on from a checkpoint without optimizer, schedule or random states."},
+        metadata={"help": "With --resume: continue from a checkpoint without optimizer, schedule or random states."},
     )
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class RecipeArguments(CommonArguments, OptimizerArguments):  # type: ignore[misc
         if self.embed_batch_size is not None and self.embed_batch_size < 1:
             raise ValueError(f"embed_batch_size={self.embed_batch_size} must be at least 1; leave it out for no chunks")
         check_flags(self)
-        self.enable_jit_checkpoint = False  # what it asks for is always on (training/checkpoint/signals.py), and exact
+        self.enable_jit_checkpoint = False  # checkpoint/signals.py does the same, and exactly
         check_launch(self)
         super().__post_init__()
         if self.device.type in ("cpu", "mps"):
@@ -72,11 +72,11 @@ class RecipeArguments(CommonArguments, OptimizerArguments):  # type: ignore[misc
 
     @property
     def resuming(self) -> bool:
-        """Whether this start goes on from a checkpoint, named or the newest."""
+        """Whether this start continues from a checkpoint, named or the newest."""
         return bool(self.resume or self.resume_from_checkpoint)
 
     def checkpoint_to_resume(self) -> str | None:
-        """The checkpoint to go on from, or None to start at step 0.
+        """The checkpoint to resume from, or None to start at step 0.
 
         Raises:
             FileNotFoundError: a named checkpoint does not exist, or `--resume` was given and there is no run.

@@ -1,4 +1,4 @@
-"""The flags of every training that people use most. Nothing here imports torch."""
+"""The most used flags of a training. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mllm_vision.training.recipe.flags import OBJECTIVES
 class CommonArguments:
     """Length, rates, checkpoints and destination of a training; a recipe derives its defaults from this class.
 
-    `parse_recipe` makes `RecipeArguments` of it, which has every other name of `TrainingArguments` too.
+    `parse_recipe` turns it into `RecipeArguments`, which has every other name of `TrainingArguments` too.
     """
 
     recipe_name: ClassVar[str | None] = None  # which recipe's flags these are, for `training.recipe.flags`
@@ -21,10 +21,10 @@ class CommonArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace the run that output_dir holds."})
     resume: bool = field(default=False, metadata={"help": "Resume from the newest whole checkpoint in output_dir."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "Resume from this checkpoint folder."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "How many times the data are passed over."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Number of passes over the data."})
     max_steps: int = field(default=-1, metadata={"help": "Stop after this many steps; overrides the epochs."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows per process in a training step."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches that are one optimizer step."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimizer step."})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Rows per process in an evaluation."})
     embed_batch_size: int | None = field(
         default=None,
@@ -45,7 +45,9 @@ class CommonArguments:
     save_steps: float = field(default=500, metadata={"help": "Save a checkpoint every so many steps, or this share."})
     save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints are kept."})
     load_best_model_at_end: bool = field(default=False, metadata={"help": "End with the best checkpoint's weights."})
-    metric_for_best_model: str | None = field(default=None, metadata={"help": "The metric that says which is best."})
+    metric_for_best_model: str | None = field(
+        default=None, metadata={"help": "The metric that selects the best checkpoint."}
+    )
     max_bad_fraction: float = field(
         default=0.01, metadata={"help": "Bad samples are skipped up to this share; more is an error."}
     )
@@ -53,6 +55,6 @@ class CommonArguments:
         default="none", metadata={"help": "Where metrics go besides the run folder: wandb, tensorboard."}
     )
     seed: int = field(default=42, metadata={"help": "Seed of weights, order and augmentation."})
-    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU, whatever else is there."})
+    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU even where there is an accelerator."})
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the artifact when the run is done."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Its repository on the Hub."})

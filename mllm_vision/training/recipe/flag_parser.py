@@ -12,17 +12,17 @@ from transformers.hf_argparser import HfArgumentParser
 from mllm_vision.errors import unknown_name
 from mllm_vision.training.recipe.flag_types import Known, aliases_of, convert, is_list, load_yaml, members, type_name
 
-SWITCH = "allow_import"  # a flag where names of modules are, as --config is of every parser
+SWITCH = "allow_import"  # offered where a field may name a module
 
 
 class RecipeParser(HfArgumentParser):
-    """`HfArgumentParser` for the fields of dataclasses; reports what was given and leaves defaults to the dataclasses.
+    """`HfArgumentParser` for the fields of dataclasses; returns only what was given, without defaults.
 
-    Aliases are written without dashes, every bool has a `--no_x`, types may be unions, mappings and lists: all but
-    bools are text to argparse, and `convert` makes values of it.
+    Aliases are written without dashes, every bool has a `--no_x`, types may be unions, mappings and lists: argparse
+    reads everything but bools as text, which `convert` parses.
 
     Args:
-        fields: of `known_fields`.
+        fields: from `known_fields`.
     """
 
     def __init__(self, fields: Known) -> None:
@@ -49,29 +49,30 @@ class RecipeParser(HfArgumentParser):
             settings["nargs"] = "*"
         return super().add_argument(*names, **settings)
 
-    def read_flags(self, words: Sequence[str]) -> dict[str, Any]:
-        """Name -> value of what a command line gives; the last one wins where a flag is repeated.
+    def read_flags(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Name -> value of the flags on a command line; the last one wins where a flag is repeated.
 
         Raises:
-            ValueError: an unknown flag, a flag without its value, a value of another type.
+            ValueError: an unknown flag, a flag without its value, a value of the wrong type.
         """
         try:
-            namespace, rest = self.parse_known_args(list(words))
+            namespace, rest = self.parse_known_args(list(argv))
         except argparse.ArgumentError as error:
             raise ValueError(f"{(error.argument_name or '').partition('/')[0]}: {error.message}") from None
-        for word in sorted(rest, key=lambda word: not word.startswith("--")):
-            if not word.startswith("--") or word == "--":
-                raise ValueError(f"unexpected argument {word!r}; every value follows a --flag")
+        for argument in sorted(rest, key=lambda argument: not argument.startswith("--")):
+            if not argument.startswith("--") or argument == "--":
+                raise ValueError(f"unexpected argument {argument!r}; every value follows a --flag")
             known = [*self.fields, *aliases_of(self.fields), "config", *self.switches]
-            raise ValueError(unknown_name("flag", word[2:].partition("=")[0].replace("-", "_"), known, prefix="--"))
+            name = argument[2:].partition("=")[0].replace("-", "_")
+            raise ValueError(unknown_name("flag", name, known, prefix="--"))
         return {name: self._read_flag(name, text) for name, text in vars(namespace).items()}
 
     def read_file(self, path: str) -> dict[str, Any]:
-        """Name -> value of what a file of `--config` holds.
+        """Name -> value of the keys in a `--config` file.
 
         Raises:
-            ValueError: not YAML of `flag: value` lines, an unknown key, a value of another type.
-            FileNotFoundError: there is no such file.
+            ValueError: not YAML of `flag: value` lines, an unknown key, a value of the wrong type.
+            FileNotFoundError: the file does not exist.
         """
         values, aliases = {}, aliases_of(self.fields)
         for key, value in load_yaml(path).items():
@@ -88,7 +89,7 @@ class RecipeParser(HfArgumentParser):
             return text
         hint, shown = self.fields[name][1], " ".join(text) if isinstance(text, list) else text
         if isinstance(text, list) and len(text) == 1 and str in members(hint):
-            text = text[0]  # one word is a string where a string will do
+            text = text[0]  # a single value is a string where a string is accepted
         return _read(text, hint, f"--{name}", shown)
 
 
@@ -100,7 +101,7 @@ def _read(value: Any, hint: Any, where: str, shown: Any) -> Any:
 
 
 def _suppressed(aliases: Sequence[str] = (), *, listed: bool = False) -> Any:
-    """A field that leaves no trace where its flag is not given."""
+    """A field that is absent from the namespace where its flag is not given."""
     default: Any = {"default_factory": lambda: argparse.SUPPRESS} if listed else {"default": argparse.SUPPRESS}
     return dataclasses.field(**default, metadata={"aliases": _spellings(*aliases)})
 

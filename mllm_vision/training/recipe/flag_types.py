@@ -1,4 +1,4 @@
-"""The fields of dataclasses as flags: their types, and text or YAML as values of these types. Imports no torch."""
+"""The fields of dataclasses as flags: their types, and the conversion of text or YAML. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mllm_vision.errors import nearby
 
 Known = dict[str, tuple[dataclasses.Field, Any, type]]  # name -> field, type, class
 _LISTS = (list, tuple, set, Sequence)
-_WORDS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+_BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 _COMMA = re.compile(r",(?![^\[]*\])")  # between the pairs of a mapping, not within a list
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: PyYAML reads `1e-6` as a string, here it is a number."""
+    """YAML in which `1e-6` is a number; PyYAML reads a string."""
 
 
 _Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -33,7 +33,7 @@ def load_yaml(path: str) -> dict[str, Any]:
     """The `flag: value` lines of a file.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: it is not YAML, or not a mapping.
     """
     if not Path(path).is_file():
@@ -55,8 +55,8 @@ def known_fields(classes: Sequence[type]) -> Known:
     """
     known: Known = {}
     for cls in classes:
-        if "__dataclass_fields__" not in vars(cls) and "__annotations__" in vars(cls):  # its fields would be no flags
-            raise ValueError(f"{cls.__qualname__} has fields and is no dataclass; put @dataclass above the class")
+        if "__dataclass_fields__" not in vars(cls) and "__annotations__" in vars(cls):
+            raise ValueError(f"{cls.__qualname__} has fields and is not a dataclass; put @dataclass above the class")
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             if field.name in known:
@@ -92,7 +92,7 @@ def members(hint: Any) -> list[Any]:
 
 
 def is_list(kind: Any) -> bool:
-    """Whether a type that is not a union holds several values."""
+    """Whether a type (not a union) is a collection."""
     return (typing.get_origin(kind) or kind) in _LISTS
 
 
@@ -115,10 +115,10 @@ def type_name(hint: Any) -> str:
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """`value` (text or YAML) as the first member of the type `hint` that takes it, the narrower ones first.
+    """`value` (text or YAML) as the first member of the type `hint` that accepts it, the narrower ones first.
 
     Raises:
-        ValueError: no member takes it.
+        ValueError: no member accepts it.
     """
     order = [type(None), bool, int, float, dict, Path, str, list, tuple, set]
 
@@ -135,7 +135,7 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """`value` as the type `kind`, which is not a union; any error says that it cannot be."""
+    """`value` as the type `kind`, which is not a union; any error means that it cannot be converted."""
     origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
     text = isinstance(value, str)
     if kind is Any:
@@ -150,14 +150,14 @@ def _convert(value: Any, kind: Any) -> Any:
         made = [convert(entry, inner[0] if inner else Any) for entry in (value if is_list(type(value)) else [value])]
         return made if origin in (list, Sequence) else origin(made)
     if origin is bool:
-        return value if isinstance(value, bool) else _WORDS[value.lower()] if text else {}[value]
+        return value if isinstance(value, bool) else _BOOLEANS[value.lower()] if text else {}[value]
     if text or (kind is float and type(value) is int) or type(value) is kind or issubclass(kind, enum.Enum):
         return kind(value)
     raise ValueError(value)
 
 
 def _mapping(value: Any) -> dict:
-    """A mapping as it is, as JSON, or as `key=value,key=value`."""
+    """A mapping from a dict, JSON, or `key=value,key=value`."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         value = yaml.load(value, Loader=_Loader)
     elif isinstance(value, str):

@@ -1,8 +1,8 @@
-"""Every flag of `TrainingArguments`: in force, or refused with the remedy. docs/flags.md is the table of it.
+"""Every flag of `TrainingArguments`: in force, or refused with the remedy. docs/flags.md contains the table.
 
-A flag that a recipe takes and does not obey is a wrong result that nobody is told of. So each flag that cannot take
-effect is named here, by recipe and with its reason; `check_flags` refuses it before anything is read. The flags that
-are not named are in force. (Read from transformers 5.23; a test walks all of its fields.)
+A flag that is accepted and ignored is a silent error. Each flag that cannot take effect is listed here, by recipe and
+with its reason, and `check_flags` refuses it before anything is read; flags that are not listed are in force. (Read
+from transformers 5.23; a test checks all of its fields.)
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Refusal:
 
     Attributes:
         flags: their names.
-        why: what is said after `--flag value: `; reason and remedy.
-        recipes: in which recipes.
-        unless: the flag is in force where this holds of the arguments.
-        condition: that, in words for the table.
+        why: follows `--flag value: ` in the message; reason and remedy.
+        recipes: the recipes that refuse them.
+        unless: the flag is in force where this is true of the arguments.
+        condition: a description of `unless` for the table.
     """
 
     flags: tuple[str, ...]
@@ -40,13 +40,12 @@ class Refusal:
     condition: str = ""
 
 
-def _reports_to_trackio(arguments: Any) -> bool:
-    given = arguments.report_to
-    return bool({"trackio", "all"} & set([given] if isinstance(given, str) else given or []))
+def _value(entry: Any) -> str:
+    return str(getattr(entry, "value", entry))
 
 
-def _optimizer(arguments: Any) -> str:
-    return str(getattr(arguments.optim, "value", arguments.optim))
+def _reporters(report_to: Any) -> list[str]:
+    return [report_to] if isinstance(report_to, str) else list(report_to or [])
 
 
 def takes_betas(optim: str) -> bool:
@@ -55,11 +54,11 @@ def takes_betas(optim: str) -> bool:
 
 
 REFUSALS = (
-    Refusal(("remove_unused_columns",), "the collators take columns that no model names; leave it out"),
+    Refusal(("remove_unused_columns",), "the collators need columns that are not arguments of the model; leave it out"),
     Refusal(
         ("label_names", "prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches",
          "eval_use_gather_object", "eval_accumulation_steps"),
-        "is for the Trainer's own evaluation loop, and the evaluators here do not go through it; leave it out",
+        "is for the Trainer's own evaluation loop, which the evaluators do not use; leave it out",
     ),
     Refusal(
         ("bf16_full_eval", "fp16_full_eval"),
@@ -67,9 +66,9 @@ REFUSALS = (
     ),
     Refusal(
         ("use_liger_kernel", "liger_kernel_config"),
-        "replaces the losses and layers that are proven here by others that are not; leave it out",
+        "replaces tested losses and layers by others; leave it out",
     ),
-    Refusal(("use_cache",), "a cache of keys and values only costs memory while training; leave it out"),
+    Refusal(("use_cache",), "a key-value cache only costs memory in training; leave it out"),
     Refusal(("parallelism_config",), "tensor, context and pipeline parallelism are not supported; use DDP or --fsdp"),
     Refusal(
         ("ignore_data_skip", "restore_callback_states_from_checkpoint"),
@@ -81,36 +80,36 @@ REFUSALS = (
     ),
     Refusal(
         ("hub_strategy", "hub_always_push"),
-        "what is pushed is the finished artifact, once, at the end; leave it out",
+        "the finished artifact is pushed once, at the end; leave it out",
     ),
     Refusal(
         ("hub_model_id", "hub_private_repo", "hub_revision", "hub_token"),
-        "goes with --push_to_hub; add that, or leave it out (scripts/push_to_hub.py pushes later)",
+        "needs --push_to_hub; add that, or leave it out (scripts/push_to_hub.py pushes later)",
         unless=lambda arguments: arguments.push_to_hub,
         condition="with `--push_to_hub`",
     ),
     Refusal(
         ("do_train", "do_eval", "do_predict"),
         "a recipe always trains, evaluates where it has data for it, and predicts nothing; leave it out "
-        "(scripts/evaluate.py measures what is there)",
+        "(scripts/evaluate.py evaluates a saved model)",
     ),
     Refusal(
         ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-        "goes with --report_to trackio; leave it out, or report there",
-        unless=_reports_to_trackio,
+        "needs --report_to trackio; add that, or leave it out",
+        unless=lambda arguments: bool({"trackio", "all"} & set(_reporters(arguments.report_to))),
         condition="with `--report_to trackio`",
     ),
     Refusal(
         ("optim_target_modules",),
-        "goes with the optimizers of GaLore and APOLLO (--optim galore_adamw); leave it out",
-        unless=lambda arguments: _optimizer(arguments).startswith(("galore", "apollo")),
+        "needs an optimizer of GaLore or APOLLO (--optim galore_adamw); leave it out",
+        unless=lambda arguments: _value(arguments.optim).startswith(("galore", "apollo")),
         condition="with `--optim galore_*` or `apollo_*`",
     ),
     Refusal(
         ("adam_beta1", "adam_beta2", "adam_epsilon"),
-        "is for Adam and its kin, which --optim is not; use --optim_args for the settings of this one",
-        unless=lambda arguments: takes_betas(_optimizer(arguments)),
-        condition="with Adam and its kin",
+        "is for optimizers of the Adam family, and --optim names another; use --optim_args for its settings",
+        unless=lambda arguments: takes_betas(_value(arguments.optim)),
+        condition="with the Adam family",
     ),
     Refusal(
         ("skip_memory_metrics",),
@@ -128,24 +127,24 @@ REFUSALS = (
     ),
     Refusal(
         ("train_sampling_strategy",),
-        "batches of unlike sizes could not be resumed exactly; give random, sequential or group_by_length",
+        "batches of different sizes cannot be resumed exactly; give random, sequential or group_by_length",
         recipes=("align", "instruct"),
         unless=lambda arguments: _value(arguments.train_sampling_strategy) != "batch_rebalance",
         condition="random, sequential, group_by_length",
     ),
     Refusal(
         ("label_smoothing_factor",),
-        "is for the losses of language models; a method that smooths has a flag of its own (--help)",
+        "is for the losses of language models; a method with smoothing has its own flag (--help)",
         recipes=OBJECTIVES,
     ),
     Refusal(
         ("average_tokens_across_devices", "include_num_input_tokens_seen", "neftune_noise_alpha"),
-        "is about the tokens of a language model, and this recipe trains none; leave it out",
+        "counts or changes the tokens of a language model, and this recipe trains none; leave it out",
         recipes=OBJECTIVES,
     ),
     Refusal(
         ("neftune_noise_alpha",),
-        "adds noise to the embeddings of a language model that learns, and here it is frozen; leave it out",
+        "adds noise to the embeddings of a trained language model, and here it is frozen; leave it out",
         recipes=("align",),
     ),
     Refusal(
@@ -155,42 +154,37 @@ REFUSALS = (
     ),
 )  # fmt: skip
 
-# Refused by value rather than by name; said here for the table, checked where the value is resolved.
+# Refused by value, where it is resolved (`check_resolved`).
 ACCELERATOR_KEYS = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
 
 
-def _value(entry: Any) -> str:
-    return str(getattr(entry, "value", entry))
-
-
 def check_flags(arguments: Any) -> None:
-    """Refuses every flag that would take no effect.
+    """Refuse every flag that would take no effect.
 
     Args:
-        arguments: `RecipeArguments` before `TrainingArguments` has rewritten any of them. Its `recipe_name` says
-            which recipe they are of; None (a trainer of one's own) is held to what holds for all recipes.
+        arguments: `RecipeArguments` before `TrainingArguments` rewrites them. With `recipe_name` None (a custom
+            trainer) only what all recipes refuse is refused.
 
     Raises:
         ValueError: with the flag, its value, why it cannot take effect, and the remedy.
     """
-    usual = {field.name: field for field in dataclasses.fields(arguments)}
+    usual, name = {field.name: field for field in dataclasses.fields(arguments)}, arguments.recipe_name
     for refusal in REFUSALS:
-        name = arguments.recipe_name
         if (name is None and refusal.recipes != RECIPES) or (name is not None and name not in refusal.recipes):
             continue
         for flag in refusal.flags:
-            if flag not in usual:  # of another release of transformers
+            if flag not in usual:  # another release of transformers
                 continue
             value = getattr(arguments, flag)
             if _same(value, default_of(usual[flag])) or (refusal.unless is not None and refusal.unless(arguments)):
                 continue
-            shown = "..." if flag == "hub_token" else _value(value)  # a secret is not for logs
+            shown = "..." if flag == "hub_token" else _value(value)
             raise ValueError(f"--{flag} {shown}: {refusal.why}")
     _check_reporters(arguments.report_to)
 
 
 def is_offered(name: str, metadata: Mapping[str, Any], recipe: str | None) -> bool:
-    """Whether the help of a recipe lists a flag: not one that it always refuses."""
+    """Whether the help of a recipe lists a flag; flags that are always refused are not listed."""
     refused = [refusal for refusal in REFUSALS if name in refusal.flags and refusal.unless is None]
     return recipe is None or (
         recipe in metadata.get("recipes", RECIPES) and not any(recipe in refusal.recipes for refusal in refused)
@@ -198,20 +192,20 @@ def is_offered(name: str, metadata: Mapping[str, Any], recipe: str | None) -> bo
 
 
 def check_resolved(arguments: Any) -> None:
-    """Refuses what `TrainingArguments` had to read first: the accelerator's settings that rows and order depend on."""
+    """Refuse settings of the accelerator that change rows or order; `TrainingArguments` resolves them first."""
     from transformers.trainer_pt_utils import AcceleratorConfig
 
     given, usual = arguments.accelerator_config, AcceleratorConfig()
     for key in ACCELERATOR_KEYS:
         if getattr(given, key) != getattr(usual, key):
             raise ValueError(
-                f"--accelerator_config {key}={getattr(given, key)}: which rows a batch holds, and exact resume, depend "
+                f"--accelerator_config {key}={getattr(given, key)}: the rows of a batch, and exact resume, depend "
                 f"on {key}={getattr(usual, key)}; leave it out"
             )
 
 
 def check_trainer(trainer: Any) -> None:
-    """Refuses the flags that this model, these data or these evaluators give no effect.
+    """Refuse flags without effect on this model, these data or these evaluators.
 
     Raises:
         ValueError: with the flag and the remedy.
@@ -222,24 +216,24 @@ def check_trainer(trainer: Any) -> None:
     strategy = _value(args.train_sampling_strategy)
     if isinstance(dataset, StreamDataset):
         if strategy != "random":
-            raise ValueError(f"--train_sampling_strategy {strategy}: a stream has its own order; leave it out")
+            raise ValueError(f"--train_sampling_strategy {strategy}: a stream is shuffled by itself; leave it out")
         if args.data_seed not in (None, args.seed):
             raise ValueError(f"--data_seed {args.data_seed}: the order of a stream comes from --seed; leave it out")
     elif strategy == "group_by_length" and not hasattr(dataset, "lengths"):
         raise ValueError(
-            f"--train_sampling_strategy {strategy}: {type(dataset).__name__} knows no lengths; give random or "
-            "sequential (with --pack_turns all rows are of one length already)"
+            f"--train_sampling_strategy {strategy}: {type(dataset).__name__} has no lengths; give random or "
+            "sequential (with --pack_turns all rows have the same length)"
         )
     if args.eval_on_start and not trainer.evaluators and trainer.eval_dataset is None:
         raise ValueError("--eval_on_start: there is nothing to evaluate on; name --eval_dataset_name, or leave it out")
     if args.neftune_noise_alpha is not None:
         training = model.training
-        learns = model.train().get_input_embeddings().training  # a frozen language model stays in evaluation mode
+        trains = model.train().get_input_embeddings().training  # a frozen language model stays in evaluation mode
         model.train(training)
-        if not learns:
+        if not trains:
             raise ValueError(
-                f"--neftune_noise_alpha {args.neftune_noise_alpha}: the language model is frozen, and gets no noise; "
-                "leave it out, or let it learn (--train full or lora)"
+                f"--neftune_noise_alpha {args.neftune_noise_alpha}: the language model is frozen and gets no noise; "
+                "leave it out, or train it (--train full or lora)"
             )
 
 
@@ -257,12 +251,11 @@ def length_sampler(dataset: Any, args: Any) -> Any:
 def _check_reporters(report_to: Any) -> None:
     from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-    asked = [report_to] if isinstance(report_to, str) else list(report_to or [])
     there = get_available_reporting_integrations()
-    for name in asked:
+    for name in _reporters(report_to):
         if name not in ("none", "all", *there):
             raise ValueError(
-                f"--report_to {name}: not installed, or no reporter of transformers; installed are "
+                f"--report_to {name}: not installed, or unknown to transformers; installed are "
                 f"{', '.join(there) or 'none'} (pip install {name}; or leave it out: metrics.jsonl has every figure)"
             )
 
@@ -272,7 +265,7 @@ def _same(value: Any, usual: Any) -> bool:
 
 
 def flag_table() -> str:
-    """The table of docs/flags.md: every flag of `TrainingArguments` that is refused somewhere, and where."""
+    """The table of docs/flags.md: every flag that a recipe refuses."""
     lines = ["| flag | " + " | ".join(RECIPES) + " | why, and what to do |", "|---" * (len(RECIPES) + 2) + "|"]
     for refusal in REFUSALS:
         cells = [(refusal.condition or "refused") if name in refusal.recipes else "yes" for name in RECIPES]
@@ -282,7 +275,7 @@ def flag_table() -> str:
 
 
 def flags_in_force() -> list[str]:
-    """The flags of `TrainingArguments` that every recipe obeys."""
+    """The flags of `TrainingArguments` in force in every recipe."""
     from transformers import TrainingArguments
 
     named = {flag for refusal in REFUSALS for flag in refusal.flags}

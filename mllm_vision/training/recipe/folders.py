@@ -1,7 +1,7 @@
-"""What is written and removed in a run folder: names that stay inside it, folders that are whole or not there.
+"""What is written and removed in a run folder: safe names, and folders that are whole or absent.
 
-Everything hidden that a killed process may leave is called `.<name>.previous` (what stood there before) or
-`.<name>.partial` (what was being written); `clean` knows no other leftovers.
+A killed process leaves only hidden entries: `.<name>.previous` (the replaced folder) and `.<name>.partial` (the folder
+being written); `clean` removes them.
 """
 
 from __future__ import annotations
@@ -23,47 +23,47 @@ logger = logging.getLogger(__name__)
 CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 _LEFTOVER = re.compile(r"^\.(.+)\.(previous|partial)$")
 _TAKEN = ("recipe.yaml", "metrics.jsonl", "run.json")
-# what torch and safetensors say when the disk is full: they do not raise OSError
+# messages of torch and safetensors on a full disk: they do not raise OSError
 _FULL_DISK = ("no space left", "disk quota exceeded", "file write failed", "failed writing file", "unexpected pos")
 
 
 def check_name(name: str, what: str = "name") -> str:
-    """`name` if a folder of that name may be made in a run folder, beside what a run writes there.
+    """`name` if a run folder may contain a folder of that name.
 
     Args:
-        name: one folder's name, no path.
-        what: what it is called in the message, e.g. "--artifact_name".
+        name: the name of one folder, not a path.
+        what: how the message calls it, e.g. "--artifact_name".
 
     Raises:
-        ValueError: it is empty, a path, hidden, taken, too long, or holds control characters.
+        ValueError: it is empty, a path, hidden, reserved, too long, or contains control characters.
     """
     if not name or name != name.strip() or any(ord(sign) < 32 or ord(sign) == 127 for sign in name):
-        why = "it is empty, or has spaces around it or control characters in it"
+        why = "it is empty, or contains surrounding spaces or control characters"
     elif "/" in name or "\\" in name or Path(name).is_absolute():
-        why = "it is a path, and would be written, and replaced, outside the run folder"
+        why = "it is a path, and would be outside the run folder"
     elif name.startswith("."):
-        why = "it begins with a dot: hidden folders are a run's own, and . and .. are no folders in it"
+        why = "it begins with a dot, as the temporary folders of a run do"
     elif CHECKPOINT.match(name) or name in _TAKEN:
-        why = "the run itself writes something of that name"
+        why = "the run itself writes a file or folder of that name"
     elif len(os.fsencode(name)) > 200:
         why = "it is longer than 200 bytes"
     else:
         return name
-    raise ValueError(f"{what} {name!r} cannot be used: {why}; give one plain folder name, e.g. model")
+    raise ValueError(f"{what} {name!r} cannot be used: {why}; give a plain folder name, e.g. model")
 
 
 def remove(path: Path, run_folder: Path, *, strict: bool = True) -> None:
-    """Remove an entry of the run folder: the only place where a folder is deleted. A link goes, not what it points to.
+    """Remove an entry of the run folder; of a link the link, not its target. Nothing else deletes folders.
 
     Args:
         path: directly in `run_folder`.
-        strict: raise where the system refuses; otherwise a warning is logged.
+        strict: raise on an OSError; otherwise log a warning.
 
     Raises:
         ValueError: `path` is not directly in the run folder.
     """
     if path.name in ("", ".", "..") or path.parent.resolve() != run_folder.resolve():
-        raise ValueError(f"{path} is not in the run folder {run_folder}: it is not removed")
+        raise ValueError(f"{path} is not in the run folder {run_folder} and was not removed")
     try:
         if path.is_symlink() or path.is_file():
             path.unlink()
@@ -76,20 +76,16 @@ def remove(path: Path, run_folder: Path, *, strict: bool = True) -> None:
 
 
 def clean(run_folder: Path) -> None:
-    """Undo what a killed process left: put back what it had put aside, remove what it had not finished."""
+    """Remove what a killed process left unfinished, and restore what it was replacing."""
     if not run_folder.is_dir():
         return
-    for path in list_checkpoints(run_folder):
-        if _unfinished(path):
-            logger.warning("%s was not finished (the process ended while it was written); it is removed", path)
-            remove(path, run_folder, strict=False)
     for path in sorted(run_folder.iterdir()):
         found = _LEFTOVER.match(path.name)
         if found is None:
             continue
         final = run_folder / found.group(1)
         if found.group(2) == "previous" and not os.path.lexists(final):
-            logger.warning("%s is put back: the process ended while another one was written", final)
+            logger.warning("restored %s: the process ended while it was replaced", final)
             os.replace(path, final)
         else:
             remove(path, run_folder, strict=False)
@@ -106,19 +102,15 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _unfinished(checkpoint: Path) -> bool:
-    return not (checkpoint / "trainer_state.json").exists()
-
-
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """Gives a folder to write step by step, which becomes `final` at the end; if that fails, all is as it was before.
+    """A temporary folder that becomes `final` at the end of the block; on failure nothing changes.
 
     Args:
         final: a folder in the run folder.
 
     Raises:
-        OSError: the disk is full (or another failure to write); names the path and the remedy.
+        OSError: the disk is full, or another failure to write; with the path and the remedy.
     """
     previous, partial = (final.with_name(f".{final.name}.{kind}") for kind in ("previous", "partial"))
     for leftover in (partial, previous):
@@ -143,18 +135,18 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
 
 def is_write_failure(error: Exception) -> bool:
-    """Whether an error, of whatever type, says that writing failed."""
-    return isinstance(error, OSError) or any(words in str(error).lower() for words in _FULL_DISK)
+    """Whether an error of any type reports a failed write."""
+    return isinstance(error, OSError) or any(sign in str(error).lower() for sign in _FULL_DISK)
 
 
 def write_failure(path: Path, error: Exception) -> OSError:
-    """The error for a user whose `path` could not be written: what stands, how much is free, what to do."""
+    """The error for a `path` that could not be written: what is left, how much space is free, the remedy."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free / 2**20
-    whole = [checkpoint.name for checkpoint in list_checkpoints(folder) if not _unfinished(checkpoint)]
-    kept = f"the earlier {whole[-1]} is whole" if whole else "no earlier checkpoint was there"
+    earlier = list_checkpoints(folder)
+    kept = f"the earlier {earlier[-1].name} is whole" if earlier else "there is no earlier checkpoint"
     return OSError(
         getattr(error, "errno", None) or errno.ENOSPC,
-        f"could not save {path}: {error}. What was half written is removed; {kept}. {free:.0f} MiB are free there: "
-        "make room (or lower --save_total_limit, or choose another --output_dir) and go on with --resume",
+        f"could not save {path}: {error}. The partial files were removed; {kept}. {free:.0f} MiB are free there: "
+        "free some space (or lower --save_total_limit, or choose another --output_dir) and continue with --resume",
     )

@@ -19,35 +19,38 @@ MORE = "\n`--help all` lists every flag: of the method, of views and streams, an
 
 
 def show_help(
-    *classes: type, argv: Sequence[str] | None = None, description: str = "", defaults: Mapping[str, Any] | None = None
+    *classes: type,
+    argv: Sequence[str] | None = None,
+    description: str = "",
+    defaults: Mapping[str, Any] | None = None,
+    whole: bool = False,
 ) -> None:
-    """Prints one page of flags and ends the process where the command line says `--help`.
+    """Print the flags and exit where the command line says `--help`, or with `whole` where it says `--help all`.
 
-    `parse_recipe` calls it; a recipe whose other classes take long to import calls it first. Classes and fields that
-    are `rare` are left out.
+    `parse_recipe` calls it; a recipe whose other classes take long to import calls it first. One page leaves out
+    classes and fields that are `rare`.
 
     Args:
-        classes, argv, description, defaults: as of `parse_recipe`.
+        classes, argv, description, defaults: see `parse_recipe`.
+        whole: list everything that `classes` have.
     """
-    if _asked(argv) == "short":
-        shown = [cls for cls in classes if not getattr(cls, "rare", False)]
-        lines = _page(shown, "\n\n".join(description.strip().split("\n\n")[:2]), defaults or {}, rare=False)
-        _print([*lines, *[MORE] * any(hasattr(cls, "recipe_name") for cls in classes)])
-
-
-def show_full_help(
-    *classes: type, argv: Sequence[str] | None = None, description: str = "", defaults: Mapping[str, Any] | None = None
-) -> None:
-    """The same for `--help all`, with everything that `classes` have."""
-    if _asked(argv) == "all":
-        lines = _page(classes, description.strip(), defaults or {}, rare=True)
-        imports = any(field.metadata.get("imports") for cls in classes for field in dataclasses.fields(cls))
+    if _asked(argv) != ("all" if whole else "short"):
+        return
+    if not whole:
+        classes = tuple(cls for cls in classes if not getattr(cls, "rare", False))
+        description = "\n\n".join(description.strip().split("\n\n")[:2])
+    lines = _page(classes, description.strip(), defaults or {}, rare=whole)
+    if whole and any(field.metadata.get("imports") for cls in classes for field in dataclasses.fields(cls)):
         switch = _entry("--allow_import", "Let names in a config file import a module (package.module:Class).")
-        _print([*lines, "", *switch * imports])
+        lines += ["", *switch]
+    elif not whole and any(hasattr(cls, "recipe_name") for cls in classes):
+        lines.append(MORE)
+    print("\n".join(lines).rstrip())
+    raise SystemExit(0)
 
 
 def _page(classes: Sequence[type], description: str, defaults: Mapping[str, Any], *, rare: bool) -> list[str]:
-    """A heading for each class, and a line for each flag, or for several that are described as one."""
+    """A heading per class; one entry per flag, or per several flags with the same description."""
     lines = [description, ""] if description else []
     lines += _entry("--config FILE", "Read saved flags from a YAML file; those of the command line win.")
     for cls in classes:
@@ -81,7 +84,7 @@ def _described(
 
 
 def _metadata(cls: type, name: str) -> Mapping[str, Any]:
-    """Help and the like of a field: a recipe that changes a default leaves them to the class it derives from."""
+    """Metadata of a field, inherited from the base class where a recipe only changes the default."""
     owners = [vars(base).get("__dataclass_fields__", {}) for base in cls.__mro__]
     return next((fields[name].metadata for fields in owners if name in fields and fields[name].metadata), {})
 
@@ -98,18 +101,13 @@ def _entry(flags: str, text: str) -> list[str]:
 
 def _asked(argv: Sequence[str] | None) -> str | None:
     """ "short", "all", or None where no help is asked for."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    for place, word in enumerate(words):
-        if word in ("--help", "-h", "--help=all"):
-            return "all" if word.endswith("=all") or words[place + 1 : place + 2] == ["all"] else "short"
+    given = list(sys.argv[1:] if argv is None else argv)
+    for place, flag in enumerate(given):
+        if flag in ("--help", "-h", "--help=all"):
+            return "all" if flag.endswith("=all") or given[place + 1 : place + 2] == ["all"] else "short"
     return None
 
 
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
-
-
-def _print(lines: Sequence[str]) -> None:
-    print("\n".join(lines).rstrip())
-    raise SystemExit(0)

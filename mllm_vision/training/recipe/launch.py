@@ -1,8 +1,7 @@
-"""Many processes: what is refused before they start, and what they say when another one is lost.
+"""Many processes: checks before the start, and messages when another rank is lost.
 
-Starting the ranks, and ending the others when one ends, is the launcher's work (torchrun). A collective waits for
-every rank, at most `--ddp_timeout` seconds: a rank that is slow is not a rank that is dead. torch is imported only
-where it is needed: recipes import this file.
+torchrun starts the ranks, and ends the others when one ends. A collective waits for every rank, at most
+`--ddp_timeout` seconds. Recipes import this file: torch is imported only where it is needed.
 """
 
 from __future__ import annotations
@@ -18,19 +17,17 @@ from typing import Any
 
 from mllm_vision.errors import IncompleteRun, explain, tidy
 
-PATIENCE = 3.0  # seconds that a launcher takes to end the ranks beside one that failed
-EXIT_CODE = 75  # of a rank that ends because another one was lost ("temporary failure": start again with --resume)
+PATIENCE = 3.0  # seconds in which a launcher ends the other ranks after a failure
+EXIT_CODE = 75  # of a rank that lost another one (EX_TEMPFAIL: start again with --resume)
 
 
 def run_recipe(main: Callable[[], Any]) -> None:
     """Run a recipe's `main()`: a user's error becomes `error: ...` on stderr and exit code 2, without traceback.
 
-    Exit code 3 says: trained and saved, and something after it failed (`Run.after_training`). 75: another rank was
-    lost.
-
-    `MLLM_VISION_TRACEBACK=1` shows the traceback all the same.
+    Exit code 3: the model is saved, and a step after the training failed (`Run.after_training`). 75: another rank was
+    lost. `MLLM_VISION_TRACEBACK=1` also shows the traceback.
     """
-    for stream in (sys.stdout, sys.stderr):  # a pipe that takes ascii alone shows signs escaped, and ends no run
+    for stream in (sys.stdout, sys.stderr):  # an ASCII pipe must not end the run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -40,43 +37,37 @@ def run_recipe(main: Callable[[], Any]) -> None:
         raise SystemExit(3) from None
     except Exception as error:
         tell_launcher(error)
-        told = explain(error)
-        if told is None and is_collective_error(error):
+        message = explain(error)
+        if message is None and is_collective_error(error):
             print(lost_rank(error), file=sys.stderr)
             raise SystemExit(EXIT_CODE) from None
-        if told is None or os.environ.get("MLLM_VISION_TRACEBACK", "0") not in ("", "0"):
+        if message is None or os.environ.get("MLLM_VISION_TRACEBACK", "0") not in ("", "0"):
             raise
-        _wait_for_the_first_rank()
-        print(f"error: {told}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # the first rank of a machine reports a failure of all
+            time.sleep(PATIENCE)
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted; a run with checkpoints goes on with --resume", file=sys.stderr)
+        print("interrupted; a run with checkpoints continues with --resume", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def _wait_for_the_first_rank() -> None:
-    """Where all ranks of a machine fail for one reason, the first reports it, and the launcher ends the others."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(PATIENCE)
 
 
 # ---- before the start ----------------------------------------------------------------------------------------
 
 
 def check_launch(arguments: Any) -> None:
-    """Refuses ways to start that would quietly do something else.
+    """Refuse settings of FSDP that would silently do something else.
 
     Args:
-        arguments: the `TrainingArguments` as given; `fsdp`, `fsdp_config` and `use_cpu` are read, and what
-            `accelerate launch` put into the environment.
+        arguments: the `TrainingArguments` as given; `fsdp`, `fsdp_config` and `use_cpu` are read, and the environment
+            that `accelerate launch` sets.
 
     Raises:
-        ValueError: FSDP on a CPU (accelerate would train with DDP, every rank holding the whole model), FSDP
-            version 1, sharded checkpoints.
+        ValueError: FSDP on a CPU (accelerate would train with DDP), FSDP version 1, sharded checkpoints.
     """
-    word = str(arguments.fsdp or False).lower()
-    if word in ("true", "false"):  # on a command line a switch is a word, which the Trainer takes for an old option
-        arguments.fsdp = word == "true" or None
+    switch = str(arguments.fsdp or False).lower()
+    if switch in ("true", "false"):  # on a command line a string, which the Trainer reads as an old option
+        arguments.fsdp = switch == "true" or None
     by_flag = bool(arguments.fsdp)
     by_launcher = _is_true("ACCELERATE_USE_FSDP")
     if not by_flag and not by_launcher:
@@ -86,7 +77,7 @@ def check_launch(arguments: Any) -> None:
         why = "--use_cpu is set" if arguments.use_cpu else "this process has no accelerator"
         raise ValueError(
             f"{asked} asks for FSDP, but {why}: on a CPU it would silently be DDP, the whole model on every process. "
-            "Leave FSDP out (torchrun alone gives DDP), or start on GPUs"
+            "Leave FSDP out (torchrun uses DDP), or start on GPUs"
         )
     given = arguments.fsdp_config or {}
     if isinstance(given, str):
@@ -103,14 +94,14 @@ def check_launch(arguments: Any) -> None:
 
 
 def check_joined(arguments: Any) -> None:
-    """Refuses a job whose processes would not know of each other.
+    """Refuse a job whose processes would train separately.
 
     Args:
         arguments: the `TrainingArguments` as constructed.
 
     Raises:
-        ValueError: the launcher started several processes and this one takes itself for the only one. On a machine
-            without accelerator that is what happens without `--use_cpu`: every process would train, and write, alone.
+        ValueError: the launcher started several processes, and the world size is 1: without an accelerator and without
+            `--use_cpu` every process would train, and write, by itself.
     """
     started = int(os.environ.get("WORLD_SIZE") or 1)
     if started > 1 and arguments.world_size == 1:
@@ -135,10 +126,10 @@ def _has_accelerator() -> bool:
 
 
 def limit_collectives(seconds: float) -> None:
-    """The longest that a collective waits for a rank; to be called on every rank once the process group is there.
+    """Apply `--ddp_timeout` to gloo, on every rank, once the process group exists.
 
-    accelerate hands `ddp_timeout` to NCCL alone; gloo would wait its own half hour. (torch has no public name for this:
-    `_set_pg_timeout`, read from 2.13.)
+    accelerate passes it to NCCL only; gloo would wait for half an hour. (torch 2.13 has no public name for
+    `_set_pg_timeout`.)
     """
     import torch.distributed as dist
 
@@ -147,7 +138,7 @@ def limit_collectives(seconds: float) -> None:
 
 
 def is_collective_error(error: BaseException) -> bool:
-    """Whether an error says that another rank ended, or kept this one waiting for too long."""
+    """Whether an error means that another rank ended or did not answer in time."""
     names = {base.__name__ for base in type(error).__mro__}
     text = str(error).lower()
     signs = ("connection closed by peer", "connection reset", "timed out", "gloo", "nccl", "socket", "broken pipe")
@@ -155,17 +146,17 @@ def is_collective_error(error: BaseException) -> bool:
 
 
 def lost_rank(error: BaseException) -> str:
-    """The line for a rank whose collective failed: what that means, where the cause is, how to go on."""
+    """The message of a rank whose collective failed: the meaning, where to find the cause, the remedy."""
     rank, first = os.environ.get("RANK", "0"), (str(error).strip().splitlines() or [""])[0]
     return (
         f"error: rank {rank} lost another rank: it ended, or did not answer within --ddp_timeout ({first[:160]}). The "
-        "cause is in what that rank said, or in the launcher's report of the first failure; what was saved stays: "
+        "cause is in the output of that rank, or in the launcher's report of the first failure; checkpoints are kept: "
         "start again with --resume"
     )
 
 
 def tell_launcher(error: BaseException) -> None:
-    """Leaves an error where torchrun looks for it: its report names the first rank that failed, and why."""
+    """Record an error for torchrun, whose report names the first failed rank and its error."""
     if os.environ.get("TORCHELASTIC_ERROR_FILE"):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

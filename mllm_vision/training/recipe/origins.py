@@ -1,4 +1,4 @@
-"""What a run is made of, for its record: parent artifacts and data sets, each with a line for people."""
+"""Parent artifacts and data sets of a run, for its record and its log."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TEXT_ROLES = ("caption", "question", "answer", "messages", "conversations", "tex
 
 
 def describe_parent(role: str, path_or_id: str) -> tuple[dict[str, Any], str]:
-    """The entry of a parent artifact in `record["parents"]`, and what is inherited in words.
+    """The entry of a parent artifact in `record["parents"]`, and a line for the log.
 
     Raises:
-        ValueError: the parent's weights are not those its lineage was written for; both hashes are named.
+        ValueError: the hash of the parent's weights differs from its lineage.
     """
     path = Path(path_or_id)
     parent: dict[str, Any] = {"role": role, "path": str(path_or_id), "kind": None, "weights_sha256": None}
@@ -28,25 +28,25 @@ def describe_parent(role: str, path_or_id: str) -> tuple[dict[str, Any], str]:
     if lineage is None:
         if any(path.glob("*.safetensors")):
             parent["weights_sha256"] = hash_weights(path)
-        told = "a directory without lineage"
+        note = "a directory without lineage"
     else:
         parent |= {key: lineage.get(key) for key in ("kind", "weights_sha256", "run")}
         parent["parents"] = lineage.get("parents", [])
         evaluations = lineage.get("evaluations") or {}
         chief = {name: metric for name, entry in evaluations.items() if (metric := primary_metric(entry)) is not None}
         numbers = [f"{name} {metric} {evaluations[name][metric]:.4g}" for name, metric in chief.items()]
-        told = f"{lineage.get('kind')} of run {lineage.get('run')!r}; {', '.join(numbers) or 'no metrics'}"
+        note = f"{lineage.get('kind')} of run {lineage.get('run')!r}; {', '.join(numbers) or 'no metrics'}"
     if parent["weights_sha256"]:
-        told += f"; weights sha256 {parent['weights_sha256'][:12]}"
-    return parent, told
+        note += f"; weights sha256 {parent['weights_sha256'][:12]}"
+    return parent, note
 
 
 def describe_data(dataset: Any, columns: Mapping[str, str]) -> dict[str, Any]:
-    """The entry of a data set in `record["data"]`: fingerprint, rows, columns bound and unused, three texts.
+    """The entry of a data set in `record["data"]`: fingerprint, rows, bound and unused columns, three texts.
 
     Args:
         dataset: records, a stream, or a list of texts.
-        columns: role -> column; empty where rows are taken as they are.
+        columns: role -> column; empty where rows are used unchanged.
     """
     rows = len(dataset) if hasattr(dataset, "__len__") else getattr(dataset, "total", None)
     view = dataset.head() if hasattr(dataset, "head") else dataset  # of a stream, its first rows
@@ -68,14 +68,14 @@ def describe_data(dataset: Any, columns: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _samples(view: Any, columns: Mapping[str, str], names: list[str]) -> list[dict[str, str]]:
-    """The texts of the first, the middle and the last row; no image is decoded for them."""
+    """The texts of the first, middle and last row, without decoding images."""
     wanted = [column for bound, column in columns.items() if bound in TEXT_ROLES]
     if not columns:
         wanted = [name for name in names if "image" not in name]
     count = len(view) if hasattr(view, "__len__") else 0
     if hasattr(view, "select_columns"):
         wanted = [name for name in wanted if name in view.column_names]
-        view, count = view.select_columns(wanted), count if wanted else 0  # images alone have no sentences
+        view, count = view.select_columns(wanted), count if wanted else 0  # images only: no texts
     samples = []
     for index in sorted({0, count // 2, count - 1}) if count else []:
         row = view[index]

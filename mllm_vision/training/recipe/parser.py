@@ -1,7 +1,7 @@
 """Recipes from flags and YAML: a config is saved flags, the command line wins, an unknown key is an error.
 
-Every field of the dataclasses given to `parse_recipe` is a flag (`--max_steps` or `--max-steps`) and a YAML key. The
-command line itself is read by `flag_parser.RecipeParser`. Nothing here imports torch.
+Every field of the dataclasses given to `parse_recipe` is a flag (`--max_steps` or `--max-steps`) and a YAML key. This
+file does not import torch.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from mllm_vision.errors import unknown_name
 from mllm_vision.hub.lineage import plain
 from mllm_vision.training.recipe.common import CommonArguments
 from mllm_vision.training.recipe.flag_types import default_of, is_required, known_fields, load_yaml
-from mllm_vision.training.recipe.help import show_full_help, show_help
+from mllm_vision.training.recipe.help import show_help
 from mllm_vision.training.recipe.launch import run_recipe as run_recipe
 
-_GIVEN = "_recipe_values"  # on an instance: what its constructor was given, and what became of it
-# never written to recipe.yaml: a secret, and what belongs to one start of the run, not to the run
+_GIVEN = "_recipe_values"  # attribute of an instance: (constructor arguments, resolved values)
+# never written to recipe.yaml: secrets, and flags of a single start of the run
 _UNSAVED = {
     *("hub_token", "overwrite", "resume", "resume_from_checkpoint", "local_rank"),
     *("accept_changed_data", "accept_missing_state"),
@@ -37,36 +37,35 @@ def parse_recipe(
 ) -> tuple:
     """Instances of the dataclasses `classes`, filled from `--config file.yaml` and the command line.
 
-    A bool field is `--bf16`, `--bf16 true`, `--bf16 false` or `--no_bf16`; a list takes several values; a dict
-    takes JSON or `key=value,key=value`; `null` is None. `--help` prints the flags and ends the process (see
-    `show_help`).
+    A bool field is `--bf16`, `--bf16 true`, `--bf16 false` or `--no_bf16`; a list accepts several values; a dict
+    accepts JSON or `key=value,key=value`; `null` is None. `--help` prints the flags and exits (see `show_help`).
 
-    A field with `metadata["imports"]` takes names such as `package.module:Class`, which make Python import a module.
-    One that stands in a file of `--config` is refused unless the command line says `--allow_import`: a config is data
-    that people share, and importing runs code.
+    A field with `metadata["imports"]` accepts names such as `package.module:Class`, which import a Python module. Such
+    a name in a `--config` file is refused unless the command line has `--allow_import`: configs are shared, and
+    importing runs code.
 
     Args:
-        classes: dataclasses; a field's `metadata["help"]` becomes its help, `metadata["aliases"]` are other names.
-            Of a class of `CommonArguments`, `RecipeArguments` with its defaults is made.
-        argv: the words after the program's name; the process's own by default.
+        classes: dataclasses; a field's `metadata["help"]` becomes its help, `metadata["aliases"]` are other names. A
+            subclass of `CommonArguments` becomes `RecipeArguments` with its defaults.
+        argv: the command-line arguments; by default those of the process.
         description: the first lines of the help.
-        defaults: field -> value in place of the dataclasses' own defaults (a method's); file and flags win.
+        defaults: field -> value that replaces the dataclasses' own defaults (a method's); file and flags win.
 
     Raises:
-        ValueError: an unknown flag or key (naming the nearest known one), a value of a wrong type (with the
-            value and the type expected), a required flag missing.
+        ValueError: an unknown flag or key (with the nearest known name), a value of the wrong type, a missing required
+            flag.
         FileNotFoundError: the file of `--config` does not exist.
     """
     show_help(*classes, argv=argv, description=description, defaults=defaults)
     whole = [complete(cls) for cls in classes]
-    show_full_help(*whole, argv=argv, description=description, defaults=defaults)
+    show_help(*whole, argv=argv, description=description, defaults=defaults, whole=True)
     values = read_recipe(*whole, argv=argv, defaults=defaults)
     return tuple(build(cls, given) for cls, given in zip(whole, values))
 
 
 @functools.cache
 def complete(cls: type) -> Any:
-    """`cls`, or where it derives from `CommonArguments` alone, `RecipeArguments` with the defaults of `cls`."""
+    """`cls`; a subclass of `CommonArguments` only becomes `RecipeArguments` with the defaults of `cls`."""
     if not issubclass(cls, CommonArguments):
         return cls
     from mllm_vision.training.recipe.arguments import RecipeArguments
@@ -80,16 +79,16 @@ def complete(cls: type) -> Any:
 
 
 def _restored(cls: type, values: dict[str, Any]) -> Any:
-    """What a pickle of an instance of `complete(cls)` becomes: that class has no name to be found by."""
+    """Unpickle an instance of `complete(cls)`, a class that cannot be imported by name."""
     made = object.__new__(complete(cls))
     made.__dict__.update(values)
     return made
 
 
 def build(cls: type, given: dict[str, Any]) -> Any:
-    """One instance of the dataclass `cls` that remembers what it was given (see `recipe_dict`)."""
+    """An instance of the dataclass `cls` that remembers its constructor arguments (see `recipe_dict`)."""
     instance = cls(**given)
-    kept = [field for field in dataclasses.fields(cls) if field.name not in _UNSAVED]  # no secret lies about
+    kept = [field for field in dataclasses.fields(cls) if field.name not in _UNSAVED]
     resolved = {field.name: getattr(instance, field.name) for field in kept}
     values = {field.name: given.get(field.name, default_of(field)) for field in kept}
     object.__setattr__(instance, _GIVEN, (values, resolved))
@@ -99,7 +98,7 @@ def build(cls: type, given: dict[str, Any]) -> Any:
 def read_recipe(
     *classes: type, argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """As `parse_recipe`, but only the checked keyword arguments of each class; nothing is constructed."""
+    """As `parse_recipe`, but return only the checked keyword arguments of each class."""
     from mllm_vision.training.recipe.flag_parser import SWITCH, RecipeParser
 
     classes = tuple(complete(cls) for cls in classes)
@@ -117,7 +116,7 @@ def read_recipe(
         if name not in fields:
             raise ValueError(unknown_name("default", name, fields))
     for cls in classes:
-        if hasattr(cls, "settle_defaults"):  # a class may say which defaults the values given take the place of
+        if hasattr(cls, "settle_defaults"):  # a class may drop defaults that the given values replace
             settled = cls.settle_defaults(values, settled)
     values = {**settled, **values}
     missing = [f"--{name}" for name, (field, _, _) in fields.items() if name not in values and is_required(field)]
@@ -146,7 +145,7 @@ def peek_recipe(name: str, default: Any = None, *, argv: Sequence[str] | None = 
 
 
 def _check_import(name: str, value: Any, config: str) -> None:
-    """Refuses a name in a file that would make Python import a module."""
+    """Refuse a name in a file that would import a Python module."""
     names = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
     if modules := [each for each in names if re.fullmatch(r"[\w.]+:\w+", each.strip())]:
         raise ValueError(
@@ -157,12 +156,11 @@ def _check_import(name: str, value: Any, config: str) -> None:
 
 
 def recipe_dict(*instances: Any) -> dict[str, Any]:
-    """All flags as resolved, flat and fit for YAML: what `recipe.yaml` holds and `--config` reads back.
+    """All flags as resolved, flat, for YAML: what `recipe.yaml` contains and `--config` reads back.
 
-    A field that a class's own `__post_init__` rewrote (an enum, a parsed dict) is written as it was given, so
-    that reading it back reproduces it; one that was set after construction is written as it is now; one that is
-    derived from another (`derived_fields` of the class) is null, and the other says it. Secrets
-    (`hub_token`) and what belongs to a single start (`overwrite`, `resume`) are left out.
+    A field that a class's own `__post_init__` rewrote (an enum, a parsed dict) is written as given; one that was set
+    after construction is written with its present value; one that is derived from another (`derived_fields` of the
+    class) is null. Secrets and flags of a single start (`overwrite`, `resume`) are left out.
     """
     flat: dict[str, Any] = {}
     none: tuple[dict[str, Any], dict[str, Any]] = ({}, {})

@@ -1,4 +1,4 @@
-"""`--push_to_hub`: what can be known before the training is checked there; the push itself comes after it."""
+"""`--push_to_hub`: checks before the training, the upload after it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ logger = logging.getLogger(__name__)
 
 
 class Push:
-    """Where a run's artifacts go on the Hub.
+    """Repositories of a run's artifacts on the Hub.
 
     Args:
         arguments: whether and where to push.
-        name: of the run; the repository's where `--hub_model_id` names none.
+        name: of the run; the default of `--hub_model_id`.
     """
 
     def __init__(self, arguments: RecipeArguments, name: str) -> None:
@@ -31,40 +31,40 @@ class Push:
         self._arguments = arguments
 
     def start(self) -> None:
-        """Takes the flags away from the Trainer, which would push each checkpoint and write the token into it."""
+        """Clear the flags: the Trainer would push each checkpoint and write the token into it."""
         self._arguments.push_to_hub, self._arguments.hub_token = False, None
 
     def check(self) -> None:
-        """Makes the repository, so that a token that may not is known before the training.
+        """Create the repository, so that a token without permission fails before the training.
 
         Raises:
-            PermissionError: no token, or one that may not write there.
-            ConnectionError: the Hub is out of reach or switched off (`HF_HUB_OFFLINE`).
-            ValueError: an impossible name.
+            PermissionError: no token, or one without write access.
+            ConnectionError: the Hub cannot be reached, or `HF_HUB_OFFLINE` is set.
+            ValueError: an invalid name.
         """
         if not self.wanted:
             return
         from mllm_vision.hub.push import prepare_repository
 
-        state = "nothing was trained yet; leave --push_to_hub out and push later with scripts/push_to_hub.py"
+        state = "nothing was trained; leave --push_to_hub out and push later with scripts/push_to_hub.py"
         settings = {key: value for key, value in self.settings.items() if key != "revision"}
         self.base = prepare_repository(self.base, state=state, **settings)
 
     def target(self, position: int, artifact: Mapping[str, Any]) -> str:
-        """Repository of an artifact: the first one has the name itself, the others theirs after it."""
+        """Repository of an artifact: the base name, with the artifact's name appended from the second one on."""
         return self.base if position == 0 else f"{self.base}-{artifact['name']}"
 
     def command(self, artifact: Mapping[str, Any], target: str) -> str:
-        """What pushes the artifact later."""
-        words = ["python", "scripts/push_to_hub.py", "--model", str(artifact["path"]), "--repo_id", target]
+        """The command that pushes the artifact later."""
+        command = ["python", "scripts/push_to_hub.py", "--model", str(artifact["path"]), "--repo_id", target]
         if self.settings["private"] is not None:
-            words += ["--private", str(self.settings["private"]).lower()]
+            command += ["--private", str(self.settings["private"]).lower()]
         if self.settings["revision"]:
-            words += ["--revision", str(self.settings["revision"])]
-        return shlex.join(words)
+            command += ["--revision", str(self.settings["revision"])]
+        return shlex.join(command)
 
     def upload(self, artifact: Mapping[str, Any], target: str, record: Mapping[str, Any]) -> None:
-        """Push one artifact with a card drawn from the run's record."""
+        """Push one artifact with a card made from the run's record."""
         from mllm_vision.hub.push import push_directory
 
         push_directory(artifact["path"], target, run=dict(record), **self.settings)

@@ -34,7 +34,7 @@ KINDS = ("language_model", "stage_zero", "stage_one", "stage_two")
 class Run:
     """One run in one folder. Only the main process writes; every process may call every method.
 
-    `start` it before the models are made: it sets the random seeds.
+    Call `start` before the models are made: it sets the random seeds.
 
     Args:
         kind: "language_model", "stage_zero", "stage_one" or "stage_two".
@@ -42,12 +42,12 @@ class Run:
         recipe: the resolved flags, from `recipe_dict`.
 
     Raises:
-        ValueError: an unknown kind, an `artifact_name` that is not a folder's name.
+        ValueError: an unknown kind, or an `artifact_name` that is not a folder name.
     """
 
     def __init__(self, kind: str, arguments: RecipeArguments, recipe: Mapping[str, Any]) -> None:
         if kind not in KINDS:
-            raise ValueError(f"kind={kind!r} is none of {', '.join(KINDS)}")
+            raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
         if recipe.get("artifact_name") is not None:
             check_name(recipe["artifact_name"], "--artifact_name")
         self.arguments = arguments
@@ -80,13 +80,13 @@ class Run:
         self._begun = False
         self._changed: dict[str, tuple[Any, Any]] = {}  # flags of a resumed run
         self._changes: list[str] = []
-        self.push = Push(arguments, self.record["name"])  # of the artifacts, not of every checkpoint of the Trainer
+        self.push = Push(arguments, self.record["name"])
 
     def start(self) -> Run:
-        """Take the folder, start logging, check what can be checked of a push, set the seeds; returns the run.
+        """Claim the folder, start logging, check a later push, set the seeds; returns the run.
 
         Raises:
-            FileExistsError: the folder holds something and neither --overwrite nor --resume was given.
+            FileExistsError: the folder is not empty and neither --overwrite nor --resume was given.
             OSError: see `Push.check`.
         """
         from transformers import set_seed
@@ -95,7 +95,7 @@ class Run:
         limit_collectives(self.arguments.ddp_timeout)
         if self.is_main:
             self._claim()
-            if not (self.folder / "recipe.yaml").is_file():  # that of an earlier run stays until this one begins
+            if not (self.folder / "recipe.yaml").is_file():  # an earlier run's stays until this one begins
                 self._write_recipe(self.folder)
         self.push.start()
         if self.is_main:
@@ -103,38 +103,36 @@ class Run:
         set_seed(self.arguments.seed)
         return self
 
-    # ---- what the run is made of ---------------------------------------------------------------------------
+    # ---- parents and data ----------------------------------------------------------------------------------
 
     def inherit(self, role: str, path_or_id: str) -> None:
-        """Note a parent artifact ("encoder", "language_model", "vlm", "tokenizer") and say what is inherited.
+        """Record a parent artifact ("encoder", "language_model", "vlm", "tokenizer") and log it.
 
         Raises:
-            ValueError: the parent's weights are not those its lineage was written for; both hashes are named.
+            ValueError: the hash of the parent's weights differs from its lineage.
         """
-        parent, told = describe_parent(role, path_or_id)
+        parent, note = describe_parent(role, path_or_id)
         self.record["parents"].append(parent)
-        self._say("inherits %s from %s (%s)", role, path_or_id, told)
+        self._say("inherits %s from %s (%s)", role, path_or_id, note)
 
     def describe_data(self, role: str, dataset: Any, columns: Mapping[str, str] | None = None, **more: Any) -> None:
-        """Note a data set ("train", "validation"...): fingerprint, rows, columns bound, three texts; `more` facts."""
+        """Record a data set ("train", "validation"...), see `origins.describe_data`; `more` are further facts."""
         entry = describe_data(dataset, columns or {})
         first = (columns or {}).get("image")
         if self.record["kind"] == "stage_zero" and (others := further_images(dataset, first)):
             entry["left_out"]["images behind the first of their row's list"] = others
-            logger.warning("%s data: only the first image of a row is used, %d others are not", role, others)
+            logger.warning("%s data: only the first image of a row is used; %d others are ignored", role, others)
         self.record["data"][role] = {**entry, **more}
         unused = entry["unused_columns"]
-        told = f"; not used: {', '.join(unused)}"[:200] if unused else ""
-        self._say("%s data: %s rows, columns %s%s", role, entry["rows"], entry["columns"] or "as they are", told)
+        note = f"; not used: {', '.join(unused)}"[:200] if unused else ""
+        self._say("%s data: %s rows, columns %s%s", role, entry["rows"], entry["columns"] or "unchanged", note)
 
     def note_change(self, what: str, step: int) -> None:
-        """Note what is another one from the step after `step` on, for the first lines of recipe.yaml."""
+        """Record a change from the step after `step` on, for the first lines of recipe.yaml."""
         self._changes.append(f"from step {step + 1} on {what}")
 
     def begin(self, step: int = 0) -> None:
-        """The training starts, or goes on after `step`: what it overwrites goes now, and not while a flag of its could
-        still be refused.
-        """
+        """Called when the training starts or continues after `step`: only now an overwritten run is removed."""
         if self._begun:
             return
         self._begun = True
@@ -150,7 +148,7 @@ class Run:
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl and an entry to the history; only numbers are kept.
 
-        A failure to write is reported and never ends the training.
+        A failed write is logged and does not end the training.
         """
         entry: dict[str, Any] = {"step": int(step)}
         for name, value in metrics.items():
@@ -165,10 +163,10 @@ class Run:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
         except OSError as error:
-            logger.warning("metrics.jsonl could not be written (%s); the training goes on", error)
+            logger.warning("metrics.jsonl could not be written (%s); the training continues", error)
 
     def rewind(self, step: int, *, evaluations: bool = False) -> None:
-        """Drop what was logged after `step`, and with `evaluations` those of that step: they are computed again."""
+        """Drop the log after `step`, and with `evaluations` the evaluations of that step."""
 
         def stays(entry: Mapping[str, Any]) -> bool:
             again = evaluations and any(name.startswith("eval_") for name in entry)
@@ -182,7 +180,7 @@ class Run:
             lines = [json.dumps(entry) + "\n" for entry in self.record["history"]]
             write_whole(self.folder / "metrics.jsonl", "".join(lines))
 
-    # ---- what it leaves behind -----------------------------------------------------------------------------
+    # ---- artifacts -----------------------------------------------------------------------------------------
 
     def save_artifact(self, save: Callable[[Path], Any], name: str, kind: str) -> Path:
         """Write the artifact `output_dir/name` whole or not at all, with recipe.yaml and lineage.json inside.
@@ -190,18 +188,18 @@ class Run:
         Args:
             save: called with the empty folder to write to, e.g. `encoder.save_pretrained`.
             name: the artifact's folder in the run folder.
-            kind: what it is: "encoder", "dual", "language_model", "vlm"...
+            kind: "encoder", "dual", "language_model", "vlm"...
 
         Raises:
-            OSError: the disk is full; the artifact that stood there before is whole.
+            OSError: the disk is full; an earlier artifact of this name is kept.
         """
         from mllm_vision.training.checkpoint.signals import StopSignals
 
         final = self.folder / check_name(name, "artifact")
         self.begin()
-        with StopSignals(f"{final} is written" if self.is_main else ""):  # no signal loses what was trained
+        with StopSignals(f"{final} is written" if self.is_main else ""):  # a signal must not lose the model
             if self.is_main:
-                with self._told_if_lost(name), whole_folder(final) as partial:
+                with self._recorded_if_lost(name), whole_folder(final) as partial:
                     save(partial)
                     self._write_recipe(partial)
                     weights = hash_weights(partial)
@@ -221,45 +219,41 @@ class Run:
         severe: bool = False,
         remedy: str = "",
     ) -> Any:
-        """What `work(*arguments)` returns; None where it fails: then the run goes on, and says so at its end.
+        """The result of `work(*arguments)`, a step after the training; None where it fails, and the run continues.
 
-        All that follows the training goes through here: evaluation, samples, drawing, audits, card and push. A failure
-        is one warning with its cause, an entry of run.json's `missing` and a line of the end table, and `finish`
-        raises at last. Until a step is over run.json has it as missing: a run that is killed in it has told so.
-        Interrupts pass through.
+        A failure is logged once, listed in run.json's `missing` and in the end table, and `finish` raises. While a
+        step runs, run.json lists it as missing, in case the process is killed. Interrupts pass through.
 
         Args:
             step: its name in messages, e.g. "evaluation of knn".
-            everywhere: the work holds collectives: every process does it, and it failed if it failed on any. Else the
-                main process alone does it.
+            everywhere: the work contains collectives: every process runs it, and it failed if it failed on any.
+                Otherwise only the main process runs it.
             severe: the run ends with the step's own error, once everything is written.
-            remedy: what makes up for it later.
+            remedy: how to repeat the step later.
         """
         if not (everywhere or self.is_main):
             return None
         if self.is_main and self.record["artifacts"]:
-            attempt("run.json", self._write_record, step)  # the last time, in finish, it has to be written
+            attempt("run.json", self._write_record, step)
         result, error = attempt(step, work, *arguments, everywhere=everywhere)
         if error is not None:
             self.ending.note(Failure(step, error, remedy, severe))
         return result
 
     def weights_of(self, artifact: str | None) -> dict[str, Any]:
-        """Name and hash of an artifact, for the figures that were measured on it."""
+        """Name and hash of an artifact, for the figures measured on it."""
         known = [entry for entry in self.record["artifacts"] if entry["name"] == artifact]
         return {"artifact": artifact, "weights_sha256": known[0]["weights_sha256"]} if known else {}
 
     def finish(self, next: str = "", **extra: Any) -> None:
-        """Complete the record with `extra`, push if asked to, write run.json, print the end table.
+        """Complete the record with `extra`, push if requested, write run.json and lineages, print the end table.
 
         Args:
-            next: the command of the next stage, with `{artifact}` for the first artifact; the table ends with it.
-
-        The artifacts' lineage gets the final metrics.
+            next: the command of the next stage, with `{artifact}` for the first artifact; the last line of the table.
 
         Raises:
-            Exception: what a severe step after the training raised.
-            IncompleteRun: another step failed; `run_recipe` makes exit code 3 of it.
+            Exception: the error of a severe step after the training.
+            IncompleteRun: another step failed; `run_recipe` exits with 3.
         """
         self.record.update(extra)
         if next and self.record["artifacts"]:
@@ -278,30 +272,30 @@ class Run:
     # ---- inside --------------------------------------------------------------------------------------------
 
     def _claim(self) -> None:
-        """Make the folder ours, or refuse."""
+        """Create the folder, or refuse one with another run."""
         if self.folder.exists() and not self.folder.is_dir():
-            raise FileExistsError(f"--output_dir {self.folder} is a file; name a folder")
+            raise FileExistsError(f"--output_dir {self.folder} is not a directory")
         present = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
         visible = [name for name in present if not name.startswith(".")]
-        if visible == ["recipe.yaml"]:  # a start that was refused before its first step: nothing to lose
+        if visible == ["recipe.yaml"]:  # of a start that was refused before its first step
             visible = []
         if self.arguments.resuming:
             clean(self.folder)
             before = recipe_before(self.folder, self.arguments.resume_from_checkpoint)
             self._changed = changed_flags(before, self.record["recipe"])
             for name, (old, now) in self._changed.items():
-                logger.warning("resumed with another %s: %r, it was %r", name, now, old)
+                logger.warning("resumed with another %s: %r, before %r", name, now, old)
         if visible and self.arguments.resuming:
             self._read_history()
         elif visible and not self.arguments.overwrite:
             raise FileExistsError(
                 f"--output_dir {self.folder} already holds {', '.join(visible[:4])}{' ...' * (len(visible) > 4)}; "
-                "--overwrite replaces that run, --resume goes on with it, or choose another folder"
+                "--overwrite replaces that run, --resume continues it, or choose another folder"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def _clear(self) -> None:
-        """Remove what a run of ours leaves, and nothing else that may lie in the folder."""
+        """Remove the files of a run, and nothing else in the folder."""
         clean(self.folder)
         artifacts = [path for path in self.folder.iterdir() if (path / "lineage.json").is_file()]
         files = [self.folder / name for name in ("recipe.yaml", "metrics.jsonl", "run.json")]
@@ -314,9 +308,9 @@ class Run:
         for line in text.splitlines():
             try:
                 self.record["history"].append(json.loads(line))
-            except json.JSONDecodeError:  # the last line of a process that was killed
+            except json.JSONDecodeError:  # the last line of a killed process
                 continue
-        if text and not text.endswith("\n"):  # what is logged next must not be joined to that line
+        if text and not text.endswith("\n"):  # keep the next line apart from it
             write_whole(file, "".join(json.dumps(entry) + "\n" for entry in self.record["history"]))
 
     def _write_recipe(self, folder: Path) -> None:
@@ -340,8 +334,8 @@ class Run:
         }
 
     @contextmanager
-    def _told_if_lost(self, name: str) -> Iterator[None]:
-        """An artifact that cannot be written ends the run; run.json tells of it beside those that could."""
+    def _recorded_if_lost(self, name: str) -> Iterator[None]:
+        """An artifact that cannot be written ends the run; run.json lists it with the others."""
         try:
             yield
         except Exception as error:
@@ -356,12 +350,12 @@ class Run:
             write_lineage(entry["path"], self._lineage(entry["name"], entry["kind"], entry["weights_sha256"]))
 
     def _write_record(self, pending: str = "") -> None:
-        """run.json as things stand; a step that is under way counts as missing until it is over."""
+        """Write run.json; a `pending` step counts as missing until it is over."""
         self.record["seconds"] = round(time.monotonic() - self._started, 1)
         missing = [failure.entry() for failure in self.ending.failures]
         self.record["missing"] = missing
-        under_way = [{"step": pending, "cause": "the run ended before it was over"}] if pending else []
-        write_json(self.folder / "run.json", {**self.record, "missing": [*missing, *under_way]})
+        running = [{"step": pending, "cause": "the run ended during this step"}] if pending else []
+        write_json(self.folder / "run.json", {**self.record, "missing": [*missing, *running]})
 
     def _say(self, message: str, *values: Any) -> None:
         if self.is_main:
@@ -369,15 +363,15 @@ class Run:
 
 
 def start_logging(arguments: RecipeArguments) -> None:
-    """Messages of this package and others at the level of `--log_level`; handlers that a program has are left alone."""
+    """Set the level of `--log_level`; existing handlers are kept."""
     from transformers.utils.logging import disable_progress_bar
 
     passive = arguments.log_level == "passive" and arguments.should_log
     level = logging.INFO if passive else arguments.get_process_log_level()
-    if not logging.getLogger().handlers:  # a recipe as a program; a user of the library decides alone
+    if not logging.getLogger().handlers:  # run as a program
         logging.basicConfig(level=level, format="%(message)s")
         for noisy in ("httpx", "httpx2", "httpcore", "filelock", "fsspec", "PIL", "matplotlib", "datasets"):
             logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
     if not passive:
         logging.getLogger("mllm_vision").setLevel(level)
-    disable_progress_bar()  # of transformers: one for each file that is read or written
+    disable_progress_bar()  # one per file that transformers reads or writes

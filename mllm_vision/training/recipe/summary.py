@@ -1,4 +1,4 @@
-"""The end of a run in words: machine and versions, the verdict against the baselines, the table for the user."""
+"""The end of a run: machine and versions, the verdict against the baselines, the end table."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _PACKAGES = (
     "pillow",
 )
 _FIRST = ("accuracy", "zero_shot_accuracy", "r1", "image_to_text_r1", "perplexity", "loss")
-# numbers in an evaluation that say what was measured and how the measurement went, not how good the model is
+# numbers of an evaluation that are not metrics
 _COUNTS = ("count", "step", "skipped", "images", "texts", "dimensions")
 _ASIDE = (*_COUNTS, "converged", "gradient", "iterations", "regularisation")
 _SECRET = ("hub_token", "token", "api_key", "password")
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the packages that decide what a run computes; absent ones are left out."""
+    """Versions of Python and of the packages that affect results; absent ones are left out."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -45,7 +45,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(processes: int = 1) -> dict[str, Any]:
-    """What computes: platform, cores, memory, accelerators. No host name, no user name."""
+    """Platform, cores, memory, accelerators; no host or user name."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
@@ -62,7 +62,7 @@ def machine(processes: int = 1) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command of this process as it can be typed again, secrets left out."""
+    """The command of this process, with secrets redacted."""
     words, hidden = [], False
     folder, file = os.path.split(sys.argv[0])
     program = [os.path.basename(sys.executable), sys.argv[0]]
@@ -81,7 +81,7 @@ def command_line() -> str:
 
 
 def primary_metric(evaluation: Mapping[str, Any]) -> str | None:
-    """The metric an evaluation is judged by: the one it names, else the first that is usual, else the first number."""
+    """The primary metric of an evaluation: the one it names, else the first usual one, else the first number."""
     named = evaluation.get("primary_metric")
     if isinstance(named, str) and isinstance(evaluation.get(named), (int, float)):
         return named
@@ -92,7 +92,7 @@ def primary_metric(evaluation: Mapping[str, Any]) -> str | None:
 def verdict(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     """One line per evaluation against each of its baselines: better, within noise, worse.
 
-    Noise is two standard errors of the difference of two fractions where the evaluation tells its `count`,
+    Noise is two standard errors of the difference of two fractions where the evaluation has a `count`,
     else one hundredth of the baseline.
     """
     lines = []
@@ -112,7 +112,7 @@ def verdict(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def compare(metric: str, value: float, baseline: float, count: float | None = None) -> str:
-    """ "better", "within noise" or "worse"; of losses and perplexities less is better."""
+    """ "better", "within noise" or "worse"; losses and perplexities are better when lower."""
     gain = baseline - value if metric == "perplexity" or metric.endswith("loss") else value - baseline
     errors = [error for of in (value, baseline) if (error := standard_error(of, count)) is not None]
     noise = 2 * math.hypot(*errors) if len(errors) == 2 else abs(baseline) / 100
@@ -120,7 +120,7 @@ def compare(metric: str, value: float, baseline: float, count: float | None = No
 
 
 def standard_error(value: float, count: float | None) -> float | None:
-    """Of a fraction of `count` independent cases; None of any other number."""
+    """Of a fraction of `count` independent cases; None for other numbers."""
     return math.sqrt(value * (1 - value) / count) if count and 0 <= value <= 1 else None
 
 
@@ -159,7 +159,7 @@ def end_table(record: Mapping[str, Any]) -> str:
 
 
 def left_out(record: Mapping[str, Any]) -> list[str]:
-    """A line for each set of data and each evaluation that something was left out of: how much, and why."""
+    """A line for each data set and evaluation with left-out rows: how many, and why."""
     lines = []
     for role, data in (record.get("data") or {}).items():
         if counts := {**(data.get("left_out") or {}), **(data.get("refused") or {})}:

@@ -1,4 +1,4 @@
-"""The part of the trainer that evaluates: before the training, during it, and what was saved."""
+"""The part of the trainer that evaluates: before, during and after the training."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluating(ExactResume):
-    """`Trainer.evaluate` with evaluators, callables (model, step) -> dict, beside or in place of a data set.
+    """`Trainer.evaluate` with evaluators, callables (model, step) -> dict, besides or instead of a data set.
 
-    During the training results go into the log alone, at the end into the run's record, with the step and the hash of
-    the weights they belong to.
+    Results during the training are logged; final ones go into the run's record, with the step and hash of their
+    weights.
     """
 
     evaluators: Sequence[Callable[..., Any]] = ()
     unsharded: Any = None  # the plain model, where a copy of it is sharded
     _clock: tuple[float, int] | None = None
-    _before: dict[str, dict[str, Evaluation]]  # evaluator -> baseline -> what was measured before the training
+    _before: dict[str, dict[str, Evaluation]]  # evaluator -> baseline -> result
 
     def measure_before(self, baseline: str, evaluators: Sequence[Callable[..., Any]] | None = None) -> None:
-        """Measure the model before the training; the record has it beside what is saved, as `baseline`."""
+        """Measure the model before the training, as `baseline` of the final evaluation."""
         with self._aside(self.model):
             for evaluator in self.evaluators if evaluators is None else evaluators:
                 found = examine(evaluator, self.model, self.state.global_step)
@@ -42,13 +42,13 @@ class Evaluating(ExactResume):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As `Trainer.evaluate` where there is a data set, then the evaluators; returns the metrics of both.
+        """As `Trainer.evaluate` where there is a data set, then the evaluators; the metrics of both.
 
-        With `ema_decay` they are those of the averaged weights. An evaluator that fails during the training is warned
-        of once and counts as missing. A signal ends the training between two evaluators.
+        With `ema_decay` of the averaged weights. An evaluator that fails during the training is logged once and counts
+        as missing. A signal ends the training between two evaluators.
 
         Raises:
-            ValueError: an evaluator failed, or gave no metric, that the training needs (`metric_for_best_model`).
+            ValueError: the evaluator of `metric_for_best_model` failed or did not return it.
         """
         metrics: dict[str, float] = {}
         averaged = contextlib.nullcontext if self.average is None else self.average.applied
@@ -69,21 +69,21 @@ class Evaluating(ExactResume):
             metrics = {**metrics, **found}
         wanted = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
         if self.is_in_train and wanted != "eval_" and eval_dataset is None and wanted not in metrics:
-            raise ValueError(f"metric_for_best_model is {wanted!r}, which is not found among {', '.join(metrics)}")
+            raise ValueError(f"metric_for_best_model={wanted!r} is not among the metrics {', '.join(metrics)}")
         return metrics
 
     def final_evaluation(
         self, model: Any = None, artifact: str | None = None, evaluators: Sequence[Callable[..., Any]] | None = None
     ) -> dict[str, float]:
-        """Measure what was saved, after `Run.save_artifact`. Each evaluator is a step that may fail.
+        """Measure the saved model, after `Run.save_artifact`; an evaluator may fail.
 
         Args:
-            model: what was saved; by default the trainer's own model.
-            artifact: its name among the run's artifacts, whose hash the figures carry.
+            model: the saved model; by default the trainer's.
+            artifact: its name among the run's artifacts.
             evaluators: by default those of the training.
 
         Returns:
-            The metrics as they are logged, of the evaluators that did not fail.
+            The logged metrics of the evaluators that did not fail.
         """
         model, step, found = self.model if model is None else model, self._step_of_weights(), {}
         for evaluator in self.evaluators if evaluators is None else evaluators:
@@ -109,21 +109,16 @@ class Evaluating(ExactResume):
 
     @contextlib.contextmanager
     def plain_model(self) -> Iterator[Any]:
-        """The model with all of its parameters on every rank, also while it trains sharded; a collective."""
+        """The model with all parameters on every rank, also during sharded training; a collective."""
         if self.unsharded is None or self.unsharded is self.model:
             yield self.model
         else:
             with gathered(self.unsharded, self.model, self.args.device):
                 yield self.unsharded
 
-    # ---- inside ----------------------------------------------------------------------------------------------
-
     @contextlib.contextmanager
     def _aside(self, model: Any) -> Iterator[None]:
-        """For an evaluation: without a trace in the training's random state and clock, on its device, in its precision.
-
-        Before a sharded training the model is still on the CPU.
-        """
+        """An evaluation context: device and precision of the training, whose random state and clock it leaves alone."""
         began = time.monotonic()
         draws = torch.random.fork_rng(devices=self._devices())
         with draws, torch.no_grad(), self._placed(model), self.accelerator.autocast():
@@ -136,7 +131,7 @@ class Evaluating(ExactResume):
 
     @contextlib.contextmanager
     def _placed(self, model: Any) -> Iterator[None]:
-        """The model on the training's device, and afterwards where it was."""
+        """Inside, the model is on the device of the training."""
         parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
         where = next((parameter.device for parameter in parameters), self.args.device)
         away = where.type == "cpu" and self.args.device.type != "cpu"
@@ -149,12 +144,12 @@ class Evaluating(ExactResume):
                 model.to(where)
 
     def _run_evaluators(self, model: Any, prefix: str) -> tuple[dict[str, float], tuple[str, Exception] | None]:
-        """Metrics of every evaluator, and the one that failed although the training needs it."""
+        """Metrics of every evaluator, and the failed one that the training needs."""
         found: dict[str, float] = {}
         for evaluator in self.evaluators:
             self.cut_evaluation()
             name, step = name_of(evaluator), self.state.global_step
-            if not self.is_in_train:  # a call of the user's
+            if not self.is_in_train:  # called by the user
                 result, error = examine(evaluator, model, step), None
             else:
                 what = f"evaluation of {name} at step {step}"
@@ -170,7 +165,7 @@ class Evaluating(ExactResume):
         return found, None
 
     def _stop_with_checkpoint(self, failed: tuple[str, Exception]) -> None:
-        """The training cannot continue without this metric; it can from here once the cause is fixed."""
+        """Save a checkpoint to continue from once the cause is fixed, and raise."""
         name, error = failed
         self._save_checkpoint(self.model, None)
         raise ValueError(
@@ -181,17 +176,17 @@ class Evaluating(ExactResume):
         ) from error
 
     def _remedy(self) -> str:
-        """How to repeat an evaluation that failed after the training."""
+        """The remedy for an evaluation that failed after the training."""
         last = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         return "--resume repeats it and trains no step" if last.is_dir() else ""
 
     def _step_of_weights(self) -> int:
-        """The step of the model's weights: the last one, or that of the best checkpoint."""
+        """The step of the model's weights: the last, or that of the best checkpoint."""
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         return int(self.state.global_step if best is None else best)
 
     def _log_final(self, found: Mapping[str, float]) -> None:
-        """Log the figures, unless the same ones were already logged at this step."""
+        """Log the metrics, unless they were logged at this step."""
         history = self.state.log_history if self.run is None else self.run.record["history"]
         last = [entry for entry in history if entry.get("step") == self.state.global_step]
         if all(any(entry.get(key) == value for entry in last) for key, value in found.items()):
@@ -200,7 +195,7 @@ class Evaluating(ExactResume):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, dict(found))
 
     def _check_best_metric(self) -> None:
-        """The stock Trainer finds out at the first evaluation, minutes or hours into the training."""
+        """Check `metric_for_best_model` before the training; the stock Trainer does at the first evaluation."""
         wanted = (self.args.metric_for_best_model or "").removeprefix("eval_")
         if not wanted or not self.evaluators or self.eval_dataset is not None or self.args.eval_strategy == "no":
             return
@@ -208,4 +203,4 @@ class Evaluating(ExactResume):
         if not any(wanted.startswith(f"{name}_") for name in names):
             chief = [getattr(evaluator, "primary_metric", "<metric>") for evaluator in self.evaluators]
             known = ", ".join(f"{name}_{metric}" for name, metric in zip(names, chief))
-            raise ValueError(f"metric_for_best_model={wanted!r} is measured by no evaluator; use e.g. {known}")
+            raise ValueError(f"metric_for_best_model={wanted!r} is not measured by any evaluator; use e.g. {known}")

@@ -312,7 +312,7 @@ class RecipeTrainer(Evaluating):
         best = Path(str(self.state.best_model_checkpoint))
         if (wrong := found_by_first(lambda: damage(best, contents=True))) is not None:
             error = ValueError(
-                f"load_best_model_at_end: {best} is torn: {wrong}; the weights of the last step are kept"
+                f"load_best_model_at_end: {best} is damaged: {wrong}; the weights of the last step are kept"
             )
             if self.run is None:
                 raise error
