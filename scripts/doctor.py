@@ -4,8 +4,8 @@
         --tokenizer runs/flickr8k/language_model/model --processes 4
     python scripts/doctor.py plan --model ViT-B/16 --batch_size 32768 65536 --ranks 8 32 --device_memory 80
 
-Takes the flags and the config of recipes/pretrain.py, and a few of its own. Counts the memory of a step on fake tensors
-and trains two real steps that leave nothing behind (--no_measure leaves them out). Ends with 1 when it found a problem.
+Accepts the flags and the config of recipes/pretrain.py, and a few more. Counts the memory of a step on fake tensors and
+runs two real steps that write nothing (--no_measure skips them). Exits with 1 if it found a problem.
 `plan` needs no data: it prints memory and communication of a step on many ranks (docs/scaling.md).
 """
 
@@ -27,12 +27,12 @@ RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "pretrain.py"
 
 @dataclass
 class DoctorArguments:
-    """How closely to look."""
+    """The extent of the examination."""
 
-    processes: int = field(default=1, metadata={"help": "How many processes the run will have."})
+    processes: int = field(default=1, metadata={"help": "Processes of the run."})
     sample: int = field(default=5000, metadata={"help": "Rows whose captions and images are compared."})
-    measure: bool = field(default=True, metadata={"help": "Run two real steps, for their time and memory."})
-    measure_rows: int = field(default=128, metadata={"help": "Rows of the real steps, at most."})
+    measure: bool = field(default=True, metadata={"help": "Run two real steps to measure time and memory."})
+    measure_rows: int = field(default=128, metadata={"help": "Maximum rows of the real steps."})
 
     def __post_init__(self) -> None:
         for name, least in (("processes", 1), ("sample", 2), ("measure_rows", 2)):
@@ -41,31 +41,31 @@ class DoctorArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["plan"]:
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["plan"]:
         from mllm_vision.training.preflight.plan import PlanArguments, plan
 
-        print(plan(*parse_recipe(PlanArguments, argv=words[1:], description=__doc__ or "")))
+        print(plan(*parse_recipe(PlanArguments, argv=given[1:], description=__doc__ or "")))
         return 0
     from mllm_vision.objectives import ImageTextObjective, load_objective
 
     recipe = load_recipe()
-    config = peek_recipe("config", argv=words)
+    config = peek_recipe("config", argv=given)
     if config is not None and Path(config).is_file():
         first = Path(config).read_text(encoding="utf-8").partition("\n")[0]
         if first.startswith("# recipe:") and RECIPE.name not in first:
             other = first.removeprefix("# recipe:").split()[0]
-            raise ValueError(f"{config} is for recipes/{other}; the doctor examines stage zero ({RECIPE.name}) alone")
-    name = peek_recipe("objective", "clip", argv=words)
+            raise ValueError(f"{config} is for recipes/{other}; the doctor examines stage zero ({RECIPE.name}) only")
+    name = peek_recipe("objective", "clip", argv=given)
     method = load_objective(name)
     if not issubclass(method, ImageTextObjective):
-        raise ValueError(f"objective {name!r} takes no image-text pairs: there is nothing to examine here")
+        raise ValueError(f"objective {name!r} does not train on image-text pairs, which the doctor examines")
     with tempfile.TemporaryDirectory() as folder:
-        if peek_recipe("output_dir", argv=words) is None:
-            words += ["--output_dir", folder]
+        if peek_recipe("output_dir", argv=given) is None:
+            given += ["--output_dir", folder]
         parsed = parse_recipe(
             DoctorArguments, recipe.PretrainArguments, recipe.Arguments, method.Config, StreamArguments,
-            argv=words, description=__doc__ or "", defaults=method.defaults_beside(peek_recipe("optim", argv=words)),
+            argv=given, description=__doc__ or "", defaults=method.defaults_beside(peek_recipe("optim", argv=given)),
         )  # fmt: skip
 
         from mllm_vision.training.preflight.checks import Finding, report
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         findings: list[Finding] = []
         try:
             findings.extend(examine(method, *parsed))
-        except (ValueError, OSError) as error:  # what the run itself would refuse
+        except (ValueError, OSError) as error:  # refused by the run itself
             findings.append(Finding("problem", "refused", str(error)))
         print(report(findings), flush=True)
     return int(any(finding.level == "problem" for finding in findings))
@@ -92,12 +92,12 @@ def examine(method: Any, look: DoctorArguments, own: Any, arguments: Any, config
     rows, embedded = arguments.per_device_train_batch_size, arguments.embed_batch_size
     steps = arguments.gradient_accumulation_steps
     method.check_accumulation(steps, rows, embedded)
-    if steps > 1 and method.couples_batch:  # as ObjectiveTrainer does: the whole batch at once, in chunks
+    if steps > 1 and method.couples_batch:  # as ObjectiveTrainer: one batch, in chunks
         rows, embedded = rows * steps, min(embedded or rows, rows)
     pairs = rows * look.processes
     records, total = load(own, arguments, streams, look.sample)
     columns = bind_columns(records, ("image", "caption"), own.columns)
-    set_seed(arguments.seed)  # the towers are those that the run will start with
+    set_seed(arguments.seed)  # the initial towers of the run
     dual = own.build_dual(has_bias=method.has_bias)
     objective = method(dual, config).to(arguments.device)
     transform = ImageTransform(dual.vision.processor, train=True, scale=tuple(own.crop_scale))
@@ -127,7 +127,7 @@ def examine(method: Any, look: DoctorArguments, own: Any, arguments: Any, config
 
 
 def load_recipe() -> Any:
-    """recipes/pretrain.py as a module: its flags and the way it builds the pair are examined, not copied."""
+    """recipes/pretrain.py as a module."""
     spec = importlib.util.spec_from_file_location("recipe_pretrain", RECIPE)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -137,7 +137,7 @@ def load_recipe() -> Any:
 
 
 def load(own: Any, arguments: Any, streams: Any, count: int) -> tuple[Any, int | None]:
-    """The records to sample from, and how many rows the data has; of a stream the first rows of its first shard."""
+    """The records to sample from, and the number of rows; of a stream its first rows."""
     if not streams.streaming:
         records = own.load()
         return records, len(records)
@@ -156,7 +156,7 @@ def tower_tokenizer(own: Any) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(own.text_tower)
-    except (ValueError, OSError):  # a tower that was saved alone
+    except (ValueError, OSError):  # a tower saved without tokenizer
         return None
 
 

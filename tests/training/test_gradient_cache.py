@@ -327,7 +327,7 @@ def test_what_breaks_the_contract_is_refused() -> None:
         def embed(self, views: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
             return super().embed(views + torch.randn(views.shape, generator=self.generator))
 
-    with pytest.raises(ValueError, match="other values of 'first' the second time.*global random state"):
+    with pytest.raises(ValueError, match="different values of 'first' in the second pass.*global random state"):
         cached_backward(Own().train(), batch, 4, check=True)
 
     class Mean(small.TwoViews):
@@ -393,8 +393,16 @@ class Matching(small.TwoViews):
         (Matching, {"gradient_accumulation_steps": 3}, "would see only 12 rows .*matching loss.*train_batch_size 36"),
         (Matching, {"embed_batch_size": 4}, "embed_batch_size=4: Matching cannot embed .*hard negatives; leave it out"),
         (small.TwoViews, {"embed_batch_size": 0}, "embed_batch_size=0 must be at least 1"),
-        (small.TwoViews, {"embed_batch_size": 4, "torch_compile": True}, "torch_compile does not go with"),
-        (small.TwoViews, {"gradient_accumulation_steps": 2, "optim": "lomo"}, "optim=lomo does not go with"),
+        (
+            small.TwoViews,
+            {"embed_batch_size": 4, "torch_compile": True},
+            "torch_compile and embed_batch_size=4 are mutually exclusive",
+        ),
+        (
+            small.TwoViews,
+            {"gradient_accumulation_steps": 2, "optim": "lomo"},
+            "optim=lomo and embed_batch_size=.* are mutually exclusive",
+        ),
         (small.TwoViews, {"auto_find_batch_size": True}, "negatives fewer.*--embed_batch_size"),
         (lambda: nn.Linear(2, 2), {"embed_batch_size": 4}, "Linear has no embed"),
     ],

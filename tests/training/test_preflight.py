@@ -88,7 +88,7 @@ def test_effective_negatives() -> None:
     assert f"{expected:.6g} effective negatives per anchor (of 15, " in run(checks.check_batch, 16, common, 0)[0].text
     assert "and 64 of a queue: 79 effective" in run(checks.check_batch, 16, alone, 0, queue=64)[0].text
     assert levels(run(checks.check_batch, 1, alone), "problem")
-    assert "20 steps take 320 pairs: 10 passes over 32" in run(checks.check_batch, 16, alone, 20)[1].text
+    assert "20 steps use 320 pairs: 10 passes over 32" in run(checks.check_batch, 16, alone, 20)[1].text
 
 
 def test_the_batch_for_the_data() -> None:
@@ -182,7 +182,7 @@ IMAGES = PairSample(None, images=[tiny.labelled_image(index, 64)[0] for index in
 
 def test_image_settings_in_order() -> None:
     found = run(checks.check_images, make_dual().vision, IMAGES)
-    assert [finding.level for finding in found] == ["ok"] and "32 px; 8 images come out with mean" in found[0].text
+    assert [finding.level for finding in found] == ["ok"] and "32 px; 8 images have mean" in found[0].text
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_text_settings() -> None:
     (cut,) = levels(run(checks.check_texts, dual, long), "problem")
     assert "cuts 100.0% of them: the tower has positions for 77 (--max_text_length)" in cut
     foreign = PairSample(None, captions=["картина красного круга", "синяя звезда справа"])
-    assert any("tokens a word" in text for text in levels(run(checks.check_texts, dual, foreign), "advice"))
+    assert any("tokens per word" in text for text in levels(run(checks.check_texts, dual, foreign), "advice"))
     assert not levels(run(checks.check_texts, dual, sample, tower_tokenizer=dual.tokenizer), "problem")
 
 
@@ -358,10 +358,10 @@ class Trial:
 @pytest.mark.parametrize(
     ("free", "peak", "rows", "level", "words"),
     [
-        (20, None, 64, "ok", "2 GiB of 20 GiB that are free"),
-        (20, 3 * GIB, 128, "ok", "a real step of 64 rows took 3 GiB, 1.50 of what was counted"),
-        (20, 3 * GIB, 128, "ok", "4.5 GiB of 20 GiB that are free"),
-        (20, 5 * GIB, 64, "advice", "2.50 of what was counted"),
+        (20, None, 64, "ok", "2 GiB of 20 GiB free"),
+        (20, 3 * GIB, 128, "ok", "a real step of 64 rows used 3 GiB, 1.50 of the estimate"),
+        (20, 3 * GIB, 128, "ok", "4.5 GiB of 20 GiB free"),
+        (20, 5 * GIB, 64, "advice", "2.50 of the estimate"),
         (4, None, 256, "problem", "too little; --embed_batch_size 64 would fit"),
         (1, None, 64, "problem", "weights and optimizer alone are too much"),
         (20, None, 64, "ok", "32 rows a second in a step of 64; 100 steps of 64 would take 3.33 minutes"),

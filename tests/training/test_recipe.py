@@ -201,7 +201,7 @@ class NothingNew(Outer.Config):
 
 
 def test_fields_without_a_dataclass_are_refused() -> None:
-    with pytest.raises(ValueError, match="Undecorated has fields and is no dataclass; put @dataclass above"):
+    with pytest.raises(ValueError, match="Undecorated has fields and is not a dataclass; put @dataclass above"):
         parse_recipe(Undecorated, argv=[])
     assert parse_recipe(NothingNew, argv=["--own", "3"])[0].own == 3
 

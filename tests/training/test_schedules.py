@@ -178,7 +178,7 @@ def test_scaling_by_batch_size(tmp_path, rule: str, expected: float) -> None:
         (["--optim", "lars", "--optim_args", "momentum=big"], "momentum='big' of lars must be a number"),
         (["--optim", "lars", "--optim_args", "momentum=1.5"], "momentum=1.5"),
         (["--optim", "lamb", "--optim_args", "variant=nvidia"], "unknown variant of LAMB"),
-        (["--optim", "lars", "--muon_learning_rate", "0.1"], "goes with --optim adamw_torch, not lars"),
+        (["--optim", "lars", "--muon_learning_rate", "0.1"], "needs --optim adamw_torch, not lars"),
         (["--layer_decay", "1.5"], "layer_decay is 1.5"),
         (["--layer_decay", "vision=0"], "layer_decay of 'vision' is 0"),
         (["--ema_decay", "1.0"], "ema_decay=1.0 must lie between 0 and 1"),
@@ -193,11 +193,11 @@ def test_scaling_by_batch_size(tmp_path, rule: str, expected: float) -> None:
         (["--lr_scaling_batch_size", "0"], "lr_scaling_batch_size=0"),
         (["--gradient_clipping", "per_parameter", "--max_grad_norm", "0"], "max_grad_norm, which is 0"),
         (["--lr_scheduler_type", "step", "--lr_scheduler_kwargs", "milestone=3"], "nearest known one is 'milestones'"),
-        (["--lr_scheduler_type", "step", "--lr_scheduler_kwargs", '{"milestones": [0.8, 0.6]}'], "must rise"),
+        (["--lr_scheduler_type", "step", "--lr_scheduler_kwargs", '{"milestones": [0.8, 0.6]}'], "must be increasing"),
         (["--lr_scheduler_type", "step", "--lr_scheduler_kwargs", '{"milestones": [0.5, 30]}'], "not both"),
         (["--lr_scheduler_type", "step", "--lr_scheduler_kwargs", "gamma=2"], "gamma=2"),
         (["--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", "min_lr=0.1"], "setting of cosine 'min_lr'"),
-        (["--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", "min_lr=0.1"], "constant takes no setting 'min_"),
+        (["--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", "min_lr=0.1"], "constant has no setting 'min_"),
     ],
 )
 def test_flags_that_are_refused(tmp_path, words: list[str], message: str) -> None:

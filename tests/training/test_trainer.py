@@ -478,7 +478,7 @@ def test_bad_samples_are_in_the_record(tmp_path: Path, caplog: pytest.LogCapture
     RecipeTrainer(llama(), args, train_dataset=text_rows(), run=run, bad_samples=Bad()).train()
     bad = {"count": 4, "examples": ["row 3: truncated"], "reasons": {"truncated": 1}}
     assert run.record["bad_samples"] == bad
-    assert "4 bad samples were skipped, one counts each time it is met: 1 x truncated; such as row 3" in caplog.text
+    assert "4 bad samples were skipped (counted in every epoch): 1 x truncated; such as row 3" in caplog.text
 
 
 def test_learning_rates_are_used_and_logged(tmp_path: Path) -> None:
@@ -525,7 +525,7 @@ def test_a_method_that_returns_something_else_is_named(tmp_path: Path) -> None:
             return super().forward(**columns).loss
 
     args = arguments(tmp_path, max_steps=1, save_strategy="no")
-    with pytest.raises(ValueError, match=r"Bare.loss returned Tensor; it returns ObjectiveOutput\(loss="):
+    with pytest.raises(ValueError, match=r"Bare.loss returned Tensor; return ObjectiveOutput\(loss="):
         ObjectiveTrainer(Bare(), args, train_dataset=toy_rows()).train()
 
 

@@ -21,13 +21,11 @@ FILE = "ema.safetensors"  # beside the weights in a checkpoint
 
 
 class WeightAverage(TrainerCallback):
-    """Averages what trains, after every optimizer step; at the end of the training the average is the model.
+    """Averages the trainable weights after every optimizer step; at the end the model becomes the average.
 
-    After step t: e = d e + (1 - d) w with d = min(decay, (1 + t) / (10 + t)), so that the untrained weights do not
-    dominate the first 1 / (1 - decay) steps. Running statistics of BatchNorm are averaged too; other buffers (queues,
-    centres) are the method's own. A checkpoint keeps the trained weights, from which the training continues, and the
-    average in `ema.safetensors`. (`torch.optim.swa_utils.AveragedModel` holds a second model, what is frozen included,
-    in the precision of the model.)
+    After step t: e = d e + (1 - d) w with d = min(decay, (1 + t) / (10 + t)). Running statistics of BatchNorm are
+    averaged too; other buffers (queues, centres) are not. A checkpoint contains the trained weights, and the average in
+    `ema.safetensors`. (`torch.optim.swa_utils.AveragedModel` copies the whole model, in its own precision.)
 
     Args:
         model: without the wrappers of DDP or torch.compile.
@@ -48,10 +46,10 @@ class WeightAverage(TrainerCallback):
         return {plain_name(name): tensor.detach() for name, tensor in tensors.items()}
 
     def resume(self, checkpoint: str | Path) -> None:
-        """Take the average of a checkpoint instead of starting at the weights.
+        """Load the average of a checkpoint.
 
         Raises:
-            FileNotFoundError: the checkpoint has none.
+            FileNotFoundError: the checkpoint contains no average.
             ValueError: it is the average of other weights.
         """
         path = Path(checkpoint) / FILE
@@ -80,7 +78,7 @@ class WeightAverage(TrainerCallback):
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         assert self._average is not None
-        if getattr(optimizer, "step_was_skipped", False):  # only norms' statistics may have moved, to infinity
+        if getattr(optimizer, "step_was_skipped", False):
             return
         step = state.global_step
         decay = min(self.decay, (1 + step) / (10 + step))
@@ -95,7 +93,7 @@ class WeightAverage(TrainerCallback):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model is the average inside, and itself again afterwards, bit for bit."""
+        """Inside, the model is the average; afterwards its weights are restored, bit for bit."""
         kept = {name: tensor.clone() for name, tensor in self._live().items()}
         self._put(self._average or kept)
         try:
@@ -106,4 +104,4 @@ class WeightAverage(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._average is not None:
             self._put(self._average)
-        logger.info("the model is the average of its weights from here on (ema_decay=%g)", self.decay)
+        logger.info("the model is now the average of its weights (ema_decay=%g)", self.decay)

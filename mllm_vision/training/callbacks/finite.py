@@ -1,4 +1,4 @@
-"""A loss that is NaN or infinite ends the training while there is a checkpoint to resume from."""
+"""A NaN or infinite loss ends the training."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from mllm_vision.training.checkpoint.checkpoints import is_whole, list_checkpoin
 
 
 def stop_if_not_finite(loss: torch.Tensor, batch: Mapping[str, Any], trainer: Any) -> None:
-    """Raises where the loss is NaN or infinite, before the optimizer takes the step.
+    """Raise where the loss is NaN or infinite, before the optimizer step.
 
-    The batch is saved in the run folder (`bad_batch-step<n>-rank<r>.safetensors`), and the last checkpoint whose
-    weights are all finite is named.
+    Saves the batch in the run folder (`bad_batch-step<n>-rank<r>.safetensors`), and names the last finite checkpoint.
 
     Args:
         loss: of this micro-batch.
-        batch: as the collator returned it.
+        batch: from the collator.
         trainer: its state gives the step.
 
     Raises:
@@ -44,14 +43,14 @@ def stop_if_not_finite(loss: torch.Tensor, batch: Mapping[str, Any], trainer: An
     remedy = f"--resume_from_checkpoint {good}" if good else "there is no checkpoint to resume from: start from scratch"
     rate = trainer.optimizer.param_groups[0]["lr"] if trainer.optimizer is not None else args.learning_rate
     raise ValueError(
-        f"the loss is {value} at step {step} (learning rate {rate:.3g}); the weights were not changed by it. "
+        f"the loss is {value} at step {step} (learning rate {rate:.3g}); the step was not taken. "
         f"The last good checkpoint: {good or 'none'}; {saved}. Continue with a lower --learning_rate, a longer "
         f"--warmup_steps or --max_grad_norm 1 ({remedy}); in half precision try --bf16 instead of --fp16"
     )
 
 
 def last_finite_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint whose weights are all finite: one saved after the last good loss may not be."""
+    """The newest whole checkpoint whose weights are all finite."""
     for checkpoint in reversed(list_checkpoints(folder)) if folder.is_dir() else ():
         if is_whole(checkpoint) and all(_finite(file) for file in checkpoint.glob("*.safetensors")):
             return checkpoint

@@ -1,4 +1,4 @@
-"""Warnings during a training of stage zero: what goes wrong, once each, while there is still time to stop."""
+"""Warnings during a training of stage zero, once each, while there is time to stop."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
-CHANCE_SHARE = 0.98  # of the loss at chance, above which nothing was learnt
-CLAMP_SHARE = 0.995  # of a limit: a mean scale above this was at the limit for most of the steps
-BIAS_RATIO = 4.0  # pairs called positive against positive pairs, beyond which the bias is wrong
+CHANCE_SHARE = 0.98  # of the loss at chance, above which nothing was learned
+CLAMP_SHARE = 0.995  # of a limit: a mean scale above this was mostly at the limit
+BIAS_RATIO = 4.0  # predicted over actual positives, beyond which the bias is wrong
 LEAST_SPREAD = 0.1  # of unit vectors; their mean cosine is then 0.99
 LEAST_RANK = 1.1  # directions that carry the variance; 1 is a line
 LEAST_ENTROPY = 0.1  # of the prototypes that a batch is assigned to; 0 is one prototype
-HOLD = 10  # steps that a state has to last before a warning
-EARLIEST = 50  # steps that a training is given in any case: the sigmoid loss passes its chance slowly
+HOLD = 10  # steps that a state lasts before a warning
+EARLIEST = 50  # steps without a warning: the sigmoid loss falls slowly at first
 
 Warnings = Iterator[tuple[str, str]]  # (name, message)
 
@@ -26,26 +26,26 @@ Warnings = Iterator[tuple[str, str]]  # (name, message)
 class Health(TrainerCallback):
     """Watches the logged loss and metrics of an `Objective` and warns, once each, of
 
-    - `chance`: the loss stays at that of a model that knows nothing, named where it is a known one: ln N (softmax
-      over the batch), ln(2N-1) (NT-Xent), ln(K+1) (a queue of K), ln(out_dim) (DINO's prototypes), the margin (pairs
-      and triplets, whose distances are then all the same);
-    - `scale`: the logit scale reached its clamp in the first half of the training, or its lower one;
-    - `bias`: the sigmoid loss calls several times too many or too few pairs positive;
-    - `prototypes`: a teacher that assigns every image to one prototype, or to all of them (DINO and its kin);
-    - `collapse`: all embeddings point one way (`*_spread` below 0.1), or vary along one line (`*_rank` below 1.1);
-    - `offset`: the encoder's vectors h point one way and the head's outputs do not: the vectors share a large offset,
-      which a head removes and a cosine between vectors does not.
+    - `chance`: the loss stays at chance, named where it is known: ln N (softmax over the batch), ln(2N-1) (NT-Xent),
+      ln(K+1) (a queue of K), ln(out_dim) (DINO's prototypes), the margin (pairs and triplets with equal distances);
+    - `scale`: the logit scale reached its upper clamp in the first half of the training, or its lower one;
+    - `bias`: the sigmoid loss predicts several times too many or too few positive pairs;
+    - `prototypes`: the teacher assigns every image to one prototype, or to all of them (DINO and related methods);
+    - `collapse`: all embeddings point in one direction (`*_spread` below 0.1), or vary along a line (`*_rank` below
+      1.1);
+    - `offset`: the encoder's vectors h point in one direction and the head's outputs do not: the vectors share a large
+      offset, which a head removes and a cosine between vectors does not.
 
-    A state counts when it lasts for 10 steps, and, but for the scale, only after a fifth of the training (at least
-    50 steps, at most 1000 after warm-up). When it passes, that is logged too.
+    A state counts when it lasts for 10 steps and, except for the scale, only after a fifth of the training (at least
+    50 steps, at most 1000 after warm-up). Its end is logged too.
 
     Args:
-        objective: what is trained; its `chance_loss`, `scale_limits` and `logit_scale` are read.
-        pairs: how many pairs meet in one loss, over all ranks.
+        objective: the trained objective; its `chance_loss`, `scale_limits` and `logit_scale` are read.
+        pairs: the number of pairs in one loss, over all ranks.
         run: a `Run`; its record then gets `health`, a list of `{"step", "name", "message"}`.
 
-    It reads the metrics `logit_scale`, `positives` and `predicted_positives` (positive pairs per image, and how many
-    the sigmoid predicts), `prototype_entropy`, `teacher_entropy`, `*_spread` and `*_rank`, where they are logged.
+    It reads the metrics `logit_scale`, `positives` and `predicted_positives` (per image), `prototype_entropy`,
+    `teacher_entropy`, `*_spread` and `*_rank`, where they are logged.
     """
 
     def __init__(self, objective: Any, pairs: Callable[[], int], run: Any = None) -> None:
@@ -59,7 +59,7 @@ class Health(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._last = state.global_step
         scale, limits = getattr(self.objective, "logit_scale", None), self._limits()
-        # the scale of a pair that was trained before may begin at the limit
+        # the scale of a pretrained pair may start at the limit
         self._at_limit = scale is not None and limits is not None and _near(scale.detach().exp().item(), limits)
 
     def on_log(
@@ -67,7 +67,7 @@ class Health(TrainerCallback):
     ) -> None:
         if not logs or "loss" not in logs or state.global_step == self._last:
             return
-        present = dict(self._judge(args, state, logs))
+        present = dict(self._check(args, state, logs))
         for name, message in present.items():
             lasted = state.global_step - self._began.setdefault(name, self._last)
             early = name != "scale" and state.global_step < patience(args, state.max_steps)
@@ -79,7 +79,7 @@ class Health(TrainerCallback):
             if name in self._active:
                 self._active.discard(name)
                 if state.is_world_process_zero:
-                    logger.info("step %d: no longer so: %s", state.global_step, self.found[name].partition(":")[0])
+                    logger.info("step %d: no longer: %s", state.global_step, self.found[name].partition(":")[0])
         self._last = state.global_step
 
     def _report(self, state: Any, name: str, message: str) -> None:
@@ -92,32 +92,30 @@ class Health(TrainerCallback):
             entry = {"step": state.global_step, "name": name, "message": message}
             self.run.record.setdefault("health", []).append(entry)
 
-    # ---- the judgements ------------------------------------------------------------------------------------
-
-    def _judge(self, args: Any, state: Any, logs: Mapping[str, float]) -> Warnings:
-        """All that is wrong in these logs."""
+    def _check(self, args: Any, state: Any, logs: Mapping[str, float]) -> Warnings:
+        """All warnings about these logs."""
         yield from self._scale(state, logs)
         pairs = self.pairs()
-        alone = not hasattr(self.objective, "dual") and hasattr(self.objective, "views")  # images without texts
-        causes = [*_bias(logs, pairs), *_collapse(logs, alone), *_prototypes(logs, self.objective)]
+        image_only = not hasattr(self.objective, "dual") and hasattr(self.objective, "views")  # images without texts
+        causes = [*_bias(logs, pairs), *_collapse(logs, image_only), *_prototypes(logs, self.objective)]
         yield from causes
         chance = expected_chance(self.objective, pairs, logs.get("positives", 1.0))
         if not chance or not CHANCE_SHARE * chance <= logs["loss"] < math.inf:
             return
         names = {name for name, _ in causes} - {"offset"}
-        at = "the views (too strong?)" if alone else "the pairs (do image and caption belong together?)"
+        at = "the views (too strong?)" if image_only else "the pairs (do image and caption belong together?)"
         look = (
             "see the warning of the bias"
             if "bias" in names
             else f"look at {at}, the learning rate ({args.learning_rate:g}) and the "
-            + ("temperature" if alone else "logit scale")
+            + ("temperature" if image_only else "logit scale")
             + "; the embeddings have collapsed too" * bool(names)
         )
         where = "sits at" if logs["loss"] < 1.05 * chance else "is above"
         level = level_name(self.objective, pairs, chance)
         level = f"{level} = {chance:.4f}" if level else f"{chance:.4f}"
-        of = f"{pairs} {'images' if alone else 'pairs'}"
-        yield "chance", f"the loss {logs['loss']:.4f} {where} chance ({level} for {of}): nothing is learnt; {look}"
+        of = f"{pairs} {'images' if image_only else 'pairs'}"
+        yield "chance", f"the loss {logs['loss']:.4f} {where} chance ({level} for {of}): nothing is learned; {look}"
 
     def _limits(self) -> tuple[float, float] | None:
         limits = getattr(self.objective, "scale_limits", None)
@@ -140,13 +138,13 @@ class Health(TrainerCallback):
             yield (
                 "scale",
                 f"logit_scale {scale:.4g} is at its clamp {limits[1]:g} after {state.global_step} of "
-                f"{state.max_steps} steps. In a long run on much data that comes late; this early the data are "
+                f"{state.max_steps} steps. In a long run on many data that happens late; this early the data are "
                 "memorised (see the evaluation), or the learning rate of the scale is too high",
             )
 
 
 def patience(args: Any, max_steps: int) -> int:
-    """The step before which no training is judged: a fifth of it, at least 50, at most 1000 steps after warm-up."""
+    """The first step with warnings: a fifth of the training, at least 50, at most 1000 steps after warm-up."""
     return max(EARLIEST, min(max_steps // 5, args.get_warmup_steps(max_steps) + 1000))
 
 
@@ -154,7 +152,7 @@ def expected_chance(objective: Any, pairs: int, positives: float = 1.0) -> float
     """The loss at chance that the objective states, or its `margin`, or None.
 
     Args:
-        objective: its `chance_loss(pairs)` need not take duplicates.
+        objective: its `chance_loss(pairs)` may ignore duplicates.
         pairs: over all ranks.
         positives: positive texts per image, duplicates included.
     """
@@ -169,7 +167,7 @@ def expected_chance(objective: Any, pairs: int, positives: float = 1.0) -> float
 
 
 def level_name(objective: Any, pairs: int, level: float) -> str:
-    """The known name of a loss at chance ("ln(2N-1)", "ln(K+1)"...), or nothing.
+    """The formula of a loss at chance ("ln(2N-1)", "ln(K+1)"...), or "".
 
     Args:
         objective: its queue (`queue`, `config.queue_size`), `out_dim`, `temperature` and `margin` are read.
@@ -194,7 +192,7 @@ def level_name(objective: Any, pairs: int, level: float) -> str:
 
 
 def _setting(objective: Any, name: str) -> float | None:
-    """A number that the objective or its config has under this name."""
+    """A number in the objective or its config, or None."""
     for owner in (objective, getattr(objective, "config", None)):
         value = getattr(owner, name, None)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -228,14 +226,14 @@ def _bias(logs: Mapping[str, float], pairs: int) -> Warnings:
         yield (
             "bias",
             f"logit_bias {logs.get('logit_bias', math.nan):.4g} is wrong: of the {pairs} texts of the batch {said:.3g} "
-            f"are called positives of an image and {are:.3g} are. {'Lower' if said > are else 'Raise'} "
-            "--initial_logit_bias: scripts/doctor.py computes the one that fits these towers and this batch",
+            f"are predicted as positives of an image, and {are:.3g} are. {'Lower' if said > are else 'Raise'} "
+            "--initial_logit_bias: scripts/doctor.py computes one for these towers and this batch",
         )
 
 
-def _collapse(logs: Mapping[str, float], alone: bool = False) -> Warnings:
+def _collapse(logs: Mapping[str, float], image_only: bool = False) -> Warnings:
     collapsed = []
-    # behind the head; a rank of 1 does not count as spread (a BatchNorm spreads out a line too)
+    # a rank of 1 does not count as spread (a BatchNorm spreads out a line too)
     behind = max(logs.get(f"{side}_spread", 0.0) * (logs.get(f"{side}_rank", 0.0) > LEAST_RANK) for side in _HEADS)
     for side in sorted({name.removesuffix("_spread").removesuffix("_rank") for name in logs}):
         spread, rank = logs.get(f"{side}_spread", math.nan), logs.get(f"{side}_rank", math.nan)
@@ -247,19 +245,21 @@ def _collapse(logs: Mapping[str, float], alone: bool = False) -> Warnings:
                 "this encoder, as that of LARS is for a small ViT: try --optim adamw_torch --learning_rate 1e-3",
             )
         elif spread < LEAST_SPREAD:
-            collapsed.append(f"all {side} embeddings point one way ({side}_spread {spread:.2g}; 1 is evenly spread)")
+            collapsed.append(
+                f"all {side} embeddings point in one direction ({side}_spread {spread:.2g}; 1 is evenly spread)"
+            )
         elif rank < LEAST_RANK:
             collapsed.append(f"the {side} embeddings vary along a line ({side}_rank {rank:.3g} directions)")
     if collapsed:
         yield (
             "collapse",
             f"collapse: {' and '.join(collapsed)}. Lower the learning rate or lengthen the warm-up; see that "
-            + ("" if alone else "image and caption belong together, and that ")
+            + ("" if image_only else "image and caption belong together, and that ")
             + "images still differ once they are transformed",
         )
 
 
-_HEADS = ("z", "query")  # metrics of what is behind the head
+_HEADS = ("z", "query")  # outputs of a head
 
 
 def _near(scale: float, limits: tuple[float, float]) -> bool:

@@ -1,4 +1,4 @@
-"""Callbacks around a step: teachers are updated, bad samples counted, the run folder kept up to date."""
+"""Callbacks around a step: logs, reporters, teachers, bad samples, the run folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class LogLines(ProgressCallback):
-    """The Trainer's progress bar; what is logged is a line of numbers, and without a bar that line alone."""
+    """Logs lines of numbers, with or without the Trainer's progress bar."""
 
     def __init__(self, bar: bool = True) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class LogLines(ProgressCallback):
 
     @staticmethod
     def take_over(trainer: Any) -> None:
-        """Put this in the place of the callback with which transformers prints dicts of text."""
+        """Replace the callback with which transformers prints dicts."""
         for kind in (ProgressCallback, PrinterCallback):
             if any(type(callback) is kind for callback in trainer.callback_handler.callbacks):
                 trainer.remove_callback(kind)
@@ -59,8 +59,8 @@ class LogLines(ProgressCallback):
 class AfterStep(TrainerCallback):
     """Calls `objective.after_step(progress)` once per optimizer step, never per micro-batch.
 
-    Progress runs from 0 to 1 over the whole training. A step that fp16's loss scaling skipped does not count: its
-    embeddings may be infinite, and would stay in a queue. An attribute `epoch` of the objective is set.
+    Progress runs from 0 to 1 over the training. A step skipped by fp16's loss scaling does not count: a queue must not
+    keep its infinite embeddings. An attribute `epoch` of the objective is set.
     """
 
     def __init__(self, objective: Any) -> None:
@@ -75,10 +75,7 @@ class AfterStep(TrainerCallback):
 
 
 class GuardedReporter(TrainerCallback):
-    """A reporter of transformers (tensorboard, wandb...) that is dropped with a warning when it fails.
-
-    metrics.jsonl of the run has every figure.
-    """
+    """A reporter of transformers (tensorboard, wandb...) that is dropped with a warning when it fails."""
 
     def __init__(self, reporter: TrainerCallback) -> None:
         self.reporter, self.failed = reporter, False
@@ -91,7 +88,7 @@ class GuardedReporter(TrainerCallback):
         except Exception as error:
             self.failed = True
             name = type(self.reporter).__name__.removesuffix("Callback")
-            logger.warning("reporting to %s failed in %s (%s); the training goes on without it", name, event, error)
+            logger.warning("reporting to %s failed in %s (%s); the training continues without it", name, event, error)
             return None
 
 
@@ -100,7 +97,7 @@ for _event in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
 
 
 def guard_reporters(handler: Any) -> None:
-    """Puts a `GuardedReporter` in the place of each reporter among the callbacks of a `CallbackHandler`."""
+    """Wrap each reporter of a `CallbackHandler` in a `GuardedReporter`."""
     home = "transformers.integrations"
     handler.callbacks = [
         GuardedReporter(each) if type(each).__module__.startswith(home) else each for each in handler.callbacks
@@ -108,7 +105,7 @@ def guard_reporters(handler: Any) -> None:
 
 
 class BadSampleLimit(TrainerCallback):
-    """Ends the training with a clear error once too many samples were bad; puts the count into the run."""
+    """Raises once too many samples were bad; records their count in the run."""
 
     def __init__(self, bad_samples: Any, run: Any = None) -> None:
         self.bad_samples = bad_samples
@@ -118,12 +115,12 @@ class BadSampleLimit(TrainerCallback):
         self.bad_samples.check(getattr(args, "max_bad_fraction", 1.0))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # not checked here: rows that were read ahead and not trained on are no reason to lose what was trained
+        # not checked here: rows read ahead were not trained on
         count = int(self.bad_samples.count)
         if count:
             why = ", ".join(f"{number} x {reason}" for reason, number in self.bad_samples.reasons.most_common())
             why += "; such as " + "; ".join(dict.fromkeys(self.bad_samples.examples))
-            logger.warning("%d bad samples were skipped, one counts each time it is met: %s", count, why)
+            logger.warning("%d bad samples were skipped (counted in every epoch): %s", count, why)
         if self.run is not None:
             self.run.record["bad_samples"] = {
                 "count": count,
@@ -133,10 +130,7 @@ class BadSampleLimit(TrainerCallback):
 
 
 class MovingSteps(TrainerCallback):
-    """Counts the optimizer steps, and those that could move a weight: those at a rate above zero.
-
-    The first step of a warm-up has a rate of 0. The freeze audit asks whether what did not move could have.
-    """
+    """Counts the optimizer steps, and for the freeze audit those with a rate above zero (a warm-up starts at 0)."""
 
     def __init__(self) -> None:
         self.taken = self.moving = 0
@@ -151,10 +145,10 @@ class MovingSteps(TrainerCallback):
 
 
 class RunFolder(TrainerCallback):
-    """Keeps `metrics.jsonl` in step with the training: what an interrupted run logged after the checkpoint is removed.
+    """Removes from `metrics.jsonl` what an interrupted run logged after the checkpoint.
 
-    After the last step nothing is evaluated, unless the training needs the figure (`metric_for_best_model`): a run
-    saves first, and `final_evaluation` measures what was saved.
+    Nothing is evaluated after the last step unless `metric_for_best_model` is set: `final_evaluation` does, after
+    saving.
     """
 
     def __init__(self, run: Any) -> None:
@@ -173,10 +167,9 @@ class RunFolder(TrainerCallback):
 
 
 class SaveByMinutes(TrainerCallback):
-    """Saves a checkpoint whenever so many minutes have passed since the last one, for whatever reason that was saved.
+    """Saves a checkpoint once `minutes` have passed since the last one, of any kind.
 
-    The clock is the first process's, so that all save after the same step: one message of four bytes per step, over
-    gloo, which does not wait for a GPU's queue.
+    All ranks follow the clock of the first: one message per step, over gloo, which does not wait for a GPU.
 
     Raises:
         ValueError: `minutes` is not positive.

@@ -1,4 +1,4 @@
-"""The flags of optimizer and schedule: names of `TrainingArguments` where it has them, a few more where it does not."""
+"""The flags of optimizer and schedule: names of `TrainingArguments`, and a few more."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from mllm_vision.training.recipe.flags import takes_betas
 
 
 class OwnOptimizer(ExplicitEnum):
-    """What `--optim` takes besides the names of transformers."""
+    """Values of `--optim` besides those of transformers."""
 
     LARS = "lars"
     LAMB = "lamb"
 
 
 class OwnScheduler(ExplicitEnum):
-    """What `--lr_scheduler_type` takes besides the names of transformers."""
+    """Values of `--lr_scheduler_type` besides those of transformers."""
 
     STEP = "step"
     EXACT_COSINE = "exact_cosine"
@@ -36,12 +36,8 @@ class OwnScheduler(ExplicitEnum):
 class OptimizerArguments(TrainingArguments):
     """`TrainingArguments` with the optimizers and schedules of docs/optimizers.md.
 
-    `optim` also takes `lars` and `lamb` (their settings in `optim_args`), `lr_scheduler_type` also `step` (with
-    `lr_scheduler_kwargs` milestones and gamma).
-
     Raises:
-        ValueError: an unknown name (with the nearest known one), a value out of range, or flags that exclude
-            each other.
+        ValueError: an unknown name (with the nearest known one), a value out of range, or mutually exclusive flags.
     """
 
     optim: str = field(
@@ -69,7 +65,7 @@ class OptimizerArguments(TrainingArguments):
         metadata={"help": "Rate of a layer / that of the layer above it: 0.75, or vision=0.85,text=0.75."},
     )
     patch_embedding_lr_scale: float = field(
-        default=1.0, metadata={"help": "The patch embedding's rate times this (DINOv2: 0.2); 0 leaves it as it is."}
+        default=1.0, metadata={"help": "Factor on the patch embedding's rate (DINOv2: 0.2); 0 leaves it untrained."}
     )
     bias_learning_rate: float | None = field(
         default=None, metadata={"help": "Rate of what takes no weight decay: biases, norms, scales, positions."}
@@ -83,8 +79,8 @@ class OptimizerArguments(TrainingArguments):
     weight_decay_on: Literal["method", "matrices", "all"] = field(
         default="method",
         metadata={
-            "help": "What weight decay is for: matrices; method: those and what the method's own code decays beside "
-            "them; all: biases, norms and scales too (the official codes of MoCo, SimSiam, SupCon and PCL)."
+            "help": "What weight decay applies to: matrices; method: also what the method's own code decays; "
+            "all: biases, norms and scales too (the official codes of MoCo, SimSiam, SupCon and PCL)."
         },
     )
     weight_decay_end: float | None = field(
@@ -93,7 +89,7 @@ class OptimizerArguments(TrainingArguments):
     gradient_clipping: Literal["global", "per_parameter", "per_module"] = field(
         default="global",
         metadata={
-            "help": "What max_grad_norm holds for: all gradients together, each (DINO), those of each part (DINOv2)."
+            "help": "What max_grad_norm limits: all gradients together, each (DINO), those of each part (DINOv2)."
         },
     )
     ema_decay: float | None = field(
@@ -105,7 +101,7 @@ class OptimizerArguments(TrainingArguments):
         scheduler: Any = _named("lr_scheduler_type", self.lr_scheduler_type, SchedulerType, OwnScheduler)
         self._check_optimizer(optim)
         self._check_rates()
-        # TrainingArguments knows its own names only: it gets a stand-in while it checks the rest
+        # TrainingArguments accepts only its own names
         self.optim = OptimizerNames.ADAMW_TORCH if isinstance(optim, OwnOptimizer) else optim
         self.lr_scheduler_type = SchedulerType.COSINE if isinstance(scheduler, OwnScheduler) else scheduler
         super().__post_init__()
@@ -141,7 +137,7 @@ class OptimizerArguments(TrainingArguments):
         self._check_exclusive(optim)
 
     def _check_exclusive(self, optim: Any) -> None:
-        """Flags that exclude each other."""
+        """Mutually exclusive flags."""
         if self.lr_scaling != "none" and self.auto_find_batch_size:
             raise ValueError(
                 f"lr_scaling={self.lr_scaling} needs the batch size before training, and auto_find_batch_size changes "
@@ -150,20 +146,20 @@ class OptimizerArguments(TrainingArguments):
         for name in ("bias_learning_rate", "base_bias_learning_rate"):
             if self.weight_decay_on == "all" and (rate := getattr(self, name)) is not None:
                 raise ValueError(
-                    f"{name}={rate} is for what takes no weight decay, and with weight_decay_on=all everything takes "
-                    f"it; use --{name} null, or --weight_decay_on method"
+                    f"{name}={rate} is for parameters without weight decay, and with weight_decay_on=all there are "
+                    f"none; use --{name} null, or --weight_decay_on method"
                 )
         if self.gradient_clipping != "global" and self.max_grad_norm <= 0:
             raise ValueError(
                 f"gradient_clipping={self.gradient_clipping} clips at max_grad_norm, which is {self.max_grad_norm}; "
-                "give it (DINO: --max_grad_norm 3.0), or use --gradient_clipping global"
+                "set it (DINO: --max_grad_norm 3.0), or use --gradient_clipping global"
             )
         if self.muon_learning_rate is not None and not optim.value.startswith("adamw_torch"):
-            raise ValueError(f"muon_learning_rate goes with --optim adamw_torch, not {optim.value}")
+            raise ValueError(f"muon_learning_rate needs --optim adamw_torch, not {optim.value}")
         if isinstance(optim, OwnOptimizer):
             from mllm_vision.training.optim.optimizers import optimizer_settings
 
-            optimizer_settings(optim.value, self.optim_args)  # a mistyped setting is an error now
+            optimizer_settings(optim.value, self.optim_args)  # raises for an unknown setting
 
     @property
     def effective_batch_size(self) -> int:
@@ -172,9 +168,9 @@ class OptimizerArguments(TrainingArguments):
 
     @classmethod
     def settle_defaults(cls, given: Mapping[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-        """`defaults` (a method's) without those that the flags `given` take the place of.
+        """`defaults` (a method's) without those that the flags `given` replace.
 
-        A learning rate that is given is used as it is: the method's base rate goes, and the scaling with the last one.
+        A given learning rate is not scaled: it removes the method's base rate, and the last one the scaling.
         """
         kept = dict(defaults)
         for name in _RATES:
@@ -192,11 +188,11 @@ class OptimizerArguments(TrainingArguments):
 
     @property
     def derived_fields(self) -> list[str]:
-        """The rates that come from a base rate: `recipe.yaml` holds the base rate, and null for them."""
+        """The rates computed from a base rate; `recipe.yaml` contains the base rate, and null for them."""
         return [name for name in _RATES if getattr(self, f"base_{name}") is not None]
 
     def _check_rates(self) -> None:
-        """One of learning_rate and base_learning_rate; scaling only where there is something to scale."""
+        """Require one of learning_rate and base_learning_rate, and a base rate for scaling."""
         usual = {entry.name: entry.default for entry in dataclasses.fields(self)}
         for name in _RATES:
             rate, base = getattr(self, name), getattr(self, f"base_{name}")
@@ -211,21 +207,21 @@ class OptimizerArguments(TrainingArguments):
                 f"lr_scaling={self.lr_scaling} scales --base_learning_rate, and learning_rate={self.learning_rate} is "
                 f"used as given: name it --base_learning_rate {self.learning_rate}, or leave --lr_scaling out"
             )
-        if self.derived_fields and self.learning_rate is None:  # TrainingArguments wants a number while it checks
+        if self.derived_fields and self.learning_rate is None:  # TrainingArguments requires a number
             self.learning_rate = self.base_learning_rate
 
     @property
     def lr_scale(self) -> float:
-        """What the base rates are multiplied by: 1, B/256 or its square root (`lr_scaling`)."""
+        """Factor on the base rates: 1, B/256 or its square root (`lr_scaling`)."""
         ratio = self.effective_batch_size / self.lr_scaling_batch_size
         return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.lr_scaling]
 
     def check_sharding(self, sharding: str) -> None:
-        """Refuse what needs whole parameters where each process holds a slice of them.
+        """Refuse what needs whole parameters.
 
         Args:
-            sharding: "FSDP version 1", "FSDP version 2" or "DeepSpeed". The parameters of version 2 are `DTensor`s,
-                whose norms are those of the whole: only the average of the weights is refused there.
+            sharding: "FSDP version 1", "FSDP version 2" or "DeepSpeed". The `DTensor`s of version 2 have norms of the
+                whole: only the average of the weights is refused there.
 
         Raises:
             ValueError: with the flag and the remedy.
@@ -239,7 +235,7 @@ class OptimizerArguments(TrainingArguments):
         }
         for flag, asked in refused.items():
             if asked:
-                raise ValueError(f"{flag} needs whole parameters, and with {sharding} a process has parts: {remedy}")
+                raise ValueError(f"{flag} needs whole parameters, and {sharding} shards them: {remedy}")
 
 
 _RATES = ("learning_rate", "bias_learning_rate")  # each may come from a base rate instead
@@ -263,7 +259,7 @@ def _named(flag: str, given: Any, *enums: Any) -> Any:
 
 
 def _check_scheduler_settings(scheduler: Any, settings: dict[str, Any] | None) -> None:
-    """Check a schedule's settings by name; transformers does when the training starts, with a TypeError."""
+    """Check a schedule's settings by name; transformers raises a TypeError when the training starts."""
     from mllm_vision.training.optim.schedules import check_cosine_settings, check_step_settings
 
     if isinstance(scheduler, OwnScheduler):
@@ -287,6 +283,6 @@ def check_keys(owner: str, settings: dict[str, Any], known: Any) -> dict[str, An
     for name in settings:
         if name not in known:
             raise ValueError(
-                unknown_name(f"setting of {owner}", name, known) if known else f"{owner} takes no setting {name!r}"
+                unknown_name(f"setting of {owner}", name, known) if known else f"{owner} has no setting {name!r}"
             )
     return settings

@@ -14,7 +14,7 @@ def clip_per_parameter_(parameters: Iterable[Tensor], max_norm: float) -> Tensor
     """Scale every gradient whose norm exceeds `max_norm` to that norm, each on its own, in place.
 
     Args:
-        parameters: those without a gradient are passed over.
+        parameters: those without a gradient are skipped.
         max_norm: of one parameter's gradient.
 
     Returns:

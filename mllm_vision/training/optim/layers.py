@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 
@@ -9,7 +10,7 @@ from mllm_vision.errors import unknown_name
 
 # A repeated block; the outermost counts, so that a ResNet's or a Swin's stages are its layers.
 _BLOCK = re.compile(r"^(?P<stack>(?:.*?\.)?(?:stages?|layers?|blocks?|resblocks|h))\.(?P<index>\d+)\.")
-# What stands before the first block, outside of any.
+# Before the first block.
 _INPUT = re.compile(
     r"(^|[._])(embeddings?|embedder|embed_tokens|patch_embed\w*|pos_embed|cls_token|class_embedding|mask_token"
     r"|register_tokens|pre_layrnorm|pre_layernorm|stem|wte|wpe)([._]|$)"
@@ -18,12 +19,12 @@ _PATCH = re.compile(r"(^|[._])(patch_embed\w*|embedder\.embedder|embeddings\.con
 
 
 def is_patch_embedding(name: str) -> bool:
-    """Whether a parameter belongs to the layer that takes pixels: a ViT's patch embedding, a ResNet's stem."""
+    """Whether a parameter belongs to the first layer: a ViT's patch embedding, a ResNet's stem."""
     return _PATCH.search(name) is not None
 
 
 def layer_scales(names: Iterable[str], layer_decay: float | Mapping[str, float]) -> dict[str, float]:
-    """What each parameter's learning rate is multiplied by, by its depth.
+    """The factor on each parameter's learning rate, by its depth.
 
     In a tower of L blocks with decay d: d^(L+1) for the embeddings, d^(L-i) for block i (from 0), 1 for what comes
     after the last block (norms, heads, projections), and 1 outside of towers.
@@ -37,7 +38,7 @@ def layer_scales(names: Iterable[str], layer_decay: float | Mapping[str, float])
         Name -> factor.
 
     Raises:
-        ValueError: no repeated blocks, or a key that names no tower.
+        ValueError: no repeated blocks, or a key that does not name a tower.
 
     Source: Clark et al., "ELECTRA" (2020), appendix; with the counting of BEiT's official code (Bao et al., 2022).
     """
@@ -52,8 +53,8 @@ def layer_scales(names: Iterable[str], layer_decay: float | Mapping[str, float])
     if isinstance(layer_decay, Mapping):
         for key in layer_decay:
             if not any(_named(stack, key) for stack in depths):
-                words = {word for stack in depths for word in stack.split(".")[:-1]} or set(depths)
-                raise ValueError(f"layer_decay for {unknown_name('tower', key, words)}")
+                towers = {part for stack in depths for part in stack.split(".")[:-1]} or set(depths)
+                raise ValueError(f"layer_decay for {unknown_name('tower', key, towers)}")
     scales = {}
     for name in names:
         match = _BLOCK.search(name)
@@ -78,15 +79,11 @@ def _decay_of(stack: str, layer_decay: float | Mapping[str, float]) -> float:
 
 
 def _tower(name: str, stacks: Iterable[str]) -> str | None:
-    """The stack of blocks that shares most of its path with a parameter outside of blocks; None if none does."""
+    """The stack of blocks with the longest common path with a parameter, or None."""
 
     def shared(stack: str) -> int:
-        count = 0
-        for one, other in zip(name.split("."), stack.split(".")):
-            if one != other:
-                break
-            count += 1
-        return count
+        pairs = zip(name.split("."), stack.split("."))
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     stacks = list(stacks)
     best = max(stacks, key=shared)

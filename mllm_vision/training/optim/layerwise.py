@@ -13,7 +13,7 @@ from mllm_vision.errors import unknown_name
 
 
 class LayerwiseOptimizer(torch.optim.Optimizer):
-    """An optimizer whose update is scaled weight by weight; `step_group` makes the update."""
+    """An optimizer whose update is scaled per weight; subclasses define `step_group`."""
 
     variants: tuple[str, ...]
 
@@ -117,7 +117,7 @@ class LAMB(LayerwiseOptimizer):
 
     |w| / |u| is 1 where a norm is zero, for parameters with one dimension or none, and in groups marked
     `decays=False`, as in `LARS`. NVIDIA's LAMB, which EVA-CLIP used, also divides the gradients by their global norm
-    where that exceeds 1: `--max_grad_norm 1.0` does so.
+    where that exceeds 1: use `--max_grad_norm 1.0`.
 
     Args:
         params: parameters or groups.
@@ -154,7 +154,7 @@ class LAMB(LayerwiseOptimizer):
 
     def step_group(self, group: dict[str, Any], weights: list[Tensor]) -> None:
         """One step of the weights of a group that have a gradient."""
-        # parameters may get their first gradient later than others: the correction follows each one's own count
+        # the bias correction follows the steps of each parameter
         by_count: dict[int, list[Tensor]] = {}
         for weight in weights:
             state = self.state[weight]

@@ -1,4 +1,4 @@
-"""What an objective asks of the optimizer: other rates for some parameters, constant ones, frozen ones."""
+"""Rates that an objective sets itself: other rates for some parameters, constant ones, frozen ones."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class MethodRates:
     """An objective's `rates()` by kind.
 
     Args:
-        objective: see `ImageObjective.rates`; an objective without one has none.
+        objective: see `ImageObjective.rates`.
 
     Attributes:
         factors: parameter-name prefix -> factor on the learning rate.
         constant: prefixes whose rate stays at its peak.
         frozen: prefix -> epochs without a gradient.
-        still: prefix -> epochs at a rate of zero, in which the optimizer sees the gradients all the same.
+        still: prefix -> epochs at a rate of zero, with gradients for the optimizer's moments.
 
     Raises:
-        ValueError: a prefix that matches no parameter, a negative factor, or an unknown word.
+        ValueError: a prefix that matches no parameter, a negative factor, or an unknown value.
     """
 
     def __init__(self, objective: nn.Module) -> None:
@@ -53,14 +53,14 @@ class MethodRates:
                 )
 
     def learning_rates(self, learning_rate: float) -> dict[str, float]:
-        """Parameter-name prefix -> learning rate, of those that need a group of their own."""
+        """Parameter-name prefix -> learning rate, of those that need a separate group."""
         return {
             **{prefix: factor * learning_rate for prefix, factor in self.factors.items()},
             **dict.fromkeys([*self.constant, *self.still], learning_rate),
         }
 
     def hold(self, scheduler: Any) -> None:
-        """The groups of the `constant` prefixes keep their rate: no warm-up, no decay (SimSiam's predictor).
+        """Keep the rate of the `constant` prefixes: no warm-up, no decay (SimSiam's predictor).
 
         Raises:
             ValueError: a schedule that does not set the rate of each group by a function of the step.
@@ -69,7 +69,7 @@ class MethodRates:
             return
         if not isinstance(scheduler, LambdaLR):
             raise ValueError(
-                f"{type(scheduler).__name__} sets one rate for all parameters, and {self.constant[0]!r} keeps its own; "
+                f"{type(scheduler).__name__} sets one rate for all parameters, and {self.constant[0]!r} has its own; "
                 "use --lr_scheduler_type cosine, linear, constant or step"
             )
         for number, group in enumerate(scheduler.optimizer.param_groups):
@@ -84,7 +84,7 @@ def _one(step: int) -> float:
 
 
 class StillAtFirst(TrainerCallback):
-    """The rate of some parameters is zero until so many epochs are done, while the optimizer's moments gather.
+    """Holds the rate of some parameters at zero for the first epochs, while the optimizer's moments are updated.
 
     Args:
         still: name of a parameter group (the prefix of its own rate) -> epochs.
@@ -110,9 +110,9 @@ class StillAtFirst(TrainerCallback):
 
 
 class FrozenAtFirst(TrainerCallback):
-    """Drops the gradients of some parameters, after clipping, until so many epochs are done.
+    """Removes the gradients of some parameters, after clipping, for the first epochs.
 
-    Without a gradient an optimizer passes over a parameter: its momentum and weight decay stand still too.
+    An optimizer skips a parameter without a gradient, momentum and weight decay included.
 
     Args:
         objective: whose parameters they are.

@@ -17,7 +17,7 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalize(matrices: Tensor, *, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: singular values go to about 1, singular vectors stay.
+    """Approximately the nearest semi-orthogonal matrix: singular values become about 1.
 
     Args:
         matrices: `[..., rows, columns]`.
@@ -44,7 +44,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     A Muon step is decoupled weight decay, then Nesterov momentum, then the orthogonalized direction times
     `lr * 0.2 * sqrt(max(rows, columns))`, which gives the update the RMS of an AdamW step: rates carry over.
-    Meant for training from scratch, where it learns from fewer samples than AdamW; see docs/architecture.md.
+    Meant for training from scratch, where it needs fewer samples than AdamW; see docs/architecture.md.
 
     Args:
         params: groups as for AdamW; `muon=True` in a group chooses Muon, `muon_momentum` its momentum.

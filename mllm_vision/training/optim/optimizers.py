@@ -1,4 +1,4 @@
-"""Parameter groups: a learning rate per group of modules, weight decay only where it belongs; and who steps them."""
+"""Parameter groups: learning rates by module, weight decay only where it belongs; and the choice of optimizer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mllm_vision.training.optim.layerwise import LAMB, LARS
 
 logger = logging.getLogger(__name__)
 
-# Besides all 1-D parameters (biases, norms): scales, and what stands for a position or a class.
+# Besides all 1-D parameters (biases, norms): scales, positions and class tokens.
 _NO_DECAY = re.compile(
     r"(^|[._])(logit_scale|logit_bias|temperature|bias"
     r"|class_embedding|cls_token|dist_token|mask_token|register_tokens"
     r"|position_embeddings?|pos_embed|position_embedding_table)([._]|$)"
 )
-# Inside a repeated block: the matrices that Muon is for (embeddings, patch kernels, heads and projectors are not).
+# Muon is for matrices inside a repeated block.
 _HIDDEN = re.compile(r"(^|\.)(layers?|blocks?|h)\.\d+\.")
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")  # DDP, torch.compile, peft
 # what `--optim_args` may set, by optimizer
@@ -30,7 +30,7 @@ _SETTINGS: dict[str, dict[str, type]] = {
     "lars": {"momentum": float, "trust_coefficient": float, "variant": str},
     "lamb": {"variant": str},
 }
-# keywords of `parameter_groups` that are flags, with the values at which they do nothing
+# keywords of `parameter_groups` that are flags, with their neutral values
 _FLAGS = {
     "weight_decay_on": "method",
     "muon_learning_rate": None,
@@ -48,7 +48,7 @@ def plain_name(name: str) -> str:
 
 
 def is_under(name: str, prefix: str) -> bool:
-    """Whether a parameter's name begins with the names of `prefix`."""
+    """Whether a parameter is `prefix` or inside it."""
     prefix = prefix.removesuffix(".")
     return name == prefix or name.startswith(prefix + ".")
 
@@ -140,24 +140,24 @@ def _check_rates(model: nn.Module, rates: Mapping[str, float]) -> None:
 
 
 def _trained(model: nn.Module) -> list[str]:
-    """Names of all parameters but those of parts in which nothing trains: a teacher is not a tower of its own."""
+    """Names of the parameters in parts that train: a teacher is not a tower."""
     parameters = [(plain_name(name), parameter) for name, parameter in model.named_parameters()]
     parts = {name.partition(".")[0] for name, parameter in parameters if parameter.requires_grad}
     return [name for name, _ in parameters if name.partition(".")[0] in parts]
 
 
 def group_flags(arguments: Any, learning_rates: Mapping[str, float | None]) -> list[str]:
-    """The flags given that work through our parameter groups."""
+    """The given flags that need our parameter groups."""
     neutral = {"lr_scaling": "none", "weight_decay_end": None, **_FLAGS}
     given = [name for name in neutral if getattr(arguments, name, None) not in (None, neutral[name])]
     return given + ["learning rate per module group"] * bool(learning_rates)
 
 
 def group_settings(arguments: Any, learning_rate: float, learning_rates: Mapping[str, float | None]) -> dict[str, Any]:
-    """The keywords of `parameter_groups` that the arguments ask for.
+    """The keywords of `parameter_groups` from the arguments.
 
     Args:
-        arguments: `RecipeArguments`, or plain `TrainingArguments`, which have none of our flags.
+        arguments: `RecipeArguments` or `TrainingArguments`.
         learning_rate: of everything that no prefix names.
         learning_rates: parameter-name prefix -> learning rate.
     """
@@ -171,7 +171,7 @@ def group_settings(arguments: Any, learning_rate: float, learning_rates: Mapping
 
 
 def log_rates(arguments: Any, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Log what the flags made of the learning rates, where they changed them."""
+    """Log the learning rates that flags changed."""
     if getattr(arguments, "lr_scaling", "none") != "none":
         rows, scale = arguments.effective_batch_size, arguments.lr_scale
         rule = f"{arguments.lr_scaling}, {rows} rows a step against {arguments.lr_scaling_batch_size}"
@@ -198,12 +198,12 @@ def optimizer_settings(name: str, text: str | None) -> dict[str, Any]:
             found[key] = _SETTINGS[name][key](value)
         except ValueError:
             raise ValueError(f"optim_args: {key}={value!r} of {name} must be a number") from None
-    {"lars": LARS, "lamb": LAMB}[name]([torch.zeros(1)], **found)  # it knows the range of its settings
+    {"lars": LARS, "lamb": LAMB}[name]([torch.zeros(1)], **found)  # checks the range of the settings
     return found
 
 
 def optimizer_class(arguments: Any) -> tuple[type, dict[str, Any]] | None:
-    """LARS or LAMB with their settings, as `--optim` asks; None where transformers knows the optimizer."""
+    """LARS or LAMB with their settings, or None for an optimizer of transformers."""
     name = str(getattr(arguments.optim, "value", arguments.optim))
     if name == "lars":
         return LARS, optimizer_settings(name, arguments.optim_args)

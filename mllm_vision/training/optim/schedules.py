@@ -1,4 +1,4 @@
-"""The schedules that transformers lacks: steps with warm-up, a cosine with exact ends, weight decay along a cosine."""
+"""Schedules that transformers lacks: steps with warm-up, a cosine with exact ends, weight decay along a cosine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_step_settings(milestones: Sequence[float] = (0.6, 0.8), gamma: float = 0.1) -> tuple[list[float], float]:
-    """The settings of the step schedule, checked before anything is loaded.
+    """Check the settings of the step schedule, before anything is loaded.
 
     Args:
         milestones: increasing; below 1 a fraction of the training, else a step.
@@ -30,7 +30,7 @@ def check_step_settings(milestones: Sequence[float] = (0.6, 0.8), gamma: float =
     if not given or any(not isinstance(entry, (int, float)) or entry <= 0 for entry in given):
         raise ValueError(f"milestones={milestones!r} must be positive: fractions [0.6, 0.8] or steps [120, 160]")
     if any(left >= right for left, right in itertools.pairwise(given)):
-        raise ValueError(f"milestones={given} must rise")
+        raise ValueError(f"milestones={given} must be increasing")
     if given[0] < 1 <= given[-1]:
         raise ValueError(f"milestones={given}: give fractions of the training or steps, not both")
     if not isinstance(gamma, (int, float)) or not 0 < gamma <= 1:
@@ -128,7 +128,7 @@ def exact_cosine(
     """
     check_cosine_settings(**settings)
     if settings.get("by_epoch") and not epochs:
-        raise ValueError("by_epoch needs --num_train_epochs: with --max_steps no epoch has a rate of its own")
+        raise ValueError("by_epoch needs --num_train_epochs; leave --max_steps out")
     peak, least = optimizer.defaults["lr"], settings.get("min_lr")
     end = settings.get("min_lr_rate") or 0.0 if least is None else least / peak if peak else 0.0
     factor = partial(
@@ -160,7 +160,7 @@ def cosine_between(start: float, end: float, progress: float) -> float:
 class WeightDecaySchedule(TrainerCallback):
     """Weight decay along a cosine, for the groups that decay at all (Caron et al., "Emerging Properties", 2021).
 
-    A function of the step alone: resuming needs no state.
+    A function of the step: resuming needs no state.
 
     Args:
         start: weight decay at the first step.

@@ -1,4 +1,4 @@
-"""Memory and time of a training step: counted on fake tensors, which allocate nothing, and measured on a real step."""
+"""Memory and time of a training step: counted on fake tensors, and measured on a real step."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from mllm_vision.training.callbacks.progress import LogLines
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one process at the peak of a step; `activations` with the gradients that exist at that time.
+    """Bytes of one process at the peak of a step; `activations` include gradients.
 
-    Not counted: the program itself, loader processes, communication buffers and what the allocator wastes.
+    Not counted: the program, loader processes, communication buffers, fragmentation.
     """
 
     weights: int
@@ -46,7 +46,7 @@ class StepMemory:
 
 
 class PeakCounter(TorchDispatchMode):
-    """Counts the bytes of the tensors, real or fake, that operations make inside it: `now` alive, `most` at once."""
+    """Counts the bytes of tensors, real or fake, made inside it: `now` alive, `most` at the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,9 +55,9 @@ class PeakCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         fake = any(isinstance(value, FakeTensor) for value in args)
-        if fake and func is torch.ops.aten.nonzero.default:  # no value is known: every one counts
+        if fake and func is torch.ops.aten.nonzero.default:  # values are unknown: assume all
             made = args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
-        elif fake and func is torch.ops.aten._local_scalar_dense.default:  # nor read: a count is as high as it can be
+        elif fake and func is torch.ops.aten._local_scalar_dense.default:  # assume the highest count
             return args[0].dtype == torch.bool or (1.0 if args[0].is_floating_point() else sys.maxsize)
         else:
             made = func(*args, **(kwargs or {}))
@@ -83,15 +83,15 @@ class FakeStep:
     """Steps of an objective on fake tensors: every operation runs, nothing is computed or allocated.
 
     Args:
-        objective: an `Objective` (`embed` and `loss`) on its device; it is copied, unless it was built of fake tensors.
-        batch: columns as the collator makes them; other numbers of rows have the same shapes. Every text counts as
-            long as the longest of them.
-        optimizer: over the objective's parameters; without one only `embed` counts.
+        objective: an `Objective` (`embed` and `loss`) on its device; it is copied, unless it has fake tensors.
+        batch: columns from the collator; other numbers of rows have the same shapes. Every text counts as long as the
+            longest of them.
+        optimizer: over the objective's parameters; not needed for `embed`.
         autocast: makes the context of a forward pass.
         averaged: an average of the weights is kept beside them (`ema_decay`).
 
     Raises:
-        RuntimeError: from its methods, where the objective asks for values that fake tensors do not have.
+        RuntimeError: from its methods, where the objective reads values of tensors.
     """
 
     def __init__(
@@ -140,12 +140,12 @@ class FakeStep:
         return int(count.most)
 
     def measure(self, rows: int, embedded: int | None = None) -> StepMemory:
-        """The peak of the second of two whole steps of `rows`, `embedded` of them at once where that is fewer."""
+        """The peak of the second of two steps of `rows`, in chunks of `embedded` where that is fewer."""
         assert self.optimizer is not None
         self.optimizer.state.clear()
         held = rows * sum(value[:1].nbytes for value in self.like.values())
         with self.mode, PeakCounter() as count:
-            for _ in range(2):  # the optimizer makes its state in the first
+            for _ in range(2):  # the first creates the state of the optimizer
                 count.most = count.now
                 self._step(self._batch(rows), rows, min(embedded or rows, rows))
                 self.optimizer.step()
@@ -153,7 +153,7 @@ class FakeStep:
         stored = [value.untyped_storage() for value in [*self.objective.parameters(), *self.objective.buffers()]]
         weights = sum({storage._cdata: storage.nbytes() for storage in stored}.values())
         state = sum(value.nbytes for value in tree_leaves(dict(self.optimizer.state)) if isinstance(value, Tensor))
-        ahead = held if next(iter(self.like.values())).device.type == "cpu" else 0  # the loader makes the next one here
+        ahead = held if next(iter(self.like.values())).device.type == "cpu" else 0  # the loader's next batch
         return StepMemory(weights * (2 if self.averaged else 1), state, count.most - state - held, held + ahead)
 
     def _embed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -162,11 +162,11 @@ class FakeStep:
 
     @staticmethod
     def _backward(embeddings: dict[str, Tensor]) -> None:
-        learnt = [value for value in embeddings.values() if value.requires_grad]
-        torch.autograd.backward(learnt, [torch.empty_like(value) for value in learnt])
+        trained = [value for value in embeddings.values() if value.requires_grad]
+        torch.autograd.backward(trained, [torch.empty_like(value) for value in trained])
 
     def _step(self, batch: dict[str, Tensor], rows: int, embedded: int) -> None:
-        """As `gradient_cache.cached_backward`, of whose replayed chunks one stands for all."""
+        """As `gradient_cache.cached_backward`, with one replayed chunk for all."""
         chunk = {name: value[:embedded] for name, value in batch.items()}
         live = self._embed(chunk)
         cached = {
@@ -187,7 +187,7 @@ class FakeStep:
 
 
 class MeasuredStep(NamedTuple):
-    """A step that was run: its rows, how many of them a second, and the peak of a GPU in bytes (None on a CPU)."""
+    """A real step: rows, rows per second, and the peak of a GPU in bytes (None on a CPU)."""
 
     rows: int
     rate: float
@@ -195,10 +195,9 @@ class MeasuredStep(NamedTuple):
 
 
 def measure_step(build: Callable[[Any], Any], arguments: Any, rows: int, embedded: int | None = None) -> MeasuredStep:
-    """Runs two steps of `rows` rows with the trainer that `build(arguments)` makes; changes the weights.
+    """Run two steps of `rows` rows with the trainer of `build(arguments)`; changes the weights.
 
-    The rate is that of the second step, data included. Evaluation, checkpoints, reports and uploads are switched off
-    in a copy of the arguments.
+    The rate is that of the second step, data included. Nothing is evaluated, saved, reported or uploaded.
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(trial_arguments(arguments, folder, rows, embedded))
@@ -212,7 +211,7 @@ def measure_step(build: Callable[[Any], Any], arguments: Any, rows: int, embedde
 
 
 def trial_arguments(arguments: Any, folder: str, rows: int, embedded: int | None = None) -> Any:
-    """A copy of the arguments of a run for two steps of `rows` rows that leave nothing behind."""
+    """A copy of the arguments for two steps of `rows` rows that write nothing."""
     given = copy.copy(arguments)
     changed: dict[str, Any] = {
         "output_dir": folder, "max_steps": 2, "per_device_train_batch_size": rows, "gradient_accumulation_steps": 1,
@@ -226,7 +225,7 @@ def trial_arguments(arguments: Any, folder: str, rows: int, embedded: int | None
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that a process can still take: of the GPU, or of the machine and its control group (Linux)."""
+    """Free bytes: of the GPU, or of the machine and its control group (Linux)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")

@@ -1,6 +1,6 @@
-"""What a step needs on many ranks: the towers counted on fake tensors, the rest by the arithmetic of sharding.
+"""Memory and communication of a step on many ranks: towers counted on fake tensors, the rest by arithmetic.
 
-docs/scaling.md explains the columns. Tests compare the arithmetic with the bytes that collectives send and with the
+docs/scaling.md explains the columns. Tests compare the arithmetic with the bytes sent by collectives and with the
 measured memory of the loss.
 """
 
@@ -25,12 +25,12 @@ from mllm_vision.errors import unknown_name
 from mllm_vision.training.preflight.memory import FakeStep, show_bytes
 
 FP32 = 4
-# What a rank holds at the peak of the loss, in copies of its own rows' features [n, D] and of everybody's [N, D]:
-# features, their gradients, buffers of the exchange. Measured (docs/scaling.md), over gloo, which copies once more.
+# Peak of the loss on a rank, in copies of its own features [n, D] and of all features [N, D]: features, gradients,
+# buffers. Measured (docs/scaling.md) over gloo, which makes one more copy.
 OWN_COPIES = {"gather": 8, "ring": 12}
 ALL_COPIES = {"gather": 3, "ring": 0}
-PLAIN_COPIES = 5  # of the local scores [n, N], in the formula that keeps them
-STATE_BYTES = 16  # of a parameter: fp32 weight, gradient and AdamW's two averages; autocast keeps fp32 weights
+PLAIN_COPIES = 5  # of the local scores [n, N], in the plain formula
+STATE_BYTES = 16  # per parameter, fp32: weight, gradient and AdamW's two moments
 # layers, width and patch of the image tower at 224 px; layers and width of the text tower; the shared space
 MODELS = {
     "ViT-S/16": (12, 384, 16, 12, 384, 384),
@@ -46,7 +46,7 @@ class PlanArguments:
     """What to plan for."""
 
     batch_size: list[int] = field(
-        default_factory=lambda: [4096, 32768, 262144], metadata={"help": "N: pairs of a step, over all ranks."}
+        default_factory=lambda: [4096, 32768, 262144], metadata={"help": "N: pairs in a step, over all ranks."}
     )
     ranks: list[int] = field(default_factory=lambda: [8, 64], metadata={"help": "W: numbers of processes (GPUs)."})
     objective: str = field(default="clip", metadata={"help": "clip (softmax) or siglip (sigmoid)."})
@@ -58,12 +58,12 @@ class PlanArguments:
     precision: str = field(default="bf16", metadata={"help": "bf16 (autocast) or fp32."})
     tile: int = field(default=4096, metadata={"help": "tile_size of the loss: 4096 on a GPU, 1024 on a CPU."})
     device_memory: float = field(default=80.0, metadata={"help": "GiB of a device."})
-    bandwidth: float = field(default=25.0, metadata={"help": "GB/s that a rank sends; 25 is 200 Gbit/s a GPU."})
+    bandwidth: float = field(default=25.0, metadata={"help": "GB/s that a rank sends; 25 is 200 Gbit/s per GPU."})
 
     def __post_init__(self) -> None:
         for name, known in (("objective", ("clip", "siglip")), ("precision", ("bf16", "fp32"))):
             if getattr(self, name) not in known:
-                raise ValueError(f"--{name} {getattr(self, name)} is none of {', '.join(known)}")
+                raise ValueError(f"--{name} {getattr(self, name)} is not one of {', '.join(known)}")
         for name in ("batch_size", "ranks", "chunk", "tile", "device_memory", "bandwidth"):
             value = getattr(self, name)
             if min(value if isinstance(value, list) else [value]) <= 0:
@@ -77,13 +77,13 @@ class PlanArguments:
 
 
 class Towers(nn.Module):
-    """A CLIP or SigLIP model made of fake tensors, for what `FakeStep` counts.
+    """A CLIP or SigLIP model of fake tensors, for `FakeStep`.
 
     Args:
-        model: a name of `MODELS`, or the path or Hub id of a model of which only the config is read.
+        model: a name of `MODELS`, or the path or Hub id of a model; only its config is read.
 
     Raises:
-        ValueError: a model that is not such a pair, an unknown name.
+        ValueError: an unknown name, or another kind of model.
     """
 
     def __init__(self, model: str) -> None:
@@ -113,7 +113,7 @@ class Towers(nn.Module):
 
     @property
     def largest_unit(self) -> int:
-        """Parameters that FSDP gathers at once: a layer, or what is outside the layers."""
+        """Parameters that FSDP gathers at once: a layer, or all outside the layers."""
         units: Counter[str] = Counter()
         for name, value in self.named_parameters():
             layer = re.match(r".*\.layers\.\d+\.", name)
@@ -121,7 +121,7 @@ class Towers(nn.Module):
         return max(units.values())
 
     def activations(self, precision: str, rows: int) -> tuple[int, int]:
-        """Bytes for the backward pass of one more pair, and those that do not grow (autocast's copies of weights)."""
+        """Bytes of activations per pair, and constant ones (autocast's copies of weights)."""
         side, length = self.config.vision_config.image_size, self.config.text_config.max_position_embeddings
         like = {"pixel_values": torch.empty(1, 3, side, side), "input_ids": torch.zeros(1, length, dtype=torch.int64)}
         autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
@@ -146,7 +146,7 @@ def clip_config(layers: int, width: int, patch: int, text_layers: int, text_widt
 
 
 def feature_bytes_sent(objective: str, exchange: str, rows: int, ranks: int, dimension: int) -> float:
-    """Bytes that a rank sends in one step for the loss: features, their gradients, the softmax's sums over columns.
+    """Bytes that a rank sends in one step for the loss: features, gradients, the softmax's sums over columns.
 
     Gather: the texts once (each block passes W - 1 times), their gradients back once (reduce-scatter). Ring: the
     softmax meets the texts twice, forward and backward, and its gradients make the whole round; the sigmoid forms
@@ -162,7 +162,7 @@ def feature_bytes_sent(objective: str, exchange: str, rows: int, ranks: int, dim
 
 
 def loss_memory(exchange: str, rows: int, ranks: int, dimension: int, tile: int) -> float:
-    """Bytes at the peak of the tiled loss on one rank, its features and their gradients included."""
+    """Peak bytes of the tiled loss on one rank, with features and their gradients."""
     total = rows * ranks
     tiles = 2 * min(rows, tile) * min(total if exchange == "gather" else rows, tile)
     features = (OWN_COPIES[exchange] * rows + ALL_COPIES[exchange] * total) * dimension
@@ -170,14 +170,14 @@ def loss_memory(exchange: str, rows: int, ranks: int, dimension: int, tile: int)
 
 
 def plain_memory(rows: int, ranks: int, dimension: int) -> float:
-    """Bytes of the formula that keeps the scores of its rows with all columns, both features gathered."""
+    """Peak bytes of the plain formula, which keeps the scores [n, N] and gathers both features."""
     return FP32 * rows * ranks * (PLAIN_COPIES * rows + 4 * dimension)
 
 
 def state_memory(parameters: int, unit: int, ranks: int, sharding: str, chunks: int = 1) -> float:
     """Bytes of weights, gradients and AdamW's state on one rank; `sharding` is "ddp" or "fsdp".
 
-    FSDP2 holds one gathered unit, and its gradient; with several chunks whole gradients until the last one.
+    FSDP2 keeps one gathered unit and its gradient; with several chunks all gradients until the last one.
     """
     if sharding == "ddp" or ranks == 1:
         return STATE_BYTES * parameters
@@ -200,7 +200,7 @@ def parameter_bytes_sent(parameters: int, ranks: int, sharding: str, precision: 
 
 
 def plan(own: PlanArguments) -> str:
-    """Two Markdown tables, a row for each N and W: the loss alone, and the whole step."""
+    """Two Markdown tables, a row per N and W: the loss, and the whole step."""
     towers = Towers(own.model)
     count, unit, width = towers.parameter_count, towers.largest_unit, own.dimension or towers.dimension
     each, fixed = towers.activations(own.precision, own.chunk)
@@ -222,9 +222,9 @@ def plan(own: PlanArguments) -> str:
             loss + fixed + each * min(rows, embedded) + state_memory(count, unit, ranks, sharding, chunks)
             for embedded, sharding in ((rows, "ddp"), (own.chunk, "ddp"), (own.chunk, "fsdp"))
         ]
-        told = [show_bytes(need) + " (too much)" * (need > own.device_memory * 2**30) for need in needs]
+        shown = [show_bytes(need) + " (too much)" * (need > own.device_memory * 2**30) for need in needs]
         sends = [parameter_bytes_sent(count, ranks, how, own.precision, chunks) for how in ("ddp", "fsdp")]
-        steps.append([str(total), str(ranks), str(rows), *told, *map(show_bytes, sends)])
+        steps.append([str(total), str(ranks), str(rows), *shown, *map(show_bytes, sends)])
     loss_title = f"The loss: {own.objective}, D = {width}, tiles of {own.tile}; times at {own.bandwidth:g} GB/s a rank"
     step_title = f"The step: {own.model} ({count / 1e6:.0f} M parameters), {own.precision}, {show_bytes(each)} of "
     step_title += f"activations a pair, devices of {own.device_memory:g} GiB"

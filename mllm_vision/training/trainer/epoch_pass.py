@@ -1,4 +1,4 @@
-"""The progress of the training for an objective, and its pass over the data before each epoch."""
+"""The progress of the training for an objective, and its iteration over the data before each epoch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 class Progress(TrainerCallback):
     """Sets `objective.progress` (0 to 1), `epoch` and `epochs_a_step` before each step and each epoch.
 
-    All are functions of the step, so that a resumed run continues with the same temperatures and schedules.
+    All are functions of the step: a resumed run continues with the same schedules.
     """
 
     def __init__(self, objective: Any) -> None:
@@ -37,9 +37,9 @@ class Progress(TrainerCallback):
 
 
 class FeaturesBeforeEpoch(TrainerCallback):
-    """Calls `objective.before_epoch(features)` at the beginning of each epoch, `features` `[rows, D]` by row number.
+    """Calls `objective.before_epoch(features)`, `features` `[rows, D]` by row number, before each epoch.
 
-    An epoch that is resumed in its middle has had its pass: the result is in the checkpoint.
+    For an epoch resumed in its middle the result is in the checkpoint.
 
     Args:
         trainer: the `ObjectiveTrainer`.
@@ -59,14 +59,14 @@ class FeaturesBeforeEpoch(TrainerCallback):
         self.trainer.objective.before_epoch(features)
         if state.is_world_process_zero:
             seconds = time.monotonic() - began
-            logger.info("pass over %d rows before the epoch: %.1f s", len(features), seconds)
+            logger.info("features of %d rows before the epoch: %.1f s", len(features), seconds)
 
 
 @torch.no_grad()
 def dataset_features(trainer: Any) -> torch.Tensor:
-    """`objective.epoch_features` of every row of the training set, in its order, the same on every rank.
+    """`objective.epoch_features` of every row of the training set, in order, on every rank.
 
-    Each rank passes over its share. Random states are left as they were, and the objective is in evaluation mode.
+    Each rank embeds its share, in evaluation mode; random states are restored.
 
     Returns:
         `[rows, D]`.

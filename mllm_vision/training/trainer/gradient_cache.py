@@ -1,8 +1,8 @@
-"""Gradient caching: the exact gradient of a big batch, with the memory of a chunk of it.
+"""Gradient caching: the exact gradient of a big batch, with the memory of one chunk of it.
 
-A contrastive loss couples the rows of a batch only through their embeddings, which are small. The batch is embedded in
-chunks without a graph, and the loss taken of all embeddings; then every chunk is embedded again, with a graph, and the
-gradient of the loss with respect to its embeddings is propagated through it. The last chunk is embedded once only.
+A contrastive loss couples the rows of a batch only through their small embeddings. The batch is embedded in chunks
+without a graph, and the loss computed on all embeddings; then each chunk is embedded again, with a graph, and the
+gradient of the loss with respect to its embeddings is propagated. The last chunk is embedded once.
 
 Reference:
     Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3
@@ -42,30 +42,28 @@ def cached_backward(
 ) -> Any:
     """One forward and backward pass of an objective over a batch, embedded in chunks.
 
-    Adds to every parameter's `grad` what `objective(**batch).loss.backward()` adds, to rounding. Random draws (dropout,
-    dropped patches, augmentation in `embed`) are the same in both passes over a chunk; the random state afterwards is
-    that of embedding every chunk once.
+    Adds to every parameter's `grad` what `objective(**batch).loss.backward()` adds, up to rounding. Random draws
+    (dropout, dropped patches, augmentation in `embed`) are the same in both passes over a chunk; the random state
+    afterwards is that of embedding every chunk once.
 
     Args:
         objective: an `Objective` in training mode: `embed` works row by row and has no side effects.
-        batch: columns; tensors and lists with one entry per row are split, anything else goes to every chunk.
+        batch: columns; tensors and lists with one entry per row are split, other values go to every chunk.
         chunk_size: rows embedded at once.
         model: the objective inside DDP or FSDP, whose hooks then see every pass; default the objective itself.
         backward: called with the loss (`accelerator.backward` scales it in fp16).
-        move: to the device; applied to each chunk once, and kept for its second pass: the device then holds the batch
-            as the loader made it (8-bit images where views are made on the device).
-        prepare: applied to each chunk before either of its passes: makes what is large, such as views.
-        autocast: makes the context of each forward pass: the casts of weights that autocast keeps from a pass without
-            graph would cut the gradient of the next.
-        no_sync: makes the context in which gradients are not synchronised; the last chunk runs outside of it.
-        check: check that `embed` keeps its side of the contract, at a comparison per chunk.
+        move: to the device; applied to each chunk once and kept for its second pass.
+        prepare: applied to each chunk before each of its passes: makes what is large, such as views.
+        autocast: makes the context of each forward pass, separately: autocast caches casts of weights without a graph.
+        no_sync: makes the context without gradient synchronisation; the last chunk runs outside of it.
+        check: check the contract of `embed`, at the cost of a comparison per chunk.
 
     Returns:
-        The `ObjectiveOutput` of the whole batch; its loss has been through `backward`.
+        The `ObjectiveOutput` of the whole batch, after `backward`.
 
     Raises:
-        ValueError: columns with different numbers of rows, embeddings that are not one row per row, an `embed` that
-            changes a buffer or gives other values the second time (both with `check`).
+        ValueError: columns with different numbers of rows, embeddings that do not have one row per row, an `embed`
+            that changes a buffer or is not deterministic (both with `check`).
     """
     passes = _Passes(objective, objective if model is None else model, prepare, autocast)
     chunks: list[Mapping[str, Any]] = list(split_rows(batch, chunk_size))
@@ -85,19 +83,19 @@ def cached_backward(
 def _embed_first(
     passes: _Passes, chunks: list[Mapping[str, Any]], move: Callable[[Mapping[str, Any]], Mapping[str, Any]]
 ) -> tuple[list[RandomState], list[dict[str, Tensor]]]:
-    """Embeds all chunks but the last without a graph; the random state before each, and the embeddings."""
+    """Embed all chunks but the last without a graph; the random state before each, and the embeddings."""
     states: list[RandomState] = []
     parts: list[dict[str, Tensor]] = []
     for number, chunk in enumerate(chunks[:-1]):
         chunk = chunks[number] = move(chunk)
         states.append(RandomState())
-        # no_grad inside of DDP's forward, not around it: its collectives then come in the order of a plain step
+        # no_grad inside DDP's forward keeps the order of its collectives
         parts.append(_checked(passes.run(torch.no_grad()(passes.objective.embed), chunk), count_rows(chunk)))
     return states, parts
 
 
 def _embed_last(objective: Any, parts: list[dict[str, Tensor]], rows: int, /, **columns: Any) -> Any:
-    """Embeds the last chunk, with its graph, and takes the loss of all chunks."""
+    """Embed the last chunk with its graph; the loss of all chunks."""
     live = _checked(objective.embed(**columns), rows)
     for part in parts:
         for name in part:  # only what has a graph in the last chunk has a gradient in the others
@@ -113,7 +111,7 @@ def _embed_again(
     no_sync: Callable[[], Any],
     check: bool,
 ) -> None:
-    """Embeds all chunks but the last a second time, and propagates the gradients of the loss through them."""
+    """Embed all chunks but the last again, and propagate the gradients of the loss."""
     after = RandomState()
     passes.objective.replaying = True
     try:
@@ -131,7 +129,7 @@ def _embed_again(
 
 
 class RandomState:
-    """The state of Python's, numpy's (where loaded) and torch's global random generators when it was made."""
+    """A snapshot of the global random generators of Python, numpy (where loaded) and torch."""
 
     def __init__(self) -> None:
         numpy = sys.modules.get("numpy")
@@ -142,7 +140,7 @@ class RandomState:
         self._device = None if device is None else device.get_rng_state()
 
     def restore(self) -> None:
-        """Draws continue from here."""
+        """Continue from the snapshot."""
         random.setstate(self._python)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
@@ -152,7 +150,7 @@ class RandomState:
 
 
 def count_rows(batch: Mapping[str, Any]) -> int:
-    """Rows of a batch: the length that its columns share, or 0.
+    """Rows of a batch: the common length of its columns, or 0.
 
     Raises:
         ValueError: columns of different lengths.
@@ -177,14 +175,14 @@ def split_rows(batch: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
 
 
 class _Passes:
-    """Runs functions of the objective as its forward, so that DDP's and FSDP's wrappers and hooks are around them."""
+    """Runs functions as the objective's forward, inside the wrappers and hooks of DDP and FSDP."""
 
     def __init__(self, objective: Any, model: nn.Module, prepare: Any, autocast: Callable[[], Any]) -> None:
         self.objective, self.model, self.autocast = objective, model, autocast
         self.prepare = prepare if prepare is not None else dict
 
     def run(self, function: Callable[..., Any], chunk: Mapping[str, Any]) -> Any:
-        before = self.objective.__dict__.get("forward")  # accelerate puts one there for mixed precision
+        before = self.objective.__dict__.get("forward")  # set by accelerate for mixed precision
         self.objective.forward = function
         try:
             with self.autocast():
@@ -196,7 +194,7 @@ class _Passes:
                 self.objective.forward = before
 
     def replay(self, chunk: Mapping[str, Any], part: Mapping[str, Tensor], *, touch: bool, check: bool) -> None:
-        """Embeds a chunk with its graph and propagates the kept gradients through it."""
+        """Embed a chunk with its graph and propagate the kept gradients."""
         kept = {name: value for name, value in part.items() if value.grad is not None}
 
         def embed(**columns: Any) -> dict[str, Tensor]:
@@ -211,10 +209,10 @@ class _Passes:
             torch.autograd.backward(list(again.values()), gradients)
 
     def _touched(self, touch: bool) -> dict[str, Tensor]:
-        """A zero that depends on every parameter that has a gradient by now, for the pass that DDP synchronises.
+        """A zero that depends on every parameter with a gradient, for the pass that DDP synchronises.
 
-        DDP averages a parameter's gradient when the backward pass reaches it, and those that only the loss uses
-        (the logit scale, a head) are out of reach of a chunk's embeddings.
+        DDP averages a gradient when the backward pass reaches its parameter; the embeddings of a chunk do not depend on
+        parameters of the loss (logit scale, head).
         """
         if not touch or not isinstance(self.model, DistributedDataParallel):
             return {}
@@ -237,15 +235,15 @@ def _checked(embeddings: Any, rows: int) -> dict[str, Tensor]:
         if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != rows:
             found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
-                f"embed gave {name!r} as {found} for {rows} rows; every embedding has one row per row of the batch "
-                "(what couples rows belongs into loss)"
+                f"embed gave {name!r} as {found} for {rows} rows; return one row per row of the batch "
+                "(what couples rows belongs in loss)"
             )
     return dict(embeddings)
 
 
 @contextlib.contextmanager
 def _kept_statistics(objective: nn.Module) -> Iterator[None]:
-    """BatchNorm inside `embed` counts a row once: its running statistics stay as the first pass left them."""
+    """Running statistics of BatchNorm inside `embed` count each row once."""
     norms = [module for module in objective.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     for module in norms:
         module.track_running_stats = False
@@ -266,8 +264,8 @@ def _check_buffers(objective: nn.Module, before: dict[str, tuple[int, int]], chu
     others = [name for name in changed if name.rpartition(".")[0] not in norms]
     if others:
         raise ValueError(
-            f"embed of {type(objective).__name__} changed the buffer {others[0]!r}; under gradient caching it runs "
-            "twice for a row, so buffers are updated in after_step"
+            f"embed of {type(objective).__name__} changed the buffer {others[0]!r}; gradient caching calls it "
+            "twice for a row; update buffers in after_step"
         )
     if changed:
         names = sorted({name.rpartition(".")[0] for name in changed})
@@ -285,7 +283,7 @@ def _check_replay(kept: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> No
         allowed = 1e-3 if value.dtype in (torch.float32, torch.float64) else 2e-2
         if bool(apart > allowed):
             raise ValueError(
-                f"embed gave other values of {name!r} the second time (relative difference {float(apart):.2g}), so "
-                "gradient caching would be wrong: let it draw from the global random state (not from a generator of "
-                "its own) and change nothing"
+                f"embed returned different values of {name!r} in the second pass (relative difference "
+                f"{float(apart):.2g}), so gradient caching would be wrong: draw from the global random state (not "
+                "from a separate generator) and do not change any state"
             )

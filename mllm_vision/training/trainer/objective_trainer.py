@@ -31,26 +31,26 @@ logger = logging.getLogger(__name__)
 class ObjectiveTrainer(RecipeTrainer):
     """Trains an `Objective`: its loss, its metrics (averaged between logs and over ranks), its `after_step`.
 
-    Logs the negatives per anchor and the loss at chance at the start, and warns of a training that goes wrong
-    (`Health`). A loss that is NaN or infinite ends the training before its step, with the batch saved.
+    Logs the negatives per anchor and the loss at chance at the start, and warns when a training goes wrong (`Health`).
+    A loss that is NaN or infinite ends the training before its step, with the batch saved.
 
-    With `args.embed_batch_size` below the batch size, the batch is embedded in chunks of so many rows, each of which is
-    moved to the device once; views exist for one chunk at a time. Loss and gradients are those of the whole batch
-    (`gradient_cache`). Where the loss couples the rows of a batch, `gradient_accumulation_steps` means the same: so
-    many times the rows at once, in chunks of `per_device_train_batch_size`.
+    With `args.embed_batch_size` below the batch size, the batch is embedded in chunks of so many rows; views exist for
+    one chunk at a time. Loss and gradients are those of the whole batch (`gradient_cache`). Where the loss couples the
+    rows of a batch, `gradient_accumulation_steps` means the same: so many times the rows at once, in chunks of
+    `per_device_train_batch_size`.
 
     Args:
         make_views: a callable batch -> batch that makes the views of a batch on its device (`data.views.ViewMaker`).
-        make_plain_views: the same without augmentation, for methods that pass over the data before each epoch.
+        make_plain_views: the same without augmentation, for methods that iterate over the data before each epoch.
 
     Raises:
-        ValueError: the method cannot be chunked, or not with torch.compile, DeepSpeed, an optimizer that steps inside
-            the backward pass, or several GPUs in one process; the data are too few for the method; a method that
-            passes over the data is given a stream.
+        ValueError: chunks with a method that does not allow them, torch.compile, DeepSpeed, an optimizer that steps
+            inside the backward pass, or several GPUs in one process; too few data for the method; a stream for a
+            method that iterates over the data before each epoch.
     """
 
     takes_embed_batch_size = True
-    # The loss of an objective is the mean of its micro-batch: the Trainer has to divide it.
+    # The loss is the mean over the micro-batch: the Trainer divides it.
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -66,7 +66,7 @@ class ObjectiveTrainer(RecipeTrainer):
         self.make_views, self.make_plain_views = make_views, make_plain_views
         args = _chunked(model, args)
         super().__init__(model, args, *others, **kwargs)
-        # It reads the loss from the device twice a step, which `stop_if_not_finite` does already.
+        # It reads the loss from the device, which `stop_if_not_finite` already does.
         self.args.logging_nan_inf_filter = False
         self.model_accepts_loss_kwargs = False
         self._contract_checked = False
@@ -83,7 +83,7 @@ class ObjectiveTrainer(RecipeTrainer):
         self.add_callback(Health(self.objective, lambda: self.negatives_batch, self.run))
 
     def _prepare_method(self) -> None:
-        """The method gets the sizes of the data, and the callbacks that it needs."""
+        """Pass the sizes of the data to the method, and add its callbacks."""
         rows = len(self.train_dataset) if has_length(self.train_dataset) else None
         if hasattr(self.objective, "before_training") and self.train_dataset is not None:
             self.objective.before_training(rows, self.negatives_batch)
@@ -91,14 +91,14 @@ class ObjectiveTrainer(RecipeTrainer):
             self.add_callback(Progress(self.objective))
             if self.average is not None and self.objective.artifact_encoder is not self.objective.encoder:
                 raise ValueError(
-                    f"ema_decay={self.args.ema_decay} averages the encoder under training, and what this run saves is "
-                    f"{self.objective.artifact_is}, an average already; leave it out, or use --artifact student"
+                    f"ema_decay={self.args.ema_decay} averages the trained encoder, and this run saves "
+                    f"{self.objective.artifact_is}, which is an average; leave it out, or use --artifact student"
                 )
         if getattr(self.objective, "needs_features", False):
             if rows is None or isinstance(self.train_dataset, StreamDataset):
                 raise ValueError(
-                    f"{type(self.objective).__name__} passes over all rows before each epoch, and a stream has no "
-                    "rows to go back to; train without --streaming"
+                    f"{type(self.objective).__name__} iterates over all rows before each epoch, which a stream "
+                    "does not allow; train without --streaming"
                 )
             self.add_callback(FeaturesBeforeEpoch(self))
 
@@ -109,12 +109,12 @@ class ObjectiveTrainer(RecipeTrainer):
 
     @property
     def negatives_batch(self) -> int:
-        """How many pairs meet in one loss: the batch of all processes, without accumulation."""
+        """Pairs in one loss: the batch of all processes, without accumulation."""
         return self._train_batch_size * self.args.world_size
 
     @property
     def embed_batch_size(self) -> int | None:
-        """Rows embedded at once where that is fewer than the batch of this process, else None."""
+        """Rows per chunk where that is less than the batch of this process, else None."""
         size = getattr(self.args, "embed_batch_size", None)
         return size if size is not None and size < self._train_batch_size else None
 
@@ -137,7 +137,7 @@ class ObjectiveTrainer(RecipeTrainer):
         if self.embed_batch_size is not None:
             why = f" (gradient_accumulation_steps={self._accumulated})" if self._accumulated > steps else ""
             rows = (self._train_batch_size, self.embed_batch_size)
-            logger.info("each process takes %d rows at once and embeds them in chunks of %d%s", *rows, why)
+            logger.info("each process has %d rows per step and embeds them in chunks of %d%s", *rows, why)
         if steps > 1 and getattr(objective, "couples_batch", True):
             logger.warning(
                 "gradient_accumulation_steps=%d adds no negatives: each loss sees %d pairs, not %d",
@@ -182,7 +182,7 @@ class ObjectiveTrainer(RecipeTrainer):
         return output.loss.detach() / self.current_gradient_accumulation_steps
 
     def _move(self, chunk: Mapping[str, Any]) -> dict[str, Any]:
-        """A chunk on the device; from pinned memory the copy overlaps with the chunk before it."""
+        """A chunk on the device; from pinned memory the copy is asynchronous."""
         device = self.args.device
         return {
             name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
@@ -194,7 +194,7 @@ class ObjectiveTrainer(RecipeTrainer):
         return super().prediction_step(model, self.prepare(inputs), *args, **kwargs)
 
     def prepare(self, inputs: Any, *, plain: bool = False) -> Any:
-        """A batch on the device: its views, with `plain` one without augmentation, and the columns a method names."""
+        """A batch on the device, with its views (`plain`: without augmentation) and the columns of the method."""
         batch = self._prepare_inputs(inputs)
         make = self.make_plain_views if plain else self.make_views
         batch = batch if make is None else make(batch)
@@ -202,7 +202,7 @@ class ObjectiveTrainer(RecipeTrainer):
         return batch if plain or select is None else select(batch)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As `RecipeTrainer.create_scheduler`; the rates that the method holds do not follow it."""
+        """As `RecipeTrainer.create_scheduler`, with the constant rates of the method."""
         fresh = self.lr_scheduler is None
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if fresh:
@@ -212,11 +212,11 @@ class ObjectiveTrainer(RecipeTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of the objective on one micro-batch; its metrics are kept for the next log."""
+        """The loss of one micro-batch; its metrics are kept for the next log."""
         output = model(**inputs)
         if not hasattr(output, "loss"):
             raise ValueError(
-                f"{type(self.objective).__name__}.loss returned {type(output).__name__}; it returns "
+                f"{type(self.objective).__name__}.loss returned {type(output).__name__}; return "
                 "ObjectiveOutput(loss=..., metrics={...})"
             )
         if model.training:
@@ -259,7 +259,7 @@ def _chunked(objective: Any, args: TrainingArguments | None) -> TrainingArgument
     if hasattr(objective, "check_accumulation"):
         objective.check_accumulation(steps, rows, chunk)
     if couples and steps > 1:
-        args = copy.copy(args)  # the run's record keeps the flags as they were given
+        args = copy.copy(args)  # the record keeps the flags as given
         args.per_device_train_batch_size, args.gradient_accumulation_steps = rows * steps, 1
         chunk = args.embed_batch_size = min(chunk or rows, rows)  # type: ignore[attr-defined]
     if chunk is None or chunk >= args.per_device_train_batch_size:
@@ -276,7 +276,7 @@ def _chunked(objective: Any, args: TrainingArguments | None) -> TrainingArgument
     ):
         if clash:
             raise ValueError(
-                f"{clash} does not go with embed_batch_size={chunk}, which embeds a batch in chunks of several passes; "
+                f"{clash} and embed_batch_size={chunk} are mutually exclusive: a batch is embedded in several passes; "
                 f"{remedy}, or leave embed_batch_size and gradient_accumulation_steps out"
             )
     return args

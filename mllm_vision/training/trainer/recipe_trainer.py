@@ -1,4 +1,4 @@
-"""A thin layer over `transformers.Trainer`: our parameter groups, whole checkpoints, evaluators, the run folder."""
+"""`transformers.Trainer` with parameter groups, whole checkpoints, evaluators and the run folder."""
 
 from __future__ import annotations
 
@@ -43,25 +43,24 @@ from mllm_vision.training.trainer.sharding import copy_to_shard, gather, prepare
 
 
 class RecipeTrainer(Evaluating):
-    """`Trainer` with what every stage here needs; every argument and callback of `Trainer` works as usual.
+    """`Trainer` with what every stage needs; every argument and callback of `Trainer` works as usual.
 
-    - Parameter groups by module, without weight decay where it does not belong (training/optim/optimizers.py).
-    - A checkpoint is whole or absent, and the one before it stays until then. Resuming checks that every weight was
-      found, where the stock Trainer only warns. `train()` resumes as `args.resume` and `args.resume_from_checkpoint`
-      say.
+    - Parameter groups by module, with weight decay only where it belongs (training/optim/optimizers.py).
+    - A checkpoint is whole or absent. Resuming checks that every weight was found, where the stock Trainer only warns.
+      `train()` resumes as `args.resume` and `args.resume_from_checkpoint` say.
     - Logs go to `run`, with samples per second; evaluators run every `eval_steps`; with a run the last evaluation is
-      `final_evaluation`'s, of what was saved.
+      `final_evaluation`'s, of the saved model.
 
     Args:
         run: the `Run` whose folder is written, or None.
         learning_rates: parameter-name prefix -> learning rate.
         bad_samples: the `BadSamples` counter of the data set, checked at every step.
-        evaluators: callables (model, step) -> dict with an attribute `name`; keys are logged as
-            `eval_<name>_<metric>`; `baselines`, `samples` and `arrays` in the dict go to the run's record at the end.
+        evaluators: callables (model, step) -> dict with an attribute `name`; metrics are logged as
+            `eval_<name>_<metric>`; `baselines`, `samples` and `arrays` of the dict go to the run's record at the end.
 
     Raises:
-        ValueError: the training set is empty, or smaller than one batch when the last one is dropped; no evaluator
-            measures `metric_for_best_model`; `embed_batch_size` with a model that is not an `Objective`.
+        ValueError: the training set is empty, or smaller than one batch with `dataloader_drop_last`; no evaluator
+            measures `metric_for_best_model`; `embed_batch_size` without an `Objective`.
     """
 
     takes_embed_batch_size = False
@@ -76,7 +75,7 @@ class RecipeTrainer(Evaluating):
         evaluators: Sequence[Callable[[Any, int], Mapping[str, Any]]] = (),
         **kwargs: Any,
     ) -> None:
-        # The Trainer insists on a data set to evaluate on; evaluators bring their own.
+        # The Trainer requires a data set to evaluate on; evaluators have their own.
         stand_in = bool(evaluators) and kwargs.get("eval_dataset") is None and len(args) < 5
         if stand_in:
             kwargs["eval_dataset"] = []
@@ -98,7 +97,7 @@ class RecipeTrainer(Evaluating):
         self._check_best_metric()
         if getattr(self.args, "embed_batch_size", None) is not None and not self.takes_embed_batch_size:
             raise ValueError(
-                f"embed_batch_size={self.args.embed_batch_size} is for the objectives of stage zero; here use "
+                f"embed_batch_size={self.args.embed_batch_size} is for the objectives of stage zero; use "
                 "--gradient_accumulation_steps with a smaller --per_device_train_batch_size, which is exact"
             )
         self.steps = MovingSteps()
@@ -124,7 +123,7 @@ class RecipeTrainer(Evaluating):
             self.add_callback(self.average)
 
     def _smooth_in_the_model(self) -> None:
-        """A model with an attribute ``label_smoothing`` smooths its labels itself."""
+        """A model with an attribute `label_smoothing` smooths its labels itself."""
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # peft's
         if self.label_smoother is not None and hasattr(model, "label_smoothing"):
             model.label_smoothing, self.label_smoother = self.args.label_smoothing_factor, None
@@ -151,9 +150,11 @@ class RecipeTrainer(Evaluating):
             target, args = self.model if model is None else model, self.args
             named = self.optimizer_cls_and_kwargs or optimizer_class(args)
             cls, settings = named or self.get_optimizer_cls_and_kwargs(args, target)
-            if {"params", "model", "optimizer_dict"} & set(settings):  # GaLore and the like choose parameters alone
+            if {"params", "model", "optimizer_dict"} & set(settings):  # GaLore and others make their own groups
                 if asked := group_flags(args, self.learning_rates):
-                    raise ValueError(f"--optim {args.optim.value} makes its own groups: it takes no {asked[0]}")
+                    raise ValueError(
+                        f"--optim {args.optim.value} makes its own groups and ignores {asked[0]}; leave it out"
+                    )
                 return super().create_optimizer(model)
             rates = group_settings(args, settings.get("lr", args.learning_rate), self.learning_rates)
             groups = parameter_groups(target, **rates, also_decays=getattr(self.model, "also_decays", ()))
@@ -165,13 +166,13 @@ class RecipeTrainer(Evaluating):
             if self.is_fsdp_enabled:
                 prepare_sharding(self.accelerator, target, optimizer)
             self.optimizer = optimizer
-        if self.args.fp16:  # a fused optimizer that skips in its own kernel (torch 2.13) does not say so
+        if self.args.fp16:  # a fused kernel (torch 2.13) does not report skipped steps
             self.optimizer._step_supports_amp_scaling = False
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `Trainer.create_scheduler`, with the schedules `step` and `exact_cosine`."""
-        if self.unsharded is not None:  # the copy was sharded just now: its parts are all that is kept
+        if self.unsharded is not None:  # the copy has been sharded by now
             release(self.unsharded)
         if self.lr_scheduler is None:
             warmup = self.args.get_warmup_steps(num_training_steps)
@@ -207,9 +208,9 @@ class RecipeTrainer(Evaluating):
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> Any:
-        """As `Trainer._get_dataloader` (5.23), with lengths that are known and not read row by row.
+        """As `Trainer._get_dataloader` (5.23), with the known lengths of the rows.
 
-        The last, smaller batch is dropped in training alone; the stock Trainer leaves it out of an evaluation too.
+        The last, smaller batch is dropped in training only; the stock Trainer drops it in evaluation too.
         """
         given, args = sampler_fn, self.args
 
@@ -226,7 +227,7 @@ class RecipeTrainer(Evaluating):
         return loader
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`, resuming as the arguments say. Then save, and call `final_evaluation`."""
+        """As `Trainer.train`, resuming as the arguments say; afterwards save, and call `final_evaluation`."""
         limit_collectives(self.args.ddp_timeout)
         self._clock = None
         result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -241,7 +242,7 @@ class RecipeTrainer(Evaluating):
             if self.stop_wanted(now=True):  # before the best checkpoint is loaded
                 self.save_and_stop()
             if self.state.global_step == self._start[0]:
-                return  # no step was trained: the run had all of them, and its own line stands
+                return  # no step was trained: keep the earlier line
         if "loss" in logs:
             now, step = time.monotonic(), self.state.global_step
             if self._clock is not None and step > self._clock[1] and now > self._clock[0]:
@@ -255,7 +256,7 @@ class RecipeTrainer(Evaluating):
             self.run.log(self.state.global_step, logs)
 
     def _group_rates(self, first: float) -> dict[str, float]:
-        """The rate of each named group; `first` is that of the first group, logged before the schedule moves."""
+        """The rate of each named group; `first` is the logged rate of the first group."""
         groups = self.optimizer.param_groups
         peaks: dict[str, float] = {}  # with layer_decay a name has many groups
         for group in groups:
@@ -268,10 +269,10 @@ class RecipeTrainer(Evaluating):
     # ---- weights in checkpoints ------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`; a checkpoint holds weights under their names in memory, and their average.
+        """As `Trainer.save_model`; a checkpoint contains weights under their names in memory, and their average.
 
-        The stock Trainer saves some models (Llava, ViT, DINOv2) under the names of older releases and then, on
-        resuming, loads by the names in memory: nothing fits, it warns, and training continues from other weights.
+        The stock Trainer saves some models (Llava, ViT, DINOv2) under older names, loads by the names in memory, finds
+        nothing, warns, and continues from other weights.
         """
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         peft = hasattr(model, "get_base_model")
@@ -293,7 +294,7 @@ class RecipeTrainer(Evaluating):
             self.average.save(output_dir)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """In place of the warnings of `Trainer._issue_warnings_after_load` (5.23): only tied copies may be missing."""
+        """Replaces the warnings of `Trainer._issue_warnings_after_load` (5.23): only tied weights may be missing."""
         tied = set(self.model.state_dict()) - set(_without_copies(self.model.state_dict()))
         if isinstance(self.model, PreTrainedModel):
             tied |= {*(getattr(self.model, "all_tied_weights_keys", None) or ())}
@@ -308,7 +309,7 @@ class RecipeTrainer(Evaluating):
             )
 
     def _load_best_model(self) -> None:
-        """As `Trainer._load_best_model` (5.23), if the checkpoint is what was written; with its average."""
+        """As `Trainer._load_best_model` (5.23), with a check of the checkpoint, and its average."""
         best = Path(str(self.state.best_model_checkpoint))
         if (wrong := found_by_first(lambda: damage(best, contents=True))) is not None:
             error = ValueError(
@@ -316,8 +317,8 @@ class RecipeTrainer(Evaluating):
             )
             if self.run is None:
                 raise error
-            self.run.ending.note(Failure("loading the best checkpoint", error))  # what was trained is not lost
-            self.state.best_global_step = None  # figures belong to the weights that are saved
+            self.run.ending.note(Failure("loading the best checkpoint", error))  # the model is not lost
+            self.state.best_global_step = None  # metrics belong to the saved weights
             return
         super()._load_best_model()
         if self.average is not None:
@@ -325,7 +326,7 @@ class RecipeTrainer(Evaluating):
 
 
 def _without_copies(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state` with one name per storage: safetensors refuses tied copies."""
+    """`state` with one name per storage: safetensors refuses tied weights."""
     kept: dict[str, torch.Tensor] = {}
     seen: set[tuple] = set()
     for name, tensor in state.items():

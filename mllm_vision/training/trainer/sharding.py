@@ -1,9 +1,8 @@
-"""FSDP2 through the Trainer, by the public calls of torch and accelerate.
+"""FSDP2 through the Trainer, by public calls of torch and accelerate.
 
-accelerate shards each transformer layer with `fully_shard`, and the rest of the model as one more unit. A copy of the
-model is sharded, over the same parameters; the model itself stays plain. Its parameters are on the meta device while
-the copy trains and are gathered where all of them are needed: for evaluators, which call parts of a model and on some
-ranks more often than on others, and at the end, for saving, hashes and merging LoRA.
+accelerate shards each transformer layer with `fully_shard`, and the rest as one more unit. A copy of the model is
+sharded, over the same parameters; the model itself stays plain. Its parameters are on the meta device while the copy
+trains, and are gathered for evaluators, which call parts of a model, and at the end.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ def copy_to_shard(model: nn.Module) -> nn.Module:
 
 
 def release(model: nn.Module) -> None:
-    """Parameters to the meta device, where they take no memory."""
+    """Move the parameters to the meta device, to free their memory."""
     _exchange(model, lambda name, value: torch.empty_like(value, device="meta"))
 
 
 def gather(model: nn.Module, sharded: nn.Module, device: torch.device) -> None:
-    """The parameters and buffers of a sharded copy into the plain model, on every rank; tied parameters stay tied.
+    """Copy parameters and buffers of a sharded copy into the plain model, on every rank; tied parameters stay tied.
 
     Args:
         model: plain.
         sharded: its copy; the call is a collective.
-        device: of the plain model from now on.
+        device: of the plain model.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -44,7 +43,7 @@ def gather(model: nn.Module, sharded: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def gathered(model: nn.Module, sharded: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, the plain model has the parameters of its sharded copy: it may be called on any rank, or on none."""
+    """Inside, the plain model has the parameters of its sharded copy."""
     gather(model, sharded, device)
     try:
         yield
@@ -63,10 +62,10 @@ def _exchange(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
 
 
 def prepare_sharding(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Before accelerate shards `model`: which layers, in which precision, and scalars left whole.
+    """Before accelerate shards `model`: set layers and precision, and leave scalars whole.
 
-    `fully_shard` takes no scalars (a logit scale). They stay on every rank; their gradients are averaged over ranks,
-    and they get parameter groups of their own: an optimizer's fused step takes sharded or whole tensors, not both.
+    `fully_shard` does not accept scalars (a logit scale). They stay on every rank with averaged gradients, in separate
+    parameter groups: a fused optimizer does not mix sharded and whole tensors.
 
     Args:
         accelerator: with an FSDP2 plugin.
@@ -99,7 +98,7 @@ def prepare_sharding(accelerator: Any, model: nn.Module, optimizer: torch.optim.
 
 
 def layer_classes(model: nn.Module) -> list[str]:
-    """Names of the repeated layers that the parts of `model` declare as not to be split."""
+    """Names of the layer classes that the parts of `model` declare as not to be split."""
     declared = {name for part in model.modules() for name in (getattr(part, "_no_split_modules", None) or ())}
     return sorted(declared & {type(part).__name__ for part in model.modules()})
 
