@@ -1,10 +1,10 @@
-"""Stage one: connect a frozen vision encoder to a frozen language model; only the projector trains, on captions.
+"""Stage one: connect a frozen vision encoder to a frozen language model by training a projector on captions.
 
     python recipes/align.py --encoder runs/encoder --llm runs/language_model/model \\
         --dataset_name pairs.parquet --output_dir runs/align
 
-Leaves <output_dir>/model: a LLaVA directory that plain transformers loads, with the loss on held-out captions beside
-that of the untrained projector, of shuffled images and of none. Next: recipes/instruct.py --model <output_dir>/model
+Writes <output_dir>/model: a LLaVA directory that plain transformers loads. The loss on held-out captions is compared
+with that of the untrained projector, of shuffled images and of none. Next: recipes/instruct.py --model <output_dir>/model
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NEXT = "mllm-vision instruct --model {artifact} --dataset_name QUESTIONS --outpu
 
 @dataclass(kw_only=True)
 class AlignArguments(ChatDataArguments):
-    """What is connected to what, and the captions."""
+    """Encoder, language model, projector and captions."""
 
     encoder: str = field(metadata={"help": "The vision encoder: a folder or Hub id."})
     llm: str = field(
@@ -40,7 +40,7 @@ class AlignArguments(ChatDataArguments):
     )
     caption_column: str | None = field(default=None, metadata=COLUMN)
     chat_template: str = "plain"
-    sample_count: int = field(default=8, metadata={"help": "Held-out images that are captioned at the end."})
+    sample_count: int = field(default=8, metadata={"help": "Held-out images to caption at the end."})
 
 
 @dataclass
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     heldout = HeldOutLoss("captions", data.evaluation, data.collator, arguments.per_device_eval_batch_size)
     run.record["label_preview"] = label_preview(data, processor)
     if run.is_main:
-        print(f"what is learnt: {run.record['label_preview']}\n{audit_table(rows)}", flush=True)
+        print(f"trained on: {run.record['label_preview']}\n{audit_table(rows)}", flush=True)
 
     trainer = RecipeTrainer(
         model=model,

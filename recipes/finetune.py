@@ -1,9 +1,9 @@
-"""Fine-tuning: an encoder of stage zero and a linear layer learn the labels of a set of images.
+"""Fine-tuning: train an encoder of stage zero and a linear layer on labelled images.
 
     python recipes/finetune.py --encoder runs/simclr/encoder --dataset_name cifar10_train.parquet \\
         --eval_dataset_name cifar10_test.parquet --output_dir runs/simclr_finetuned
 
-Leaves <output_dir>/encoder (the fine-tuned encoder, a native checkpoint) and <output_dir>/classifier (encoder and
+Writes <output_dir>/encoder (the fine-tuned encoder, a native checkpoint) and <output_dir>/classifier (encoder and
 linear layer: of a ViT or ResNet a native model that pipeline("image-classification") runs).
 """
 
@@ -26,7 +26,7 @@ NEXT = "mllm-vision evaluate --model {artifact} --task board --dataset_name IMAG
 
 @dataclass(kw_only=True)
 class FinetuneArguments(EncoderArguments, ImageArguments):
-    """Which encoder learns from which labels, and what it is measured on."""
+    """Encoder, labelled images and evaluation."""
 
     encoder: str = field(
         metadata={
@@ -36,7 +36,7 @@ class FinetuneArguments(EncoderArguments, ImageArguments):
     )
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Labelled images to measure accuracy on."})
     eval_split: str | None = field(default=None, metadata={"help": "Their split; by default test, or the only one."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Test images, at most, drawn at random."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Maximum test images, drawn at random."})
 
 
 @dataclass
@@ -135,7 +135,7 @@ def class_names(dataset: Any) -> list[str]:
         ValueError: no labels.
     """
     if dataset.labels is None:
-        raise ValueError("fine-tuning needs labels, and the data have none; name the column with --label_column")
+        raise ValueError("fine-tuning needs labels, and the data have none; set --label_column")
     return list(dataset.class_names)
 
 

@@ -1,9 +1,9 @@
-"""Stage two: teach the aligned model to answer; projector and language model train, the encoder if asked to.
+"""Stage two: train the aligned model to answer: projector and language model, and on request the encoder.
 
     python recipes/instruct.py --model runs/align/model --dataset_name questions.parquet --output_dir runs/instruct
 
-Takes question-answer columns, `messages`, or LLaVA's `conversations`. Leaves <output_dir>/model: a LLaVA directory that
-plain transformers loads (LoRA merged into it), with the answer accuracy by question type beside the majority's.
+Reads question-answer columns, `messages`, or LLaVA's `conversations`. Writes <output_dir>/model: a LLaVA directory that
+plain transformers loads (LoRA merged into it). The answer accuracy by question type is compared with the majority's.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ NEXT = "mllm-vision chat --model {artifact} --image IMAGE"
 
 @dataclass(kw_only=True)
 class InstructArguments(TuningArguments, ChatDataArguments):
-    """Which model learns, how much of it, and from which conversations."""
+    """The model, which of its parts train, and the conversations."""
 
     model: str = field(
-        metadata={"help": "What recipes/align.py left, or any LLaVA checkpoint.", "aliases": ["model_name_or_path"]}
+        metadata={"help": "The model of recipes/align.py, or any LLaVA checkpoint.", "aliases": ["model_name_or_path"]}
     )
     question_column: str | None = field(default=None, metadata=COLUMN)
     answer_column: str | None = field(default=None, metadata=COLUMN)
-    max_turns: int | None = field(default=None, metadata={"help": "Questions in a sample, at most."})
+    max_turns: int | None = field(default=None, metadata={"help": "Maximum questions in a sample."})
     shuffle_turns: bool = field(default=True, metadata={"help": "Ask an image's questions in a new order each epoch."})
     pack_turns: bool = field(
         default=False, metadata={"help": "Train an image's questions as separate samples at the cost of one."}
@@ -37,7 +37,7 @@ class InstructArguments(TuningArguments, ChatDataArguments):
     max_new_tokens: int = field(default=12, metadata={"help": "The length limit of an answer in the evaluation."})
 
     def asked(self, data: Any, processor: Any, batch_size: int, streaming: bool) -> Any:
-        """The evaluator that asks the held-out questions; the training's most frequent answers are its baseline."""
+        """The evaluator on held-out questions, with the most frequent training answers as baseline."""
         from mllm_vision.evaluation.language.question_answering import QuestionAnswering
 
         paired = {"question", "answer"} <= set(data.columns) and data.columns == data.eval_columns
@@ -48,7 +48,7 @@ class InstructArguments(TuningArguments, ChatDataArguments):
             processor,
             max_new_tokens=self.max_new_tokens,
             batch_size=batch_size,
-            training_answers=data.train_records if paired and not streaming else None,  # a stream has to be read first
+            training_answers=data.train_records if paired and not streaming else None,  # a stream is read only once
         )
 
 
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     proof = FreezeProof(trained, rows)
     run.record["label_preview"] = label_preview(data, processor)
     if run.is_main:
-        print(f"what is learnt: {run.record['label_preview']}\n{audit_table(rows)}", flush=True)
+        print(f"trained on: {run.record['label_preview']}\n{audit_table(rows)}", flush=True)
 
     trainer = RecipeTrainer(
         model=trained,
@@ -117,10 +117,10 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     trainer.measure_before("untrained", [heldout])
     trainer.train()
 
-    # before saving, which folds the adapters in
+    # before saving, which merges the adapters
     run.after_training("freeze audit", proof.verify, trained, trainer.steps, severe=True)
     run.save_artifact(lambda path: save_vlm(trained, processor, path), own.artifact_name, "vlm")
-    run.after_training("merging of the adapters", merge_lora, trained, everywhere=True)  # the main process saved so
+    run.after_training("merging of the adapters", merge_lora, trained, everywhere=True)  # as the main process did
     trainer.final_evaluation(model, own.artifact_name)
     run.finish(next=NEXT, freeze_problems=proof.problems, modules=proof.rows)
 

@@ -1,10 +1,10 @@
 """Train a small language model from text files: tokenizer, packed blocks, a Llama, perplexity on held-out lines.
 
-For places where no language model can be downloaded; every stage takes any Hugging Face causal model instead.
+For machines without access to the Hub; every stage accepts any Hugging Face causal model instead.
 
     python recipes/language_model.py --text_files corpus.txt --output_dir runs/language_model
 
-Leaves <output_dir>/model: a LlamaForCausalLM with its tokenizer that plain transformers loads.
+Writes <output_dir>/model: a LlamaForCausalLM with its tokenizer that plain transformers loads.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ NEXT = "mllm-vision pretrain --tokenizer {artifact} --dataset_name PAIRS --outpu
 
 @dataclass
 class LanguageModelArguments:
-    """What the text is, and how large the model."""
+    """Text, tokenizer and size of the model."""
 
     text_files: list[str] = field(metadata={"help": "Text files or patterns, one document a line."})
     lower_case: bool = field(default=False, metadata={"help": "Lower-case the text before anything else."})
-    max_documents: int | None = field(default=None, metadata={"help": "Use only the first so many lines."})
+    max_documents: int | None = field(default=None, metadata={"help": "Use only so many lines, the first ones."})
     validation_lines: int = field(default=200, metadata={"help": "Lines held out for perplexity (at most a tenth)."})
     tokenizer: str | None = field(default=None, metadata={"help": "An existing tokenizer instead of a new one."})
-    vocab_size: int = field(default=1024, metadata={"help": "Size of a new tokenizer's vocabulary, at most."})
+    vocab_size: int = field(default=1024, metadata={"help": "Maximum vocabulary size of a new tokenizer."})
     block_size: int = field(default=128, metadata={"help": "Tokens in a training block."})
     hidden_size: int = field(default=128, metadata={"help": "Width of the model."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Layers."})
     num_attention_heads: int = field(default=4, metadata={"help": "Attention heads; divides hidden_size."})
     intermediate_size: int | None = field(default=None, metadata={"help": "Width of the MLPs; by default 8/3."})
-    max_position_embeddings: int = field(default=512, metadata={"help": "Longest sequence the model is made for."})
+    max_position_embeddings: int = field(default=512, metadata={"help": "Maximum sequence length of the model."})
     initializer_range: float = field(default=0.02, metadata={"help": "Of the weights; 1/sqrt(width) if narrow."})
     tie_word_embeddings: bool = field(default=False, metadata={"help": "Share input and output embeddings."})
     artifact_name: str = field(default="model", metadata={"help": "Folder of the result in output_dir."})
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
             tokenizer = language.train_tokenizer(train, folder, **limits)
             language.check_tokenizer(folder, documents[:200])
         if (eos := tokenizer.eos_token_id) is None:
-            raise ValueError(f"--tokenizer {own.tokenizer} has no eos token to separate documents with")
+            raise ValueError(f"--tokenizer {own.tokenizer} has no eos token, which separates documents")
         data = language.PackedBlocks(language.encode_documents(tokenizer, train, eos), own.block_size)
         test = language.PackedBlocks(language.encode_documents(tokenizer, heldout, eos), own.block_size)
 

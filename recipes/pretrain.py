@@ -1,8 +1,8 @@
-"""Stage zero: an image tower and a text tower learn one space from image-text pairs, by contrast.
+"""Stage zero: contrastive training of an image tower and a text tower on image-text pairs.
 
     python recipes/pretrain.py --dataset_name pairs.parquet --tokenizer runs/lm/model --output_dir runs/pretrain
 
-Leaves <output_dir>/encoder (the vision encoder, a native checkpoint) and <output_dir>/dual (the pair: with two
+Writes <output_dir>/encoder (the vision encoder, a native checkpoint) and <output_dir>/dual (the pair: with two
 CLIP or two SigLIP towers a native model that pipeline("zero-shot-image-classification") runs).
 """
 
@@ -28,7 +28,7 @@ NEXT = "mllm-vision align --encoder {artifact} --llm LANGUAGE_MODEL --dataset_na
 
 @dataclass(kw_only=True)
 class PretrainArguments(PairEvaluationArguments, DualArguments, PairArguments):
-    """What the pairs are, and which towers meet in which objective."""
+    """Pairs, towers and objective."""
 
     objective: str = field(
         default="clip",
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     name = peek_recipe("objective", "clip", argv=argv)
     method = load_objective(name)
     if not issubclass(method, ImageTextObjective):
-        raise ValueError(f"objective {name!r} takes no image-text pairs, and this recipe trains on pairs")
+        raise ValueError(f"objective {name!r} does not train on image-text pairs: use recipes/pretrain_images.py")
     kinds = (PretrainArguments, Arguments, method.Config, StreamArguments)
     defaults = method.defaults_beside(peek_recipe("optim", argv=argv))
     own, arguments, config, streams = parse_recipe(*kinds, argv=argv, description=__doc__, defaults=defaults)
@@ -116,7 +116,7 @@ def train(method: Any, own: PretrainArguments, arguments: Any, config: Any, stre
     run.record["modules"] = audit.rows
     logger.info("%s", audit)
     trainer.measure_before("untrained" if own.is_built else "before_training")
-    if own.eval_dataset_name:  # not for a verdict: it shows a collapse, and draws the spectrum
+    if own.eval_dataset_name:  # not for a verdict: it shows a collapse
         paired = evaluators[0]
         limits = {"limit": own.max_eval_samples, "batch_size": paired.batch_size}
         evaluators = [*evaluators, Geometry("geometry", paired.records, paired.columns, **limits)]

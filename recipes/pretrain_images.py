@@ -1,12 +1,12 @@
-"""Stage zero without texts: a vision encoder learns from a set of images alone, by the method that --objective names.
+"""Stage zero without texts: train a vision encoder on images only, by the method of --objective.
 
     python recipes/pretrain_images.py --objective simclr --dataset_name cifar10_train.parquet \\
         --encoder vit_tiny_patch4 --image_size 32 --output_dir runs/simclr
 
-Leaves <output_dir>/encoder, a native checkpoint. Optimizer, rate and schedule are the paper's where they fit the
-encoder, unless flags or the --config file say otherwise. With a labelled test set (--eval_dataset_name) kNN and a
-linear probe measure the encoder while it trains; labels are trained on by supcon, contrastive and triplet alone. Every
-method has flags and defaults of its own: --help all beside --objective byol shows those of byol.
+Writes <output_dir>/encoder, a native checkpoint. By default optimizer, rate and schedule are the paper's where they fit
+the encoder. With a labelled test set (--eval_dataset_name) kNN and a linear probe measure the encoder during the
+training; only supcon, contrastive and triplet train on labels. Every method has its own flags and defaults: --help all
+--objective byol lists those of byol.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from mllm_vision.training.recipe.parser import parse_recipe, peek_recipe, recipe
 logger = logging.getLogger(__name__)
 
 NEXT = "mllm-vision align --encoder {artifact} --llm LANGUAGE_MODEL --dataset_name CAPTIONS --output_dir runs/align"
-MEASURE = "mllm-vision evaluate --model {artifact} --task board --dataset_name IMAGES"  # where nothing was measured
+MEASURE = "mllm-vision evaluate --model {artifact} --task board --dataset_name IMAGES"  # after a run without evaluation
 
 
 @dataclass(kw_only=True)
 class PretrainImagesArguments(EncoderArguments, ImageArguments):
-    """Which encoder learns from which images by which method."""
+    """Encoder, images and method."""
 
     objective: str = field(
         default="simclr",
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     name = peek_recipe("objective", "simclr", argv=argv)
     method = load_objective(name)
     if not issubclass(method, ImageObjective):
-        raise ValueError(f"objective {name!r} learns from image-text pairs: recipes/pretrain.py trains it")
+        raise ValueError(f"objective {name!r} trains on image-text pairs: use recipes/pretrain.py")
     kinds = (PretrainImagesArguments, Arguments, method.Config, ViewArguments, LabelledArguments, StreamArguments)
     defaults = method.defaults_beside(peek_recipe("optim", argv=argv), peek_recipe("encoder", "vit", argv=argv))
     flags = parse_recipe(*kinds, argv=argv, description=__doc__, defaults=defaults)
@@ -94,7 +94,7 @@ def train(method: Any, flags: tuple, callbacks: Any) -> None:
 
     own, arguments, config, view_flags, labelled, streams = flags
     if streams.streaming and method.needs_features:
-        raise ValueError(f"{method.__name__} passes over all rows before an epoch: leave --streaming out")
+        raise ValueError(f"{method.__name__} iterates over all rows before an epoch: leave --streaming out")
     records, stream = own.open(streams, arguments)
     run = Run("stage_zero", arguments, recipe_dict(*flags))
     run.start()

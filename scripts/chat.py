@@ -3,7 +3,7 @@
     python scripts/chat.py --model runs/quickstart/instruct --image image.png --question "what colour is the circle?"
 
 Several questions are asked one after the other, as one dialogue. Without --question it reads them from the
-terminal; an empty line, "exit" or Ctrl-D ends it. --model takes any LLaVA checkpoint, ours or another.
+terminal; an empty line, "exit" or Ctrl-D ends it. --model accepts any LLaVA checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mllm_vision.training import parse_recipe, run_recipe
 
 @dataclass
 class ChatArguments:
-    """What to ask, whom, about what."""
+    """Model, image and questions."""
 
     model: str = field(metadata={"help": "Folder (or Hub id) of a LLaVA checkpoint."})
     image: str = field(metadata={"help": "File of the image."})

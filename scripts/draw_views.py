@@ -1,4 +1,4 @@
-"""An image of the views that each method's policy makes: docs/images/views.png.
+"""Draw the views of each method's policy: docs/images/views.png.
 
     python scripts/draw_views.py --output docs/images/views.png
 

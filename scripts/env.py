@@ -1,4 +1,4 @@
-"""Print what a bug report needs: versions, machine, and what of the optional world is there.
+"""Print versions, machine and environment for a bug report.
 
 python scripts/env.py
 """

@@ -8,9 +8,9 @@
         --task knn=cifar10_test.parquet probe=cifar10_test.parquet board=cifar10_test.parquet \\
         attention=cifar10_test.parquet --training_dataset_name cifar10_train.parquet
 
-A task is [variant/]task[=dataset]: zero_shot, retrieval, geometry, maps, vqa, knn, probe, board, attention. Without a
-dataset of its own it takes --dataset_name. The variant (such as unseen) goes into the result's name. What the model is,
-its config.json tells.
+A task is [variant/]task[=dataset]: zero_shot, retrieval, geometry, maps, vqa, knn, probe, board, attention. The default
+dataset is --dataset_name. The variant (such as unseen) becomes part of the result's name. The kind of model is that of its
+config.json.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from mllm_vision.utils import write_whole
 
 TASKS = ("zero_shot", "retrieval", "geometry", "maps", "vqa", "knn", "probe", "board", "attention")
 DEFAULTS = {"encoder": ["geometry"], "dual": ["retrieval", "geometry", "maps"], "vlm": ["vqa"]}
-FIT = {"zero_shot": ("dual",), "retrieval": ("dual",), "vqa": ("vlm",)}
+NEEDED_KIND = {"zero_shot": "dual", "retrieval": "dual", "vqa": "vlm"}
 OF_THE_ENCODER = ("geometry", "knn", "probe", "board", "attention")  # of a VLM, its vision tower
-LOOKS = ("maps", "attention")  # no figures to compare with an untrained model's
+NOT_COMPARED = ("maps", "attention")  # no metrics to compare with an untrained model's
 
 
 @dataclass
 class EvaluateArguments:
-    """What to measure, on what."""
+    """Model, tasks and data."""
 
     model: str = field(metadata={"help": "Folder or Hub id of an encoder, an image-text pair or a VLM."})
     output: str | None = field(
-        default=None, metadata={"help": "JSON file for scripts/report.py; default: only a table."}
+        default=None, metadata={"help": "JSON file for scripts/report.py; default: print a table only."}
     )
     task: list[str] = field(
         default_factory=list,
@@ -53,9 +53,9 @@ class EvaluateArguments:
     dataset_split: str | None = field(
         default=None, metadata={"help": "Split of folders and Hub data; default: test, or the only one of a folder."}
     )
-    max_samples: int | None = field(default=None, metadata={"help": "At most so many rows, drawn at random."})
+    max_samples: int | None = field(default=None, metadata={"help": "Maximum rows, drawn at random."})
     image_root: str | None = field(default=None, metadata={"help": "Folder that relative image paths start from."})
-    image_column: str | None = field(default=None, metadata={"help": "Where its name does not tell."})
+    image_column: str | None = field(default=None, metadata={"help": "Where it cannot be inferred from its name."})
     caption_column: str | None = field(default=None, metadata={"help": "Likewise."})
     label_column: str | None = field(default=None, metadata={"help": "Likewise."})
     question_column: str | None = field(default=None, metadata={"help": "Likewise."})
@@ -68,8 +68,8 @@ class EvaluateArguments:
     class_names: list[str] = field(default_factory=list, metadata={"help": "Zero-shot; default: the label column's."})
     ks: list[int] = field(default_factory=lambda: [1, 5, 10], metadata={"help": "The K's of retrieval's R@K."})
     captions_each: int | None = field(default=None, metadata={"help": "Retrieval: captions an image; default all."})
-    distinct: bool = field(default=False, metadata={"help": "Retrieval: only images with captions of their own."})
-    max_images: int | None = field(default=None, metadata={"help": "Retrieval: at most so many images."})
+    distinct: bool = field(default=False, metadata={"help": "Retrieval: only images with unique captions."})
+    max_images: int | None = field(default=None, metadata={"help": "Retrieval: maximum images."})
     feature: str = field(
         default="pooled", metadata={"help": "knn, probe, board, geometry: pooled, tokens or embedding (geometry)."}
     )
@@ -79,18 +79,20 @@ class EvaluateArguments:
         default_factory=list, metadata={"help": "Penalties the probe tries; default: 1e-6 to 1, by tens."}
     )
     max_training_samples: int | None = field(
-        default=None, metadata={"help": "knn, probe: training images, at most, drawn at random."}
+        default=None, metadata={"help": "knn, probe: maximum training images, drawn at random."}
     )
     raw_pixels: bool = field(default=False, metadata={"help": "knn, probe: the pixels themselves as baseline."})
     images: str | None = field(default=None, metadata={"help": "board, attention: folder for their PNG files."})
     map_count: int = field(default=6, metadata={"help": "Maps, attention: images."})
-    map_texts: list[str] = field(default_factory=list, metadata={"help": "Maps: texts; default: what each row says."})
+    map_texts: list[str] = field(default_factory=list, metadata={"help": "Maps: texts; default: those of each row."})
     untrained: bool = field(default=False, metadata={"help": "The same model with fresh random weights as baseline."})
     blind: bool = field(default=False, metadata={"help": "vqa: zeros in place of every image."})
     no_image_baseline: bool = field(default=False, metadata={"help": "vqa: also the same model without images."})
     training_dataset_name: str | None = field(
         default=None,
-        metadata={"help": "knn, probe: what they learn from. vqa: the majority answers' source; default: the test's."},
+        metadata={
+            "help": "knn, probe: labelled training images. vqa: source of the majority answers; default: the test data."
+        },
     )
     training_split: str = field(default="train", metadata={"help": "Its split."})
     max_new_tokens: int = field(default=16, metadata={"help": "Longest answer."})
@@ -110,8 +112,8 @@ class Job:
     dataset: str
 
 
-def read_tasks(words: list[str], default: str | None) -> list[Job]:
-    """`[variant/]task[=dataset]` words as jobs.
+def read_tasks(given: list[str], default: str | None) -> list[Job]:
+    """`[variant/]task[=dataset]` strings as jobs.
 
     Raises:
         ValueError: an unknown task, a task without data, the same name twice.
@@ -119,21 +121,21 @@ def read_tasks(words: list[str], default: str | None) -> list[Job]:
     from mllm_vision.errors import unknown_name
 
     jobs: list[Job] = []
-    for word in words:
-        name, _, dataset = word.partition("=")
+    for text in given:
+        name, _, dataset = text.partition("=")
         task = name.rpartition("/")[2]
         if task not in TASKS:
             raise ValueError(unknown_name("task", task, TASKS) + "; a task is [variant/]task[=dataset]")
         if not dataset and not default:
-            raise ValueError(f"--task {word} names no data; write {name}=file.parquet or pass --dataset_name")
+            raise ValueError(f"--task {text} has no data; write {name}=file.parquet or pass --dataset_name")
         if name in (job.name for job in jobs):
-            raise ValueError(f"--task {name} is there twice; give one a variant, such as unseen/{task}")
+            raise ValueError(f"--task {name} is given twice; add a variant, such as unseen/{task}")
         jobs.append(Job(name, task, dataset or str(default)))
     return jobs
 
 
 def map_texts(row: dict[str, Any], given: list[str], names: list[str] | None, caption: str | None) -> list[str]:
-    """What to look for in one image: the texts given, each object of a generated scene, its class, its captions."""
+    """Texts for one image: those given, or the objects of a generated scene, its class, its captions."""
     from mllm_vision.data.pairs import captions_of
 
     if given:
@@ -148,7 +150,7 @@ def map_texts(row: dict[str, Any], given: list[str], names: list[str] | None, ca
 
 
 class Bench:
-    """Loads data once a path and builds the evaluators."""
+    """Loads each data set once and builds the evaluators."""
 
     def __init__(self, own: EvaluateArguments, kind: str, processor: Any) -> None:
         from mllm_vision.data.records.records import UsualSplit
@@ -175,7 +177,7 @@ class Bench:
         return bind_columns(records, roles, {role: name for role, name in self.named.items() if name})
 
     def evaluator(self, job: Job) -> Any:
-        """The evaluator of a job; bad data is refused here, before anything is measured."""
+        """The evaluator of a job; raises for bad data before anything is measured."""
         own, records = self.own, self._records(job.dataset, self.split, None)
         return getattr(self, job.task)(job, own, records)
 
@@ -228,12 +230,12 @@ class Bench:
         )
 
     def _labelled_images(self, job: Job) -> Any:
-        """Training and test images, shared by the tasks on one test set so that they are encoded once."""
+        """Training and test images, encoded once for all tasks on a test set."""
         from mllm_vision.evaluation import LabelledImages
 
         own = self.own
         if not own.training_dataset_name:
-            raise ValueError(f"--task {job.name} learns from labelled images: name them with --training_dataset_name")
+            raise ValueError(f"--task {job.name} needs labelled training images: set --training_dataset_name")
         if job.dataset not in self.labelled:
             sets = [
                 self._records(own.training_dataset_name, own.training_split, None),
@@ -263,7 +265,7 @@ class Bench:
         from mllm_vision.data import bind_conversations
         from mllm_vision.evaluation import QuestionAnswering
 
-        # As in training: what stands beside an instruction belongs to the question.
+        # As in training: the text next to an instruction belongs to the question.
         roles = {role: name for role, name in self.named.items() if role in ("image", "question", "answer")}
         columns = bind_conversations(records, roles, forms=[("question", "answer")], tell=False)
         training = None
@@ -296,8 +298,8 @@ def main(argv: list[str] | None = None) -> None:
     kind = model_kind(own.model)
     jobs = jobs or read_tasks(DEFAULTS[kind], own.dataset_name)
     for job in jobs:
-        if kind not in FIT.get(job.task, (kind,)):
-            raise ValueError(f"--task {job.task} needs a {FIT[job.task][0]} model; {own.model} is a {kind}")
+        if kind != NEEDED_KIND.get(job.task, kind):
+            raise ValueError(f"--task {job.task} needs a {NEEDED_KIND[job.task]} model; {own.model} is a {kind}")
     device = own_device(own.device)
     main_process = join_processes(device)
     loaded = load_model(own.model, device)
@@ -312,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
         job.name: examine(evaluator, tower if job.task in OF_THE_ENCODER else loaded.model)
         for job, evaluator in evaluators
     }
-    compared = [(job, evaluator) for job, evaluator in evaluators if own.untrained and job.task not in LOOKS]
+    compared = [(job, evaluator) for job, evaluator in evaluators if own.untrained and job.task not in NOT_COMPARED]
     if compared:
         fresh = reinitialise(load_model(own.model, device).model, own.seed)
         tower = fresh if kind != "vlm" else reinitialise(tower, own.seed)
@@ -344,7 +346,7 @@ def encoder_of(path: str, loaded: Any, device: Any) -> Any:
 
 
 def join_processes(device: Any) -> bool:
-    """Under torchrun, join the others; True on the process that writes."""
+    """Join the other processes under torchrun; True on the process that writes."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     import torch.distributed as dist
@@ -357,7 +359,7 @@ def join_processes(device: Any) -> bool:
 
 
 def provenance(model: str) -> dict[str, Any]:
-    """Which weights were measured, by which versions and command."""
+    """Hash of the weights, versions and command."""
     from mllm_vision.hub.lineage import hash_weights
     from mllm_vision.training.recipe.summary import command_line, versions
 

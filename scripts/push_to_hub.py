@@ -1,9 +1,9 @@
-"""Put a saved encoder, image-text pair or vision-language model on the Hugging Face Hub.
+"""Upload a saved encoder, image-text pair or vision-language model to the Hugging Face Hub.
 
     python scripts/push_to_hub.py --model runs/quickstart/encoder --repo_id owner/name --private
 
-The token comes from HF_TOKEN or the stored login (`hf auth login`). A model card is drawn from the run's own
-records, unless the directory has a README.md. --dry_run shows what would be uploaded.
+The token comes from HF_TOKEN or the stored login (`hf auth login`). A model card is made from the run's
+records, unless the directory has a README.md. --dry_run lists what would be uploaded.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from mllm_vision.training import parse_recipe, run_recipe
 
 @dataclass
 class PushArguments:
-    """What to upload, and where to."""
+    """Model and repository."""
 
     model: str = field(metadata={"help": "Folder of the saved model (the one that holds config.json)."})
-    repo_id: str = field(metadata={"help": "owner/name on the Hub; made if it is not there."})
-    private: bool | None = field(default=None, metadata={"help": "Make a new repository private (or, no, public)."})
-    revision: str | None = field(default=None, metadata={"help": "Branch to commit to; made if it is not there."})
-    commit_message: str | None = field(default=None, metadata={"help": "Default: says what the model is."})
+    repo_id: str = field(metadata={"help": "owner/name on the Hub; created if missing."})
+    private: bool | None = field(default=None, metadata={"help": "Create the repository as private (or public)."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to commit to; created if missing."})
+    commit_message: str | None = field(default=None, metadata={"help": "By default the kind of model."})
     dry_run: bool = field(default=False, metadata={"help": "List the files and print the card; upload nothing."})
 
 

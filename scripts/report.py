@@ -5,8 +5,8 @@
             stage_two/blind=runs/q/blind.json stage_two/untrained_encoder=runs/q/untrained.json \\
         --output runs/q/report.html --results runs/q/results.json
 
---runs takes run folders (or run.json files); the stage is told by the file. NAME/VARIANT=folder adds an ablation's
-curves. --evaluations takes NAME=file or NAME/VARIANT=file as scripts/evaluate.py wrote it; NAME is the stage
+--runs accepts run folders (or run.json files), which name their stage. NAME/VARIANT=folder adds an ablation's
+curves. --evaluations accepts NAME=file or NAME/VARIANT=file as scripts/evaluate.py wrote it; NAME is the stage
 (stage_zero, stage_two...), VARIANT an ablation (blind, untrained_encoder). Several files of one NAME are merged.
 
 results.json holds stage_zero/zero_shot_accuracy, stage_zero/untrained_zero_shot_accuracy, stage_zero/retrieval_r1,
@@ -14,7 +14,7 @@ stage_zero/retrieval_r1_chance, stage_zero/unseen_zero_shot_accuracy, stage_two/
 stage_two/unseen_accuracy, stage_two/majority_accuracy, stage_two/blind_accuracy,
 stage_two/untrained_encoder_accuracy and more of the same form, as far as the files hold them.
 
-A file that is missing or broken is named and left out; the rest is drawn.
+A missing or broken file is reported and left out.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from mllm_vision.training.recipe.parser import parse_recipe, run_recipe
 
 @dataclass
 class ReportArguments:
-    """What goes into the page and where it goes."""
+    """Content and destination of the page."""
 
     runs: list[str] = field(default_factory=list, metadata={"help": "Run folders or run.json files."})
     evaluations: list[str] = field(default_factory=list, metadata={"help": "NAME[/VARIANT]=file.json, several."})
     output: str | None = field(default="report.html", metadata={"help": "The page."})
     results: str | None = field(default=None, metadata={"help": "The flat results.json."})
-    title: str | None = field(default=None, metadata={"help": "The page's title; default: what it is about."})
+    title: str | None = field(default=None, metadata={"help": "The page's title."})
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -178,7 +178,7 @@ def test_missing_files(folder, tmp_path) -> None:
         run(tmp_path, "--model", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         run(tmp_path, "--model", "./runs/nothing/here")
-    with pytest.raises(ValueError, match="names no data"):
+    with pytest.raises(ValueError, match="has no data"):
         evaluate.main(["--model", str(folder / "encoder"), "--task", "geometry"])
 
 

@@ -223,7 +223,7 @@ def test_a_head_far_larger_than_the_encoder_is_told(caplog):
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"objective": "clip"}, "learns from image-text pairs: recipes/pretrain.py"),
+        ({"objective": "clip"}, "trains on image-text pairs: use recipes/pretrain.py"),
         ({"objective": "simcrl"}, "the nearest known one is 'simclr'"),
         ({"objective": "my_method:Mine"}, "No module named 'my_method'; PYTHONPATH=. finds it, if it is my_method.py"),
         ({"sync_batch_norm": "true"}, "vit has no BatchNorm; leave it out"),

@@ -215,7 +215,7 @@ def test_killed_and_resumed_is_uninterrupted(
         (
             "pretrain_images",
             {"objective": "pcl", "queue_size": None},
-            "PCL passes over all rows.*leave --streaming out",
+            "PCL iterates over all rows.*leave --streaming out",
         ),
         ("pretrain_images", {"eval_dataset_name": "test.parquet"}, "no bank for kNN.*--eval_train_dataset_name"),
     ],

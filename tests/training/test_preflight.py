@@ -364,7 +364,7 @@ class Trial:
         (20, 5 * GIB, 64, "advice", "2.50 of the estimate"),
         (4, None, 256, "problem", "too little; --embed_batch_size 64 would fit"),
         (1, None, 64, "problem", "weights and optimizer alone are too much"),
-        (20, None, 64, "ok", "32 rows a second in a step of 64; 100 steps of 64 would take 3.33 minutes"),
+        (20, None, 64, "ok", "32 rows a second in a step of 64; 100 steps of 64 would take 3 min 20 s"),
     ],
 )
 def test_memory_against_the_machine(
