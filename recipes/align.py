@@ -4,7 +4,8 @@
         --dataset_name pairs.parquet --output_dir runs/align
 
 Writes <output_dir>/model: a LLaVA directory that plain transformers loads. The loss on held-out captions is compared
-with that of the untrained projector, of shuffled images and of none. Next: recipes/instruct.py --model <output_dir>/model
+with that of the untrained projector, of shuffled images and of none.
+Next: recipes/instruct.py --model <output_dir>/model
 """
 
 from __future__ import annotations

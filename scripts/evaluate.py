@@ -9,8 +9,8 @@
         attention=cifar10_test.parquet --training_dataset_name cifar10_train.parquet
 
 A task is [variant/]task[=dataset]: zero_shot, retrieval, geometry, maps, vqa, knn, probe, board, attention. The default
-dataset is --dataset_name. The variant (such as unseen) becomes part of the result's name. The kind of model is that of its
-config.json.
+dataset is --dataset_name. The variant (such as unseen) becomes part of the result's name.
+The kind of model is that of its config.json.
 """
 
 from __future__ import annotations

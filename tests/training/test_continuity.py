@@ -141,7 +141,7 @@ def test_a_rate_that_lies_in_the_state_of_the_schedule_is_refused(tmp_path: Path
 
     resume_work.trainer_of(tmp_path, None, evaluators=[One()], **{**plateau, "max_steps": 4}).train()
     again = {**plateau, "learning_rate": 1e-3}
-    with pytest.raises(ValueError, match="another learning rate: ReduceLROnPlateau keeps the rate"):
+    with pytest.raises(ValueError, match="another learning rate: ReduceLROnPlateau keeps its rate"):
         resume_work.trainer_of(tmp_path, None, evaluators=[One()], resume=True, **again).train()
 
 
@@ -187,7 +187,7 @@ def test_a_best_checkpoint_with_a_flipped_bit_is_not_the_result(tmp_path: Path) 
     assert all(torch.equal(value, last[name]) for name, value in trainer.model.state_dict().items())
     with pytest.raises(IncompleteRun, match="loading the best checkpoint"):
         run.finish()
-    assert "torn" in json.loads((tmp_path / "run.json").read_text())["missing"][0]["cause"]
+    assert "damaged" in json.loads((tmp_path / "run.json").read_text())["missing"][0]["cause"]
 
 
 # ---- data ----------------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def test_accumulation_becomes_one_batch_in_chunks(kind: str, tmp_path: Path, cap
         settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "optim": "sgd"}
         chunked = train(kind, tmp_path / "b", 0, rows, **settings)
     assert "negatives per anchor: 11; effective batch: 12" in caplog.text
-    assert "12 rows at once and embeds them in chunks of 4 (gradient_accumulation_steps=3)" in caplog.text
+    assert "12 rows per step and embeds them in chunks of 4 (gradient_accumulation_steps=3)" in caplog.text
     assert_close(dict(chunked.model.named_parameters()), dict(whole.model.named_parameters()), rtol=0, atol=1e-5)
     assert chunked.state.global_step == whole.state.global_step == 3
     if kind == "batchnorm":
@@ -318,7 +318,7 @@ def test_what_breaks_the_contract_is_refused() -> None:
             self.queue.copy_(embeddings["first"][0].detach())
             return embeddings
 
-    with pytest.raises(ValueError, match="embed of Queue changed the buffer 'queue'.*updated in after_step"):
+    with pytest.raises(ValueError, match="embed of Queue changed the buffer 'queue'.*update buffers in after_step"):
         cached_backward(_head_last(Queue()), batch, 4, check=True)
 
     class Own(small.TwoViews):

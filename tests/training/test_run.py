@@ -258,7 +258,7 @@ def test_a_full_disk_leaves_the_old_artifact(encoder: tuple[Path, Any], tmp_path
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="make room") as refusal:
+    with pytest.raises(OSError, match="free some space") as refusal:
         run.save_artifact(save, "encoder", "encoder")
     assert str(path) in str(refusal.value) and refusal.value.errno == errno.ENOSPC
     assert hash_weights(path) == before and check_lineage(path) is not None

@@ -250,7 +250,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(trainer, target, save)
-    with pytest.raises(OSError, match="make room") as refusal:
+    with pytest.raises(OSError, match="free some space") as refusal:
         trainer.train()
     message = str(refusal.value)
     assert (
@@ -392,7 +392,7 @@ def test_a_metric_that_nobody_measures_is_refused_at_the_start(tmp_path: Path) -
     ):
         RecipeTrainer(llama(), args, train_dataset=text_rows(), evaluators=[Counter()])
     args = arguments(tmp_path, **settings, metric_for_best_model="counter_scor", load_best_model_at_end=True)
-    with pytest.raises(ValueError, match=r"'eval_counter_scor', which is not found.*eval_counter_score"):
+    with pytest.raises(ValueError, match=r"'eval_counter_scor' is not among.*eval_counter_score"):
         RecipeTrainer(llama(), args, train_dataset=text_rows(), evaluators=[Counter()]).train()
 
 

@@ -251,7 +251,9 @@ class ExactResume(Trainer):
                 _Behind(self._train_loader, skipped),
                 torch.Generator(),
             )  # leaves the global random state alone
-            kwargs["train_dataloader"] = DataLoader(batches, batch_size=None, generator=generator, collate_fn=_as_is)
+            kwargs["train_dataloader"] = DataLoader(
+                batches, batch_size=None, generator=generator, collate_fn=lambda batch: batch
+            )
         return super()._run_epoch(**kwargs)
 
     def _data_state(self) -> dict[str, Any]:
@@ -389,10 +391,6 @@ class _Behind(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         return itertools.chain(itertools.repeat(None, self.count), self.loader)
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
 
 
 def _read(checkpoint: str | Path | None, name: str) -> dict[str, Any] | None:

@@ -74,13 +74,9 @@ class MethodRates:
             )
         for number, group in enumerate(scheduler.optimizer.param_groups):
             if group.get("group_name") in self.constant:
-                scheduler.lr_lambdas[number] = _one
+                scheduler.lr_lambdas[number] = lambda step: 1.0
                 group["lr"], group["held"] = group["initial_lr"], True
                 scheduler._last_lr[number] = group["lr"]
-
-
-def _one(step: int) -> float:
-    return 1.0
 
 
 class StillAtFirst(TrainerCallback):

@@ -13,18 +13,8 @@ from typing import Any
 from mllm_vision.utils import columns, duration
 
 _PACKAGES = (
-    "mllm_vision",
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "datasets",
-    "huggingface_hub",
-    "tokenizers",
-    "sentencepiece",
-    "safetensors",
-    "numpy",
-    "pillow",
+    *("mllm_vision", "torch", "transformers", "accelerate", "peft", "datasets"),
+    *("huggingface_hub", "tokenizers", "sentencepiece", "safetensors", "numpy", "pillow"),
 )
 _FIRST = ("accuracy", "zero_shot_accuracy", "r1", "image_to_text_r1", "perplexity", "loss")
 # numbers of an evaluation that are not metrics
