@@ -86,14 +86,26 @@ def test_the_accelerators_settings(tmp_path):
 
 
 def test_the_page_holds_the_table():
-    """Run this file as a program to write it anew."""
+    """Run this file as a program to regenerate it."""
     assert PAGE.read_text(encoding="utf-8") == with_tables(PAGE.read_text(encoding="utf-8"))
     assert not {name for refusal in flags.REFUSALS for name in refusal.flags} - FIELDS.keys()
 
 
+def flag_table() -> str:
+    """Every flag of `TrainingArguments` that a recipe refuses."""
+    recipes = flags.RECIPES
+    lines = ["| flag | " + " | ".join(recipes) + " | why, and what to do |", "|---" * (len(recipes) + 2) + "|"]
+    for refusal in flags.REFUSALS:
+        cells = [(refusal.condition or "refused") if name in refusal.recipes else "yes" for name in recipes]
+        names = ", ".join(f"`{name}`" for name in refusal.flags)
+        lines.append(f"| {names} | " + " | ".join(cells) + f" | {refusal.why} |")
+    return "\n".join(lines)
+
+
 def with_tables(text: str) -> str:
-    rest = ", ".join(f"`{name}`" for name in flags.flags_in_force())
-    for mark, content in (("table", flags.flag_table()), ("rest", rest)):
+    in_force = FIELDS.keys() - {name for refusal in flags.REFUSALS for name in refusal.flags}
+    rest = ", ".join(f"`{name}`" for name in sorted(in_force))
+    for mark, content in (("table", flag_table()), ("rest", rest)):
         block = f"<!-- flags:{mark} -->\n{content}\n<!-- /flags:{mark} -->"
         text = re.sub(rf"<!-- flags:{mark} -->.*<!-- /flags:{mark} -->", lambda _, block=block: block, text, flags=re.S)
     return text

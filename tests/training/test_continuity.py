@@ -147,7 +147,7 @@ def test_a_rate_that_lies_in_the_state_of_the_schedule_is_refused(tmp_path: Path
 
 @pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_without_its_state_is_refused_unless_asked_for(missing: str, begun: Path, tmp_path: Path) -> None:
-    """As the stock Trainer leaves it: without a seal that would tell."""
+    """As the stock Trainer leaves it: without a manifest."""
     shutil.copytree(begun, tmp_path / "run")
     for name in (missing, "complete.json"):
         (tmp_path / "run" / "checkpoint-4" / name).unlink()

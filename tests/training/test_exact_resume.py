@@ -167,21 +167,21 @@ def check_kill(fork: Any, folder: Path, tmp_path: Path, stage: str, streamed: bo
     more = {"per_device_train_batch_size": 4 // world, **kind}
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     log = tmp_path / "log"
-    told = f"killed {moment * 1000:.0f} ms after step {step}"
+    note = f"killed {moment * 1000:.0f} ms after step {step}"
     Job(fork, stage, words_of(folder, stage, whole, **more), world, log).finish()
     killed = Job(fork, stage, words_of(folder, stage, torn, **more), world, log)
     killed.kill_after(step, torn / "metrics.jsonl", moment)
-    assert last_checkpoint(torn) is not None and not (torn / "run.json").exists(), told
+    assert last_checkpoint(torn) is not None and not (torn / "run.json").exists(), note
     again = [*words_of(folder, stage, torn, **more), "--resume"]
     Job(fork, stage, again, world, log).finish()
-    assert losses(torn) == losses(whole), told
+    assert losses(torn) == losses(whole), note
     record = json.loads((torn / "run.json").read_text())["data"]["train"]
     assert record["rows"] == more.get("max_train_samples", 40)
     assert len(record["samples"]) == 3
     artifact = {"pretrain": "dual", "pretrain_images": "encoder"}.get(stage, "model")
     expected, found = (load_file(each / artifact / "model.safetensors") for each in (whole, torn))
     different = [name for name in expected if not torch.equal(expected[name], found[name])]
-    assert not different and expected.keys() == found.keys(), (told, different)
+    assert not different and expected.keys() == found.keys(), (note, different)
     untrained = {"align": folder / "aligned", "instruct": folder / "aligned"}.get(stage)
     if untrained is not None:  # so that the comparison says something
         before = load_file(untrained / "model.safetensors")
@@ -353,7 +353,7 @@ def test_any_damage_is_noticed_and_the_checkpoint_before_is_used(
         content = bytearray(path.read_bytes())
         content[len(content) // 3] ^= 1
         path.write_bytes(content)
-    if damage != "flipped":  # which only reading all of it tells
+    if damage != "flipped":  # which only reading all of it shows
         assert not is_whole(run / "checkpoint-4")
     with pytest.raises(ValueError, match=rf"damaged: .*{file}"):
         check_checkpoint(run / "checkpoint-4")

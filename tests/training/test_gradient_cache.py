@@ -36,7 +36,7 @@ def gradients(objective: nn.Module) -> dict[str, torch.Tensor]:
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], **tolerance: float) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, **tolerance, msg=lambda told, name=name: f"{name}: {told}")
+        torch.testing.assert_close(found[name], value, **tolerance, msg=lambda note, name=name: f"{name}: {note}")
 
 
 def train(kind: str, folder: Path, rows: int, dataset: list | None = None, **settings: Any) -> Any:

@@ -28,7 +28,7 @@ N = 16
 
 
 class Pairs(torch.utils.data.Dataset):
-    """64 images of 16 kinds with their captions; `mixed` gives every image a caption at random, each time anew."""
+    """64 images of 16 kinds with their captions; `mixed` redraws the captions for each batch."""
 
     def __init__(self, mixed: bool = False, same: bool = False) -> None:
         from mllm_vision.data.records.sampling import text_id
@@ -119,7 +119,7 @@ def test_a_scale_that_came_to_its_clamp(tmp_path: Path) -> None:
 
 
 def test_a_scale_at_its_lower_clamp(tmp_path: Path) -> None:
-    """Captions of other images and nothing but the scale to learn: all pairs alike is the best it can do."""
+    """Captions of other images and only the scale to train: equal pairs are the optimum."""
     mixed = {"mixed": True}
     _, warnings = train("clip", tmp_path, mixed, {"initial_logit_scale": 1.05}, frozen=True, learning_rate=1e-2)
     assert "scale" in names(warnings)
@@ -198,7 +198,7 @@ STUCK = {"loss": math.log(8)}
 
 
 def test_every_training_starts_at_chance(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert watch(tmp_path, [STUCK] * 4).found == {}  # until step 50 of 200 nothing is judged
+    assert watch(tmp_path, [STUCK] * 4).found == {}  # until step 50 of 200 there are no warnings
     with caplog.at_level("INFO"):
         assert list(watch(tmp_path, [STUCK] * 5 + [{}]).found) == ["chance"]
     assert "step 60: no longer" in caplog.text
@@ -249,7 +249,7 @@ def test_chance_counts_the_duplicates() -> None:
 
 
 class Alone:
-    """A method on images alone: what its loss is at chance, and the settings that tell its name."""
+    """A method on images alone: what its loss is at chance, and the settings that determine its name."""
 
     views = "simclr"
 

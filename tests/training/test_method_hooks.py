@@ -22,7 +22,7 @@ STEPS = ROWS // BATCH  # of an epoch
 
 
 class Watched(ImageObjective):
-    """A linear head and a predictor; notes what the trainer tells it."""
+    """A linear head and a predictor; records what the trainer sets."""
 
     views = "simclr"
 
@@ -35,7 +35,7 @@ class Watched(ImageObjective):
         super().__init__(encoder(), config)
         width = self.encoder.pooled_size
         self.head, self.predictor = nn.Linear(width, 4), nn.Linear(4, 4)
-        self.told, self.passes, self.chunks, self.poison = [], [], [], None
+        self.note, self.passes, self.chunks, self.poison = [], [], [], None
 
     def rates(self):
         return self.config.wanted or {}
@@ -47,8 +47,8 @@ class Watched(ImageObjective):
     def loss(self, embeddings):
         z = self.predictor(self.head(embeddings["h"]))
         loss = z.square().mean()
-        self.told.append((self.progress, self.epoch))
-        return ObjectiveOutput(loss=loss * float("nan") if len(self.told) == self.poison else loss, metrics={})
+        self.note.append((self.progress, self.epoch))
+        return ObjectiveOutput(loss=loss * float("nan") if len(self.note) == self.poison else loss, metrics={})
 
     def before_epoch(self, features):
         self.passes.append((self.epoch, features))
@@ -113,7 +113,7 @@ def test_frozen_for_an_epoch(tmp_path):
 
 
 def test_still_for_an_epoch(tmp_path):
-    """No update in the first epoch, but the optimizer has seen the gradients; the schedule goes on from there."""
+    """No update in the first epoch, but the optimizer has seen the gradients; the schedule continues from there."""
     made = Watched(Watched.Config({"head": "still:1"}))
     began = made.head.weight.detach().clone()
     trainer = trainer_of(made, tmp_path, max_steps=STEPS)
@@ -128,22 +128,22 @@ def test_still_for_an_epoch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rates", "told"),
+    ("rates", "note"),
     [
         ({"preditor": 0.1}, "unknown prefix 'preditor'; the nearest known one is 'predictor'"),
         ({"predictor": "fixed"}, "'predictor' has 'fixed'; use a factor"),
         ({"predictor": -1}, "'predictor' has -1"),
     ],
 )
-def test_rates_that_make_no_sense(tmp_path, rates, told):
-    with pytest.raises(ValueError, match=re.escape(told)):
+def test_rates_that_make_no_sense(tmp_path, rates, note):
+    with pytest.raises(ValueError, match=re.escape(note)):
         trainer_of(Watched(Watched.Config(rates)), tmp_path)
 
 
 def test_progress_is_told_before_each_step(tmp_path):
     made = Watched()
     trainer_of(made, tmp_path).train()
-    assert made.told == [(step / (2 * STEPS), step / STEPS) for step in range(2 * STEPS)]
+    assert made.note == [(step / (2 * STEPS), step / STEPS) for step in range(2 * STEPS)]
 
 
 def test_a_pass_before_each_epoch(tmp_path):

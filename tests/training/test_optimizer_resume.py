@@ -1,4 +1,4 @@
-"""Every flag of optimizer and schedule: it changes what is learnt, and resumed = uninterrupted, bit for bit."""
+"""Every flag of optimizer and schedule: it changes the trained weights, and resumed = uninterrupted, bit for bit."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_resumed_is_uninterrupted(name: str, ends: dict[str, str], tmp_path: Pat
     assert whole.lr_scheduler.state_dict() == resumed.lr_scheduler.state_dict()
     end = digest(whole.model)
     assert all(torch.isfinite(value).all() for value in whole.model.parameters())
-    assert end not in ends.values(), f"{name} learnt what {[key for key in ends if ends[key] == end]} did"
+    assert end not in ends.values(), f"{name} trained as {[key for key in ends if ends[key] == end]} did"
     ends[name] = end
 
 

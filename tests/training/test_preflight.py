@@ -114,9 +114,9 @@ def test_duplicates_are_counted_and_judged() -> None:
     healthy = run(checks.check_duplicates, sampled([f"caption {index}" for index in range(40)]), 16)
     assert [finding.level for finding in healthy] == ["ok"] and "of all 40 rows 0 repeat a caption" in healthy[0].text
     common = sampled(["one", "two", *(f"caption {index}" for index in range(38))] * 2, list(range(40)) * 2)
-    told = run(checks.check_duplicates, common, 64)
-    assert "40 repeat a caption (50.00%) and 40 an image (50.00%)" in told[0].text and "'one' 2 times" in told[0].text
-    assert any("many rows have the same image" in text for text in levels(told, "advice"))
+    seen = run(checks.check_duplicates, common, 64)
+    assert "40 repeat a caption (50.00%) and 40 an image (50.00%)" in seen[0].text and "'one' 2 times" in seen[0].text
+    assert any("many rows have the same image" in text for text in levels(seen, "advice"))
     (problem,) = levels(run(checks.check_duplicates, common, 64, positives=False), "problem")
     assert "0.8 false negatives per anchor" in problem
     assert any("few negatives remain" in text for text in levels(
@@ -157,8 +157,8 @@ def test_the_bias_to_start_from(bias: float | None, level: str) -> None:
     batch = {name: value for name, value in pair_batches(1, 16)[0].items() if not name.endswith("_ids")}
     batch["input_ids"] = pair_batches(1, 16)[0]["input_ids"]
     objective = make_objective("siglip", initial_logit_bias=20.0)
-    told = run(checks.check_start, objective, batch, 16, alone)[-1].text
-    named = float(told.partition(": ")[2].split()[0])
+    seen = run(checks.check_start, objective, batch, 16, alone)[-1].text
+    named = float(seen.partition(": ")[2].split()[0])
     if bias is None:
         bias = named
     with torch.no_grad():
@@ -295,10 +295,10 @@ def test_a_step_on_fake_tensors_counts_what_a_real_one_allocates(kind: str) -> N
         optimizer.step()
         optimizer.zero_grad()
 
-    for size, told in ((None, whole), (8, chunked)):
+    for size, seen in ((None, whole), (8, chunked)):
         optimizer.state.clear()
         real = peak_of(lambda: step(size))  # noqa: B023
-        assert told.activations + told.optimizer == pytest.approx(real, rel=0.05)
+        assert seen.activations + seen.optimizer == pytest.approx(real, rel=0.05)
     assert whole.activations > 2.5 * chunked.activations and whole.batch == chunked.batch
     assert whole.batch == 2 * sum(value.nbytes for value in batch.values())
 

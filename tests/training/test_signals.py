@@ -97,7 +97,7 @@ def test_a_signal_finishes_the_step_and_saves(
 def test_it_saves_whatever_the_strategy_and_what_is_needed_to_resume(
     strategy: str, numbers: Path, tmp_path: Path
 ) -> None:
-    """At the end of the first epoch (9 steps) too; `save_only_model` would leave nothing to go on from."""
+    """At the end of the first epoch (9 steps) too; `save_only_model` would leave nothing to resume from."""
     settings = {"max_steps": 20, "per_device_train_batch_size": 4, "save_strategy": strategy, "save_only_model": True}
     for step in (4, 8):
         output = tmp_path / f"{step}"
@@ -204,7 +204,7 @@ def test_one_process_answers_for_itself() -> None:
 
 
 def test_the_inherited_flag_means_the_same(tmp_path: Path) -> None:
-    """The stock Trainer's own way leaves a checkpoint that does not resume exactly, and goes on as if trained."""
+    """The stock Trainer's own way leaves a checkpoint that does not resume exactly, and continues as if trained."""
     trainer = resume_work.trainer_of(tmp_path, None, max_steps=8, enable_jit_checkpoint=True)
     trainer.add_callback(Send("on_step_begin", 2))
     assert stopped(trainer) == 3
@@ -242,18 +242,18 @@ def check_signal(fork: Any, shards: Path | None, folder: Path, world: int, worke
     os.kill(processes[-1].pid, sent)
     for process in processes:
         process.join(60)
-    told = f"{signal.Signals(sent).name} after {moment:.3f} s"
-    assert [process.exitcode for process in processes] == [143] * world, told
+    note = f"{signal.Signals(sent).name} after {moment:.3f} s"
+    assert [process.exitcode for process in processes] == [143] * world, note
     (newest,) = list_checkpoints(output)
     check_checkpoint(newest)
     step = step_of(newest)
     ranks = [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in range(world)]
     first = [Counter(itertools.chain(*batches)) for batches in zip(*ranks, strict=True)]
-    assert len(first) == step, told
+    assert len(first) == step, note
     settings = {**settings, "max_steps": step + 12, "per_device_train_batch_size": 4, "save_strategy": "no"}
     rest = resume_work.seen(output, shards, resume=True, **settings)
     whole = resume_work.seen(folder / "whole", shards, **settings)
-    assert first + [Counter(batch) for batch in rest] == [Counter(batch) for batch in whole], told
+    assert first + [Counter(batch) for batch in rest] == [Counter(batch) for batch in whole], note
 
 
 @pytest.mark.parametrize(("kind", "world", "workers"), [("stream", 2, 0), ("map", 1, 1)])

@@ -162,7 +162,7 @@ def test_resumed_is_bit_for_bit_uninterrupted(case: str, settings: dict, tmp_pat
 
 
 @pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
+def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
     """What transformers warned of; it says each warning once, and keeps its records from pytest."""
     transformers_logger = logging.getLogger("transformers")
     type(transformers_logger).warning_once.cache_clear()
@@ -175,13 +175,13 @@ def told(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
     ("changed", "warned"),
     [
         ({}, None),
-        ({"max_steps": 12}, r"eval_steps: 3 .from args. != 2 .from trainer_state"),  # the checkpoint's 2 go on
+        ({"max_steps": 12}, r"eval_steps: 3 .from args. != 2 .from trainer_state"),  # the checkpoint's 2 stay
         ({"eval_steps": 0.5}, r"eval_steps: 4 .from args. != 2 .from trainer_state"),
         ({"logging_steps": 3}, r"logging_steps: 3 .from args. != 2 .from trainer_state"),
     ],
 )
 def test_a_ratio_of_steps_is_the_number_it_came_to(
-    changed: dict, warned: str | None, tmp_path: Path, told: Callable[[], str]
+    changed: dict, warned: str | None, tmp_path: Path, warnings: Callable[[], str]
 ) -> None:
     settings = {"eval_steps": 0.25, "save_steps": 0.25, "logging_steps": 0.25}
     begun = RecipeTrainer(llama(), arguments(tmp_path, **settings), train_dataset=text_rows(), callbacks=[Interrupt(5)])
@@ -194,9 +194,9 @@ def test_a_ratio_of_steps_is_the_number_it_came_to(
     assert trainer.state.global_step == args.max_steps
     assert (args.eval_steps, args.save_steps, args.logging_steps) == given
     if warned is None:
-        assert "do not match" not in told()
+        assert "do not match" not in warnings()
     else:
-        assert re.search(warned, told())
+        assert re.search(warned, warnings())
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_the_best_checkpoint_is_chosen_by_an_evaluator(tmp_path: Path) -> None:
 
 
 class Moody(Counter):
-    """Fails at the steps it is told."""
+    """Fails at the given steps."""
 
     name = "moody"
 

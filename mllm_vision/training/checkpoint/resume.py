@@ -219,13 +219,9 @@ class ExactResume(Trainer):
             return epoch, batches
         before, now = int(saved["rows_per_step"]), self._rows_per_step()
         if before != now:
-            share = before / args.world_size
-            remedy = (
-                f"--per_device_train_batch_size {int(share)} --gradient_accumulation_steps 1 (or any two numbers with "
-                "that product)"
-                if share == int(share)
-                else f"a number of processes that divides {before}"
-            )
+            share, rest = divmod(before, args.world_size)
+            remedy = f"--per_device_train_batch_size {share} --gradient_accumulation_steps 1 (or the same product)"
+            remedy = f"a number of processes that divides {before}" if rest else remedy
             raise ValueError(
                 f"the checkpoint's optimizer steps took {before} rows, now they would take {now} "
                 f"(per_device_train_batch_size={self._train_batch_size} x gradient_accumulation_steps="

@@ -262,21 +262,3 @@ def _check_reporters(report_to: Any) -> None:
 
 def _same(value: Any, usual: Any) -> bool:
     return value == usual or (value in (None, [], "", {}) and usual in (None, [], "", {}))
-
-
-def flag_table() -> str:
-    """The table of docs/flags.md: every flag that a recipe refuses."""
-    lines = ["| flag | " + " | ".join(RECIPES) + " | why, and what to do |", "|---" * (len(RECIPES) + 2) + "|"]
-    for refusal in REFUSALS:
-        cells = [(refusal.condition or "refused") if name in refusal.recipes else "yes" for name in RECIPES]
-        flags = ", ".join(f"`{flag}`" for flag in refusal.flags)
-        lines.append(f"| {flags} | " + " | ".join(cells) + f" | {refusal.why} |")
-    return "\n".join(lines)
-
-
-def flags_in_force() -> list[str]:
-    """The flags of `TrainingArguments` in force in every recipe."""
-    from transformers import TrainingArguments
-
-    named = {flag for refusal in REFUSALS for flag in refusal.flags}
-    return sorted({field.name for field in dataclasses.fields(TrainingArguments)} - named)
