@@ -133,7 +133,7 @@ def test_an_encoder_by_its_features(folder, tmp_path, capsys) -> None:
     assert written == ["attention_heads.png", "attention_patches.png", "board.png"]
     assert sorted(Path(path).name for path in record["images"]) == written
     assert "raw_pixels" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="name them with --training_dataset_name"):
+    with pytest.raises(ValueError, match="set --training_dataset_name"):
         run(folder, "--model", str(folder / "encoder"), "--task", "knn")
     blind = run(folder, "--model", str(folder / "vlm"), "--task", "knn", *flags[:5], "--max_samples", "12")
     assert blind["evaluations"]["knn"]["accuracy"] == 1.0  # of the tower inside

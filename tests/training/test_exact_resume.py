@@ -418,7 +418,7 @@ def test_a_run_that_has_all_its_steps_trains_none(kind: str, numbers: Path, tmp_
         trainer = resume_work.trainer_of(tmp_path / f"{steps}", shards, resume=True, max_steps=steps, **settings)
         assert trainer.train().global_step == steps and trainer.model.rows == []
         assert {path: path.stat().st_mtime_ns for path in sorted((tmp_path / f"{steps}").rglob("*"))} == before
-    with pytest.raises(ValueError, match="checkpoint-9 is at step 9, and this run has 8 in all.*--max_steps 9"):
+    with pytest.raises(ValueError, match="checkpoint-9 is at step 9, beyond the 8 steps of this run.*--max_steps 9"):
         seen(tmp_path / "9", shards, resume=True, max_steps=8, **settings)
     whole = seen(tmp_path / "whole", shards, max_steps=12, **settings)
     assert seen(tmp_path / "9", shards, resume=True, max_steps=12, **settings) == whole[9:]

@@ -146,7 +146,7 @@ def test_chance_and_the_loss_before_the_first_step() -> None:
     expected = clip.eval()(**batch).loss.item()
     assert f"it is {expected:.4f} for 16 pairs, and chance for them {math.log(16):.4f}" in start.text
     sharp = make_objective("clip", initial_logit_scale=100.0)
-    assert "confident mistakes" in levels(run(checks.check_start, sharp, batch, 16, alone), "advice")[0]
+    assert "confident errors" in levels(run(checks.check_start, sharp, batch, 16, alone), "advice")[0]
     assert not clip.training
 
 
@@ -363,7 +363,7 @@ class Trial:
         (20, 3 * GIB, 128, "ok", "4.5 GiB of 20 GiB free"),
         (20, 5 * GIB, 64, "advice", "2.50 of the estimate"),
         (4, None, 256, "problem", "too little; --embed_batch_size 64 would fit"),
-        (1, None, 64, "problem", "weights and optimizer alone are too much"),
+        (1, None, 64, "problem", "weights and optimizer do not fit by themselves"),
         (20, None, 64, "ok", "32 rows a second in a step of 64; 100 steps of 64 would take 3 min 20 s"),
     ],
 )

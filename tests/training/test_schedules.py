@@ -210,7 +210,7 @@ def test_what_sharded_parameters_make_impossible(tmp_path) -> None:
     for words in (["--optim", "lamb"], ["--gradient_clipping", "per_parameter"], ["--ema_decay", "0.9"]):
         found = flags(tmp_path, *words)
         for sharding in ("FSDP version 1", "DeepSpeed"):
-            with pytest.raises(ValueError, match=f"needs whole parameters, and with {sharding}"):
+            with pytest.raises(ValueError, match=f"needs whole parameters, and {sharding}"):
                 found.check_sharding(sharding)
     found.optim = RecipeArguments(output_dir=str(tmp_path), use_cpu=True, optim="lars").optim
     with pytest.raises(ValueError, match="ema_decay=0.9 needs whole parameters.*train without it"):

@@ -41,7 +41,7 @@ from mllm_vision.training.checkpoint.signals import (
     StopAfterStep,
     Stopped,
     StopSignals,
-    deaf_workers,
+    ignoring_signals,
 )
 from mllm_vision.training.recipe.folders import whole_folder
 
@@ -141,7 +141,7 @@ class ExactResume(Trainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
-            worker_init_fn=deaf_workers(init),
+            worker_init_fn=ignoring_signals(init),
         )
         saved = _read(self._resumed_from, DATA_STATE)
         if self._resumed_from and (saved is None or "stream" not in saved):
@@ -244,7 +244,7 @@ class ExactResume(Trainer):
         skipped = kwargs["steps_trained_in_current_epoch"] if kwargs["epoch"] == kwargs["epochs_trained"] else 0
         if skipped and isinstance(self._train_loader, StreamLoader):
             batches, generator = (
-                _Behind(self._train_loader, skipped),
+                _Resumed(self._train_loader, skipped),
                 torch.Generator(),
             )  # leaves the global random state alone
             kwargs["train_dataloader"] = DataLoader(
@@ -379,7 +379,7 @@ class _Continue(TrainerCallback):
         self.trainer.apply_flags()
 
 
-class _Behind(IterableDataset):
+class _Resumed(IterableDataset):
     """The batches of a resumed pass after `count` placeholders, which the Trainer skips."""
 
     def __init__(self, loader: StreamLoader, count: int) -> None:

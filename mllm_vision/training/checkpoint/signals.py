@@ -158,7 +158,7 @@ class StopAfterStep(TrainerCallback):
                 control.should_evaluate, self.trainer.evaluation_due = False, True
 
 
-def deaf_workers(init: Callable[[int], Any] | None) -> Callable[[int], Any]:
+def ignoring_signals(init: Callable[[int], Any] | None) -> Callable[[int], Any]:
     """`init` as a `worker_init_fn` of data workers that ignore signals: the current step needs them to finish."""
     global _ends_workers
     if _ends_workers != os.getpid():  # multiprocessing would send SIGTERM and wait forever

@@ -24,7 +24,7 @@ from mllm_vision.training.callbacks.progress import (
     guard_reporters,
 )
 from mllm_vision.training.checkpoint.checkpoints import damage, found_by_first
-from mllm_vision.training.checkpoint.signals import deaf_workers
+from mllm_vision.training.checkpoint.signals import ignoring_signals
 from mllm_vision.training.optim.clipping import clip_per_module_, clip_per_parameter_
 from mllm_vision.training.optim.muon import MuonAdamW
 from mllm_vision.training.optim.optimizers import (
@@ -223,7 +223,7 @@ class RecipeTrainer(Evaluating):
         finally:
             args.dataloader_drop_last = dropped
         if getattr(loader, "num_workers", 0):
-            loader.worker_init_fn = deaf_workers(loader.worker_init_fn)
+            loader.worker_init_fn = ignoring_signals(loader.worker_init_fn)
         return loader
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
