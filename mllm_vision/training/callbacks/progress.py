@@ -60,11 +60,20 @@ class AfterStep(TrainerCallback):
     """Calls `objective.after_step(progress)` once per optimizer step, never per micro-batch.
 
     Progress runs from 0 to 1 over the training. A step skipped by fp16's loss scaling does not count: a queue must not
-    keep its infinite embeddings. An attribute `epoch` of the objective is set.
+    keep its infinite embeddings. The attributes `progress`, `epoch` and `epochs_a_step` of an objective are set before
+    each step and epoch, as functions of the step: a resumed run continues with the same schedules.
     """
 
     def __init__(self, objective: Any) -> None:
         self.objective = objective
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if hasattr(self.objective, "epochs_a_step"):
+            self.objective.progress = state.global_step / max(state.max_steps, 1)
+            self.objective.epoch = float(state.epoch or 0.0)
+            self.objective.epochs_a_step = self.objective.epoch / max(state.global_step, 1)
+
+    on_epoch_begin = on_step_begin
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if getattr(optimizer, "step_was_skipped", False):
@@ -170,14 +179,9 @@ class SaveByMinutes(TrainerCallback):
     """Saves a checkpoint once `minutes` have passed since the last one, of any kind.
 
     All ranks follow the clock of the first: one message per step, over gloo, which does not wait for a GPU.
-
-    Raises:
-        ValueError: `minutes` is not positive.
     """
 
     def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
-        if not minutes > 0:
-            raise ValueError(f"save_minutes={minutes} must be positive; leave it out to save by steps alone")
         self.seconds, self.clock, self.last = 60.0 * minutes, clock, clock()
         self._group: Any = None
 

@@ -89,7 +89,6 @@ class LARS(LayerwiseOptimizer):
         super().__init__(params, variant=variant, lr=lr, **settings)
 
     def step_group(self, group: dict[str, Any], weights: list[Tensor]) -> None:
-        """One step of the weights of a group that have a gradient."""
         for weight in weights:
             if "momentum_buffer" not in self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
@@ -153,7 +152,6 @@ class LAMB(LayerwiseOptimizer):
         super().__init__(params, variant=variant, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
 
     def step_group(self, group: dict[str, Any], weights: list[Tensor]) -> None:
-        """One step of the weights of a group that have a gradient."""
         # the bias correction follows the steps of each parameter
         by_count: dict[int, list[Tensor]] = {}
         for weight in weights:

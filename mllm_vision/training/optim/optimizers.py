@@ -102,8 +102,11 @@ def parameter_groups(
             continue
         plain = plain_name(name)
         prefix = max((prefix for prefix in rates if is_under(plain, prefix)), key=len, default="")
-        decayed = _decayed(plain, parameter, weight_decay_on, also_decays)
-        muon = muon_learning_rate is not None and _is_hidden_matrix(plain, parameter)
+        matrix = decays(plain, parameter)
+        named = weight_decay_on == "method" and any(f".{part}." in f".{plain}." for part in also_decays)
+        decayed = matrix or named or weight_decay_on == "all"
+        hidden = matrix and parameter.ndim == 2 and _HIDDEN.search(plain) is not None
+        muon = hidden and muon_learning_rate is not None
         rate = rates.get(prefix, learning_rate)
         own = muon_learning_rate if muon else None if decayed else bias_learning_rate
         if own is not None:
@@ -118,15 +121,6 @@ def parameter_groups(
     if not groups:
         raise ValueError("nothing to train: every parameter is frozen (requires_grad=False)")
     return [groups[key] for key in sorted(groups)]
-
-
-def _decayed(name: str, parameter: Any, where: str, also: Sequence[str]) -> bool:
-    named = where == "method" and any(f".{part}." in f".{name}." for part in also)
-    return named or where == "all" or decays(name, parameter)
-
-
-def _is_hidden_matrix(name: str, parameter: Any) -> bool:
-    return parameter.ndim == 2 and decays(name, parameter) and _HIDDEN.search(name) is not None
 
 
 def _check_rates(model: nn.Module, rates: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""The progress of the training for an objective, and its iteration over the data before each epoch."""
+"""Features of all rows before each epoch, for methods that need them."""
 
 from __future__ import annotations
 
@@ -13,27 +13,6 @@ from transformers import TrainerCallback
 from mllm_vision.distributed import all_gather
 
 logger = logging.getLogger(__name__)
-
-
-class Progress(TrainerCallback):
-    """Sets `objective.progress` (0 to 1), `epoch` and `epochs_a_step` before each step and each epoch.
-
-    All are functions of the step: a resumed run continues with the same schedules.
-    """
-
-    def __init__(self, objective: Any) -> None:
-        self.objective = objective
-
-    def _set(self, state: Any) -> None:
-        self.objective.progress = state.global_step / max(state.max_steps, 1)
-        self.objective.epoch = float(state.epoch or 0.0)
-        self.objective.epochs_a_step = self.objective.epoch / max(state.global_step, 1)
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._set(state)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._set(state)
 
 
 class FeaturesBeforeEpoch(TrainerCallback):

@@ -21,7 +21,7 @@ from mllm_vision.training.callbacks.finite import stop_if_not_finite
 from mllm_vision.training.callbacks.health import Health
 from mllm_vision.training.callbacks.progress import AfterStep
 from mllm_vision.training.optim.method_rates import FrozenAtFirst, MethodRates, StillAtFirst
-from mllm_vision.training.trainer.epoch_pass import FeaturesBeforeEpoch, Progress
+from mllm_vision.training.trainer.epoch_pass import FeaturesBeforeEpoch
 from mllm_vision.training.trainer.gradient_cache import cached_backward, count_rows
 from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
 
@@ -78,8 +78,8 @@ class ObjectiveTrainer(RecipeTrainer):
             self.add_callback(FrozenAtFirst(self.objective, self.rates.frozen))
         if self.rates.still:
             self.add_callback(StillAtFirst(self.rates.still))
-        self._prepare_method()
         self.add_callback(AfterStep(self.objective))
+        self._prepare_method()
         self.add_callback(Health(self.objective, lambda: self.negatives_batch, self.run))
 
     def _prepare_method(self) -> None:
@@ -87,13 +87,12 @@ class ObjectiveTrainer(RecipeTrainer):
         rows = len(self.train_dataset) if has_length(self.train_dataset) else None
         if hasattr(self.objective, "before_training") and self.train_dataset is not None:
             self.objective.before_training(rows, self.negatives_batch)
-        if isinstance(self.objective, ImageObjective):
-            self.add_callback(Progress(self.objective))
-            if self.average is not None and self.objective.artifact_encoder is not self.objective.encoder:
-                raise ValueError(
-                    f"ema_decay={self.args.ema_decay} averages the trained encoder, and this run saves "
-                    f"{self.objective.artifact_is}, which is an average; leave it out, or use --artifact student"
-                )
+        averaged = self.average is not None and isinstance(self.objective, ImageObjective)
+        if averaged and self.objective.artifact_encoder is not self.objective.encoder:
+            raise ValueError(
+                f"ema_decay={self.args.ema_decay} averages the trained encoder, and this run saves "
+                f"{self.objective.artifact_is}, which is an average; leave it out, or use --artifact student"
+            )
         if getattr(self.objective, "needs_features", False):
             if rows is None or isinstance(self.train_dataset, StreamDataset):
                 raise ValueError(
