@@ -197,7 +197,7 @@ def test_image_settings_in_order() -> None:
         ({"do_rescale": False}, {}, "problem", "do_rescale=false"),
         ({"do_rescale": False}, {}, "problem", "normalisation does not fit"),
         ({"do_normalize": False}, {}, "problem", "do_normalize=false"),
-        ({}, {"trained_size": 224}, "advice", "trained on 224 px and gets 32 px"),
+        ({}, {"trained_size": 224}, "advice", "trained at 224 px and gets 32 px"),
         ({}, {"crop_scale": (0.08, 1.0)}, "advice", "crop_scale 0.08"),
     ],
 )
@@ -447,7 +447,7 @@ def test_a_run_with_problems(script: Any, data: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert "32 pairs meet in a loss" in printed and "32 rows a process, 16 embedded at once" in printed
     assert "false negatives per anchor" in printed and "64 of 64 evaluation images are among" in printed
-    assert "initial_logit_bias 15 calls" in printed and "measured" not in printed
+    assert "initial_logit_bias 15 predicts" in printed and "measured" not in printed
 
 
 def test_what_the_recipe_refuses_is_the_last_finding(script: Any, data: Path, capsys: pytest.CaptureFixture) -> None:
