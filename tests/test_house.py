@@ -14,7 +14,7 @@ FUNCTION, METHODS, RECIPE, FILE = 60, 12, 150, 400
 ROOMS: dict[str, int] = {
     "package without vlm": 33773,
     "report and hub": 2021,
-    "training": 7329,
+    "training": 7286,
 }
 # What is still longer, with its length: these only shrink, and an entry that is kept goes.
 LONG_FUNCTIONS: dict[str, int] = {
@@ -22,11 +22,6 @@ LONG_FUNCTIONS: dict[str, int] = {
     "mllm_vision/vlm/build.py:build_vlm": 91,
     "mllm_vision/vlm/conversation.py:load_stage_data": 88,
     "mllm_vision/vlm/model.py:forward": 84,
-    "recipes/finetune.py:main": 63,
-    "recipes/instruct.py:main": 71,
-    "recipes/language_model.py:main": 80,
-    "recipes/pretrain.py:main": 75,
-    "recipes/pretrain_images.py:main": 86,
 }
 MANY_METHODS: dict[str, int] = {
     "mllm_vision/encoder/encoder.py:VisionEncoder": 16,
@@ -35,12 +30,10 @@ MANY_METHODS: dict[str, int] = {
     "mllm_vision/objectives/base_dino.py:DINOObjective": 13,
 }
 LONG_FILES: dict[str, int] = {
-    "mllm_vision/data/records/forms.py": 402,
     "mllm_vision/functional/pairs.py": 413,
     "mllm_vision/objectives/base.py": 418,
-    "mllm_vision/training/recipe/run.py": 432,
 }
-LONG_RECIPES: dict[str, int] = {"recipes/language_model.py": 152}
+LONG_RECIPES: dict[str, int] = {}
 
 
 def sources() -> list[Path]:
