@@ -1,7 +1,7 @@
-"""Collectives that keep the gradient, and the identity where there is only one process.
+"""Collectives with gradient, and the identity in a single process.
 
-Everything here takes ``group=None`` to mean the default process group when one is initialised, and
-one process otherwise, so the same code runs alone and under ``torchrun``.
+``group=None`` is the default process group when initialised, else this process alone, so the same code runs with and
+without ``torchrun``.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ def rank(group: dist.ProcessGroup | None = None) -> int:
 
 
 def own_device(name: str | None = None) -> torch.device:
-    """The device of this process, made the current one: of several of a kind the one of its LOCAL_RANK.
+    """The device of this process, set as the current one; by default the device of its LOCAL_RANK.
 
     Args:
-        name: "cpu", "cuda", "cuda:1", ...; None takes the accelerator where there is one, else the CPU.
+        name: "cpu", "cuda", "cuda:1", ...; None is the accelerator if available, else the CPU.
 
     Raises:
-        ValueError: a kind that this machine or this torch does not have, or a number beyond those there are.
+        ValueError: a device that this machine or this build of torch does not have.
     """
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
         device = torch.device(name) if name is not None else found or torch.device("cpu")
     except RuntimeError:
-        raise ValueError(f"--device {name!r} is no device: write cpu, cuda or cuda:1, or leave it out") from None
+        raise ValueError(f"--device {name!r} is not a device: use cpu, cuda or cuda:1, or leave it out") from None
     if device.type == "cpu":
         return torch.device("cpu")
     if found is None or device.type != found.type:
         has = "none" if found is None else found.type
-        raise ValueError(f"there is no {device.type} device here (accelerator: {has}); use cpu, or leave --device out")
+        raise ValueError(f"no {device.type} device is available (accelerator: {has}); use cpu, or leave --device out")
     index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
     if index >= torch.accelerator.device_count():
         raise ValueError(
-            f"{device.type}:{index} of {torch.accelerator.device_count()} devices; start one process a device"
+            f"{device.type}:{index} of {torch.accelerator.device_count()} devices; start one process per device"
         )
     torch.accelerator.set_device_index(index)
     return torch.device(device.type, index)
 
 
 def communication_device() -> torch.device:
-    """Where a tensor must lie for the default group's collectives: NCCL takes its accelerator's, gloo the CPU's."""
+    """The device of tensors in the default group's collectives: the accelerator for NCCL, the CPU for gloo."""
     if not is_distributed() or dist.get_backend() == "gloo" or not torch.accelerator.is_available():
         return torch.device("cpu")
     kind = torch.accelerator.current_accelerator()
@@ -68,7 +68,7 @@ def communication_device() -> torch.device:
 
 
 def _collective(name: str, before: str) -> Any:
-    """A collective by the name that torch 2.13 gave it, or by the one `before`, which warns there."""
+    """A collective by its name since torch 2.13, or by the name `before`, which is deprecated there."""
     return getattr(dist, name, None) or getattr(dist, before)
 
 
@@ -99,7 +99,7 @@ def _gather_padded(rows: Tensor, sizes: list[int], group: dist.ProcessGroup | No
 
 
 def reduce_scatter(rows: Tensor, sizes: list[int], group: dist.ProcessGroup | None = None) -> Tensor:
-    """Sums over ranks, each of which receives the rows that it owns; without gradient.
+    """Sums over ranks; each rank receives the rows that it owns. Without gradient.
 
     Args:
         rows: `[sum of sizes, ...]`, in rank order.
@@ -126,7 +126,7 @@ _host_groups: dict[Any, dist.ProcessGroup] = {}
 
 
 def _host_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The same ranks over gloo, made where it is first asked for, by all of them."""
+    """The same ranks over gloo, created on first use by all of them."""
     known = dist.group.WORLD if group is None else group
     if known not in _host_groups:
         ranks = None if group is None else dist.get_process_group_ranks(group)
@@ -135,10 +135,7 @@ def _host_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 
 def row_counts(rows: Tensor, group: dist.ProcessGroup | None = None) -> list[int]:
-    """Number of rows every rank holds, in rank order.
-
-    The hosts know their own and tell each other over gloo: nothing waits for an accelerator's queue.
-    """
+    """Number of rows of every rank, in rank order; exchanged over gloo, so that no accelerator's queue is stalled."""
     if world_size(group) == 1:
         return [rows.shape[0]]
     local = torch.tensor([rows.shape[0]])
@@ -150,7 +147,7 @@ def row_counts(rows: Tensor, group: dist.ProcessGroup | None = None) -> list[int
 
 
 def total_over_ranks(values: Sequence[float]) -> list[float]:
-    """Sums over ranks of numbers that the host has, in double where the device knows it; the same on every rank.
+    """Sums of host numbers over ranks, in double where the device supports it; the same on every rank.
 
     For counts: a float32 sum of tokens stops growing at 16 million.
     """
@@ -162,12 +159,10 @@ def total_over_ranks(values: Sequence[float]) -> list[float]:
 
 
 def agree_on_error(error: Exception | None) -> None:
-    """Raise on every rank when any rank failed, so that no rank waits for the others for ever.
-
-    Call it where a rank's own work ends and before the next collective.
+    """Raises on every rank if any rank failed, so that no rank waits forever. Call it before the next collective.
 
     Raises:
-        Exception: `error` itself on the ranks that failed.
+        Exception: `error` on the ranks that failed.
         ValueError: on the others, with the ranks and their causes.
     """
     if world_size() == 1:
@@ -187,8 +182,8 @@ def all_gather(rows: Tensor, group: dist.ProcessGroup | None = None, sizes: list
     """Concatenates the rows of all ranks, without gradient.
 
     Args:
-        rows: `[n, ...]`; ranks may hold different `n`, the other dimensions agree.
-        sizes: what `row_counts` returned, to save asking again.
+        rows: `[n, ...]`; ranks may hold different `n`.
+        sizes: the result of `row_counts`, if known.
 
     Returns:
         `[sum of n, ...]` in rank order, equal on every rank.
@@ -204,13 +199,13 @@ def all_gather_with_grad(
     """Concatenates the rows of all ranks; gradients flow back to the rank that owns a row.
 
     When every rank computes the same loss L of the gathered rows, each rank receives
-    `world_size * dL/d(own rows)`: DistributedDataParallel's mean over the ranks then yields exactly the
-    gradient of one process with the whole batch, and a parameter used after the gather (a logit scale)
-    has the whole gradient on every rank already.
+    `world_size * dL/d(own rows)`: DistributedDataParallel's mean over ranks is then exactly the gradient of one
+    process with the whole batch. A parameter used after the gather (a logit scale) already has the whole gradient on
+    every rank.
 
     Args:
-        rows: `[n, ...]`; ranks may hold different `n`, the other dimensions agree.
-        sizes: what `row_counts` returned, to save asking again.
+        rows: `[n, ...]`; ranks may hold different `n`.
+        sizes: the result of `row_counts`, if known.
 
     Returns:
         `[sum of n, ...]` in rank order, equal on every rank.
@@ -236,7 +231,7 @@ def mean_over_ranks(values: dict[str, Tensor], group: dist.ProcessGroup | None =
 
 
 def all_reduce(value: Tensor, group: dist.ProcessGroup | None = None, op: str = "sum") -> Tensor:
-    """`value` summed (or its maximum taken, `op="max"`) over ranks, without gradient; the argument is overwritten."""
+    """Sum (or maximum, `op="max"`) of `value` over ranks, in place and without gradient."""
     if world_size(group) > 1:
         dist.all_reduce(value, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=group)
     return value
@@ -263,6 +258,12 @@ def sum_over_ranks(value: Tensor, group: dist.ProcessGroup | None = None) -> Ten
     return value if world_size(group) == 1 else _SumOverRanks.apply(value, group)
 
 
+def mean_over_rows(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Mean of `[n]` values over the rows of all ranks, which may hold different n; with gradient."""
+    total = sum_over_ranks(torch.stack([values.sum(), values.new_tensor(float(len(values)))]), group)
+    return total[0] / total[1].detach()
+
+
 class _MeanGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -276,25 +277,24 @@ class _MeanGradient(torch.autograd.Function):
 
 
 def mean_gradient(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """`value` itself; its gradient is averaged over ranks at once, rather than when DDP comes by."""
+    """The identity, whose gradient is averaged over ranks immediately instead of by DDP."""
     return value if world_size(group) == 1 or not value.requires_grad else _MeanGradient.apply(value, group)
 
 
 class Columns:
-    """How the rows of a matrix that is split over the ranks come by, so that each rank meets all of them.
+    """Iterates over all rows of a matrix that is split over the ranks.
 
-    `hold(local)` is what a rank keeps of it; `visit(held)` yields blocks of it with the number of their first row,
-    `visit(held, gradient=True)` also a buffer of zeros per block, to which the rank adds its part of the block's
-    gradient. When the visit is over, its `gradient` holds the sum over all ranks for the rows that this rank owns.
+    `hold(local)` is what a rank keeps of it. `iterate(held)` yields blocks with the number of their first row and,
+    with `gradient=True`, a buffer of zeros per block, to which the rank adds its part of the block's gradient.
+    Afterwards the iterable's `gradient` is the sum over all ranks for the rows that this rank owns.
 
     Args:
         sizes: rows of every rank.
         group: process group.
-        exchange: `"gather"`: every rank holds all rows, one collective forward, one reduce-scatter for the
-            gradient. `"ring"`: blocks, and the sums of their gradients, travel from rank to rank while the rank
-            computes with the block before; no rank holds more than a few blocks.
-            `"shared"`: every rank has the same rows already; the gradient is the mean over ranks, so that
-            it is what one process would have on each of them.
+        exchange: `"gather"`: every rank holds all rows; one collective forward, one reduce-scatter for the gradient.
+            `"ring"`: blocks and the sums of their gradients are passed from rank to rank, overlapped with computation;
+            no rank holds more than a few blocks. `"shared"`: every rank already has the same rows; the gradient is
+            the mean over ranks.
 
     Raises:
         ValueError: an unknown exchange.
@@ -310,20 +310,21 @@ class Columns:
             self.blocks = [(0, sizes[0])]
         elif exchange == "gather" or len(sizes) == 1:
             self.blocks = [(0, sum(sizes))]
-        else:  # in rank order; a rank meets its own first
+        else:  # in rank order; a rank starts with its own
             starts = [sum(sizes[:index]) for index in range(len(sizes))]
             self.blocks = [(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
     def hold(self, local: Tensor) -> Tensor:
-        """What this rank keeps between the passes: all rows, or its own."""
+        """The rows that this rank keeps between the passes: all, or its own."""
         return all_gather(local, self.group, self.sizes) if self.exchange == "gather" else local.detach()
 
-    def visit(self, held: Tensor, *, gradient: bool = False) -> Visit:
-        return Visit(self, held, gradient)
+    def iterate(self, held: Tensor, *, gradient: bool = False) -> ColumnBlocks:
+        """One pass over the blocks of what `hold` returned."""
+        return ColumnBlocks(self, held, gradient)
 
 
-class Visit:
-    """One pass over `Columns`: iterate once, then read `gradient` (`None` unless it was asked for)."""
+class ColumnBlocks:
+    """One pass over `Columns`: iterate once, then read `gradient` (`None` unless requested)."""
 
     def __init__(self, columns: Columns, held: Tensor, with_gradient: bool) -> None:
         self._columns, self._held, self._with_gradient = columns, held, with_gradient
@@ -332,7 +333,7 @@ class Visit:
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         columns, held = self._columns, self._held
         if columns.exchange == "ring" and len(columns.sizes) > 1:
-            yield from self._around()
+            yield from self._ring()
             return
         buffer = torch.zeros_like(held) if self._with_gradient else None
         yield 0, held, buffer
@@ -343,30 +344,30 @@ class Visit:
         else:
             self.gradient = all_reduce(buffer, columns.group) / world_size(columns.group)
 
-    def _around(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    def _ring(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         columns, block = self._columns, self._held.contiguous()
         group, sizes = columns.group, columns.sizes
         me, world = rank(group), len(sizes)
-        travelling = None  # the gradient of the block at hand, as far as the ranks before have summed it
+        travelling = None  # the previous ranks' part of the current block's gradient
         for step in range(world):
             source = (me - step) % world
             following = sizes[(me - step - 1) % world]
             arriving = None
             if step + 1 < world:
-                arriving = _HandOver(block, following, group)  # while this rank computes
+                arriving = _Transfer(block, following, group)  # while this rank computes
             buffer = torch.zeros_like(block) if self._with_gradient else None
             yield columns.blocks[source][0], block, buffer
             if buffer is not None:
                 if travelling is not None:
                     buffer += travelling.wait()
-                travelling = _HandOver(buffer, following, group)
+                travelling = _Transfer(buffer, following, group)
             if arriving is not None:
                 block = arriving.wait()
-        if travelling is not None:  # the last hand-over brings this rank's own block home
+        if travelling is not None:  # the last transfer returns this rank's own block
             self.gradient = travelling.wait()
 
 
-class _HandOver:
+class _Transfer:
     """Sends rows to the next rank of the ring while those of the previous one arrive."""
 
     def __init__(self, rows: Tensor, arriving: int, group: dist.ProcessGroup | None) -> None:

@@ -18,19 +18,14 @@ ROOMS: dict[str, int] = {
 }
 # What is still longer, with its length: these only shrink, and an entry that is kept goes.
 LONG_FUNCTIONS: dict[str, int] = {
-    "mllm_vision/functional/engine/softmax.py:_gradients": 63,
     "mllm_vision/vlm/build.py:build_vlm": 91,
     "mllm_vision/vlm/conversation.py:load_stage_data": 88,
     "mllm_vision/vlm/model.py:forward": 84,
 }
 MANY_METHODS: dict[str, int] = {
-    "mllm_vision/encoder/encoder.py:VisionEncoder": 16,
     "mllm_vision/objectives/base.py:ImageObjective": 14,
-    "mllm_vision/objectives/base.py:Objective": 14,
-    "mllm_vision/objectives/base_dino.py:DINOObjective": 13,
 }
 LONG_FILES: dict[str, int] = {
-    "mllm_vision/functional/pairs.py": 413,
     "mllm_vision/objectives/base.py": 418,
 }
 LONG_RECIPES: dict[str, int] = {}
@@ -62,14 +57,21 @@ def functions() -> dict[str, int]:
 
 
 def public_methods() -> dict[str, int]:
-    """`file:Class` -> methods and properties without a leading underscore."""
+    """`file:Class` -> methods without a leading underscore; properties count as attributes."""
     found = {}
     for path in sources():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
-                names = {part.name for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)}
+                methods = [part for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)]
+                names = {method.name for method in methods if not is_property(method)}
                 found[f"{name_of(path)}:{node.name}"] = sum(not name.startswith("_") for name in names)
     return found
+
+
+def is_property(method: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether it is decorated with `property`, `cached_property` or a property's `setter`."""
+    names = {getattr(part, "attr", getattr(part, "id", "")) for part in method.decorator_list}
+    return not names.isdisjoint({"property", "cached_property", "setter"})
 
 
 def rooms() -> Counter[str]:

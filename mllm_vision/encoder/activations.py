@@ -1,4 +1,4 @@
-"""CLIP's activation with one kernel in the backward pass instead of five."""
+"""CLIP's activation with one backward kernel instead of five."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ class _QuickGelu(torch.autograd.Function):
 
 
 class QuickGelu(nn.Module):
-    """`x * sigmoid(1.702 x)`, as transformers' `QuickGELUActivation`: in training one saved tensor instead of two.
+    """`x * sigmoid(1.702 x)`, as transformers' `QuickGELUActivation`; training saves one tensor instead of two.
 
-    In evaluation it is transformers' own formula, so that a tower in memory and the same tower loaded plainly give
-    the same features to the last bit.
+    Evaluation uses transformers' formula, so that features equal those of plain transformers to the last bit.
 
     Reference:
         Hendrycks and Gimpel, 2016, "Gaussian Error Linear Units", section 2 (https://arxiv.org/abs/1606.08415).
@@ -44,7 +43,7 @@ class QuickGelu(nn.Module):
 
 
 def use_fast_activations(model: nn.Module) -> None:
-    """Puts `QuickGelu` in the place of transformers' own, in place; neither has parameters, so checkpoints stay."""
+    """Replaces transformers' `QuickGELUActivation` by `QuickGelu`, in place; neither has parameters."""
     from transformers.activations import QuickGELUActivation
 
     for module in model.modules():

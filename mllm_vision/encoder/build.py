@@ -26,7 +26,7 @@ def build_backbone(
 
     Args:
         spec: a name of `list_encoders()`, such as the preset `"vit_small"` or the model type `"clip_vision_model"`,
-            a config as a dict with `model_type`, or the path of a `config.json` (or of the directory that holds it).
+            a config as a dict with `model_type`, or the path of a `config.json` or its directory.
         image_size: side of the square image.
         **overrides: fields of the config (`hidden_size`, `num_hidden_layers`, `num_attention_heads`,
             `intermediate_size`, `patch_size`, ...); of a ResNet also `stem="cifar"` (`encoder.stems.set_stem`).
@@ -58,12 +58,12 @@ def build_backbone(
     try:
         config: Any = config_class(**fields)
         if model_type == "efficientnet":
-            # transformers has B7's width here whatever the coefficient says, and cannot run then
+            # transformers defaults to B7's width for any coefficient, which fails at run time
             fits = round_filters(config, 1280)
             if fields.setdefault("hidden_dim", fits) != fits:
                 raise ValueError(f"hidden_dim={fields['hidden_dim']} must be {fits} with this width_coefficient")
             config.hidden_dim = fits
-    except Exception as error:  # transformers' strict configs raise several kinds; all mean a wrong value
+    except Exception as error:  # transformers' strict configs raise several types; all mean a wrong value
         raise ValueError(f"{model_type}: {error}") from error
 
     size = image_size or _side(getattr(config, "image_size", None) or 224)
@@ -79,7 +79,7 @@ def build_backbone(
 
 @torch.no_grad()
 def _initialise_efficientnet(backbone: PreTrainedModel) -> None:
-    """The paper's own start: transformers draws the gains of its norms around zero, and then no signal gets through."""
+    """The paper's initialisation: transformers draws the norms' gains around zero, which blocks the signal."""
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_parameters()
@@ -91,7 +91,7 @@ def _initialise_efficientnet(backbone: PreTrainedModel) -> None:
 def build_processor(config: Any, image_size: int) -> Any:
     """The image processor of a family at one size. Square images are only resized, others as the family does."""
     family = family_of(config)
-    # The PIL backend by name: the same pixels with or without torchvision, and a config that loads with either.
+    # The PIL backend gives the same pixels with or without torchvision, and its config loads with either.
     name = family.processor + ("Pil" if hasattr(transformers, family.processor + "Pil") else "")
     return resize_processor(getattr(transformers, name)(), image_size)
 
@@ -106,7 +106,7 @@ def _read_spec(spec: dict[str, Any] | str | Path) -> dict[str, Any]:
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             message = unknown_name("model type", str(spec), list_encoders())
-            raise FileNotFoundError(f"there is no config file {spec}, and if a model type was meant: {message}")
+            raise FileNotFoundError(f"{spec} is neither a config file nor a model type: {message}")
         fields = read_json(path)
     model_type = fields.get("model_type")
     if model_type in COMPOSITES and isinstance(fields.get("vision_config"), dict):
@@ -115,7 +115,7 @@ def _read_spec(spec: dict[str, Any] | str | Path) -> dict[str, Any]:
     model_type = ALIASES.get(str(model_type), model_type)
     if model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type!r} cannot be built as a vision backbone; use {', '.join(FAMILIES)}")
-    # Which class a file was written from, and by which version, is no part of the architecture.
+    # Class and version of the writer are not part of the architecture.
     for name in ("architectures", "transformers_version", "dtype", "torch_dtype"):
         fields.pop(name, None)
     return {**fields, "model_type": model_type}

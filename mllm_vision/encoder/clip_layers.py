@@ -1,8 +1,8 @@
-"""CLIP's transformer layers without the work that nobody reads: same parameters, same results, fewer operations.
+"""CLIP's transformer layers without unused work: same parameters, same results, fewer operations.
 
-Two things a contrastive step never looks at: what the last layer makes of all the tokens but the pooled one, and
-what any layer makes of padding. Both are left out here by running the parts of a `CLIPEncoderLayer` ourselves. A
-layer that somebody wrapped (sharding, hooks, activation checkpointing) is run whole instead, see `is_plain`.
+A contrastive step needs neither the last layer's output for unpooled tokens nor any layer's output for padding. Both
+are skipped here by running the parts of a `CLIPEncoderLayer`. Wrapped layers (sharding, hooks, activation
+checkpointing) are run whole, see `is_plain`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def is_plain(layer: Any) -> bool:
-    """Whether the layer's parts may be run one by one: an untouched `CLIPEncoderLayer` with SDPA attention.
+    """Whether the layer's parts may be run one by one: a `CLIPEncoderLayer` with SDPA attention and without wrappers.
 
-    Sharded parameters are gathered, and activations checkpointed, by what surrounds the layer's own `forward`;
-    a forward hook wants to see it called.
+    Sharding, activation checkpointing and hooks need a call of the layer's `forward`.
     """
     from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
@@ -34,11 +33,7 @@ def is_plain(layer: Any) -> bool:
 
 
 def pooled_layer(layer: Any, hidden: Tensor) -> Tensor:
-    """The layer's output for token 0 alone: `[B, D]` of hidden states `[B, N, D]`.
-
-    Keys and values need every token; the query, the projection after the attention and the MLP do not, which is
-    five sixths of a layer's products.
-    """
+    """The layer's output for token 0: `[B, D]` of hidden states `[B, N, D]`, with a sixth of the products."""
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden)
     keys, values = _heads(attention, attention.k_proj(normed)), _heads(attention, attention.v_proj(normed))
@@ -46,17 +41,17 @@ def pooled_layer(layer: Any, hidden: Tensor) -> Tensor:
 
 
 class Packing:
-    """Right-padded texts laid end to end, and back.
+    """Right-padded texts concatenated without padding, and back.
 
-    How many tokens there are is read back from the device, once for a batch: the one value of a step.
+    The number of tokens is read back from the device once per batch.
 
     Args:
         lengths: `[B]`, tokens of each text that are not padding; at least one.
-        width: columns of the padded texts, the longest of which sets them as a rule.
+        width: columns of the padded texts.
 
     Attributes:
-        place: `[M]`, where each of the M tokens that are not padding stands among the `B * width`.
-        last: `[B]`, where the last token of each text stands among the M.
+        place: `[M]`, position of each of the M tokens among the `B * width`.
+        last: `[B]`, position of each text's last token among the M.
         mask: `[B, 1, 1, width]`, True for tokens.
     """
 
@@ -72,13 +67,13 @@ class Packing:
         return padded.flatten(0, 1).index_select(0, self.place)
 
     def pad(self, packed: Tensor) -> Tensor:
-        """`[M, D]` to `[B, width, D]`, zeros where there is padding."""
+        """`[M, D]` to `[B, width, D]`, with zeros as padding."""
         empty = packed.new_zeros(self.rows * self.width, packed.shape[-1])
         return empty.index_copy(0, self.place, packed).view(self.rows, self.width, -1)
 
 
 def packed_layer(layer: Any, hidden: Tensor, packing: Packing) -> Tensor:
-    """The layer over packed tokens `[M, D]`, each attending to its own text up to itself."""
+    """The layer over packed tokens `[M, D]`, with causal attention within each text."""
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -98,12 +93,12 @@ def packed_pooled_layer(layer: Any, hidden: Tensor, packing: Packing) -> Tensor:
     return _one_token(layer, hidden[packing.last], normed[packing.last], keys, values, packing.mask)
 
 
-_PACKINGS = WeakTensorKeyDictionary()  # of the batches that are still there: what they were made for, the packing
+_PACKINGS = WeakTensorKeyDictionary()  # input_ids of live batches -> (key, packing)
 
 
 def packed_text(model: Any, input_ids: Tensor, ends: Tensor) -> Tensor:
     """`pooler_output` `[B, D]` of a plain `CLIPTextModel`: texts `[B, T]` whose end tokens stand at `ends` `[B]`."""
-    # a momentum tower gets the very texts that the tower got, and asks for them as they were then
+    # a momentum tower receives the same tensor as the tower; its version shows that it was not modified since
     key = model.config.eos_token_id, 0 if input_ids.is_inference() else input_ids._version
     made_for, packing = _PACKINGS.get(input_ids, (None, None))
     if packing is None or made_for != key:
@@ -124,7 +119,7 @@ def _heads(attention: Any, states: Tensor) -> Tensor:
 def _one_token(
     layer: Any, residual: Tensor, normed: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """The rest of a layer for one token a row: `[B, D]` each, keys and values `[B, H, T, d]`."""
+    """The rest of a layer for one token per row: `[B, D]` each, keys and values `[B, H, T, d]`."""
     attention = layer.self_attn
     queries = _heads(attention, attention.q_proj(normed)[:, None])
     mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=attention.scale)

@@ -1,4 +1,4 @@
-"""The image-text pair of stage zero: an image tower, a text tower, and one space for both."""
+"""The image-text model of stage zero: an image tower, a text tower and a shared embedding space."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 class DualEncoder(nn.Module):
     """An image tower and a text tower that embed into one space.
 
-    Saved as what plain transformers loads: a `CLIPModel` (CLIP towers), a `SiglipModel` (SigLIP towers), a
-    `VisionTextDualEncoderModel` (other towers that have poolers), each with tokenizer and image processor; any
-    other combination as a folder of native towers that only `DualEncoder.from_pretrained` puts together.
+    Saved as a plain transformers checkpoint: a `CLIPModel` (CLIP towers), a `SiglipModel` (SigLIP towers) or a
+    `VisionTextDualEncoderModel` (other towers with poolers), each with tokenizer and image processor. Any other
+    combination is saved as a folder of native towers, which only `DualEncoder.from_pretrained` loads.
 
     Args:
-        vision: the image tower; its pooled vector is what gets projected.
+        vision: the image tower; its pooled vector is projected.
         text: a transformers text model (see `encoder.text.towers.build_text_tower`).
         tokenizer: the tokenizer prepared for it (see `encoder.text.tokenizers.prepare_tokenizer`).
-        embed_dim: width E of the shared space; two SigLIP towers share the image tower's width without projections.
-        pooling: "pooler", "mean" or "last" (`encoder.text.pooling.pool_text`); by default what the tower has.
+        embed_dim: width E of the shared space; two SigLIP towers use the image tower's width without projections.
+        pooling: "pooler", "mean" or "last" (`encoder.text.pooling.pool_text`); by default chosen by the tower.
         logit_scale: initial value of the log scale, a 0-d parameter.
-        logit_bias: initial bias of the sigmoid loss, a 0-d parameter; `None` for the softmax loss, which has none.
+        logit_bias: initial bias of the sigmoid loss, a 0-d parameter; `None` for the softmax loss.
 
     Raises:
-        ValueError: widths, vocabulary, end token or pooling that do not fit together.
+        ValueError: incompatible widths, vocabulary, end token or pooling.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class DualEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale)))
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(float(logit_bias)))
         use_fast_activations(self)
-        # Parameters that no gradient reaches would stop DistributedDataParallel: DINOv2's mask token, an unused pooler.
+        # Unused parameters make DistributedDataParallel fail: DINOv2's mask token, an unused pooler.
         idle = [value for name, value in vision.backbone.named_parameters() if name.endswith("mask_token")]
         if self.pooling != "pooler" and getattr(text, "pooler", None) is not None:
             idle += text.pooler.parameters()
@@ -93,7 +93,7 @@ class DualEncoder(nn.Module):
 
     @property
     def kind(self) -> str:
-        """The loss the pair is for: "siglip" where it has a logit bias, else "clip"."""
+        """The loss of the pair: "siglip" with a logit bias, else "clip"."""
         return "clip" if self.logit_bias is None else "siglip"
 
     @property
@@ -118,7 +118,7 @@ class DualEncoder(nn.Module):
     def image_features(self, pixel_values: Tensor, *, patch_dropout: float = 0.0) -> Tensor:
         """Projected image vectors `[B, E]`, not normalised, of preprocessed images `[B, 3, H, W]`.
 
-        In training mode the share `patch_dropout` of the patches is left out (`VisionEncoder.forward`).
+        In training mode the fraction `patch_dropout` of the patches is dropped (`VisionEncoder.forward`).
         """
         features = self.vision(pixel_values, pooled=True, tokens=False, patch_dropout=patch_dropout)
         return self.visual_projection(features.pooled)
@@ -126,7 +126,7 @@ class DualEncoder(nn.Module):
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Projected text vectors `[B, E]`, not normalised, of tokens `[B, T]` padded on the right."""
         if "attention_mask" not in self.tokenizer.model_input_names:
-            attention_mask = None  # published SigLIP towers attend to their padding
+            attention_mask = None  # published SigLIP towers attend to padding
         return self.text_projection(pool_text(self.text, input_ids, attention_mask, pooling=self.pooling))
 
     def logits(self, image: Tensor, text: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class DualEncoder(nn.Module):
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` `[B, T]` on this model's device, cut to `max_text_length`.
 
-        Texts are padded to the longest; where the tower wants more (SigLIP), `text_features` sees to it.
+        Texts are padded to the longest; `text_features` pads further for SigLIP towers.
         """
         texts = [cut_text(text, self.tokenizer, self.max_text_length) for text in texts]
         encoded = self.tokenizer(texts, padding=True, truncation=True, return_attention_mask=True, return_tensors="pt")
@@ -172,7 +172,7 @@ class DualEncoder(nn.Module):
             return "clip"
         if self._siglip_towers:
             return "siglip"
-        # transformers' generic pair takes whatever the towers' poolers give, and has no bias
+        # transformers' generic model projects the towers' pooler outputs and has no bias
         pools = getattr(self.vision.backbone.config, "vision_use_head", True) and (
             getattr(self.vision.backbone, "pooler", True) is not None
         )
@@ -182,16 +182,16 @@ class DualEncoder(nn.Module):
         return COMPOSITE
 
     def native_model(self) -> Any:
-        """The pair as the transformers model that `layout` names, sharing this pair's tensors.
+        """The pair as the transformers model named by `layout`; tensors are shared.
 
         Raises:
-            ValueError: the towers fit no transformers class (`layout` is "mllm_vision_dual").
+            ValueError: no transformers class fits the towers (`layout` is "mllm_vision_dual").
         """
         import transformers
 
         if self.layout == COMPOSITE:
             towers = f"{self.vision.config.model_type!r} image tower with a {self.text.config.model_type!r} text tower"
-            raise ValueError(f"no transformers class holds a {towers} and this loss; use two CLIP or SigLIP towers")
+            raise ValueError(f"no transformers class supports a {towers} and this loss; use two CLIP or SigLIP towers")
         names = {"clip": "CLIP", "siglip": "Siglip", "vision-text-dual-encoder": "VisionTextDualEncoder"}
         name = names[self.layout]
         configs = {"vision_config": self.vision.backbone.config, "text_config": self.text.config}
@@ -202,7 +202,7 @@ class DualEncoder(nn.Module):
             if self.layout == "clip":
                 fields["vision_config"]["projection_dim"] = fields["text_config"]["projection_dim"] = self.embed_dim
                 if self.logit_bias is not None:
-                    # CLIPModel has no bias; its softmax does not miss it, our from_pretrained wants it back
+                    # CLIPModel has no bias (softmax ignores it), but from_pretrained restores it
                     extras["logit_bias"] = self.logit_bias.item()
         config = getattr(transformers, f"{name}Config")(**fields, mllm_vision=extras)
         state = {f"vision_model.{key}": value for key, value in self.vision.backbone.state_dict().items()}
@@ -260,7 +260,7 @@ class DualEncoder(nn.Module):
 
         Raises:
             FileNotFoundError: no such folder or repository, or one without `config.json`.
-            ValueError: a model that is no image-text pair, or weights other than its lineage says.
+            ValueError: a model that is not an image-text pair, or weights that differ from its lineage.
         """
         source = Source(path_or_id, revision=revision, token=token)
         config = read_json(source.file("config.json"))
@@ -303,8 +303,8 @@ class DualEncoder(nn.Module):
         names = {"clip": "CLIPModel", "siglip": "SiglipModel", "vision-text-dual-encoder": "VisionTextDualEncoderModel"}
         if model_type not in names:
             raise ValueError(
-                f"{folder} holds a {model_type!r} model, which is no image-text pair; expected one of "
-                f"{', '.join(names)} or a folder that DualEncoder.save_pretrained wrote"
+                f"{folder} contains a {model_type!r} model, not an image-text pair; expected one of "
+                f"{', '.join(names)} or a folder written by DualEncoder.save_pretrained"
             )
         model = getattr(transformers, names[model_type]).from_pretrained(folder, use_safetensors=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -339,20 +339,20 @@ def build_dual(
     max_text_length: int | None = None,
     logit_bias: float | None = None,
 ) -> DualEncoder:
-    """A pair from names: a path or Hub id is loaded, a model type is built with random weights.
+    """A pair by name: a path or Hub id is loaded, a model type is built with random weights.
 
     Args:
         encoder: path or Hub id of an encoder, or a name of `list_encoders()` such as `"clip_vit_base"`.
         text_tower: path or Hub id, `"clip_text_model"` or `"siglip_text_model"`; by default SigLIP's for a SigLIP
             image tower and CLIP's for any other.
         tokenizer: path or Hub id; by default the text tower's.
-        encoder_overrides, text_overrides: config fields of towers built here; a text tower is sized to the image
-            tower otherwise (`encoder.text.towers.text_sizes`).
+        encoder_overrides, text_overrides: config fields of towers built here; by default a text tower is sized by the
+            image tower (`encoder.text.towers.text_sizes`).
         image_size: side of the square image.
         embed_dim, max_text_length, logit_bias: see `DualEncoder` and `encoder.text.towers.build_text_tower`.
 
     Raises:
-        ValueError: no tokenizer named, overrides for a checkpoint, or parts that do not fit together.
+        ValueError: no tokenizer, overrides for a checkpoint, or incompatible parts.
         FileNotFoundError: a path or Hub id that does not exist.
     """
     from transformers import AutoTokenizer
@@ -369,7 +369,7 @@ def build_dual(
         words = AutoTokenizer.from_pretrained(source)
     if text_tower in (CLIP_TEXT, SIGLIP_TEXT):
         sizes = text_sizes(vision.config)
-        if "hidden_size" in (text_overrides or {}):  # what depends on the width follows the one that is given
+        if "hidden_size" in (text_overrides or {}):  # fields that depend on the width follow the override
             sizes = {"num_hidden_layers": sizes["num_hidden_layers"]} if sizes else {}
         text_overrides = sizes | (text_overrides or {})
     text, prepared = build_text_tower(
@@ -383,7 +383,7 @@ def build_dual(
 
 
 def _projection(width: int, embed_dim: int) -> nn.Linear:
-    """Without bias, drawn with standard deviation width ** -0.5 as CLIP does."""
+    """Without bias, initialised with standard deviation width ** -0.5 as in CLIP."""
     projection = nn.Linear(width, embed_dim, bias=False)
     nn.init.normal_(projection.weight, std=width**-0.5)
     return projection

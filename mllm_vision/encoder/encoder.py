@@ -1,4 +1,4 @@
-"""VisionEncoder: any transformers vision backbone, with the layer and tokens that a language model will see."""
+"""VisionEncoder: any transformers vision backbone, with the layer and tokens for a language model."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from mllm_vision.encoder.sizes import processor_size, resize_backbone, resize_pr
 
 
 class VisionEncoder(nn.Module):
-    """A vision backbone, its image processor, and which of its tokens are its output.
+    """A vision backbone, its image processor and the selection of its output tokens.
 
-    Make one with `from_pretrained` or `from_backbone`.
+    Create one with `from_pretrained` or `from_backbone`.
 
     Attributes:
         backbone: the plain transformers model; its `config` is the encoder's.
         processor: the plain transformers image processor.
         select_layer: index into `hidden_states` (negative from the end; -1 is before the final norm).
         select_feature: `patch`, `cls_patch`, `cls` or `pooled`.
-        lineage: what the directory it was loaded from says about its making, or None.
-        pretrained: whether its weights were loaded, not drawn at random, as far as the backbone tells.
+        lineage: content of lineage.json in the directory it was loaded from, or None.
+        pretrained: whether its weights were loaded, not drawn at random.
     """
 
     def __init__(self, backbone: PreTrainedModel, processor: Any, *, select_layer: int, select_feature: str) -> None:
@@ -50,7 +50,7 @@ class VisionEncoder(nn.Module):
         self.select_layer = select_layer
         self.select_feature = select_feature
         self.lineage: dict[str, Any] | None = None
-        self.pretrained = bool(backbone.name_or_path)  # transformers' from_pretrained leaves it there
+        self.pretrained = bool(backbone.name_or_path)  # set by transformers' from_pretrained
         self._source: Path | None = None
         self._image_size = size
         self._probed: tuple[tuple[int, int], tuple[int, int]] | None = None
@@ -71,13 +71,13 @@ class VisionEncoder(nn.Module):
         Args:
             backbone: a transformers vision model of an accepted family.
             processor: its image processor.
-            select_layer: None takes what `backbone.config` remembers, else -2 for CLIP and SigLIP, -1 for others.
-            select_feature: None takes what the config remembers, else `patch`.
-            image_size: change backbone (in place) and processor to another size.
+            select_layer: None is the value stored in `backbone.config`, else -2 for CLIP and SigLIP, -1 for others.
+            select_feature: None is the value stored in the config, else `patch`.
+            image_size: resize backbone (in place) and processor.
 
         Raises:
-            ValueError: a model that is no vision backbone, an impossible layer, feature or size, or a processor
-                that makes images of another size than the backbone takes.
+            ValueError: a model that is not a vision backbone, an invalid layer, feature or size, or different image
+                sizes of processor and backbone.
         """
         if processor is None:
             raise ValueError("processor=None: an encoder needs its image processor (see encoder.build_processor)")
@@ -108,26 +108,26 @@ class VisionEncoder(nn.Module):
     ) -> VisionEncoder:
         """An encoder from a local directory or a Hub id.
 
-        Takes a checkpoint of our own, a plain transformers vision model (CLIP, SigLIP, SigLIP 2 of fixed size,
-        DINOv2, DINOv3 ViT, ViT, ResNet, EfficientNet), a whole CLIP or SigLIP dual model (its image tower), or a
-        LLaVA checkpoint (its vision tower with the weights as tuned; the language model is not read).
+        Accepts a checkpoint of this package, a plain transformers vision model (CLIP, SigLIP, SigLIP 2 of fixed size,
+        DINOv2, DINOv3 ViT, ViT, ResNet, EfficientNet), a CLIP or SigLIP dual model (its image tower), or a LLaVA
+        checkpoint (its vision tower; the language model is not read).
 
         Args:
             path_or_id: directory, or `owner/name` on the Hub.
-            select_layer: None takes what the checkpoint says, else -2 for CLIP and SigLIP, -1 for others.
-            select_feature: None takes what the checkpoint says, else `patch`.
-            image_size: another square size; learned positions are interpolated once, so that what is saved
-                afterwards is an ordinary checkpoint of that size.
+            select_layer: None is the checkpoint's value, else -2 for CLIP and SigLIP, -1 for others.
+            select_feature: None is the checkpoint's value, else `patch`.
+            image_size: another square size; learned positions are interpolated once, so that saving gives an ordinary
+                checkpoint of that size.
             revision: branch, tag or commit on the Hub.
             token: a Hub token; None uses `HF_TOKEN` or the stored login.
-            processor: an image processor, for checkpoints that come without one.
-            dtype: of the weights; "auto" keeps what is stored.
+            processor: an image processor, for checkpoints without one.
+            dtype: of the weights; "auto" keeps the stored one.
 
         Raises:
             FileNotFoundError: no such directory or repository, or no processor in it.
             PermissionError: the Hub refuses the token, or the repository is gated.
-            ValueError: not a vision model, incomplete weights, weights that differ from what lineage.json says,
-                an impossible layer, feature or size.
+            ValueError: not a vision model, incomplete weights, weights that differ from lineage.json, an invalid
+                layer, feature or size.
         """
         tower = load_tower(path_or_id, revision=revision, token=token, processor=processor, dtype=dtype)
         encoder = cls.from_backbone(
@@ -140,8 +140,6 @@ class VisionEncoder(nn.Module):
         encoder.lineage, encoder._source, encoder.pretrained = tower.lineage, tower.directory, True
         return encoder
 
-    # What a LLaVA-style model asks for -------------------------------------------------------------------------
-
     @property
     def config(self) -> Any:
         """The backbone's config."""
@@ -149,19 +147,19 @@ class VisionEncoder(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Side of the square image that the processor makes, in pixels."""
+        """Side of the processor's square images, in pixels."""
         return self._image_size
 
     @property
     def patch_size(self) -> int:
-        """Side of the square of pixels behind one token (for convolutional networks: the total stride)."""
+        """Side of a token's square of pixels (the total stride of convolutional networks)."""
         if family_of(self.backbone).convolutional:
             return -(-self.image_size // round(self._probe()[0] ** 0.5))
         return _side(self.config.patch_size)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens an image of `image_size` becomes: N of `[B, N, D]`."""
+        """Tokens of an image of `image_size`: N of `[B, N, D]`."""
         if self.select_feature in ("cls", "pooled"):
             return 1
         if family_of(self.backbone).convolutional:
@@ -206,11 +204,11 @@ class VisionEncoder(nn.Module):
         """Features of preprocessed images.
 
         Args:
-            pixel_values: `[B, 3, H, W]` as the processor makes them; another size interpolates the positions.
-            pooled: False runs only the layers that `select_layer` needs, and gives `pooled=None`.
-            tokens: False leaves out what only the tokens need, and gives `tokens=None`.
-            patch_dropout: share of the patches that training leaves out, drawn for each image anew; none in
-                evaluation mode (FLIP, `features.drop_patches`).
+            pixel_values: `[B, 3, H, W]` from the processor; positions are interpolated for other sizes.
+            pooled: False runs only the layers that `select_layer` needs, and returns `pooled=None`.
+            tokens: False skips work that only the tokens need, and returns `tokens=None`.
+            patch_dropout: fraction of each image's patches dropped at random in training mode (FLIP,
+                `features.drop_patches`).
 
         Returns:
             VisionFeatures: tokens `[B, N, D]` or None, pooled `[B, P]` or None.
@@ -230,14 +228,14 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Any, *, batch_size: int = 64, feature: str = "tokens", progress: bool = False) -> Tensor:
-        """Encode images, in batches, without gradient and in evaluation mode.
+        """Encodes images in batches, without gradient and in evaluation mode.
 
         Args:
-            images: PIL images, paths, bytes of image files or arrays [H, W, C] (see `load_image`): a sequence or an
-                array [N, H, W, C]; a single one is a batch of one.
+            images: one or a sequence of PIL images, paths, bytes of image files or arrays [H, W, C] (see `load_image`),
+                or an array [N, H, W, C].
             batch_size: images at a time.
             feature: `tokens` for `[N, T, D]`, `pooled` for `[N, P]`.
-            progress: show a bar.
+            progress: show a progress bar.
 
         Returns:
             Tensor: on the CPU, in the order of `images`.
@@ -250,7 +248,7 @@ class VisionEncoder(nn.Module):
         if feature not in ("tokens", "pooled"):
             raise ValueError(f"feature={feature!r} is unknown; use 'tokens' or 'pooled'")
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is no number of images; use 1 or more")
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
         one = isinstance(images, (str, bytes, os.PathLike, dict)) or hasattr(images, "convert")
         one = one or 0 < getattr(images, "ndim", 4) < 4  # an array [H, W] or [H, W, C] is one image, [N, H, W, C] are N
         images = [images] if one else list(images)
@@ -272,12 +270,15 @@ class VisionEncoder(nn.Module):
         return torch.empty(shape, dtype=self.dtype)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write the backbone's own transformers checkpoint and its image processor.
+        """Writes a plain transformers checkpoint and its image processor.
 
-        `AutoModel.from_pretrained(path)` and `AutoImageProcessor.from_pretrained(path)` read it without this
-        package; `select_layer` and `select_feature` are an extra key of config.json that they ignore. An encoder
-        whose weights are still those it was loaded with takes its lineage.json and recipe.yaml along. Files are
-        written aside and moved in place together: a full disk leaves what was there before.
+        `AutoModel.from_pretrained(path)` and `AutoImageProcessor.from_pretrained(path)` read it without this package;
+        they ignore the extra config key with `select_layer` and `select_feature`. lineage.json and recipe.yaml are
+        copied if the weights are unchanged since loading. Files are written to a temporary folder first, so a full
+        disk leaves the previous ones intact.
+
+        Raises:
+            FileExistsError: `path` is a file.
         """
         self._remember_selection()
         target = Path(path)
@@ -291,7 +292,7 @@ class VisionEncoder(nn.Module):
             self.processor.save_pretrained(aside)
             carry_lineage(self.lineage, self._source, aside)
             target.mkdir(exist_ok=True)
-            # Of the model that was here before: keeping them would lie about the one that comes.
+            # Files of the previous model do not describe the new one.
             written = {file.name for file in aside.iterdir()}
             old = ("lineage.json", "recipe.yaml", "model.safetensors*", "model-*-of-*.safetensors")
             for stale in [file for pattern in old for file in target.glob(pattern) if file.name not in written]:
@@ -308,21 +309,21 @@ class VisionEncoder(nn.Module):
         revision: str | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Upload what `save_pretrained` writes, with a model card made from the lineage, in one commit.
+        """Uploads the files of `save_pretrained` and a model card made from the lineage, in one commit.
 
         Args:
-            repo_id: `owner/name`; made if it is not there.
-            token: a token with the right to write; None uses `HF_TOKEN` or the stored login.
+            repo_id: `owner/name`; created if missing.
+            token: a token with write access; None uses `HF_TOKEN` or the stored login.
             private: whether a new repository is private; None is the account's default.
-            revision: branch to commit to; made if it is not there.
-            commit_message: None says what it is.
+            revision: branch to commit to; created if missing.
+            commit_message: None writes a default message.
 
         Returns:
-            str: the commit's address.
+            str: URL of the commit.
 
         Raises:
             PermissionError: the Hub refuses the token.
-            ConnectionError: the Hub is out of reach, or the upload broke; nothing of it is visible then.
+            ConnectionError: the Hub cannot be reached, or the upload failed; nothing was committed.
         """
         from mllm_vision.hub.card import find_run
         from mllm_vision.hub.push import push_directory
@@ -331,7 +332,7 @@ class VisionEncoder(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / repo_id.split("/")[-1]
             self.save_pretrained(path)
-            run = run if (path / "lineage.json").is_file() else {}  # trained on since: the run made other weights
+            run = run if (path / "lineage.json").is_file() else {}  # trained further: not the run's weights
             arguments: dict[str, Any] = {"token": token, "private": private, "revision": revision}
             return push_directory(path, repo_id, commit_message=commit_message, run=run, **arguments)
 
@@ -339,14 +340,14 @@ class VisionEncoder(nn.Module):
         return f"select_layer={self.select_layer}, select_feature={self.select_feature!r}, image_size={self.image_size}"
 
     def _remember_selection(self) -> None:
-        # In the config at once, not only on saving: whoever saves the backbone (a dual model, a VLM) keeps it.
+        # In the config at once, not only on saving: a dual model or a VLM may save the backbone.
         kept = getattr(self.backbone.config, "mllm_vision", None) or {}  # the stem of a ResNet
         chosen = {"select_layer": self.select_layer, "select_feature": self.select_feature}
         self.backbone.config.mllm_vision = {**kept, **chosen}
 
     @torch.no_grad()
     def _probe(self) -> tuple[int, int]:
-        """(tokens, width) of a convolutional network, which only a run can tell."""
+        """(tokens, width) of a convolutional network, measured by a forward pass."""
         key = (self.image_size, self.select_layer)
         if self._probed is None or self._probed[0] != key:
             was_training = self.training
@@ -362,7 +363,7 @@ class VisionEncoder(nn.Module):
 
 
 def _agreed_size(backbone: PreTrainedModel, processor: Any) -> int:
-    """The image size that processor and backbone agree on, or ValueError; for patches that are no squares, too."""
+    """The common image size of processor and backbone; ValueError if they differ or patches are not square."""
     family = family_of(backbone)
     if not family.convolutional:
         _side(backbone.config.patch_size)
@@ -376,7 +377,7 @@ def _agreed_size(backbone: PreTrainedModel, processor: Any) -> int:
     if fixed and size != _side(backbone.config.image_size):
         own = _side(backbone.config.image_size)
         raise ValueError(
-            f"the image processor makes images of {size}, the {family.model_type} takes image_size={own}; "
+            f"the image processor makes images of {size}, but the {family.model_type} takes image_size={own}; "
             f"pass image_size={own} or image_size={size} to make both agree"
         )
     return size

@@ -1,9 +1,8 @@
 """What differs from one transformers vision backbone to the next, in one table.
 
-A backbone is run in three moves: `embed` (pixels to the first hidden state), its `layers` one after the
-other, and `pool` (the last hidden state to one vector). Running the moves ourselves, instead of calling the
-model, is what lets an encoder stop after the layer it needs. The tests hold every row of the table against
-the model's own `forward`.
+A backbone runs in three steps: `embed` (pixels to the first hidden state), its `layers`, and `pool` (the last hidden
+state to one vector). Separate steps let an encoder stop after the layer it needs. Tests compare every row of the table
+with the model's own `forward`.
 """
 
 from __future__ import annotations
@@ -37,19 +36,15 @@ class Family:
     """Prefixes a checkpoint may lack without harm to the tokens."""
 
     def num_prefix_tokens(self, config: Any) -> int:
-        """Number of tokens before the patches: the class token and the registers."""
+        """Tokens before the patches: the class token and the registers."""
         return int(self.has_cls) + int(getattr(config, "num_register_tokens", 0) or 0)
 
 
 def _side(value: Any) -> int:
-    """The side of a square image or patch, from a number or a pair.
-
-    Raises:
-        ValueError: it is no square.
-    """
+    """The side of a square image or patch, from a number or a pair; ValueError if it is not square."""
     sides = [int(each) for each in (value if isinstance(value, (list, tuple)) else [value])]
     if len(set(sides)) != 1:
-        raise ValueError(f"images and patches must be square here, and a size is {list(value)}; use one number")
+        raise ValueError(f"images and patches must be square, but a size is {list(value)}; use one number")
     return sides[0]
 
 
@@ -83,7 +78,7 @@ def _embed_dinov3(model: Any, pixel_values: Tensor) -> tuple[Hidden, dict[str, A
 
 def _pool_siglip(model: Any, hidden: Hidden) -> Tensor:
     hidden = model.post_layernorm(hidden)
-    # A tower saved without its attention-pooling head has no vector of its own: the mean is the honest stand-in.
+    # A tower without its attention-pooling head has no image vector; the mean replaces it.
     return model.head(hidden) if model.use_head else hidden.mean(dim=1)
 
 
@@ -95,7 +90,7 @@ def _pool_vit(model: Any, hidden: Hidden) -> Tensor:
 def _pool_efficientnet(model: Any, hidden: Hidden) -> Tensor:
     encoder = model.encoder
     hidden = encoder.top_activation(encoder.top_bn(encoder.top_conv(hidden)))
-    # The model's own pooler has a fixed window of `hidden_dim` pixels: a global pool for any image smaller.
+    # The model's pooler has a fixed window of `hidden_dim` pixels, which is global for any smaller image.
     return hidden.amax(dim=(2, 3)) if model.config.pooling_type == "max" else hidden.mean(dim=(2, 3))
 
 
@@ -146,7 +141,7 @@ _FAMILIES = (
         embed=_embed_dinov3,
         layers=lambda model: model.model.layer,
         pool=lambda model, hidden: model.norm(hidden)[:, 0],
-        processor="ViTImageProcessor",  # its own one needs torchvision; same arithmetic within a grey level
+        processor="ViTImageProcessor",  # DINOv3's needs torchvision; equal within one grey level
         has_cls=True,
         optional_weights=("embeddings.mask_token",),
     ),
@@ -193,12 +188,12 @@ def family_of(backbone: Any) -> Family:
     config = getattr(backbone, "config", backbone)
     model_type = getattr(config, "model_type", None)
     if model_type not in FAMILIES:
-        raise ValueError(f"model_type={model_type!r} is no vision backbone; accepted are {accepted_types()}")
+        raise ValueError(f"model_type={model_type!r} is not a vision backbone; accepted are {accepted_types()}")
     return FAMILIES[model_type]
 
 
 def to_tokens(hidden: Hidden) -> Tensor:
-    """Feature maps `[B, C, H, W]` become tokens `[B, H*W, C]`, row by row; tokens stay as they are."""
+    """Feature maps `[B, C, H, W]` as tokens `[B, H*W, C]`, row by row; tokens are returned unchanged."""
     return hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
 
 

@@ -20,11 +20,11 @@ SELECT_FEATURES = ("patch", "cls_patch", "cls", "pooled")
 
 @dataclass
 class VisionFeatures(ModelOutput):
-    """What an encoder gives for a batch of images.
+    """Output of an encoder for a batch of images.
 
     Attributes:
-        tokens: `[B, N, D]`, the selected tokens of the selected layer, or None if they were not asked for.
-        pooled: `[B, P]`, the backbone's own image vector (its `pooler_output`), or None if it was not asked for.
+        tokens: `[B, N, D]`, the selected tokens of the selected layer, or None if not requested.
+        pooled: `[B, P]`, the backbone's image vector (its `pooler_output`), or None if not requested.
     """
 
     tokens: Tensor | None = None
@@ -37,13 +37,13 @@ def num_layers(backbone: PreTrainedModel) -> int:
 
 
 def resolve_layer(select_layer: int, layers: int, model_type: str = "backbone") -> int:
-    """Index into `hidden_states`, counted from the front.
+    """Non-negative index into `hidden_states`, which is the number of layers to run.
 
     As in LLaVA, `hidden_states` has `layers + 1` entries: 0 is the embedding, `layers` (or -1) the last layer's
-    output before the final norm. The result is the number of layers that have to run.
+    output before the final norm.
 
     Raises:
-        ValueError: if there is no such layer.
+        ValueError: no such layer.
     """
     if isinstance(select_layer, bool) or not isinstance(select_layer, int):
         raise ValueError(f"select_layer={select_layer!r} is not a whole number; use -1 for the last layer")
@@ -56,7 +56,7 @@ def resolve_layer(select_layer: int, layers: int, model_type: str = "backbone") 
 
 
 def check_feature(select_feature: str, family: Family) -> None:
-    """Raises ValueError for an unknown `select_feature`, or one this family cannot give."""
+    """Raises ValueError for an unknown `select_feature`, or one that this family does not have."""
     if select_feature not in SELECT_FEATURES:
         raise ValueError(f"select_feature={select_feature!r} is unknown; use one of {', '.join(SELECT_FEATURES)}")
     if select_feature in ("cls", "cls_patch") and not family.has_cls:
@@ -67,24 +67,24 @@ def check_feature(select_feature: str, family: Family) -> None:
 
 
 def default_selection(backbone: PreTrainedModel) -> tuple[int, str]:
-    """`(select_layer, select_feature)`: what the config remembers, else -2 for CLIP-like towers and -1 for others."""
+    """`(select_layer, select_feature)` stored in the config; else `patch` of layer -2 (CLIP, SigLIP) or -1 (others)."""
     family = family_of(backbone)
     kept: dict[str, Any] = getattr(backbone.config, "mllm_vision", None) or {}
     layer = kept.get("select_layer")
     if layer is None:
-        # A tower of one layer has no second to last one worth the name (it would be the bare embeddings).
+        # The second to last hidden state of a single layer would be the embeddings.
         layer = family.default_layer if num_layers(backbone) > 1 else -1
     return layer, kept.get("select_feature") or "patch"
 
 
 def check_patch_dropout(patch_dropout: float, backbone: PreTrainedModel) -> None:
-    """Raises ValueError for a share of patches that cannot be dropped, or a backbone that has no patches to drop."""
+    """Raises ValueError for an invalid fraction of patches, or a backbone without patches."""
     if not 0 <= patch_dropout < 1:
         raise ValueError(f"patch_dropout={patch_dropout} must lie in [0, 1); 0.5 drops half of the patches")
     family = family_of(backbone)
     if patch_dropout and family.convolutional:
         raise ValueError(
-            f"patch_dropout={patch_dropout}: {family.model_type} is convolutional and has no patches to leave out; "
+            f"patch_dropout={patch_dropout}: {family.model_type} is convolutional and has no patches to drop; "
             "use --patch_dropout 0, or a transformer"
         )
 
@@ -94,13 +94,13 @@ def drop_patches(
 ) -> tuple[Tensor, dict[str, Any]]:
     """A random subset of each image's patches, before the first layer; prefix tokens (class, registers) stay.
 
-    Every image keeps the same number, `round((1 - patch_dropout) * N)` and at least one, drawn without
-    replacement from torch's global generator of the device, so that replaying its state draws the same ones.
+    Every image keeps `max(1, round((1 - patch_dropout) * N))` patches, drawn without replacement from the device's
+    global generator.
 
     Args:
         hidden: `[B, prefix + N, D]`, positions already added.
-        arguments: the layers' arguments; rotary positions `[N, d]` are picked along.
-        patch_dropout: share of the patches to leave out, in [0, 1).
+        arguments: the layers' arguments; rotary positions `[N, d]` are selected accordingly.
+        patch_dropout: fraction of the patches to drop, in [0, 1).
         prefix: tokens before the patches.
 
     Returns:
@@ -121,17 +121,7 @@ def drop_patches(
 def pick_patches(
     hidden: Tensor, arguments: dict[str, Any], chosen: Tensor, prefix: int
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The chosen patches of each image, before the first layer, behind the prefix tokens (class, registers).
-
-    Args:
-        hidden: `[B, prefix + N, D]`, positions already added.
-        arguments: the layers' arguments; rotary positions `[N, d]` are picked along.
-        chosen: int64 `[B, K]`, in [0, N).
-        prefix: tokens before the patches.
-
-    Returns:
-        (hidden `[B, prefix + K, D]`, arguments)
-    """
+    """The prefix tokens and the patches `chosen` (int64 `[B, K]`, in [0, N)) of each image; else as `drop_patches`."""
     rows = torch.arange(len(hidden), device=hidden.device)[:, None]
     rotary = arguments.get("position_embeddings")
     if rotary is not None:
@@ -140,11 +130,7 @@ def pick_patches(
 
 
 def final_norm(backbone: PreTrainedModel) -> nn.Module:
-    """The norm after the last layer of a transformer backbone, under the name that its family has for it.
-
-    Raises:
-        ValueError: a convolutional network, which has none.
-    """
+    """The norm after the last layer of a transformer backbone; ValueError for convolutional networks."""
     for name in ("layernorm", "post_layernorm", "norm"):
         if isinstance(module := getattr(backbone, name, None), nn.Module):
             return module
@@ -165,13 +151,13 @@ def extract_features(
 
     Args:
         backbone: a transformers vision model of an accepted family (also a VLM's `vision_tower`).
-        pixel_values: `[B, 3, H, W]`. Another size than the backbone's own interpolates its positions.
-        select_layer: index into `hidden_states` (negative from the end). None: what `default_selection` says.
+        pixel_values: `[B, 3, H, W]`. Positions are interpolated for other sizes than the backbone's.
+        select_layer: index into `hidden_states` (negative from the end). None: see `default_selection`.
         select_feature: `patch` (no class and register tokens), `cls_patch` (class token first, no registers),
             `cls` (`[B, 1, D]`) or `pooled` (`[B, 1, P]`, the image vector as the only token).
-        pooled: also give the image vector. False runs only the layers that `select_layer` needs.
-        tokens: also give the tokens. False lets a CLIP tower's last layer work for the class token alone.
-        patch_dropout: share of the patches to leave out at random, see `drop_patches`; tokens are those that stay.
+        pooled: also return the image vector. False runs only the layers that `select_layer` needs.
+        tokens: also return the tokens. False lets a CLIP tower's last layer compute the class token only.
+        patch_dropout: fraction of the patches dropped at random, see `drop_patches`.
 
     Returns:
         VisionFeatures: tokens `[B, N, D]` or None; pooled `[B, P]` or None. Feature maps `[B, C, H, W]` of
@@ -196,7 +182,7 @@ def extract_features(
     if patch_dropout:
         check_patch_dropout(patch_dropout, backbone)
         hidden, arguments = drop_patches(hidden, arguments, patch_dropout, family.num_prefix_tokens(backbone.config))
-    # CLIP pools token 0 of the last layer: where nobody reads the others, they need not be made.
+    # CLIP pools token 0 of the last layer; the others are skipped if not requested.
     class_only = wants_pooled and not (wants_hidden and stop == len(layers)) and family.model_type == CLIP_VISION
     selected = hidden
     for index, block in enumerate(layers, start=1):

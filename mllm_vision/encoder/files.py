@@ -1,4 +1,4 @@
-"""Files of a model, in a local directory or on the Hub, with errors that say what to do."""
+"""Files of a model, in a local directory or on the Hub."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from mllm_vision.errors import nearby
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError with the file's name for anything else."""
+    """A JSON object from a file; ValueError naming the file for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no config (a JSON object), but a {type(value).__name__}")
+        raise ValueError(f"{path} must contain a config (a JSON object), but contains a {type(value).__name__}")
     return value
 
 
 class Source:
-    """A directory or a Hub repository; files are fetched one by one, as needed.
+    """A directory or a Hub repository; files are downloaded one by one, as needed.
 
     Raises:
-        FileNotFoundError: a path that is not there, or (on the first file) no such repository or revision.
+        FileNotFoundError: no such path or, on the first file, no such repository or revision.
     """
 
     def __init__(
@@ -36,18 +36,18 @@ class Source:
         self.local = os.path.exists(self.name)
         self.directory: Path | None = Path(self.name) if self.local else None
         if self.local and not os.path.isdir(self.name):
-            raise FileNotFoundError(f"{self.name} is a file; give the directory that holds config.json")
+            raise FileNotFoundError(f"{self.name} is a file; use the directory that contains config.json")
         if not self.local and (
             isinstance(path_or_id, os.PathLike) or self.name.startswith((".", "/")) or self.name.count("/") > 1
         ):
-            told = nearby(self.name)
-            raise FileNotFoundError(f"{self.name} does not exist (and is no Hub id of the form owner/name){told}")
+            hint = nearby(self.name)
+            raise FileNotFoundError(f"{self.name} does not exist (and is not a Hub id of the form owner/name){hint}")
 
     def __str__(self) -> str:
         return self.name if self.revision is None or self.local else f"{self.name}@{self.revision}"
 
     def file(self, name: str, *, optional: bool = False) -> Any:
-        """Local path of one file; None if it is `optional` and not there."""
+        """Local path of one file; None if it is `optional` and missing."""
         if self.directory is not None and self.local:
             path = self.directory / name
             if path.is_file():
@@ -57,7 +57,7 @@ class Source:
             found = sorted(entry.name for entry in self.directory.iterdir())[:8]
             hint = ": a LoRA adapter, merge it into its base model first" if "adapter_config.json" in found else ""
             raise FileNotFoundError(
-                f"{self.name} is no transformers model directory: it has no {name}{hint} "
+                f"{self.name} is not a transformers model directory: it has no {name}{hint} "
                 f"(found {', '.join(found) or 'nothing'})"
             )
         return self._from_hub(name, optional)
@@ -73,7 +73,7 @@ class Source:
         return Path(str(found)) / name
 
     def lineage(self) -> dict[str, Any] | None:
-        """What lineage.json says, after its weight hash was checked against the weights."""
+        """Content of lineage.json, its weight hash checked against the weights; None without one."""
         from mllm_vision.hub.lineage import check_lineage
 
         if self.file("lineage.json", optional=True) is None or self.directory is None:
@@ -90,13 +90,13 @@ class Source:
         except hub.RemoteEntryNotFoundError:
             if optional:
                 return None
-            raise FileNotFoundError(f"{self} is no transformers model repository: it has no {name}") from None
+            raise FileNotFoundError(f"{self} is not a transformers model repository: it has no {name}") from None
         except hub.LocalEntryNotFoundError as error:
             if optional:
                 return None
             raise FileNotFoundError(
-                f"{self} is neither a local directory nor in the local cache, and the Hub cannot be asked for {name} "
-                f"(no connection, or HF_HUB_OFFLINE is set): {error}"
+                f"{self} is neither a local directory nor in the local cache, and {name} cannot be downloaded from the "
+                f"Hub (no connection, or HF_HUB_OFFLINE is set): {error}"
             ) from error
         except hub.GatedRepoError as error:
             raise PermissionError(
@@ -119,7 +119,7 @@ class Source:
                 ) from error
             raise ConnectionError(f"the Hub failed on {name} of {self}: {error}") from error
         if name == "config.json":
-            # Pin the commit: every further file is of the same one, though the branch may move meanwhile.
+            # All files must come from one commit, even if the branch moves meanwhile.
             self.directory = path.parent
             self.revision = path.parent.name
         return path

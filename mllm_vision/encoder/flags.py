@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(kw_only=True)
 class EncoderArguments:
-    """Which vision encoder learns."""
+    """The vision encoder to train."""
 
     encoder: str = field(
         default="vit",
@@ -31,7 +31,7 @@ class EncoderArguments:
         return is_model_type(self.encoder)
 
     def build_encoder(self) -> Any:
-        """The `VisionEncoder`, loaded or built; a built ViT has no pooling layer of BERT's.
+        """The `VisionEncoder`, loaded or built; a built ViT has no BERT-style pooling layer.
 
         Raises:
             ValueError: see `encoder.sources.build_encoder`.
@@ -43,7 +43,7 @@ class EncoderArguments:
 
 @dataclass(kw_only=True)
 class DualArguments(EncoderArguments):
-    """Which image tower and text tower learn."""
+    """The image tower and the text tower to train."""
 
     encoder: str = field(
         default="clip_vision_model",
@@ -71,7 +71,7 @@ class DualArguments(EncoderArguments):
         """The `DualEncoder`, its towers loaded or built.
 
         Args:
-            has_bias: the objective learns a logit bias, whose initial value it sets.
+            has_bias: whether the objective trains a logit bias (and sets its initial value).
 
         Raises:
             ValueError: see `encoder.dual.build_dual`.
@@ -92,7 +92,7 @@ class DualArguments(EncoderArguments):
 
     @property
     def parents(self) -> dict[str, str]:
-        """Role -> path or Hub id of what has weights or a vocabulary to inherit; model types have none."""
+        """Role -> path or Hub id of inherited weights or vocabularies; model types have none."""
         from mllm_vision.encoder.sources import is_model_type
         from mllm_vision.encoder.text.tokenizers import CLIP_TEXT, SIGLIP_TEXT
 

@@ -1,4 +1,4 @@
-"""From a directory or a Hub id to a backbone, its processor and the selection it remembers."""
+"""Loads a backbone, its processor and its stored selection from a directory or a Hub id."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass
 class Tower:
-    """What was found in a directory or repository."""
+    """The parts of an encoder found in a directory or repository."""
 
     backbone: PreTrainedModel
     processor: Any
@@ -44,7 +44,7 @@ def load_tower(
     processor: Any = None,
     dtype: torch.dtype | str = torch.float32,
 ) -> Tower:
-    """Read an encoder's parts; see `VisionEncoder.from_pretrained` for what is accepted and what is raised."""
+    """Loads the parts of an encoder; see `VisionEncoder.from_pretrained` for accepted checkpoints and errors."""
     with reading(path_or_id):
         return _load_tower(Source(path_or_id, revision=revision, token=token), processor, dtype)
 
@@ -52,22 +52,22 @@ def load_tower(
 def _load_tower(source: Source, processor: Any, dtype: torch.dtype | str) -> Tower:
     fields = read_json(source.file("config.json"))
     model_type = fields.get("model_type")
-    if model_type == "mllm_vision_dual":  # a pair no transformers class holds: its towers are folders of their own
+    if model_type == "mllm_vision_dual":  # a pair without a transformers class: each tower has its own folder
         inner = source.folder("vision_model")
         return load_tower(inner, processor=processor, dtype=dtype)
     if model_type == "siglip2":
         raise ValueError(
-            f"{source}: model_type='siglip2' is the NaFlex variant, which takes patches of any aspect instead of "
-            "images; use a SigLIP 2 checkpoint of fixed size (their config says model_type='siglip')"
+            f"{source}: model_type='siglip2' is the NaFlex variant, which takes patches of any aspect ratio instead of "
+            "images; use a SigLIP 2 checkpoint of fixed size (model_type='siglip' in its config)"
         )
     if model_type not in FAMILIES and model_type not in COMPOSITES:
-        raise ValueError(f"{source} is no vision model: model_type={model_type!r}; accepted are {accepted_types()}")
+        raise ValueError(f"{source} is not a vision model: model_type={model_type!r}; accepted are {accepted_types()}")
 
     vision = fields
     prefixes: tuple[str, ...] = ("",)
     if model_type in COMPOSITES:
         prefixes = COMPOSITES[model_type]
-        # transformers fills in what a composite config leaves out (LLaVA 1.5 names only what differs)
+        # transformers fills in the defaults that composite configs omit (LLaVA 1.5)
         vision = CONFIG_MAPPING[model_type].from_dict(fields).vision_config.to_dict()
         if vision.get("model_type") not in FAMILIES:
             raise ValueError(
@@ -79,7 +79,7 @@ def _load_tower(source: Source, processor: Any, dtype: torch.dtype | str) -> Tow
         processor = _load_processor(source, backbone)
     layer, feature = _remembered(fields, vision, backbone)
     lineage = None
-    if model_type in FAMILIES:  # a pair's or a VLM's lineage speaks of more than this tower
+    if model_type in FAMILIES:  # a pair's or a VLM's lineage describes more than this tower
         lineage = source.lineage()
     return Tower(backbone, processor, layer, feature, lineage, source.directory)
 
@@ -92,10 +92,10 @@ def _load_backbone(
     plain_class = _model_class(config)
     model_class = with_stem(plain_class, stem_of(vision))
     state = _read_weights(source, prefixes)
-    # BatchNorm's counter of batches is absent from older files, and the results do not depend on it.
+    # Older files lack BatchNorm's batch counter, which does not affect the results.
     optional = (*family.optional_weights, ".num_batches_tracked")
-    # A classifier's ViT, and one trained here, has no pooler, and some SigLIP towers no head: a random one must not
-    # pass for the image vector. Asked of the weights beforehand: transformers reports what it then draws at random.
+    # ViTs of classifiers or trained here have no pooler, and some SigLIP towers no head: transformers must not replace
+    # them by random ones.
     parts = {part for name in state for part in name.split(".")}
     arguments: dict[str, Any] = (
         {"add_pooling_layer": False} if model_class is ViTModel and "pooler" not in parts else {}
@@ -126,7 +126,7 @@ def _model_class(config: Any) -> type[PreTrainedModel]:
 
 
 def _read_weights(source: Source, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Tensors under the first prefix that has any, the prefix cut off; only files that hold some are fetched."""
+    """Tensors under the prefixes, which are removed from their names; only files with such tensors are downloaded."""
     index = source.file(INDEX, optional=True)
     if index is not None:
         places: dict[str, str] = read_json(index)["weight_map"]
@@ -135,9 +135,9 @@ def _read_weights(source: Source, prefixes: tuple[str, ...]) -> dict[str, torch.
         weights = source.file(WEIGHTS, optional=True)
         if weights is None:
             raise FileNotFoundError(
-                f"{source} has no {WEIGHTS} (only safetensors are read, since pickles can run code); convert with "
-                "AutoModel.from_pretrained(...).save_pretrained(...), or try revision='refs/pr/1', where the Hub's "
-                "conversion often is"
+                f"{source} has no {WEIGHTS} (only safetensors are read, because pickles can run code); convert with "
+                "AutoModel.from_pretrained(...).save_pretrained(...), or try revision='refs/pr/1', often the Hub's "
+                "conversion"
             )
         names = [WEIGHTS]
     state: dict[str, torch.Tensor] = {}
@@ -151,7 +151,7 @@ def _read_weights(source: Source, prefixes: tuple[str, ...]) -> dict[str, torch.
         except Exception as error:
             if isinstance(error, OSError):
                 raise
-            raise ValueError(f"{source}: {name} cannot be read, it may be cut short: {error}") from error
+            raise ValueError(f"{source}: {name} cannot be read and may be truncated: {error}") from error
     if not state:
         raise ValueError(f"{source}: no weights under {' or '.join(prefixes)}")
     return state
@@ -174,30 +174,32 @@ def _load_processor(source: Source, backbone: PreTrainedModel) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(source.directory)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: {found.name} describes no image processor; pass processor= ({error})") from error
+        raise ValueError(
+            f"{source}: {found.name} does not describe an image processor; pass processor= ({error})"
+        ) from error
 
 
 def _dinov3_processor(source: Source, settings: dict[str, Any], backbone: PreTrainedModel) -> Any:
-    """DINOv3's own processor exists only for torchvision: a ViT processor with its numbers stands in."""
+    """A ViT processor with the settings of DINOv3's, which requires torchvision."""
     processor = build_processor(backbone.config, settings["size"]["height"])
     names = ("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
     kept = {name: settings[name] for name in names if settings.get(name) is not None}
-    logger.info("%s: DINOv3's image processor needs torchvision; a ViT processor with its settings stands in", source)
+    logger.info("%s: DINOv3's image processor requires torchvision; using a ViT processor with its settings", source)
     return type(processor)(**kept)
 
 
 def _remembered(
     fields: dict[str, Any], vision: dict[str, Any], backbone: PreTrainedModel
 ) -> tuple[int | None, str | None]:
-    """The selection a checkpoint speaks of: our own key, or a LLaVA's `vision_feature_*`."""
+    """The selection stored in a checkpoint: this package's key, or a LLaVA's `vision_feature_*`."""
     own = vision.get("mllm_vision") or {}
     layer, feature = own.get("select_layer"), own.get("select_feature")
     if fields.get("model_type") == "llava":
         stored = fields.get("vision_feature_layer", -2)
         if isinstance(stored, int):
-            layer = stored  # what the language model was tuned on
+            layer = stored  # the language model was trained on it
         else:
-            logger.warning("vision_feature_layer=%s is a list; taking the default layer, pass select_layer=", stored)
+            logger.warning("vision_feature_layer=%s is a list; using the default layer, or pass select_layer=", stored)
         if feature is None:
             full = fields.get("vision_feature_select_strategy", "default") == "full"
             feature = "cls_patch" if full and family_of(backbone).has_cls else "patch"
@@ -205,7 +207,7 @@ def _remembered(
 
 
 def carry_lineage(lineage: dict[str, Any] | None, source: Path | None, directory: Path) -> None:
-    """Copy lineage.json and recipe.yaml from `source` next to weights that are still the ones they speak of."""
+    """Copies lineage.json and recipe.yaml from `source` if the weights in `directory` are those they describe."""
     if lineage is None or source is None:
         return
     from mllm_vision.hub.lineage import hash_weights

@@ -1,4 +1,4 @@
-"""A transformer backbone that sees a mask token in place of some patches, whichever family it belongs to."""
+"""Transformer backbones of any family with a mask token in place of some patches."""
 
 from __future__ import annotations
 
@@ -16,23 +16,17 @@ from mllm_vision.encoder.sizes import check_pixels
 
 
 def patch_embedding(backbone: PreTrainedModel) -> nn.Module:
-    """The module that turns pixels into patches, before positions.
-
-    Raises:
-        ValueError: a convolutional network, which has no separate patches.
-    """
+    """The module that turns pixels into patches, before positions; ValueError for convolutional networks."""
     family = family_of(backbone)
     if not family.convolutional:
         for name in ("patch_embeddings", "patch_embedding"):
             if isinstance(module := getattr(backbone.embeddings, name, None), nn.Module):
                 return module
-    raise ValueError(
-        f"{family.model_type} has no patches that could be masked one by one; use a transformer (--encoder vit)"
-    )
+    raise ValueError(f"{family.model_type} has no patches to mask; use a transformer (--encoder vit)")
 
 
 def mask_token(backbone: PreTrainedModel) -> nn.Parameter | None:
-    """The backbone's own mask token (DINOv2, DINOv3, a ViT made with one), None where it has none."""
+    """The backbone's mask token (DINOv2, DINOv3, a ViT built with one), or None."""
     for name, parameter in backbone.named_parameters():
         if name.endswith("mask_token"):
             return parameter
@@ -41,14 +35,14 @@ def mask_token(backbone: PreTrainedModel) -> nn.Parameter | None:
 
 @contextmanager
 def masked_patches(backbone: PreTrainedModel, mask: Tensor, token: Tensor) -> Iterator[None]:
-    """Inside, `backbone` sees `token` where `mask` is True; positions are added to it as to any patch.
+    """Within the context, `backbone` sees `token` where `mask` is True; positions are added as to any patch.
 
     Args:
-        mask: bool `[B, N]` for the images that pass.
-        token: `[D]`, or with leading ones.
+        mask: bool `[B, N]` of the images of the forward pass.
+        token: `[D]`, possibly with leading dimensions of size one.
 
     Raises:
-        ValueError: a mask of another number of images or patches than pass, or a convolutional network.
+        ValueError: a mask that does not match the images or their patches, or a convolutional network.
     """
 
     def replace(module: nn.Module, given: Any, output: Tensor) -> Tensor:
@@ -68,19 +62,18 @@ def masked_patches(backbone: PreTrainedModel, mask: Tensor, token: Tensor) -> It
 def masked_features(
     backbone: PreTrainedModel, pixel_values: Tensor, mask: Tensor | None = None, token: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The image vector and the patches behind the last norm.
+    """The image vector and the patches after the last norm.
 
     Args:
         pixel_values: `[B, 3, H, W]`.
-        mask: bool `[B, N]`, True where the backbone is to see `token` instead; None for the whole image.
-        token: `[D]`; with a mask.
+        mask: bool `[B, N]`, True where `token` replaces the patch; None for the whole image.
+        token: `[D]`, required with a mask.
 
     Returns:
         (pooled `[B, P]`, patches `[B, N, D]` without class and register tokens)
 
     Raises:
-        ValueError: a convolutional network, an image size that the patches do not divide, or a mask that does not
-            fit.
+        ValueError: a convolutional network, an image size that the patches do not divide, or a mismatched mask.
     """
     family = family_of(backbone)
     check_pixels(pixel_values, backbone.config, family)

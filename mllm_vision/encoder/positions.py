@@ -1,4 +1,4 @@
-"""Fixed sine-cosine positions of a grid of patches, and backbones that use them instead of learned ones."""
+"""Fixed sine-cosine positions of a grid of patches, in place of learned ones."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mllm_vision.encoder.families import _side, family_of
 def sincos_positions(height: int, width: int, dim: int, *, prefix: int = 0, temperature: float = 10000.0) -> Tensor:
     """Positions of a grid of patches: sines and cosines of its row in the first half, of its column in the second.
 
-    Patches count row by row. MAE's official code has the columns first, MoCo v3's the rows: on a square grid with
-    learned weights behind it the two are the same up to the order of the channels.
+    Patches are ordered row by row. MAE's official code puts columns first, MoCo v3's rows: on a square grid they are
+    equivalent up to the order of the channels.
 
     Args:
         height: rows of the grid.
         width: columns of the grid.
         dim: D, divisible by 4: sine and cosine of row and column.
-        prefix: tokens before the patches (class token, registers), whose position is zero.
-        temperature: the longest wave is 2 pi times this.
+        prefix: tokens before the patches (class token, registers), whose positions are zero.
+        temperature: the longest wavelength divided by 2 pi.
 
     Returns:
         `[prefix + height * width, D]`, fp32.
@@ -51,12 +51,12 @@ def sincos_positions(height: int, width: int, dim: int, *, prefix: int = 0, temp
 
 @torch.no_grad()
 def fix_positions(backbone: PreTrainedModel) -> bool:
-    """Overwrites a backbone's table of learned positions by `sincos_positions` and freezes it, in place.
+    """Overwrites a backbone's learned positions by `sincos_positions` and freezes them, in place.
 
-    The table stays a parameter of the checkpoint, so that what is saved is an ordinary one.
+    They stay a parameter of the checkpoint, which remains an ordinary one.
 
     Returns:
-        Whether there is such a table; convolutional networks and rotary positions have none and are left alone.
+        Whether the backbone has learned positions; otherwise it is unchanged.
 
     Raises:
         ValueError: a width that is not divisible by 4.

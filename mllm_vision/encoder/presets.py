@@ -27,16 +27,16 @@ _VIT = re.compile(rf"({'|'.join(VIT_TYPES)})_({'|'.join(VIT_SIZES)})(?:_patch(\d
 
 
 def list_encoders() -> list[str]:
-    """Names that build an encoder with random weights: presets, model types and their short names.
+    """Names of encoders with random weights: presets, model types and their short names.
 
-    A transformer preset has patches of 16 pixels; `_patch14` at its end makes them 14, or any other number.
+    A transformer preset has patches of 16 pixels; the suffix `_patch14` sets another size.
     """
     presets = [f"{family}_{size}" for family in VIT_TYPES for size in VIT_SIZES]
     return sorted([*presets, *RESNETS, *FAMILIES, *ALIASES])
 
 
 def config_fields(name: str) -> dict[str, Any] | None:
-    """`model_type` and the config fields that a name stands for; None where it is not one of `list_encoders()`."""
+    """`model_type` and config fields of a name; None if it is not one of `list_encoders()`."""
     if name in RESNETS:
         return {"model_type": "resnet", "embedding_size": 64, **RESNETS[name]}
     if match := _VIT.fullmatch(name):

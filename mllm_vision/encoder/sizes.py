@@ -1,4 +1,4 @@
-"""Image sizes: checking them, and making a backbone and its processor work at another one."""
+"""Image sizes: checks, and resizing of backbones and processors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mllm_vision.encoder.families import Family, _side, family_of
 def check_image_size(image_size: int, patch_size: int | None) -> None:
     """Raises ValueError unless `image_size` is a positive multiple of `patch_size` (if there is one)."""
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
-        raise ValueError(f"image_size={image_size!r} is not a size; give the side of the square image in pixels")
+        raise ValueError(f"image_size={image_size!r} is not a size; use the side of the square image in pixels")
     if patch_size and image_size % patch_size:
         below, above = image_size // patch_size * patch_size, (image_size // patch_size + 1) * patch_size
         remedy = f"{below} or {above}" if below else f"{above}"
@@ -23,7 +23,7 @@ def check_image_size(image_size: int, patch_size: int | None) -> None:
 
 
 def check_pixels(pixel_values: Tensor, config: Any, family: Family) -> None:
-    """Raises ValueError unless `pixel_values` is `[B, C, H, W]` of a size the backbone can take."""
+    """Raises ValueError unless `pixel_values` is `[B, C, H, W]` of a size that the backbone accepts."""
     if pixel_values.ndim != 4 or pixel_values.shape[1] != getattr(config, "num_channels", 3):
         raise ValueError(
             f"pixel_values has shape {list(pixel_values.shape)}; expected [batch, "
@@ -32,8 +32,8 @@ def check_pixels(pixel_values: Tensor, config: Any, family: Family) -> None:
     if family.convolutional:
         return
     height, width = pixel_values.shape[-2:]
-    # A native checkpoint may have a size its patches do not divide (SigLIP so400m: 384 by 14): the convolution
-    # drops the rest. At any other size the mistake is more likely than the wish.
+    # Patches may not divide a checkpoint's native size (SigLIP so400m: 384 by 14); the convolution drops the rest. At
+    # any other size this is probably a mistake.
     if (height, width) == (_side(config.image_size),) * 2:
         return
     for side in (height, width):
@@ -41,7 +41,7 @@ def check_pixels(pixel_values: Tensor, config: Any, family: Family) -> None:
 
 
 def processor_size(processor: Any) -> int | None:
-    """Side of the square image an image processor makes; None if it makes images of varying size."""
+    """Side of an image processor's square images; None if their size varies."""
     crop, size = getattr(processor, "crop_size", None), getattr(processor, "size", None)
     if getattr(processor, "do_center_crop", False) and crop:
         height, width = _height_width(crop)
@@ -65,10 +65,7 @@ def _height_width(size: Any) -> tuple[Any, Any]:
 
 
 def resize_processor(processor: Any, image_size: int) -> Any:
-    """A copy of an image processor that makes square images of `image_size`.
-
-    Resize-then-crop processors keep the ratio between the two, so the same part of the image is seen.
-    """
+    """A copy of an image processor for square images of `image_size`; the ratio of resize to crop is kept."""
     old = processor_size(processor)
     if old == image_size:
         return processor
@@ -93,11 +90,10 @@ def resize_processor(processor: Any, image_size: int) -> Any:
 
 @torch.no_grad()
 def resize_backbone(backbone: PreTrainedModel, image_size: int) -> PreTrainedModel:
-    """Change a backbone, in place, to take square images of `image_size` natively.
+    """Changes a backbone's native image size, in place.
 
-    A table of learned positions is interpolated once, by the model's own `interpolate_pos_encoding`, and
-    `config.image_size` follows, so that the saved checkpoint is an ordinary one of the new size. Rotary positions
-    and convolutions only need the config.
+    Learned positions are interpolated once by the model's `interpolate_pos_encoding`, and `config.image_size` is set,
+    so that saving gives an ordinary checkpoint of the new size. Rotary positions and convolutions only need the config.
 
     Raises:
         ValueError: `image_size` is not divisible by the patch size.
@@ -133,7 +129,7 @@ def _resize_positions(backbone: PreTrainedModel, family: Family, image_size: int
     embeddings: Any = backbone.embeddings
     table = backbone.get_parameter(family.positions)
     tokens = int(family.has_cls) + (image_size // patch_size) ** 2
-    # The model's own interpolation looks at nothing but the shape of the embeddings it is given.
+    # The model's interpolation only uses the shape of the embeddings.
     shape = torch.empty(1, tokens, table.shape[-1], device=table.device, dtype=table.dtype)
     resized = embeddings.interpolate_pos_encoding(shape, image_size, image_size).clone()  # [1, N, D]
     owner_name, _, name = family.positions.rpartition(".")

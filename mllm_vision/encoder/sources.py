@@ -1,4 +1,4 @@
-"""What `--encoder` names: a checkpoint by path or Hub id, or a preset or model type to be built with random weights."""
+"""Resolves `--encoder`: a checkpoint by path or Hub id, or a preset or model type with random weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mllm_vision.errors import unknown_name
 
 
 def is_model_type(source: str | Path) -> bool:
-    """Whether `--encoder` is one of `list_encoders()`, to be built with random weights, and not a checkpoint.
+    """Whether `--encoder` is one of `list_encoders()`, built with random weights, and not a checkpoint.
 
-    The Hub is asked (unless offline) about a bare name that is not one, not a path and not in the Hub's cache.
+    Any other bare name must be a path, in the Hub's cache or, unless offline, on the Hub.
 
     Raises:
-        FileNotFoundError: a bare name that is none of these; the nearest model type is named.
+        FileNotFoundError: it is not; the nearest model type is named.
     """
     if config_fields(str(source)):
         return True
@@ -29,9 +29,9 @@ def is_model_type(source: str | Path) -> bool:
 
 
 def is_convolutional(source: str | Path) -> bool:
-    """Whether a name of `list_encoders()`, or the config of a folder or Hub id, is of a convolutional network.
+    """Whether a name of `list_encoders()`, or the config of a folder or Hub id, is a convolutional network.
 
-    False where there is no config: loading the encoder reports what is wrong.
+    False without a readable config, which loading reports.
     """
     fields = config_fields(str(source))
     if fields is None:
@@ -44,7 +44,7 @@ def is_convolutional(source: str | Path) -> bool:
 
 
 def _refuse_misspelt(name: str) -> None:
-    """Said here, or "vitt" would be told of as a parent on the Hub, and its overrides be refused as a checkpoint's."""
+    """Raises FileNotFoundError for a misspelt model type, which would otherwise be taken for a Hub id."""
     if "/" in name or os.path.exists(os.path.expanduser(name)):
         return
     import huggingface_hub
@@ -58,13 +58,13 @@ def _refuse_misspelt(name: str) -> None:
         try:
             if huggingface_hub.repo_exists(name):
                 return
-        except errors.HFValidationError:  # nothing that could be a repository's name
+        except errors.HFValidationError:  # not a valid repository name
             pass
-        except Exception:  # no answer (of whichever transport the client has): loading says what is wrong with the Hub
+        except Exception:  # the Hub cannot be reached, which loading reports
             return
     raise FileNotFoundError(
-        f"{unknown_name('model type', name, list_encoders())}; {name!r} is no path either (working folder: "
-        f"{Path.cwd()}), and no repository {place}"
+        f"{unknown_name('model type', name, list_encoders())}; {name!r} is neither a path (working folder: "
+        f"{Path.cwd()}) nor a repository {place}"
     )
 
 
@@ -81,11 +81,10 @@ def build_encoder(
         source: path or Hub id of an encoder, or a name of `list_encoders()` such as `"vit_small"`.
         image_size: side of the square image.
         overrides: config fields of an encoder built here.
-        pooler: False leaves a ViT that is built here without BERT's tanh layer: its pooled vector is then the
-            normalised class token.
+        pooler: False builds a ViT without BERT's tanh layer; its pooled vector is the normalised class token.
 
     Raises:
-        ValueError: overrides for a checkpoint, or what `build_backbone` or `VisionEncoder.from_pretrained` refuse.
+        ValueError: overrides for a checkpoint; see also `build_backbone` and `VisionEncoder.from_pretrained`.
         FileNotFoundError: a path or Hub id that does not exist.
     """
     if is_model_type(source):

@@ -1,4 +1,4 @@
-"""A ResNet's stem for small images, which transformers' ResNet does not have."""
+"""A ResNet stem for small images, which transformers does not have."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ STEMS = ("imagenet", "cifar")
 
 @torch.no_grad()
 def zero_last_norms(backbone: nn.Module) -> int:
-    """Starts every residual block of a ResNet as the identity: the gain of its last BatchNorm is zero, in place.
+    """Zero-initialises the gain of the last BatchNorm of every residual block of a ResNet, in place.
 
     Returns:
-        How many blocks there are; 0 for other networks, which it leaves alone.
+        Number of blocks; 0 for other networks, which are unchanged.
 
     Reference:
         Goyal et al., 2017, "Accurate, Large Minibatch SGD", section 5.1 (https://arxiv.org/abs/1706.02677).
@@ -32,32 +32,32 @@ def zero_last_norms(backbone: nn.Module) -> int:
 
 
 def check_stem(stem: str, model_type: str) -> None:
-    """Raises ValueError for an unknown stem, or one of a family that has no choice of stems."""
+    """Raises ValueError for an unknown stem, or a model other than a ResNet."""
     if stem not in STEMS:
         raise ValueError(unknown_name("stem", str(stem), STEMS))
     if model_type != "resnet":
-        raise ValueError(f"stem={stem!r} is for ResNets, not for {model_type}; leave it out")
+        raise ValueError(f"stem={stem!r} is only available for ResNets, not for {model_type}; leave it out")
 
 
 def stem_of(config: Any) -> str:
-    """The stem that a config (an object or its dict) remembers, `"imagenet"` where it says nothing."""
+    """The stem stored in a config (an object or its dict), by default `"imagenet"`."""
     fields = config if isinstance(config, dict) else vars(config)
     return (fields.get("mllm_vision") or {}).get("stem", "imagenet")
 
 
 def set_stem(backbone: PreTrainedModel, stem: str) -> None:
-    """Gives a ResNet the stem for 32-pixel images: a 3x3 convolution of stride 1, and no max-pooling.
+    """Gives a ResNet the stem for 32-pixel images: a 3x3 convolution of stride 1, without max-pooling.
 
     The ImageNet stem (7x7 of stride 2, then pooling) shrinks a 32-pixel image to 8x8 before the first block. The
-    config remembers the choice under `mllm_vision.stem`; `VisionEncoder.from_pretrained` restores it. Plain
-    transformers has no such stem: it refuses the checkpoint, whose first kernel has another shape.
+    choice is stored in the config under `mllm_vision.stem` and restored by `VisionEncoder.from_pretrained`. Plain
+    transformers refuses the checkpoint, because the shape of the first kernel differs.
 
     Args:
         backbone: a `ResNetModel`, changed in place; the new convolution has random weights.
         stem: `"cifar"`, or `"imagenet"`, which changes nothing.
 
     Raises:
-        ValueError: an unknown stem, or a model that is no ResNet.
+        ValueError: an unknown stem, or a model other than a ResNet.
 
     Reference:
         Chen et al., 2020, "A Simple Framework for Contrastive Learning of Visual Representations", appendix B.9
@@ -76,7 +76,7 @@ def set_stem(backbone: PreTrainedModel, stem: str) -> None:
 
 
 def with_stem(model_class: type[PreTrainedModel], stem: str) -> type[PreTrainedModel]:
-    """The class whose instances are made with this stem, for loading weights into."""
+    """A subclass with this stem, for loading weights."""
     if stem == "imagenet":
         return model_class
 

@@ -1,8 +1,8 @@
-"""The mathematics of the losses and of the measures: tensors in, tensors out, no state.
+"""Losses and measures as pure functions: tensors in, tensors out, no state.
 
 The losses are in `image_text` (softmax and sigmoid over images and texts), `momentum_contrast` (ITC), `infonce`
-(InfoNCE, NT-Xent, DCL, SupCon and the bound they give), `pairs` (contrastive, triplet and the mining of triplets),
+(InfoNCE, NT-Xent, DCL, SupCon and the bound they give), `pairs` (contrastive, triplet and triplet mining),
 `redundancy` (Barlow Twins, VICReg), `distillation` (cosine, DINO, iBOT, KoLeo), `prototypes` (k-means, ProtoNCE) and
-`reconstruction` (masked pixels); `geometry` measures how a cloud of embeddings fills its space. Those that compare all
-pairs of a batch share a tiled engine: `tiles`, `softmax_tiles`, `sigmoid_tiles`, `products`.
+`reconstruction` (masked pixels); `geometry` measures how embeddings fill their space. Losses that compare all pairs of
+a batch share the tiled engine in `engine/`.
 """

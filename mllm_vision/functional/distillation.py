@@ -1,8 +1,8 @@
-"""Losses in which a student follows a teacher without negatives: cosine, DINO, iBOT, and KoLeo beside them.
+"""Losses in which a student follows a teacher without negatives (cosine, DINO, iBOT), and KoLeo.
 
-All of them compute in fp32 under autocast and give the loss of the batch of all ranks on every rank; after
-DistributedDataParallel's mean over ranks the gradients are those of the whole batch. What a teacher says carries
-no gradient.
+All compute in fp32 under autocast and return the loss of the batch of all ranks on every rank; after
+DistributedDataParallel averages over ranks, gradients are those of the whole batch. No gradient flows into a teacher's
+output.
 """
 
 from __future__ import annotations
@@ -12,10 +12,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllm_vision.distributed import all_gather, all_gather_with_grad, row_counts, sum_over_ranks, world_size
+from mllm_vision.distributed import (
+    all_gather,
+    all_gather_with_grad,
+    mean_over_rows,
+    row_counts,
+    sum_over_ranks,
+    world_size,
+)
+from mllm_vision.functional.checks import check_positive, check_rows
 from mllm_vision.functional.engine.tiles import choose_tile, first_row
-from mllm_vision.functional.image_text import at_least_fp32
-from mllm_vision.functional.precision import full_fp32
+from mllm_vision.functional.precision import at_least_fp32, full_fp32
 
 __all__ = ["centred_softmax", "dino_loss", "ibot_loss", "koleo", "negative_cosine", "sinkhorn_knopp"]
 
@@ -25,20 +32,20 @@ def negative_cosine(
 ) -> Tensor:
     """Minus the cosine of each prediction and its target, averaged over the rows.
 
-    With both directions, d1 = negative_cosine(p1, z2) and d2 = negative_cosine(p2, z1): SimSiam's loss is
-    (d1 + d2) / 2, BYOL's is 4 + 2 (d1 + d2), the squared distances 2 - 2 cos of unit vectors, summed.
+    With d1 = negative_cosine(p1, z2) and d2 = negative_cosine(p2, z1), SimSiam's loss is (d1 + d2) / 2 and BYOL's is
+    4 + 2 (d1 + d2), the sum of the squared distances 2 - 2 cos of unit vectors.
 
     Args:
         p: `[N, D]` predictions.
         z: `[N, D]` targets, in the same order.
-        stop_gradient: z is a constant, as both papers have it. Without it the loss has a collapsed solution.
+        stop_gradient: treat z as a constant, as in both papers. Without it the loss has a collapsed solution.
         group: process group; `None` is the default group when initialised, else this process alone.
 
     Returns:
         A scalar between -1 and 1, the same on every rank.
 
     Raises:
-        ValueError: shapes that disagree, or no rows.
+        ValueError: mismatched shapes, or no rows.
 
     Reference:
         Grill et al., 2020, "Bootstrap Your Own Latent", equation 2 (https://arxiv.org/abs/2006.07733); Chen and He,
@@ -49,18 +56,17 @@ def negative_cosine(
         >>> negative_cosine(p, torch.tensor([[3.0, 0.0], [0.0, -1.0]])).item()
         0.0
     """
-    if p.ndim != 2 or p.shape != z.shape or len(p) == 0:
-        raise ValueError(f"p and z must both be [N, D] with N > 0, got {list(p.shape)} and {list(z.shape)}")
+    check_rows(p=p, z=z)
     with full_fp32(p.device):
         p, z = at_least_fp32(p, z.detach() if stop_gradient else z)
-        return _mean(-(F.normalize(p, dim=-1) * F.normalize(z, dim=-1)).sum(-1), group)
+        return mean_over_rows(-(F.normalize(p, dim=-1) * F.normalize(z, dim=-1)).sum(-1), group)
 
 
 def centred_softmax(logits: Tensor, centre: Tensor, *, temperature: float) -> Tensor:
-    """What DINO's teacher says: softmax((logits - centre) / temperature), without gradient.
+    """Centred and sharpened teacher probabilities, softmax((logits - centre) / temperature), without gradient.
 
-    The centre, a moving average of the teacher's logits, keeps any one output from winning always; a temperature
-    below the student's keeps the outputs from becoming all alike. Either alone collapses.
+    Centering, by a moving average of the teacher's logits, keeps one output from dominating; sharpening, by a
+    temperature below the student's, keeps the outputs from becoming uniform. Either alone collapses.
 
     Args:
         logits: `[..., K]` of the teacher's head.
@@ -71,7 +77,7 @@ def centred_softmax(logits: Tensor, centre: Tensor, *, temperature: float) -> Te
         `[..., K]` probabilities, in fp32 or better.
 
     Raises:
-        ValueError: a temperature that is not positive, or a centre of another width.
+        ValueError: a temperature that is not positive, or a centre of a different width.
 
     Reference:
         Caron et al., 2021, "Emerging Properties in Self-Supervised Vision Transformers", equations 1 and 4
@@ -81,7 +87,7 @@ def centred_softmax(logits: Tensor, centre: Tensor, *, temperature: float) -> Te
         >>> centred_softmax(torch.tensor([[5.0, 1.0]]), torch.tensor([5.0, 1.0]), temperature=0.04).tolist()
         [[0.5, 0.5]]
     """
-    _check_temperature(temperature)
+    check_positive(temperature=temperature)
     if centre.shape != logits.shape[-1:]:
         raise ValueError(f"centre must be [{logits.shape[-1]}] for logits {list(logits.shape)}, got {[*centre.shape]}")
     with full_fp32(logits.device):
@@ -99,15 +105,15 @@ def sinkhorn_knopp(
 ) -> Tensor:
     """Probabilities that use every output equally over the batch of all ranks, without gradient.
 
-    From exp(logits / temperature), columns (outputs) and rows (samples) are divided by their sums in turn, ending
-    with the rows. In logarithms, so that no temperature overflows and no output is lost.
+    Columns (outputs) and rows (samples) of exp(logits / temperature) are alternately divided by their sums, ending
+    with the rows. Computed in logarithms, so that no temperature overflows.
 
     Args:
         logits: `[N, K]` of the teacher's head on this rank; ranks may hold different N, also none.
         temperature: > 0.
         iterations: of both divisions; at least one.
-        counted: bool `[N]`, False for rows that are only room: they take no part, and what comes out for them is not
-            to be used. So a number of rows that only the device knows need not be read back from it.
+        counted: bool `[N]`, False for padding: these rows are ignored, and their output is undefined. Padding to a
+            fixed size avoids reading a number of rows back from the device.
         group: process group; `None` is the default group when initialised, else this process alone.
 
     Returns:
@@ -122,11 +128,11 @@ def sinkhorn_knopp(
         (https://arxiv.org/abs/2304.07193).
 
     Example:
-        >>> same = torch.tensor([[9.0, 0.0], [9.0, 0.0]])  # one output has taken everything
+        >>> same = torch.tensor([[9.0, 0.0], [9.0, 0.0]])  # one output dominates
         >>> sinkhorn_knopp(same, temperature=0.1).tolist()
         [[0.5, 0.5], [0.5, 0.5]]
     """
-    _check_temperature(temperature)
+    check_positive(temperature=temperature)
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits must be [N, K] with K > 0, got {list(logits.shape)}")
     if counted is not None and (counted.shape != logits.shape[:1] or counted.dtype != torch.bool):
@@ -139,7 +145,7 @@ def sinkhorn_knopp(
         for _ in range(iterations):
             present = scores if counted is None else scores.masked_fill(~counted[:, None], -torch.inf)
             over_samples = all_gather(present.logsumexp(0, keepdim=True), group, [1] * world_size(group)).logsumexp(0)
-            if counted is not None:  # not one row anywhere: nothing to balance, and no infinities to spread
+            if counted is not None:  # without any row the sums are -inf
                 over_samples = over_samples.clamp_min(torch.finfo(scores.dtype).min)
             scores = scores - over_samples
             scores = scores - scores.logsumexp(1, keepdim=True)
@@ -149,13 +155,12 @@ def sinkhorn_knopp(
 def dino_loss(
     student: Tensor, teacher: Tensor, *, temperature: float = 0.1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Cross-entropy of what the student says of one view to what the teacher says of another.
+    """Cross-entropy between the teacher's probabilities for one view and the student's for another.
 
-    Averaged over samples and over all ordered pairs (teacher's view, student's view) except those of one and the
-    same view: G (V - 1) pairs.
+    Averaged over samples and over the G (V - 1) ordered pairs (teacher's view, student's view) of different views.
 
     Args:
-        student: `[N, V, K]` logits; the first G views are those that the teacher saw, in the same order.
+        student: `[N, V, K]` logits; the first G views are those of the teacher, in the same order.
         teacher: `[N, G, K]` probabilities (`centred_softmax`, `sinkhorn_knopp`), G <= V.
         temperature: the student's, > 0.
         group: process group; `None` is the default group when initialised, else this process alone.
@@ -164,7 +169,7 @@ def dino_loss(
         A scalar, the same on every rank: ln K where student and teacher are uniform.
 
     Raises:
-        ValueError: shapes that disagree, no rows, one view only, or a temperature that is not positive.
+        ValueError: mismatched shapes, no rows, a single view, or a temperature that is not positive.
 
     Reference:
         Caron et al., 2021, "Emerging Properties in Self-Supervised Vision Transformers", equations 2 and 3 and
@@ -175,7 +180,7 @@ def dino_loss(
         >>> round(dino_loss(torch.zeros(3, 4, 8), uniform).exp().item(), 4)
         8.0
     """
-    _check_temperature(temperature)
+    check_positive(temperature=temperature)
     fits = student.ndim == teacher.ndim == 3 and student.shape[::2] == teacher.shape[::2] and len(student) > 0
     if not fits or not 1 <= teacher.shape[1] <= student.shape[1]:
         raise ValueError(
@@ -184,14 +189,14 @@ def dino_loss(
         )
     views, seen = student.shape[1], teacher.shape[1]
     if views < 2:
-        raise ValueError(f"student has {views} view of each sample, and a view is not compared with itself; give two")
+        raise ValueError(f"student has {views} view of each sample, but a view is not compared with itself; give two")
     with full_fp32(student.device):
         student, teacher = at_least_fp32(student, teacher.detach())
         log_p = (student / temperature).log_softmax(-1)
         # The sum over all pairs is one product of two sums: G V passes over [N, K] become G + V.
         every = (teacher.sum(1) * log_p.sum(1)).sum(-1)
         same = (teacher * log_p[:, :seen]).sum((1, 2))
-        return _mean((same - every) / (seen * (views - 1)), group)
+        return mean_over_rows((same - every) / (seen * (views - 1)), group)
 
 
 def ibot_loss(
@@ -202,14 +207,14 @@ def ibot_loss(
     temperature: float = 0.1,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Cross-entropy at the masked patches of a view: the student saw the mask token there, the teacher the patch.
+    """Cross-entropy at the masked patches of a view: the student sees the mask token there, the teacher the patch.
 
     Averaged over the masked patches of each view, then over all N views; a view without masked patches counts as
     zero, as in DINOv2's code.
 
     Args:
-        student: logits, `[N, P, K]` of all patches, or `[M, K]` of the masked ones alone, in the order of
-            `mask.nonzero()`: fewer, but their number has to be read back from the device.
+        student: logits, `[N, P, K]` of all patches, or `[M, K]` of the masked ones, in the order of `mask.nonzero()`
+            (fewer, but their number is read back from the device).
         teacher: probabilities of the same patches, shaped as `student`.
         mask: bool `[N, P]`, True where the student's patch was masked.
         temperature: the student's, > 0.
@@ -219,7 +224,7 @@ def ibot_loss(
         A scalar, the same on every rank.
 
     Raises:
-        ValueError: shapes that disagree, a mask that is not bool, or a temperature that is not positive.
+        ValueError: mismatched shapes, a mask that is not bool, or a temperature that is not positive.
 
     Reference:
         Zhou et al., 2022, "iBOT: Image BERT Pre-Training with Online Tokenizer", equation 2
@@ -231,7 +236,7 @@ def ibot_loss(
         >>> round(ibot_loss(torch.zeros(3, 8), uniform, mask).exp().item(), 4)
         8.0
     """
-    _check_temperature(temperature)
+    check_positive(temperature=temperature)
     if mask.ndim != 2 or mask.dtype != torch.bool or len(mask) == 0:
         raise ValueError(f"mask must be bool [N, P] with N > 0, got {mask.dtype} {list(mask.shape)}")
     listed = student.ndim == 2
@@ -245,7 +250,7 @@ def ibot_loss(
         each = -(teacher * (student / temperature).log_softmax(-1)).sum(-1)
         if listed:
             each = each.new_zeros(mask.shape).masked_scatter(mask, each)
-        return _mean(each.masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp_min(1), group)
+        return mean_over_rows(each.masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp_min(1), group)
 
 
 def koleo(
@@ -255,10 +260,10 @@ def koleo(
     group: dist.ProcessGroup | None = None,
     tile_size: int | None = None,
 ) -> Tensor:
-    """Kozachenko-Leonenko estimate of the entropy: pushes each feature away from its nearest neighbour.
+    """Kozachenko-Leonenko entropy estimator: pushes each feature away from its nearest neighbour.
 
-    Mean of -ln(eps + |x_i - x_j + eps|) over the rows, x of unit length, x_j the row of the batch of all ranks that
-    is nearest to x_i. (DINOv2's code looks among the rows of one device, so that its loss depends on their number.)
+    Mean of -ln(eps + |x_i - x_j + eps|) over the rows, x of unit length, x_j the nearest neighbour of x_i in the
+    batch of all ranks. (DINOv2's code searches one device, so its loss depends on the number of devices.)
 
     Args:
         features: `[N, D]` of this rank; ranks may hold different N.
@@ -267,7 +272,7 @@ def koleo(
         tile_size: rows and columns of a tile of the search; `None` chooses. It changes memory, not the result.
 
     Returns:
-        A scalar, the same on every rank: -ln 2 for an antipodal pair, -ln(2 eps) for a one-dimensional row alone.
+        A scalar, the same on every rank: -ln 2 for an antipodal pair, -ln(2 eps) for a single one-dimensional row.
 
     Raises:
         ValueError: not `[N, D]`, no rows, or a tile size below one.
@@ -280,8 +285,7 @@ def koleo(
         >>> round(koleo(torch.tensor([[3.0, 0.0], [-1.0, 0.0]])).item(), 4)
         -0.6931
     """
-    if features.ndim != 2 or len(features) == 0:
-        raise ValueError(f"features must be [N, D] with N > 0, got {list(features.shape)}")
+    check_rows(features=features)
     size = choose_tile(tile_size, features.device)
     with full_fp32(features.device):
         (features,) = at_least_fp32(features)
@@ -294,11 +298,9 @@ def koleo(
 
 
 def _nearest(rows: Tensor, columns: Tensor, offset: int, size: int) -> Tensor:
-    """Index of the nearest column, itself (row + offset) excluded, tile by tile: `[n]`.
-
-    The nearest has the largest <x, y> - |y|^2 / 2, wherever the origin lies. At the mean of all columns it tells rows
-    apart that have nearly collapsed to one direction: their cosines are all equal to rounding.
-    """
+    """`[n]` index of each row's nearest column, itself (row + offset) excluded, tile by tile."""
+    # The nearest column has the largest <x, y> - |y|^2 / 2. Centred, because the cosines of nearly collapsed rows are
+    # equal up to rounding.
     middle = columns.mean(0)
     rows, columns = rows - middle, columns - middle
     halves = columns.square().sum(1) / 2
@@ -315,14 +317,3 @@ def _nearest(rows: Tensor, columns: Tensor, offset: int, size: int) -> Tensor:
             best = torch.maximum(value, best)
         found.append(at)
     return torch.cat(found)
-
-
-def _mean(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Mean of `[n]` values over the rows of all ranks, which may hold different n."""
-    total = sum_over_ranks(torch.stack([values.sum(), values.new_tensor(float(len(values)))]), group)
-    return total[0] / total[1].detach()
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be positive")

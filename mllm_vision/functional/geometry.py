@@ -1,7 +1,7 @@
-"""How a cloud of embeddings fills its space: rank, spectrum, alignment, uniformity.
+"""How embeddings fill their space: rank, spectrum, alignment, uniformity.
 
-A collapsed encoder shows here before any label is needed. All functions take features `[N, D]`, compute
-in float64 (spectra of nearly collapsed features need it), and return 0-d tensors unless said otherwise.
+They detect collapse without labels. Unless documented otherwise, functions accept features `[N, D]`, compute in
+float64 (spectra of nearly collapsed features need it) and return 0-d tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mllm_vision.functional.precision import full_fp32, wide_dtype
 
-STRIP = 2**21  # distances that are held at once
+STRIP = 2**21  # distances in memory at a time
 
 
 def spectrum(features: Tensor, *, center: bool = True) -> Tensor:
@@ -25,7 +25,7 @@ def spectrum(features: Tensor, *, center: bool = True) -> Tensor:
         center: subtract the mean row first; otherwise the eigenvalues of the second moment.
 
     Returns:
-        `[min(N, D)]` float64, divided by N (biased), none negative.
+        `[min(N, D)]` float64, biased (divided by N), not negative.
 
     Raises:
         ValueError: not `[N, D]`, or fewer than two rows.
@@ -40,7 +40,7 @@ def spectrum(features: Tensor, *, center: bool = True) -> Tensor:
 def effective_rank(features: Tensor, *, center: bool = True) -> Tensor:
     """Exponential of the entropy of the normalised singular values: between 1 and min(N, D).
 
-    Features that are all equal (no variance at all) give 0 with `center`.
+    With `center`, constant features give 0.
 
     Args:
         features: `[N, D]`, N >= 2.
@@ -91,7 +91,7 @@ def alpha_req(features: Tensor, *, first: int = 1, last: int | None = None) -> T
     """Decay exponent of the covariance spectrum: alpha in eigenvalue_i ~ i ** -alpha.
 
     Least squares of log eigenvalue on log index, over the indices `first` to `last` (from 1, inclusive).
-    Near 1 is what the paper finds to go with good features; a large alpha means few directions are used.
+    In the paper, good features have an alpha near 1; a large alpha means that few directions are used.
 
     Args:
         features: `[N, D]`, N >= 2.
@@ -134,7 +134,7 @@ def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0, normalize: bool = Tru
         normalize: put the rows on the unit sphere first.
 
     Raises:
-        ValueError: shapes that disagree.
+        ValueError: mismatched shapes.
 
     Reference:
         Wang and Isola, 2020, "Understanding Contrastive Representation Learning through Alignment and
@@ -175,9 +175,9 @@ def uniformity(x: Tensor, *, t: float = 2.0, normalize: bool = True) -> Tensor:
     if normalize:
         x = F.normalize(x, dim=-1)
     parts, size = [], max(1, STRIP // len(x))
-    for begin in range(0, len(x), size):  # rows against those after them, in strips: 25,600 rows have 330 million pairs
+    for begin in range(0, len(x), size):  # strips, because 25,600 rows have 330 million pairs
         rows = x[begin : begin + size]
-        # differences, no products: rows that nearly coincide keep their distance
+        # by differences, because products lose the distance of rows that nearly coincide
         distances = torch.cdist(rows, x[begin:], compute_mode="donot_use_mm_for_euclid_dist").square()
         pairs = torch.ones_like(distances, dtype=torch.bool).triu(1)
         parts.append((-t * distances).masked_fill(~pairs, -torch.inf).flatten().logsumexp(0))
@@ -187,10 +187,10 @@ def uniformity(x: Tensor, *, t: float = 2.0, normalize: bool = True) -> Tensor:
 def spread(features: Tensor) -> Tensor:
     """Root mean squared distance of the unit vectors from their mean: 1 evenly on the sphere, 0 when collapsed.
 
-    Its square is one minus the mean cosine of two different rows, whatever N. In fp32, in time N D: for every step.
+    Its square is one minus the mean cosine of two different rows. In fp32 and time N D, cheap enough for every step.
 
     Args:
-        features: `[N, D]`; one row alone gives nan.
+        features: `[N, D]`; a single row gives nan.
 
     Example:
         >>> round(spread(torch.tensor([[1.0, 0.0], [0.0, 1.0]])).item(), 3)  # a cosine of zero
@@ -201,10 +201,10 @@ def spread(features: Tensor) -> Tensor:
 
 
 def participation_ratio(features: Tensor) -> Tensor:
-    """How many directions carry the variance of the unit vectors: (sum of eigenvalues)^2 / sum of their squares.
+    """Participation ratio of the unit vectors' covariance: (sum of eigenvalues)^2 / sum of their squares.
 
-    Between 1 (all on a line) and min(N - 1, D); 0 without any variance. It needs the smaller Gram matrix and no
-    spectrum: cheap enough for every step on some hundred rows. In fp32, also inside autocast.
+    Between 1 (all on a line) and min(N - 1, D); 0 without variance. Computed from the smaller Gram matrix, cheap enough
+    for every step on a few hundred rows. In fp32, also under autocast.
 
     Args:
         features: `[N, D]`.

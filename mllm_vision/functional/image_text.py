@@ -1,26 +1,27 @@
 """Image-text contrastive losses over the whole batch, on one process or many, tile by tile.
 
-Both losses take raw or normalised features, compute in fp32 also inside autocast (float64 inputs stay
-float64), and take *relations*: which pairs besides the diagonal are positives. The matrix of all pairs is never
-held; docs/engine.md says how. On several ranks every rank computes its own rows against all columns and returns the
-loss of the whole batch, and after DistributedDataParallel's mean over ranks every parameter has the whole batch's
+Both losses accept raw or normalised features and *relations*, which say which pairs besides the diagonal are
+positives. They compute in fp32 also under autocast (float64 inputs stay float64). The matrix of all pairs is never
+materialised (docs/engine.md). On several ranks, every rank computes its own rows against all columns and returns the
+loss of the whole batch; after DistributedDataParallel averages over ranks, every parameter has the whole batch's
 gradient.
 """
 
 from __future__ import annotations
 
-import torch
+import torch  # noqa: F401  (for the examples)
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_vision.distributed import Columns, row_counts, sum_over_ranks
+from mllm_vision.functional.checks import check_rows
 from mllm_vision.functional.engine.plan import Plan
 from mllm_vision.functional.engine.sigmoid import sigmoid_losses
 from mllm_vision.functional.engine.softmax import softmax_losses
 from mllm_vision.functional.engine.targets import Relations, find_targets, related
 from mllm_vision.functional.engine.tiles import Grid, choose_tile, first_row
-from mllm_vision.functional.precision import full_fp32
+from mllm_vision.functional.precision import at_least_fp32, full_fp32, full_precision
 
 __all__ = ["clip_loss", "related", "siglip_loss"]
 
@@ -52,19 +53,19 @@ def clip_loss(
             one another when any of their K ids agree; a bool or float matrix `[N, total N]` in [0, 1], dense or
             sparse, whose row i says which texts (of all ranks, in rank order) are positives of image i; or a
             callable `(rows, columns) -> [r, c]` that gives the same matrix tile by tile, with slices over the
-            rows of all ranks. They are targets: no gradient flows into them.
+            rows of all ranks. No gradient flows into them.
         group: process group; `None` is the default group when initialised, else this process alone.
         tile_size: rows and columns of a tile; `None` chooses. It changes time and memory, not the result.
-        exchange: how texts reach the other ranks: `"gather"` (every rank holds all of them) or `"ring"` (they
-            travel around, and no rank holds more than a few ranks' worth). The same result.
+        exchange: how texts reach the other ranks: `"gather"` (every rank holds all of them) or `"ring"` (they are
+            passed from rank to rank, and no rank holds more than a few ranks' texts). Same result.
 
     Returns:
         A scalar, the same on every rank.
 
     Raises:
-        ValueError: shapes that disagree, an empty batch, a relation matrix with a row or column of zeros, a tile
+        ValueError: mismatched shapes, an empty batch, a relation matrix with a row or column of zeros, a tile
             size below one, an unknown exchange.
-        RuntimeError: on differentiating twice.
+        RuntimeError: a second derivative is requested.
 
     Reference:
         Radford et al., 2021, "Learning Transferable Visual Models From Natural Language Supervision",
@@ -94,10 +95,10 @@ def siglip_loss(
     tile_size: int | None = None,
     exchange: str = "gather",
 ) -> Tensor:
-    """Pairwise sigmoid loss: every image-text pair is a yes/no question of its own.
+    """Pairwise sigmoid loss: every image-text pair is an independent binary classification.
 
     The sum over all pairs of -log sigmoid(y_ij (scale * <image_i, text_j> + bias)), divided by the number
-    of images, y = +1 for positives and -1 elsewhere. A soft relation r in [0, 1] weighs both answers:
+    of images, y = +1 for positives and -1 elsewhere. A soft relation r in [0, 1] weights both classes:
     -r log sigmoid(z) - (1 - r) log sigmoid(-z).
 
     Args:
@@ -115,8 +116,8 @@ def siglip_loss(
         A scalar, the same on every rank.
 
     Raises:
-        ValueError: shapes that disagree, an empty batch, a tile size below one, an unknown exchange.
-        RuntimeError: on differentiating twice.
+        ValueError: mismatched shapes, an empty batch, a tile size below one, an unknown exchange.
+        RuntimeError: a second derivative is requested.
 
     Reference:
         Zhai et al., 2023, "Sigmoid Loss for Language Image Pre-Training", equation 1 and algorithm 1
@@ -134,24 +135,6 @@ def siglip_loss(
         return sum_over_ranks(sigmoid_losses(image, text, scale, bias, plan), group) / plan.total
 
 
-def full_precision(value: Tensor | float, like: Tensor) -> Tensor:
-    """`value` as a 0-d tensor of the type and on the device of `like`."""
-    if not isinstance(value, Tensor):
-        return torch.full((), value, dtype=like.dtype, device=like.device)  # written by the device, not copied to it
-    return value.to(like).reshape(())
-
-
-def at_least_fp32(*features: Tensor) -> list[Tensor]:
-    """Half-precision features in fp32, the others in the widest type among them.
-
-    A half-precision softmax over thousands of columns loses the loss; float64 stays as it is.
-    """
-    precision = torch.float32
-    for feature in features:
-        precision = torch.promote_types(precision, feature.dtype)
-    return [feature.to(precision) for feature in features]
-
-
 def _prepare(
     image: Tensor,
     text: Tensor,
@@ -161,11 +144,8 @@ def _prepare(
     tile_size: int | None,
     exchange: str,
 ) -> tuple[Tensor, Tensor, Plan]:
-    """Checks and normalises the features and lays out tiles, exchange and targets."""
-    if image.ndim != 2 or image.shape != text.shape or image.shape[0] == 0:
-        raise ValueError(
-            f"image and text features must both be [N, D] with N > 0, got {list(image.shape)} and {list(text.shape)}"
-        )
+    """Checks and normalises the features; plans tiles, exchange and targets."""
+    check_rows(image=image, text=text)
     size = choose_tile(tile_size, image.device, len(image))
     image, text = at_least_fp32(image, text)
     if normalize:

@@ -1,7 +1,7 @@
-"""InfoNCE, NT-Xent and their kin over the whole batch, on one process or many, tile by tile, and the bound they give.
+"""InfoNCE, NT-Xent, DCL and SupCon over the batch of all ranks, tile by tile, and the bound InfoNCE gives.
 
-All run on the engine of `image_text`: fp32 inside autocast, no matrix of all pairs, the whole batch's loss on every
-rank, and after DistributedDataParallel's mean over ranks the whole batch's gradient.
+They share the engine of `image_text`: fp32 under autocast, no matrix of all pairs, the whole batch's loss on every
+rank, and the whole batch's gradient after DistributedDataParallel averages over ranks.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_vision.distributed import Columns, all_gather, all_reduce, mean_gradient, row_counts, sum_over_ranks
+from mllm_vision.functional.checks import check_positive, check_rows
 from mllm_vision.functional.engine.plan import Plan
 from mllm_vision.functional.engine.softmax import softmax_losses
 from mllm_vision.functional.engine.targets import diagonal, rolled
 from mllm_vision.functional.engine.tiles import Grid, choose_tile, first_row
-from mllm_vision.functional.image_text import at_least_fp32, full_precision
-from mllm_vision.functional.precision import full_fp32
+from mllm_vision.functional.precision import at_least_fp32, full_fp32, full_precision
 
 __all__ = ["dcl", "info_nce", "mutual_information_bound", "nt_xent", "sup_con"]
 
@@ -36,13 +36,13 @@ def nt_xent(
 ) -> Tensor:
     """Normalised temperature-scaled cross-entropy of two views of every sample.
 
-    Each of the 2N views looks for the other view of its sample among the 2N - 1 views that are not itself:
-    the mean over views of -log(exp(s_ip / t) / sum_{k != i} exp(s_ik / t)), s the cosine, t the temperature.
+    Each of the 2N views must identify the other view of its sample among the remaining 2N - 1 views: the mean over
+    views of -log(exp(s_ip / t) / sum_{k != i} exp(s_ik / t)), s the cosine, t the temperature.
 
     Args:
         z1: `[N, D]` projections of the first view of this rank's samples.
         z2: `[N, D]` of the second view, in the same order.
-        temperature: t > 0; a float or a 0-d tensor, which may be learnt.
+        temperature: t > 0; a float or a 0-d tensor, which may be trained.
         normalize: divide the rows by their Euclidean norm first.
         group: process group; `None` is the default group when initialised, else this process alone.
         tile_size: rows and columns of a tile; `None` chooses. It changes time and memory, not the result.
@@ -52,9 +52,9 @@ def nt_xent(
         A scalar, the same on every rank. Collapsed views give ln(2N - 1) with N of all ranks.
 
     Raises:
-        ValueError: shapes that disagree, an empty batch, a temperature that is not positive, a tile size below one,
+        ValueError: mismatched shapes, an empty batch, a temperature that is not positive, a tile size below one,
             an unknown exchange.
-        RuntimeError: on differentiating twice.
+        RuntimeError: a second derivative is requested.
 
     Reference:
         Chen et al., 2020, "A Simple Framework for Contrastive Learning of Visual Representations", equation 1 and
@@ -65,15 +65,15 @@ def nt_xent(
         >>> bool((nt_xent(same, same) - math.log(5)).abs() < 1e-5)
         True
     """
-    _check_pair("z1", z1, "z2", z2)
+    check_rows(z1=z1, z2=z2)
     size = choose_tile(tile_size, z1.device, 2 * len(z1))
     with full_fp32(z1.device):
         z1, z2 = at_least_fp32(z1, z2)
         views = torch.cat([z1, z2])
         if normalize:
             views = F.normalize(views, dim=-1)
-        # The columns are the rows with the views exchanged, so that the positive of row i is its own column, and
-        # the pair to leave out, the row with itself, is n columns further on.
+        # The columns are the rows with the views swapped: the positive of row i is its own column, and the excluded
+        # pair, the row with itself, is n columns further on.
         half = len(z1)
         sizes = row_counts(views, group)
         columns = Columns(sizes, group, exchange)
@@ -105,31 +105,31 @@ def info_nce(
     tile_size: int | None = None,
     exchange: str = "gather",
 ) -> Tensor:
-    """How well each query picks its positive out of negatives: -log(exp(s_p / t) / sum of exp(s / t)), averaged.
+    """InfoNCE: the mean over queries of -log(exp(s_p / t) / sum of exp(s / t)).
 
-    Without `negatives` the other rows' positives are a query's negatives, on all ranks (one direction of
-    `clip_loss`). With them, those are the negatives and the batch is not.
+    Without `negatives`, a query's negatives are the other rows' positives on all ranks (one direction of
+    `clip_loss`). With `negatives`, only these are used.
 
     Args:
         query: `[N, D]` of this rank.
         positive: `[N, D]`; row i belongs to query i.
-        negatives: `[K, D]`, a bank that all queries share and every rank holds alike (MoCo's queue, gathered before
-            it is filled); or `[N, K, D]`, K of its own for each query.
-        temperature: t > 0; a float or a 0-d tensor, which may be learnt.
-        normalize: cosines; `False` takes plain inner products.
-        longest: with `normalize=False`, what no row's Euclidean norm exceeds (1 for rows that are of unit length
-            already), where the caller knows: it saves asking the device. It changes time, not the result.
+        negatives: `[K, D]`, a bank shared by all queries and equal on every rank (MoCo's queue, filled with gathered
+            keys); or `[N, K, D]`, K negatives for each query.
+        temperature: t > 0; a float or a 0-d tensor, which may be trained.
+        normalize: cosines; `False` uses inner products.
+        longest: with `normalize=False`, an upper bound of the rows' Euclidean norms if known (1 for unit vectors). It
+            changes time, not the result.
         group: process group; `None` is the default group when initialised, else this process alone.
         tile_size: rows and columns of a tile; `None` chooses. It changes time and memory, not the result.
-        exchange: `"gather"` or `"ring"`, as in `clip_loss`; for negatives from the batch.
+        exchange: `"gather"` or `"ring"`, as in `clip_loss`, for negatives from the batch.
 
     Returns:
         A scalar, the same on every rank. Collapsed features give ln N without and ln(K + 1) with `negatives`.
 
     Raises:
-        ValueError: shapes that disagree, an empty batch, a temperature that is not positive, a tile size below one,
+        ValueError: mismatched shapes, an empty batch, a temperature that is not positive, a tile size below one,
             an unknown exchange.
-        RuntimeError: on differentiating twice.
+        RuntimeError: a second derivative is requested.
 
     Reference:
         van den Oord et al., 2018, "Representation Learning with Contrastive Predictive Coding", equation 4
@@ -141,7 +141,7 @@ def info_nce(
         >>> bool((info_nce(same, same, same) - math.log(4)).abs() < 1e-5)
         True
     """
-    _check_pair("query", query, "positive", positive)
+    check_rows(query=query, positive=positive)
     size = choose_tile(tile_size, query.device, len(query))
     with full_fp32(query.device):
         given = [query, positive] if negatives is None else [query, positive, negatives]
@@ -161,7 +161,7 @@ def info_nce(
             plan = Plan(columns, grid, offset=offset, targets=targets, by_column=False, bound=bound)
             losses, _ = softmax_losses(query, positive, scale, plan)
             return sum_over_ranks(losses.sum(), group) / total
-        scale = mean_gradient(scale, group)  # half of what follows is this rank's alone
+        scale = mean_gradient(scale, group)  # the positives below are this rank's only
         bank, own = given[2], scale * (query * positive).sum(1)
         if bank.ndim == 2 and bank.shape[1] == query.shape[1] and len(bank) > 0:
             columns = Columns([len(bank)], group, "shared")
@@ -188,31 +188,31 @@ def dcl(
     tile_size: int | None = None,
     exchange: str = "gather",
 ) -> Tensor:
-    """Decoupled contrastive loss: NT-Xent whose denominator leaves the positive out.
+    """Decoupled contrastive loss: NT-Xent without the positive in the denominator.
 
-    The mean over the 2N views of -w_i s_ip / t + log sum_k exp(s_ik / t), k over the 2N - 2 views of other samples,
-    so that a pair that agrees already still pushes the negatives away with full weight: small batches suffer less.
+    The mean over the 2N views of -w_i s_ip / t + log sum_k exp(s_ik / t), k over the 2N - 2 views of other samples.
+    Easy positives no longer shrink the gradient of the negatives, which helps small batches.
 
     Args:
         z1: `[N, D]` projections of the first view of this rank's samples.
         z2: `[N, D]` of the second view, in the same order.
-        temperature: t > 0; a float or a 0-d tensor, which may be learnt.
-        sigma: `None` is w = 1; a number is the weighted form (DCLW; the paper has 0.5):
-            w_i = 2 - exp(s_ip / sigma) / mean over samples of it, more weight for pairs that disagree. As in the
-            official code the weights are differentiated too.
+        temperature: t > 0; a float or a 0-d tensor, which may be trained.
+        sigma: `None` is w = 1; a number gives the weighted form (DCLW; 0.5 in the paper):
+            w_i = 2 - exp(s_ip / sigma) / mean over samples of it, more weight for dissimilar pairs. The weights are
+            differentiated too, as in the official code.
         normalize: divide the rows by their Euclidean norm first.
         group: process group; `None` is the default group when initialised, else this process alone.
         tile_size: rows and columns of a tile; `None` chooses. It changes time and memory, not the result.
         exchange: `"gather"` or `"ring"`, as in `clip_loss`.
 
     Returns:
-        A scalar, the same on every rank. Collapsed views give ln(2N - 2) with N of all ranks. The official code adds
-        the two views' losses where this takes their mean, as NT-Xent does.
+        A scalar, the same on every rank. Collapsed views give ln(2N - 2) with N of all ranks. The two views' losses
+        are averaged, as in NT-Xent; the official code adds them.
 
     Raises:
-        ValueError: shapes that disagree, fewer than two samples over all ranks, a temperature or `sigma` that is not
+        ValueError: mismatched shapes, fewer than two samples over all ranks, a temperature or `sigma` that is not
             positive, a tile size below one, an unknown exchange.
-        RuntimeError: on differentiating twice.
+        RuntimeError: a second derivative is requested.
 
     Reference:
         Yeh et al., 2022, "Decoupled Contrastive Learning", equations 6 and 7 (https://arxiv.org/abs/2110.06848).
@@ -222,15 +222,15 @@ def dcl(
         >>> bool((dcl(same, same) - math.log(4)).abs() < 1e-5)
         True
     """
-    _check_pair("z1", z1, "z2", z2)
+    check_rows(z1=z1, z2=z2)
     if sigma is not None and not sigma > 0:
-        raise ValueError(f"sigma={sigma} must be positive; the paper has 0.5, and None is the unweighted loss")
+        raise ValueError(f"sigma={sigma} must be positive (0.5 in the paper), or None for the unweighted loss")
     size = choose_tile(tile_size, z1.device, 2 * len(z1))
     with full_fp32(z1.device):
         z1, z2 = at_least_fp32(z1, z2)
         if normalize:
             z1, z2 = F.normalize(z1, dim=-1), F.normalize(z2, dim=-1)
-        scale = mean_gradient(_scale(temperature, z1), group)  # the positives are this rank's alone
+        scale = mean_gradient(_scale(temperature, z1), group)  # the positives are this rank's only
         half = len(z1)
         views, bound = torch.cat([z1, z2]), _bound(temperature, normalize)
         among, total = _among_others(views, [0, half], scale, bound, group, size, exchange, "dcl has no negatives")
@@ -238,7 +238,7 @@ def dcl(
         positive = scale * cosine
         if sigma is not None:
             exponent = cosine / sigma
-            # less the largest of all ranks, which cancels in the weights: long rows or a small sigma would overflow
+            # shifted by the largest of all ranks, which cancels in the weights, against overflow
             likeness = (exponent - all_reduce(exponent.detach().amax(), group, "max")).exp()
             positive = positive * (2 - likeness * (total // 2) / sum_over_ranks(likeness.sum(), group))
         return sum_over_ranks(among.sum() - 2 * positive.sum(), group) / total
@@ -254,29 +254,29 @@ def sup_con(
     tile_size: int | None = None,
     exchange: str = "gather",
 ) -> Tensor:
-    """Supervised contrastive loss: every view looks for all views of its class among all other views.
+    """Supervised contrastive loss: the positives of a view are all other views of its class.
 
     The mean over the NV views of -1/|P(i)| sum_{p in P(i)} log(exp(s_ip / t) / sum_{a != i} exp(s_ia / t)), P(i) the
     other views with the label of i, over all ranks.
 
     Args:
         features: `[N, V, D]` projections of V views of this rank's samples.
-        labels: `[N]` integers; `None` gives every sample a class of its own, which with two views is `nt_xent`.
-        temperature: t > 0; a float or a 0-d tensor, which may be learnt.
+        labels: `[N]` integers; `None` treats every sample as a class, which with two views is `nt_xent`.
+        temperature: t > 0; a float or a 0-d tensor, which may be trained.
         normalize: divide the rows by their Euclidean norm first.
         group: process group; `None` is the default group when initialised, else this process alone.
         tile_size: rows and columns of a tile; `None` chooses. It changes time and memory, not the result.
         exchange: `"gather"` or `"ring"`, as in `clip_loss`.
 
     Returns:
-        A scalar, the same on every rank. Collapsed features give ln(NV - 1). A view without any positive (one view,
-        a label that occurs once) counts as 0, as in the official code. That code also multiplies by t / 0.07, which
-        only rescales the learning rate, and is left out here, as in the paper.
+        A scalar, the same on every rank. Collapsed features give ln(NV - 1). A view without positives counts as 0, as
+        in the official code. That code's factor t / 0.07, which only rescales the learning rate, is left out, as in
+        the paper.
 
     Raises:
-        ValueError: shapes that disagree, a single view over all ranks, labels that are no integers, a temperature
+        ValueError: mismatched shapes, a single view over all ranks, labels that are not integers, a temperature
             that is not positive, a tile size below one, an unknown exchange.
-        RuntimeError: on differentiating twice.
+        RuntimeError: a second derivative is requested.
 
     Reference:
         Khosla et al., 2020, "Supervised Contrastive Learning", equation 2 (https://arxiv.org/abs/2004.11362).
@@ -299,14 +299,14 @@ def sup_con(
         scale = mean_gradient(_scale(temperature, rows), group)
         bound = _bound(temperature, normalize)
         among, total = _among_others(rows, [0], scale, bound, group, size, exchange, "sup_con has no other view")
-        # The mean score with the positives is the score with their mean: one sum a class does for all pairs.
+        # The mean score with the positives is the score with their mean, so one sum per class suffices.
         sizes = row_counts(rows, group)
         if labels is None:
             index = torch.arange(len(rows), device=rows.device)
             classes = first_row(sizes, group) + index - index % views  # the number of the sample's first view
         else:
             classes = labels.to(rows.device)[:, None].expand(-1, views).flatten()
-        # a class is numbered by its place among all sorted: how many there are need not be asked of the device
+        # classes are numbered by their place among all sorted labels, so their number is not read from the device
         ordered = all_gather(classes, group, sizes).sort().values
         own = torch.searchsorted(ordered, classes)
         positives = (torch.searchsorted(ordered, classes, right=True) - own - 1).to(rows.dtype)
@@ -316,9 +316,9 @@ def sup_con(
 
 
 def mutual_information_bound(loss: Tensor | float, negatives: int) -> Tensor | float:
-    """What an InfoNCE loss says about the mutual information of the two views: at least ln(K + 1) - loss nats.
+    """Lower bound of the mutual information of two views by an InfoNCE loss: ln(K + 1) - loss, in nats.
 
-    The bound cannot exceed ln(K + 1), however related the views are: a small loss among few negatives proves little.
+    The bound cannot exceed ln(K + 1): a small loss among few negatives proves little.
 
     Args:
         loss: an InfoNCE or NT-Xent loss.
@@ -342,13 +342,6 @@ def mutual_information_bound(loss: Tensor | float, negatives: int) -> Tensor | f
     return math.log(negatives + 1) - loss
 
 
-def _check_pair(first: str, a: Tensor, second: str, b: Tensor) -> None:
-    if a.ndim != 2 or a.shape != b.shape or a.shape[0] == 0:
-        raise ValueError(
-            f"{first} and {second} must both be [N, D] with N > 0, got {list(a.shape)} and {list(b.shape)}"
-        )
-
-
 def _among_others(
     views: Tensor,
     excluded: list[int],
@@ -359,27 +352,21 @@ def _among_others(
     exchange: str,
     complaint: str,
 ) -> tuple[Tensor, int]:
-    """`[n]` log-sum-exp of every view's scores with those of all ranks but some, and the number of views.
-
-    Args:
-        excluded: how far before a view those of this rank lie that it leaves out: 0 first, itself.
-        bound: of the plan.
-        complaint: what is wrong when nothing is left.
-    """
+    """`[n]` log-sum-exp of every view's scores with all views but the `excluded` offsets, and the number of views."""
     sizes = row_counts(views, group)
     total, offset = sum(sizes), first_row(sizes, group)
     if total <= len(excluded):
         raise ValueError(f"{complaint}: the batch of all ranks has {total} views; take more samples")
     columns = Columns(sizes, group, exchange)
     grid = Grid(len(views), columns.blocks, size)
-    # No `offset` in the plan: it promises a score with the own column, which is left out here.
+    # No `offset` in the plan, because it implies a score with the own column, which is excluded here.
     plan = Plan(columns, grid, excluded=rolled(len(views), offset, excluded, grid), mirror=0, bound=bound)
     among, _ = softmax_losses(views, views.detach(), scale, plan)
     return among, total
 
 
 def _bound(temperature: Tensor | float, normalize: bool, longest: float | None = None) -> float | None:
-    """What no score exceeds, where the host knows temperature and lengths; a little more, for rounding."""
+    """Upper bound of the scores (with a margin for rounding), where the host knows temperature and norms."""
     longest = 1.0 if normalize else longest
     if longest is None or isinstance(temperature, Tensor) or not temperature > 0:
         return None
@@ -387,6 +374,6 @@ def _bound(temperature: Tensor | float, normalize: bool, longest: float | None =
 
 
 def _scale(temperature: Tensor | float, like: Tensor) -> Tensor:
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be positive")
+    if not isinstance(temperature, Tensor):
+        check_positive(temperature=temperature)
     return full_precision(temperature, like).reciprocal()

@@ -1,4 +1,4 @@
-"""Which patches a masked-image objective hides: rectangles, as BEiT, iBOT and DINOv2 draw them, or single patches."""
+"""Masks for masked-image objectives: rectangles as in BEiT, iBOT and DINOv2, or single patches."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mllm_vision.functional.precision import wide_dtype
 
 __all__ = ["block_masks", "draws_of_blocks", "random_masks"]
 
-_ATTEMPTS = 16  # rectangles that a view may try
-_LEAST_PATCHES = 4  # of a rectangle that is tried
+_ATTEMPTS = 16  # rectangles tried for a view
+_LEAST_PATCHES = 4  # of a rectangle
 _LEAST_ASPECT = 0.3
 
 
 def draws_of_blocks(height: int, width: int) -> int:
-    """How many numbers of [0, 1) `block_masks` takes for a view."""
+    """How many numbers in [0, 1) `block_masks` needs for a view."""
     return 4 * _ATTEMPTS + height * width
 
 
@@ -32,7 +32,7 @@ def random_masks(draws: Tensor, ratio: Tensor) -> Tensor:
         bool `[N, P]`, True where hidden.
 
     Raises:
-        ValueError: shapes that disagree.
+        ValueError: mismatched shapes.
 
     Example:
         >>> random_masks(torch.tensor([[0.3, 0.1, 0.9, 0.5]]), torch.tensor([0.5])).tolist()
@@ -46,10 +46,9 @@ def random_masks(draws: Tensor, ratio: Tensor) -> Tensor:
 def block_masks(draws: Tensor, ratio: Tensor, height: int, width: int) -> Tensor:
     """Hides floor(ratio H W) patches of each view, most of them in rectangles.
 
-    A rectangle has an area between 4 patches and what is left to hide (at most half of the view), and an aspect ratio
-    between 0.3 and 1 / 0.3; it is taken if it hides anything new and not too much. What the rectangles leave is filled
-    up with single patches, as in DINOv3's code, where DINOv2's hides fewer than it said. All views at once; a view
-    depends on its own draws alone.
+    A rectangle has an area between 4 patches and the number left to hide (at most half of the view), and an aspect
+    ratio between 0.3 and 1 / 0.3; it is kept if it hides new patches and not too many. Single patches fill the rest, as
+    in DINOv3's code (DINOv2's may hide fewer). A view's mask depends on its own draws only.
 
     Args:
         draws: `[N, draws_of_blocks(height, width)]` in [0, 1).
@@ -60,7 +59,7 @@ def block_masks(draws: Tensor, ratio: Tensor, height: int, width: int) -> Tensor
         bool `[N, height * width]`, True where hidden.
 
     Raises:
-        ValueError: shapes that disagree.
+        ValueError: mismatched shapes.
 
     Reference:
         Bao et al., 2022, "BEiT: BERT Pre-Training of Image Transformers", algorithm 1
@@ -100,7 +99,7 @@ def block_masks(draws: Tensor, ratio: Tensor, height: int, width: int) -> Tensor
 
 
 def _counts(ratio: Tensor, patches: int) -> Tensor:
-    # 0.7 of 10 patches is 7, though in fp32 a decimal may lie a little under what was written
+    # 0.7 of 10 patches must be 7, although fp32's 0.7 may be slightly smaller
     return (ratio.to(wide_dtype(ratio)) * patches * (1 + 1e-6)).floor().clamp(0, patches).to(torch.int64)
 
 

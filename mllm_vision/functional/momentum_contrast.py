@@ -1,7 +1,7 @@
 """Image-text contrast against momentum features and a queue, with soft targets from the momentum towers.
 
 The queries are this rank's rows; the columns are the momentum features of all ranks and the queue. A tile holds
-whole rows of the softmax, so that its gradient is formed in the forward pass and no N x (N + K) matrix exists.
+whole rows of the softmax, so its gradient is computed in the forward pass and no N x (N + K) matrix is materialised.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_vision.distributed import all_gather, rank, row_counts, world_size
-from mllm_vision.functional.image_text import full_precision
-from mllm_vision.functional.precision import full_fp32
+from mllm_vision.functional.checks import check_rows
+from mllm_vision.functional.precision import at_least_fp32, full_fp32, full_precision
 
 _TILE_ELEMENTS = 1 << 21  # 8 MiB of fp32 a tile: some stay in the cache, and few rows of a long queue suffice
 
@@ -53,9 +53,9 @@ def momentum_contrast(
         image_momentum, text_momentum: `[N, D]` features of the momentum towers for the same rows.
         logit_scale: 1 / temperature, already exponentiated; a 0-d tensor or a float.
         alpha: weight of the soft targets, in [0, 1].
-        image_queue, text_queue: `[K, D]` older momentum features, equal on every rank, taken as they are.
+        image_queue, text_queue: `[K, D]` older momentum features, equal on every rank; not normalised here.
         ids: int64 `[N]` or `[N, C]` of this rank's rows; a column is a positive of a row when any of their C ids
-            agree. Negative ids are unknown and agree with none. The row's own column is a positive always.
+            agree. Negative ids are unknown and match nothing. The row's own column is always a positive.
         queue_ids: `[K]` or `[K, C]` of the queue's rows; without them no queue row is a positive.
         normalize: divide features (not the queues) by their Euclidean norm first.
         group: process group; `None` is the default group when initialised, else this process alone.
@@ -66,7 +66,8 @@ def momentum_contrast(
         parameter has the whole batch's gradient, the scale's included.
 
     Raises:
-        ValueError: shapes that disagree, an alpha out of range, one queue without the other, queue_ids without ids.
+        ValueError: mismatched shapes, an alpha out of range, one queue without the other, queue_ids without ids.
+        RuntimeError: a second derivative is requested.
 
     Reference:
         Li et al., 2021, "Align before Fuse: Vision and Language Representation Learning with Momentum
@@ -81,9 +82,8 @@ def momentum_contrast(
     """
     _check(image, text, image_momentum, text_momentum, image_queue, text_queue, ids, queue_ids, alpha, tile_size)
     with full_fp32(image.device):
-        precision = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
-        image, text = image.to(precision), text.to(precision)
-        teachers = torch.cat([image_momentum.detach(), text_momentum.detach()]).to(precision)
+        image, text = at_least_fp32(image, text)
+        teachers = torch.cat([image_momentum.detach(), text_momentum.detach()]).to(image.dtype)
         if normalize:
             image, text, teachers = (F.normalize(rows, dim=-1) for rows in (image, text, teachers))
         image_momentum, text_momentum = teachers.chunk(2)
@@ -92,8 +92,8 @@ def momentum_contrast(
         gathered = all_gather(torch.cat([image_momentum, text_momentum], dim=1), group, sizes)
         image_keys, text_keys = ([block] for block in gathered.split(image.shape[1], dim=1))
         if image_queue is not None and text_queue is not None and len(image_queue):
-            image_keys.append(image_queue.detach().to(precision))
-            text_keys.append(text_queue.detach().to(precision))
+            image_keys.append(image_queue.detach().to(image.dtype))
+            text_keys.append(text_queue.detach().to(image.dtype))
         columns = sum(len(block) for block in image_keys)
         column_ids = _column_ids(ids, queue_ids, columns, group, sizes)
         rows_a_tile = tile_size or max(8, _TILE_ELEMENTS // columns)
@@ -109,7 +109,7 @@ def momentum_contrast(
 
 
 class _Plan(NamedTuple):
-    """All that takes no gradient: of both directions, images first."""
+    """The inputs without gradient, of both directions, images first."""
 
     momentum: tuple[Tensor, Tensor]
     keys: tuple[list[Tensor], list[Tensor]]  # blocks of columns: the batch's, the queue's
@@ -121,7 +121,7 @@ class _Plan(NamedTuple):
 
 
 class _MomentumContrast(torch.autograd.Function):
-    """Forms the gradient in the forward pass: a tile holds whole rows, and all it needs is there once."""
+    """Computes the gradient in the forward pass, where a tile holds whole rows."""
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, plan: _Plan) -> Tensor:
@@ -137,14 +137,14 @@ class _MomentumContrast(torch.autograd.Function):
             dist.all_reduce(sums, group=plan.group)
         sums /= 2 * plan.total
         if needed:
-            # DistributedDataParallel takes the mean over ranks, so each rank's own share counts once for every rank
+            # DistributedDataParallel averages over ranks, so a rank's share is multiplied by their number
             ctx.share = world_size(plan.group) / (2 * plan.total)
             ctx.save_for_backward(*gradients, sums[1])
         return sums[0].clone()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        if torch.is_grad_enabled():  # a second derivative would miss the softmax without a word
+        if torch.is_grad_enabled():  # a second derivative would silently ignore the softmax
             raise RuntimeError("momentum_contrast has no second derivative; call backward without create_graph=True")
         image, text, scale = ctx.saved_tensors
         share = upstream * ctx.share
@@ -211,24 +211,22 @@ def _check(
     image: Tensor, text: Tensor, image_momentum: Tensor, text_momentum: Tensor, image_queue: Tensor | None,
     text_queue: Tensor | None, ids: Tensor | None, queue_ids: Tensor | None, alpha: float, tile_size: int | None,
 ) -> None:  # fmt: skip
-    shapes = [list(rows.shape) for rows in (image, text, image_momentum, text_momentum)]
-    if image.ndim != 2 or len(image) == 0 or any(shape != shapes[0] for shape in shapes):
-        raise ValueError(f"image, text and their momentum features must all be [N, D] with N > 0, got {shapes}")
+    check_rows(image=image, text=text, image_momentum=image_momentum, text_momentum=text_momentum)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha} is not between 0 and 1; the papers use 0.4")
     if tile_size is not None and tile_size < 1:
-        raise ValueError(f"tile_size={tile_size} must be at least 1; leave it out to have one chosen")
+        raise ValueError(f"tile_size={tile_size} must be at least 1; None chooses one")
     if (image_queue is None) != (text_queue is None):
-        raise ValueError("image_queue and text_queue go together, but only one of them was given")
+        raise ValueError("image_queue and text_queue must be given together")
     if image_queue is not None and text_queue is not None:
         queues = [list(queue.shape) for queue in (image_queue, text_queue)]
-        if queues[0] != queues[1] or queues[0][1:] != shapes[0][1:]:
-            raise ValueError(f"both queues must be [K, {shapes[0][1]}], got {queues}")
+        if queues[0] != queues[1] or queues[0][1:] != [image.shape[1]]:
+            raise ValueError(f"both queues must be [K, {image.shape[1]}], got {queues}")
     if ids is not None and (ids.is_floating_point() or ids.ndim not in (1, 2) or len(ids) != len(image)):
         raise ValueError(f"ids must be integers [{len(image)}] or [{len(image)}, C], got {ids.dtype} {list(ids.shape)}")
     if queue_ids is not None:
         if ids is None or image_queue is None:
-            raise ValueError("queue_ids say which queue rows are positives of ids, so they need ids and queues")
+            raise ValueError("queue_ids requires ids and queues")
         if len(queue_ids) != len(image_queue) or queue_ids.shape[1:] != ids.shape[1:]:
             wanted, given = [len(image_queue), *ids.shape[1:]], list(queue_ids.shape)
-            raise ValueError(f"queue_ids must be {wanted} to go with ids {list(ids.shape)}, got {given}")
+            raise ValueError(f"queue_ids must be {wanted} for ids {list(ids.shape)}, got {given}")

@@ -1,7 +1,7 @@
-"""Losses of pairs and triplets, and how triplets are mined from a batch with labels.
+"""Losses of pairs and triplets, and the mining of triplets from a labelled batch.
 
-`contrastive` and `triplet` are means over the rows of all ranks, which do not see one another; `batch_triplet` takes
-its triplets from the batch of all ranks. Distances are Euclidean, in fp32 at least, also inside autocast.
+`contrastive` and `triplet` average over the rows of all ranks; `batch_triplet` mines its triplets from the batch of all
+ranks. Distances are Euclidean, in fp32 or better, also under autocast.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllm_vision.distributed import all_gather, all_reduce, reduce_scatter, row_counts, sum_over_ranks, world_size
+from mllm_vision.distributed import all_gather, all_reduce, mean_over_rows, reduce_scatter, row_counts, world_size
+from mllm_vision.functional.checks import check_rows
 from mllm_vision.functional.engine.tiles import first_row
-from mllm_vision.functional.image_text import at_least_fp32
-from mllm_vision.functional.precision import full_fp32, wide_dtype
+from mllm_vision.functional.precision import at_least_fp32, full_fp32, wide_dtype
 
 __all__ = ["STRATEGIES", "TripletMasks", "Triplets", "batch_triplet", "contrastive", "mine_triplets", "triplet"]
 __all__ += ["triplet_masks"]
 
 STRATEGIES = ("batch_all", "batch_hard", "batch_semi_hard")
-STRIP = 2**22  # distances that are held at once: strips of anchors by all rows
+STRIP = 2**22  # distances in memory at a time: strips of anchors by all rows
 
 
 def contrastive(
@@ -34,24 +34,24 @@ def contrastive(
     scale: float = 1.0,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Pulls similar pairs together and pushes different ones apart, up to a margin.
+    """Contrastive loss: pulls similar pairs together and pushes different ones apart, up to a margin.
 
     The mean over pairs of scale * ((1 - y) d^2 + y max(0, margin - d)^2), d = |x1 - x2|, y = 1 for different pairs.
 
     Args:
         x1: `[N, D]`.
         x2: `[N, D]`; row i is compared with row i of `x1`.
-        different: `[N]` y: 0 (similar) or 1 (different), bool or number; anything between is a mixture.
+        different: `[N]` y: 0 (similar) or 1 (different), bool or number; values between mix both terms.
         margin: distance from which on a different pair costs nothing, > 0.
         scale: 0.5 gives the paper's halves.
         group: process group; `None` is the default group when initialised, else this process alone.
 
     Returns:
         A scalar, the same on every rank. Collapsed features give scale * margin^2 times the share of different pairs.
-        Where two rows of a different pair coincide there is no direction to push in, and the gradient is 0.
+        The gradient of a different pair whose rows coincide is 0.
 
     Raises:
-        ValueError: shapes that disagree, an empty batch, a margin that is not positive.
+        ValueError: mismatched shapes, an empty batch, a margin that is not positive.
 
     Reference:
         Hadsell et al., 2006, "Dimensionality Reduction by Learning an Invariant Mapping", equation 4
@@ -62,16 +62,16 @@ def contrastive(
         >>> round(contrastive(x1, x2, torch.tensor([0, 1])).item(), 4)  # (1 + 0.5^2) / 2
         0.625
     """
-    _check_alike(x1=x1, x2=x2)
+    check_rows(x1=x1, x2=x2)
     _check_margin(margin)
     if different.shape != (len(x1),):
-        raise ValueError(f"different must be [{len(x1)}], one for each pair, got {list(different.shape)}")
+        raise ValueError(f"different must be [{len(x1)}], one value per pair, got {list(different.shape)}")
     with full_fp32(x1.device):
         x1, x2 = at_least_fp32(x1, x2)
         y = different.to(x1)
         difference = x1 - x2
         short = (margin - torch.linalg.vector_norm(difference, dim=1)).clamp_min(0)
-        return scale * _mean((1 - y) * difference.square().sum(1) + y * short.square(), group)
+        return scale * mean_over_rows((1 - y) * difference.square().sum(1) + y * short.square(), group)
 
 
 def triplet(
@@ -83,14 +83,12 @@ def triplet(
     normalize: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """The positive must be nearer to the anchor than the negative, by a margin of squared distance.
-
-    The mean over rows of max(0, d(a, p)^2 - d(a, n)^2 + margin).
+    """Triplet loss: the mean over rows of max(0, d(a, p)^2 - d(a, n)^2 + margin).
 
     Args:
         anchor: `[N, D]`.
         positive: `[N, D]`, of the anchor's identity.
-        negative: `[N, D]`, of another.
+        negative: `[N, D]`, of another identity.
         margin: alpha > 0.
         normalize: divide the rows by their Euclidean norm first, as the paper does.
         group: process group; `None` is the default group when initialised, else this process alone.
@@ -99,7 +97,7 @@ def triplet(
         A scalar, the same on every rank. Collapsed features give the margin.
 
     Raises:
-        ValueError: shapes that disagree, an empty batch, a margin that is not positive.
+        ValueError: mismatched shapes, an empty batch, a margin that is not positive.
 
     Reference:
         Schroff et al., 2015, "FaceNet: A Unified Embedding for Face Recognition and Clustering", equation 2
@@ -110,18 +108,18 @@ def triplet(
         >>> round(triplet(a, p, n).item(), 4), triplet(a, a, n).item()
         (0.2, 0.0)
     """
-    _check_alike(anchor=anchor, positive=positive, negative=negative)
+    check_rows(anchor=anchor, positive=positive, negative=negative)
     _check_margin(margin)
     with full_fp32(anchor.device):
         anchor, positive, negative = at_least_fp32(anchor, positive, negative)
         if normalize:
             anchor, positive, negative = (F.normalize(rows, dim=-1) for rows in (anchor, positive, negative))
         to_positive, to_negative = (anchor - positive).square().sum(1), (anchor - negative).square().sum(1)
-        return _mean((to_positive - to_negative + margin).clamp_min(0), group)
+        return mean_over_rows((to_positive - to_negative + margin).clamp_min(0), group)
 
 
 class TripletMasks(NamedTuple):
-    """Bool tensors: what kind a triplet is. One that lies exactly on a border is of no kind."""
+    """Bool tensors. A triplet exactly on a border is in none of them."""
 
     easy: Tensor
     semi_hard: Tensor
@@ -177,17 +175,16 @@ def mine_triplets(
         features: `[N, D]`.
         labels: `[N]` integers.
         margin: alpha > 0.
-        strategy: `"batch_all"`: every triplet with a positive loss (semi-hard and hard ones; the easy ones have no
-            gradient). `"batch_hard"`: for each anchor its farthest positive and nearest negative, whether or not
-            that has a loss. `"batch_semi_hard"`: for each anchor and positive the nearest negative among those that
-            are semi-hard; pairs without one are left out.
+        strategy: `"batch_all"`: every triplet with a positive loss (semi-hard and hard). `"batch_hard"`: for each
+            anchor its farthest positive and nearest negative, with or without a loss. `"batch_semi_hard"`: for each
+            anchor and positive the nearest semi-hard negative; pairs without one are left out.
         normalize: as in `triplet`.
 
     Returns:
-        Row numbers, ordered by anchor; as many as there are, possibly none.
+        Row numbers, ordered by anchor, possibly none.
 
     Raises:
-        ValueError: shapes that disagree, labels that are no integers, an unknown strategy, a margin that is not
+        ValueError: mismatched shapes, labels that are not integers, an unknown strategy, a margin that is not
             positive.
 
     Reference:
@@ -223,12 +220,11 @@ def batch_triplet(
     normalize: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Triplet loss of the triplets that `mine_triplets` finds in the batch of all ranks, and how many are active.
+    """Loss of the triplets that `mine_triplets` finds in the batch of all ranks, and the fraction that is active.
 
     For `"batch_all"` and `"batch_semi_hard"` the mean over triplets with a positive loss, for `"batch_hard"` the mean
-    over anchors that have a positive and a negative. Neither the triplets are listed nor is the matrix of all
-    distances held: strips of anchors are compared with all rows, and for all N^3 triplets sorting does in time
-    N^2 log N.
+    over anchors that have a positive and a negative. Neither the triplets nor the matrix of all distances are
+    materialised: strips of anchors are compared with all rows, and all N^3 triplets take time N^2 log N by sorting.
 
     Args:
         features: `[N, D]` of this rank.
@@ -240,13 +236,13 @@ def batch_triplet(
 
     Returns:
         The loss, a scalar that is the same on every rank, with the whole batch's gradient after
-        DistributedDataParallel's mean over ranks; and the active fraction, a scalar without gradient: of all triplets
-        those with a positive loss (`"batch_all"`), of the anchors those (`"batch_hard"`), of the pairs of a label
-        those that have a semi-hard negative (`"batch_semi_hard"`). Without any triplet both are 0.
+        DistributedDataParallel averages over ranks; and the active fraction, a scalar without gradient: triplets with
+        a positive loss of all triplets (`"batch_all"`), anchors with one of all anchors (`"batch_hard"`), positive
+        pairs with a semi-hard negative of all such pairs (`"batch_semi_hard"`). Both are 0 without any triplet.
 
     Raises:
         ValueError: as `mine_triplets`.
-        RuntimeError: on differentiating twice.
+        RuntimeError: a second derivative is requested.
 
     Reference:
         As `mine_triplets`.
@@ -266,10 +262,9 @@ def batch_triplet(
 
 
 class _Strip:
-    """Some anchors against all rows: squared distances `[r, N]` and which columns are positives and negatives.
+    """Some anchors against all rows: squared distances `[r, N]` and masks of positives and negatives.
 
-    The rows come with their mean taken off: distances stay what they are, but the lengths that cancel in them are
-    no longer those of an offset that all rows share.
+    The rows must be centred: an offset that all rows share would cost the distances precision.
     """
 
     def __init__(
@@ -285,14 +280,13 @@ class _Strip:
         self.positive = same
 
     def hardest(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`[r]`: column of the farthest positive, of the nearest negative, and whether there are both."""
+        """`[r]`: column of the farthest positive, of the nearest negative, and whether both exist."""
         positive = self.distance.masked_fill(~self.positive, -torch.inf).argmax(1)
         negative = self.distance.masked_fill(~self.negative, torch.inf).argmin(1)
         return positive, negative, self.positive.any(1) & self.negative.any(1)
 
     def nearest_semi_hard(self) -> tuple[Tensor, Tensor]:
-        """`[r, N]`: column of the nearest negative beyond each pair's distance; whether a positive pair has one that is
-        semi-hard."""
+        """`[r, N]`: column of the nearest negative beyond a pair's distance; whether it makes a semi-hard triplet."""
         ordered, order = self.distance.masked_fill(~self.negative, torch.inf).sort(1)
         after = torch.searchsorted(ordered, self.distance, right=True)  # the first one farther
         place = after.clamp_max(ordered.shape[1] - 1)
@@ -300,7 +294,7 @@ class _Strip:
         return order.gather(1, place), self.positive & (after < ordered.shape[1]) & near
 
     def mined(self, strategy: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Numbers in the strip of the anchors, columns of their positives and negatives: int64 `[T]` each."""
+        """Anchors (within the strip), columns of their positives and of their negatives: int64 `[T]` each."""
         if strategy == "batch_hard":
             positive, negative, valid = self.hardest()
             anchor = valid.nonzero()[:, 0]
@@ -319,11 +313,7 @@ class _Strip:
         return anchor, positive, negative
 
     def weights(self, strategy: str) -> tuple[Tensor, Tensor, Tensor]:
-        """`[r, N]` how often a distance is added to the loss less how often subtracted; triplets; candidates.
-
-        The sum of the losses of `triplets` active triplets is the sum of weights times distances plus
-        `triplets` * margin. `candidates` is what the active fraction is a fraction of.
-        """
+        """`[r, N]` coefficients of the distances in the summed loss (less the margins), active triplets, candidates."""
         weights = torch.zeros_like(self.distance)
         if strategy == "batch_all":
             border = torch.where(self.positive, self.distance + self.margin, -torch.inf)
@@ -345,7 +335,7 @@ class _Strip:
 
 
 class _BatchTriplet(torch.autograd.Function):
-    """The loss is linear in the distances once the triplets are chosen, so the gradient is formed in the forward."""
+    """The loss is linear in the distances of the chosen triplets, so the gradient is computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -366,14 +356,14 @@ class _BatchTriplet(torch.autograd.Function):
             active, candidates = active.to(sums), candidates.to(sums)
             losses = (weights * strip.distance).sum(dtype=sums.dtype) + margin * active
             sums += torch.stack([losses, active, candidates])
-            # of w |a - b|^2: 2 w (a - b) for a, and the same the other way for b
+            # w |a - b|^2 has the gradient 2 w (a - b) for a and 2 w (b - a) for b
             by_anchor[part] = 2 * (weights.sum(1, keepdim=True) * rows[part] - weights @ everyone)
             by_column += 2 * (weights.sum(0)[:, None] * everyone - weights.T @ rows[part])
         sums = all_reduce(sums, group)
-        # batch_hard averages over its anchors, active or not
+        # batch_hard averages over all valid anchors
         divisor = (sums[2] if strategy == "batch_hard" else sums[1]).clamp_min(1)
         gradient = by_anchor + reduce_scatter(by_column, sizes, group)
-        # each rank's share counts once for every rank, as DistributedDataParallel's mean expects
+        # DistributedDataParallel averages over ranks, so a rank's share is multiplied by their number
         ctx.save_for_backward(gradient * (world_size(group) / divisor).to(rows.dtype))
         active = (sums[1] / sums[2].clamp_min(1)).to(rows.dtype)
         ctx.mark_non_differentiable(active)
@@ -387,19 +377,9 @@ class _BatchTriplet(torch.autograd.Function):
         return gradient * upstream, None, None, None, None
 
 
-def _mean(each: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    return sum_over_ranks(each.sum(), group) / sum(row_counts(each, group))
-
-
-def _check_alike(**tensors: Tensor) -> None:
-    shapes = [list(tensor.shape) for tensor in tensors.values()]
-    if len(shapes[0]) != 2 or shapes[0][0] == 0 or any(shape != shapes[0] for shape in shapes):
-        raise ValueError(f"{', '.join(tensors)} must all be [N, D] with N > 0, got {shapes}")
-
-
 def _check_margin(margin: float) -> None:
     if not margin > 0:
-        raise ValueError(f"margin={margin} must be positive: without one, features that all coincide are a solution")
+        raise ValueError(f"margin={margin} must be positive: otherwise collapsed features have loss zero")
 
 
 def _check_batch(features: Tensor, labels: Tensor, margin: float, strategy: str) -> None:

@@ -1,4 +1,4 @@
-"""Prototypes: spherical k-means over the rows of all ranks, how tight each cluster is, and the ProtoNCE loss."""
+"""Prototypes: spherical k-means over the rows of all ranks, the concentration of clusters, and the ProtoNCE loss."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_vision.distributed import Columns, all_gather, all_reduce, rank, row_counts, sum_over_ranks
+from mllm_vision.functional.checks import check_positive
 from mllm_vision.functional.engine.plan import Plan
 from mllm_vision.functional.engine.softmax import softmax_losses
 from mllm_vision.functional.engine.tiles import Grid, choose_tile, first_row
-from mllm_vision.functional.image_text import at_least_fp32
-from mllm_vision.functional.precision import full_fp32, wide_dtype
+from mllm_vision.functional.precision import at_least_fp32, full_fp32, wide_dtype
 
 __all__ = ["Clusters", "concentration", "proto_nce", "spherical_kmeans"]
 
 
 class Clusters(NamedTuple):
-    """What `spherical_kmeans` finds.
+    """The result of `spherical_kmeans`.
 
     Attributes:
         centroids: `[K, D]` of unit length, equal on every rank.
         assignments: int64 `[N]`: the centroid of each of this rank's rows.
-        similarity: mean cosine of the rows of all ranks to their centroids, which the search makes large.
+        similarity: mean cosine of the rows of all ranks to their centroids, the objective.
     """
 
     centroids: Tensor
@@ -47,15 +47,14 @@ def spherical_kmeans(
 ) -> Clusters:
     """K-means on the unit sphere: rows go to the centroid of the largest cosine, centroids to the mean direction.
 
-    It starts from k rows drawn at random from all ranks, by `seed` and the number of rows alone, so that any
-    split of the same rows over ranks finds the same clusters. A centroid without rows moves to a row that fits
-    its own centroid worst.
+    It starts from k random rows of all ranks, drawn by `seed` and the number of rows, so that the clusters do not
+    depend on how rows are split over ranks. An empty centroid moves to the row that fits its own centroid worst.
 
     Args:
-        features: `[N, D]` rows of this rank, of any length; ranks may hold different N.
+        features: `[N, D]` rows of this rank, of any norm; ranks may hold different N.
         k: number of clusters, at most the rows of all ranks.
         iterations: of assigning and averaging.
-        restarts: from so many starts the clusters with the largest `similarity` are kept (PCL's code: 5).
+        restarts: number of starts; the clusters with the largest `similarity` are kept (PCL's code: 5).
         seed: of the starts.
         group: process group; `None` is the default group when initialised, else this process alone.
         tile_size: rows compared with all centroids at a time; `None` chooses. It changes memory, not the result.
@@ -79,10 +78,10 @@ def spherical_kmeans(
     sizes = row_counts(features, group)
     total = sum(sizes)
     if not 1 <= k <= total:
-        raise ValueError(f"k={k} clusters of {total} rows: use at least 1 and at most {total}, or more images")
+        raise ValueError(f"k={k} clusters of {total} rows: use 1 to {total} clusters, or more images")
     finite = all_reduce(features.isfinite().logical_not().sum(), group)
     if finite.item():
-        raise ValueError(f"features hold {finite.item()} values that are not finite; no clusters can be found")
+        raise ValueError(f"features contain {finite.item()} values that are not finite, so they cannot be clustered")
     with full_fp32(features.device):
         rows = F.normalize(at_least_fp32(features)[0], dim=-1)
         size = choose_tile(tile_size, rows.device)
@@ -98,7 +97,7 @@ def spherical_kmeans(
 
 
 def _rows_of_all(rows: Tensor, index: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
-    """Rows by their number over all ranks: each rank gives its own, and the sum puts them together."""
+    """Rows by their number over all ranks, gathered by a sum."""
     own = index.to(rows.device) - first_row(sizes, group)
     here = (own >= 0) & (own < sizes[rank(group)])
     picked = rows.new_zeros(len(index), rows.shape[1])
@@ -112,11 +111,11 @@ def _lloyd(
     k, wide = len(centroids), wide_dtype(rows)
     assignments, cosine = _assign(rows, centroids, size)
     for _ in range(iterations):
-        # Sums in double precision: the order of the rows, and so the number of ranks, hardly changes them.
+        # Sums in double precision hardly depend on the order of the rows, and so on the number of ranks.
         sums = torch.zeros_like(centroids, dtype=wide).index_add_(0, assignments, rows.to(wide))
         sums, counts = all_reduce(sums, group), all_reduce(assignments.bincount(minlength=k), group)
         means = F.normalize(sums, dim=-1).to(rows)
-        # Opposite rows may cancel out, and a cluster that is empty has no mean: the old direction stays.
+        # Opposite rows may cancel and an empty cluster has no mean: both keep the old direction.
         centroids = torch.where((sums.norm(dim=-1) > 0)[:, None], means, centroids)
         centroids = _fill_empty(centroids, counts, rows, cosine, group)
         assignments, cosine = _assign(rows, centroids, size)
@@ -154,30 +153,29 @@ def concentration(
     smoothing: float = 10.0,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """How wide each cluster is, as a temperature of its own: a loose cluster gets a larger one, a tight one less.
+    """Concentration of each cluster, used as its temperature: larger for loose clusters, smaller for tight ones.
 
-    phi = (sum of the distances of the cluster's n rows to its centroid) / (n ln(n + smoothing)). A cluster of one
-    row or none gets the largest; then all are clipped to their 10th and 90th percentile and scaled to the mean
-    `temperature`. None is left below a tenth of it: a cluster of copies of one image has no width at all, and where
-    clusters are few, the percentiles let it pass.
+    phi = (sum of the distances of the cluster's n rows to its centroid) / (n ln(n + smoothing)). A cluster of at most
+    one row gets the largest; all are clipped to the 10th and 90th percentile, scaled to the mean `temperature` and kept
+    above a tenth of it (a cluster of duplicates has width zero, which the percentiles of few clusters let pass).
 
     Args:
-        features: `[N, D]` rows of this rank, of any length: distances are between unit vectors.
+        features: `[N, D]` rows of this rank, of any norm: distances are between unit vectors.
         centroids: `[K, D]` of unit length.
         assignments: int64 `[N]`, the centroid of each row.
-        temperature: mean of what is returned, > 0.
-        smoothing: alpha of the paper, which keeps small clusters from large values.
+        temperature: mean of the result, > 0.
+        smoothing: alpha of the paper, against large values of small clusters, > 0.
         group: process group; `None` is the default group when initialised, else this process alone.
 
     Returns:
         `[K]`, in fp32 or better, the same on every rank.
 
     Raises:
-        ValueError: shapes that disagree, or a temperature or smoothing that is not positive.
+        ValueError: mismatched shapes, or a temperature or smoothing that is not positive.
 
     Reference:
         Li et al., 2021, "Prototypical Contrastive Learning of Unsupervised Representations", equation 12 and
-        section 3.3 (https://arxiv.org/abs/2005.04966); clipping and lone rows as in the official code.
+        section 3.3 (https://arxiv.org/abs/2005.04966); clipping and single rows as in the official code.
 
     Example:
         >>> rows = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
@@ -191,8 +189,7 @@ def concentration(
             f"features must be [N, D], centroids [K, D] and assignments [N], got {list(features.shape)}, "
             f"{list(centroids.shape)} and {list(assignments.shape)}"
         )
-    if not temperature > 0 or not smoothing > 0:
-        raise ValueError(f"temperature={temperature} and smoothing={smoothing} must be positive")
+    check_positive(temperature=temperature, smoothing=smoothing)
     with full_fp32(features.device):
         rows, middles = at_least_fp32(features, centroids)
         distances = (F.normalize(rows, dim=-1) - middles[assignments]).norm(dim=1).to(wide_dtype(rows))
@@ -218,19 +215,19 @@ def proto_nce(
     group: dist.ProcessGroup | None = None,
     tile_size: int | None = None,
 ) -> Tensor:
-    """The prototypes' part of ProtoNCE: each query finds the prototype of its cluster, averaged over clusterings.
+    """The prototype term of ProtoNCE, averaged over clusterings.
 
     For one clustering, the mean over rows of -log(exp(q c_s / phi_s) / sum_j exp(q c_j / phi_j)), s the row's
-    cluster; PCL adds `info_nce` to it. The sum runs over all prototypes, where the official code draws 16384 of
-    them. No gradient flows into prototypes and concentrations.
+    cluster; PCL adds `info_nce`. The sum runs over all prototypes, where the official code samples 16384. No gradient
+    flows into prototypes and concentrations.
 
     Args:
         query: `[N, D]` of this rank.
         prototypes: of each clustering `[K, D]`, of unit length, equal on every rank; K may differ.
         concentrations: `[K]` of each clustering, > 0 (`concentration`).
         assignments: int64 `[N]` of each clustering: the prototype of each row.
-        repeats: as in the official code, a prototype stands in the sum once for every row of the batch (of all
-            ranks) that belongs to it, and once where none does. False: once always, which is the paper's equation.
+        repeats: as in the official code, count a prototype once for every row of the batch (of all ranks) assigned to
+            it, at least once. False counts each once, as in the paper.
         normalize: divide the queries by their Euclidean norm first.
         group: process group; `None` is the default group when initialised, else this process alone.
         tile_size: rows and columns of a tile; `None` chooses. It changes time and memory, not the result.
@@ -239,8 +236,8 @@ def proto_nce(
         A scalar, the same on every rank.
 
     Raises:
-        ValueError: no clustering, shapes or numbers that disagree, an empty batch, or a tile size below one.
-        RuntimeError: on differentiating twice.
+        ValueError: no clustering, mismatched shapes or numbers, an empty batch, or a tile size below one.
+        RuntimeError: a second derivative is requested.
 
     Reference:
         Li et al., 2021, "Prototypical Contrastive Learning of Unsupervised Representations", equation 11
@@ -291,8 +288,8 @@ def _one_clustering(
     scaled = prototypes.detach().to(rows) / phi.detach().to(rows)[:, None]
     own = (rows * scaled[assigned]).sum()
     if repeats:
-        # One more column, against a one in every row, adds the logarithm of how often a prototype stands in the sum.
-        # not by bincount, which asks for the largest number
+        # One more column, against a one in every row, adds the logarithm of a prototype's count. Counted without
+        # bincount, which reads the largest number back from the device.
         counts = rows.new_zeros(k).index_add(0, assigned, rows.new_ones(len(rows)))
         counts = all_reduce(counts, group).clamp_min(1)
         scaled = torch.cat([scaled, counts.log()[:, None]], dim=1)

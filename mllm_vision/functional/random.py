@@ -1,7 +1,6 @@
-"""Random numbers that are a function of a key and a position: the same on every device, in chunks and on any rank.
+"""Counter-based random numbers: a function of key and position, the same on every device, batch and rank.
 
-A generator has a state, so what it gives depends on who drew before. Here number `i` of stream `s` of a row is
-`splitmix64` of (the row's seed, s, i): rows may be drawn in any order, in any batch, on any machine.
+Number `i` of stream `s` of a row is `splitmix64` of (the row's seed, s, i); there is no generator state.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ def uniform(seeds: Tensor, stream: int, count: int) -> Tensor:
     """`[B, count]` float32 in [0, 1), on the device of `seeds`.
 
     Args:
-        seeds: `[B]` int64, one key a row (the batch's `seeds` column).
-        stream: which sequence of the row; draws for different purposes take different ones. Views use streams below
-            1000, methods (masks, noise) those from 1000 on.
+        seeds: `[B]` int64, one key per row (the batch's `seeds` column).
+        stream: which sequence of the row, one per purpose. Views use streams below 1000, methods (masks, noise) those
+            from 1000 on.
         count: how many numbers; the first ones do not depend on it.
 
     Raises:
-        ValueError: seeds of another shape or type, a negative stream or count.
+        ValueError: wrong shape or type of seeds, a negative stream or count.
 
     >>> seeds = torch.tensor([3, 4])
     >>> torch.equal(uniform(seeds, 1000, 5)[1:, :2], uniform(seeds[1:], 1000, 2))
@@ -36,20 +35,20 @@ def uniform(seeds: Tensor, stream: int, count: int) -> Tensor:
     if stream < 0 or count < 0:
         raise ValueError(f"stream={stream} and count={count} must not be negative")
     start = _mixed(seeds + _signed(_GOLDEN * (stream + 1)))
-    steps = torch.arange(1, count + 1, device=seeds.device) * _signed(_GOLDEN)  # wraps around, as it should
+    steps = torch.arange(1, count + 1, device=seeds.device) * _signed(_GOLDEN)  # wraps around, as intended
     bits = _mixed(start[:, None] + steps)
     return _shifted(bits, 40).to(torch.float32) * 2.0**-24  # 24 bits: exact in float32, and never 1.0
 
 
 def _mixed(state: Tensor) -> Tensor:
-    """The output function of splitmix64; int64 stands in for the unsigned integers (products wrap alike)."""
+    """The output function of splitmix64 on int64, whose products wrap as unsigned ones do."""
     state = (state ^ _shifted(state, 30)) * _signed(_FIRST)
     state = (state ^ _shifted(state, 27)) * _signed(_SECOND)
     return state ^ _shifted(state, 31)
 
 
 def _shifted(state: Tensor, bits: int) -> Tensor:
-    """A logical shift to the right: zeros come in, not the sign."""
+    """Logical right shift."""
     return (state >> bits) & ((1 << (64 - bits)) - 1)
 
 

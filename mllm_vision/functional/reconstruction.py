@@ -1,4 +1,4 @@
-"""Images as patches of pixels, and the error of predicting the masked ones."""
+"""Images as patches of pixels, and the reconstruction error of masked patches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["masked_reconstruction", "patchify", "unpatchify"]
 
 
 def patchify(pixels: Tensor, patch_size: int) -> Tensor:
-    """Cuts images into patches, row by row; within a patch row, column, channel.
+    """Cuts images into patches, row by row; the order within a patch is row, column, channel.
 
     Args:
         pixels: `[B, C, H, W]`.
@@ -34,7 +34,7 @@ def patchify(pixels: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: int, height: int) -> Tensor:
-    """The images of their patches: the inverse of `patchify`.
+    """Assembles images from patches: the inverse of `patchify`.
 
     Args:
         patches: `[B, N, p p C]`.
@@ -45,7 +45,7 @@ def unpatchify(patches: Tensor, patch_size: int, height: int) -> Tensor:
         `[B, C, H, W]`.
 
     Raises:
-        ValueError: patches that do not make rows of that height.
+        ValueError: patches that do not fit the height.
 
     Example:
         >>> pixels = torch.rand(2, 3, 4, 6)
@@ -54,26 +54,26 @@ def unpatchify(patches: Tensor, patch_size: int, height: int) -> Tensor:
     """
     rows, area = height // patch_size, patch_size * patch_size
     if patches.ndim != 3 or height % patch_size or patches.shape[1] % max(rows, 1) or patches.shape[2] % area:
-        raise ValueError(f"patches {list(patches.shape)} of {patch_size} pixels make no images of height {height}")
+        raise ValueError(f"patches {list(patches.shape)} of {patch_size} pixels do not fit images of height {height}")
     parts = patches.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (rows, -1))
     return parts.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
 def masked_reconstruction(predicted: Tensor, target: Tensor, mask: Tensor, *, normalize: bool = True) -> Tensor:
-    """The mean squared error of each image over its masked patches; the visible ones do not count.
+    """Mean squared error of each image over its masked patches.
 
     Args:
         predicted: `[B, N, P]`, the predicted pixels of every patch.
-        target: `[B, N, P]`, the true ones.
-        mask: bool `[B, N]`, True where a patch was hidden.
-        normalize: the target of a patch is its pixels with mean 0 and variance 1 (unbiased, plus 1e-6), which the
-            paper found better than the pixels themselves.
+        target: `[B, N, P]`, the true pixels.
+        mask: bool `[B, N]`, True for masked patches.
+        normalize: standardise the pixels of each target patch (unbiased variance plus 1e-6), better than raw pixels
+            in the paper.
 
     Returns:
-        `[B]`, fp32 at least; zero for an image with nothing hidden. Predicting zeros gives 1 - 1/P with `normalize`.
+        `[B]`, fp32 at least; zero for an image without masked patches. Predicting zeros gives 1 - 1/P with `normalize`.
 
     Raises:
-        ValueError: shapes that disagree.
+        ValueError: mismatched shapes.
 
     Reference:
         He et al., 2022, "Masked Autoencoders Are Scalable Vision Learners", section 3

@@ -1,13 +1,12 @@
-"""Losses that forbid redundancy between the dimensions of an embedding: Barlow Twins and VICReg.
+"""Redundancy-reduction losses: Barlow Twins and VICReg.
 
-Neither needs negatives: what keeps embeddings from collapsing is that every dimension must vary, and with no other.
-All statistics are those of the batch of all ranks, with the exact gradient: after DistributedDataParallel's mean over
-ranks every parameter has the whole batch's gradient, and ranks may hold different numbers of rows.
+They need no negatives: every dimension must vary, uncorrelated with the others. Statistics are those of the batch of
+all ranks (which may hold different numbers of rows), with the whole batch's gradient after DistributedDataParallel
+averages over ranks.
 
-Both need the sum of the squares of a D x D matrix A^T B of N rows, off its diagonal. Over all its entries that is also
-the sum over pairs of rows of <a_i, a_j><b_i, b_j>, and where N is at most half of D (the papers' projectors are 8192
-wide) this is what is computed: the same number and gradient. Both ways go strip by strip: neither D x D nor N x N
-numbers are held at once.
+Both need the sum of the squared off-diagonal entries of a D x D matrix A^T B of N rows. Over all entries that equals
+the sum over pairs of rows of <a_i, a_j><b_i, b_j>, which is computed instead where N is at most half of D (projectors
+are up to 8192 wide). Both forms run strip by strip; neither matrix is materialised.
 """
 
 from __future__ import annotations
@@ -19,43 +18,36 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mllm_vision.distributed import all_gather, all_reduce, row_counts, sum_over_ranks, world_size
-from mllm_vision.functional.image_text import at_least_fp32
-from mllm_vision.functional.precision import full_fp32, wide_dtype
+from mllm_vision.functional.checks import check_rows
+from mllm_vision.functional.precision import at_least_fp32, full_fp32, wide_dtype
 
-__all__ = [
-    "VicRegTerms",
-    "barlow_twins",
-    "covariance_term",
-    "invariance_term",
-    "variance_term",
-    "vicreg",
-]
+__all__ = ["VicRegTerms", "barlow_twins", "covariance_term", "invariance_term", "variance_term", "vicreg"]
 
-STRIP = 2**22  # products that are held at once: strips of dimensions or rows by all of them
+STRIP = 2**22  # products in memory at a time: strips of dimensions or rows by all of them
 
 
 def barlow_twins(
     z1: Tensor, z2: Tensor, *, lambd: float = 0.0051, eps: float = 1e-5, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Cross-correlation of the two views' embeddings, driven to the identity.
+    """Barlow Twins: drives the cross-correlation matrix of two views' embeddings to the identity.
 
-    sum_i (1 - C_ii)^2 + lambd * sum_{i != j} C_ij^2, C the correlation over the batch of dimension i of the first
-    view with dimension j of the second: both standardised over the batch of all ranks with the biased variance (plus
-    `eps`, as the official code's BatchNorm has it), so that shifting or scaling a dimension changes nothing.
+    sum_i (1 - C_ii)^2 + lambd * sum_{i != j} C_ij^2, C the correlation of dimension i of the first view with
+    dimension j of the second, both standardised over the batch of all ranks with the biased variance (plus `eps`, as
+    in the official code's BatchNorm).
 
     Args:
         z1: `[N, D]` projections of the first view of this rank's samples.
         z2: `[N, D]` of the second view, in the same order.
         lambd: weight of the off-diagonal terms.
-        eps: added to the variances; a dimension that does not vary at all then has correlation 0, not nan.
+        eps: added to the variances; a constant dimension then has correlation 0, not nan.
         group: process group; `None` is the default group when initialised, else this process alone.
 
     Returns:
         A scalar, the same on every rank. Collapsed embeddings give D.
 
     Raises:
-        ValueError: shapes that disagree, fewer than two rows over all ranks, a negative `lambd` or `eps`.
-        RuntimeError: on differentiating twice.
+        ValueError: mismatched shapes, fewer than two rows over all ranks, a negative `lambd` or `eps`.
+        RuntimeError: a second derivative is requested.
 
     Reference:
         Zbontar et al., 2021, "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", equations 1 and 2
@@ -67,7 +59,7 @@ def barlow_twins(
         True
     """
     if lambd < 0:
-        raise ValueError(f"lambd={lambd} must not be negative; the paper has 0.0051")
+        raise ValueError(f"lambd={lambd} must not be negative (0.0051 in the paper)")
     with full_fp32(z1.device):
         a, b, total = _standardised(z1, z2, eps, group)
         diagonal = sum_over_ranks((a * b).sum(0), group) / total
@@ -122,11 +114,11 @@ def vicreg(
     group: dist.ProcessGroup | None = None,
     return_terms: bool = False,
 ) -> Tensor | tuple[Tensor, VicRegTerms]:
-    """Views agree (invariance), every dimension varies (variance), none says what another says (covariance).
+    """VICReg: invariance between views, variance of every dimension, decorrelation of dimensions.
 
     `invariance` * s(z1, z2) + `variance` * (v(z1) + v(z2)) / 2 + `covariance` * (c(z1) + c(z2)), with the terms of
-    `invariance_term`, `variance_term` and `covariance_term`. As in the official code the variance is halved over the
-    two branches and the covariance is not.
+    `invariance_term`, `variance_term` and `covariance_term`. As in the official code, the variance is averaged over
+    the two branches and the covariance is summed.
 
     Args:
         z1: `[N, D]` embeddings of the first view of this rank's samples; not normalised.
@@ -143,8 +135,8 @@ def vicreg(
         `variance` * (1 - sqrt(eps)).
 
     Raises:
-        ValueError: shapes that disagree, fewer than two rows over all ranks, `eps` not positive.
-        RuntimeError: on differentiating twice.
+        ValueError: mismatched shapes, fewer than two rows over all ranks, `eps` not positive.
+        RuntimeError: a second derivative is requested.
 
     Reference:
         Bardes et al., 2022, "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning",
@@ -173,10 +165,10 @@ def invariance_term(z1: Tensor, z2: Tensor, *, group: dist.ProcessGroup | None =
         group: as in `vicreg`.
 
     Returns:
-        A scalar. The paper divides by N alone, its official code by N D, which is followed.
+        A scalar. The paper divides by N, its official code by N D, as here.
 
     Raises:
-        ValueError: shapes that disagree, an empty batch.
+        ValueError: mismatched shapes, an empty batch.
 
     Reference:
         Bardes et al., 2022, equation 5 (https://arxiv.org/abs/2105.04906).
@@ -185,7 +177,7 @@ def invariance_term(z1: Tensor, z2: Tensor, *, group: dist.ProcessGroup | None =
         >>> invariance_term(torch.zeros(2, 3), torch.ones(2, 3)).item()
         1.0
     """
-    _check(z1, z2)
+    check_rows(z1=z1, z2=z2)
     with full_fp32(z1.device):
         z1, z2 = at_least_fp32(z1, z2)
         elements = sum(row_counts(z1, group)) * z1.shape[1]
@@ -200,7 +192,7 @@ def variance_term(
     Args:
         z: `[N, D]` of this rank.
         gamma: standard deviation that every dimension should reach.
-        eps: keeps the gradient of the root finite where a dimension does not vary.
+        eps: keeps the gradient of the root finite for a constant dimension.
         group: as in `vicreg`.
 
     Raises:
@@ -213,7 +205,7 @@ def variance_term(
         >>> round(variance_term(torch.tensor([[0.0, 0.0], [0.0, 9.0]]), eps=1e-4).item(), 3)  # the second is wide
         0.495
     """
-    _check(z)
+    check_rows(z=z)
     if not eps > 0:
         raise ValueError(f"eps={eps} must be positive: the root's gradient at a variance of zero is infinite")
     with full_fp32(z.device):
@@ -231,7 +223,7 @@ def covariance_term(z: Tensor, *, group: dist.ProcessGroup | None = None) -> Ten
 
     Raises:
         ValueError: not `[N, D]`, fewer than two rows over all ranks.
-        RuntimeError: on differentiating twice.
+        RuntimeError: a second derivative is requested.
 
     Reference:
         Bardes et al., 2022, equations 3 and 4 (https://arxiv.org/abs/2105.04906).
@@ -240,35 +232,29 @@ def covariance_term(z: Tensor, *, group: dist.ProcessGroup | None = None) -> Ten
         >>> covariance_term(torch.tensor([[1.0, 1.0], [-1.0, -1.0]])).item()  # two times 2^2, over D = 2
         4.0
     """
-    _check(z)
+    check_rows(z=z)
     with full_fp32(z.device):
         centred, total = _centred(z, group)
         variance = sum_over_ranks(centred.square().sum(0), group)
         return _squares_off_diagonal(centred, centred, variance, total, group) / ((total - 1) ** 2 * z.shape[1])
 
 
-def _check(*views: Tensor) -> None:
-    shapes = [list(view.shape) for view in views]
-    if len(shapes[0]) != 2 or 0 in shapes[0] or any(shape != shapes[0] for shape in shapes):
-        raise ValueError(f"embeddings must be [N, D] with N > 0, alike for both views, got {shapes}")
-
-
 def _centred(z: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
-    """Rows less the mean over all ranks, in fp32 at least, and the number of rows of all ranks."""
+    """Rows minus the mean over all ranks, in fp32 at least, and the number of rows of all ranks."""
     (z,) = at_least_fp32(z)
     total = sum(row_counts(z, group))
     if total < 2:
         raise ValueError(
-            f"statistics over a batch of {total} row: a dimension of one row does not vary; take at least two rows "
+            f"variances over a batch of {total} row are undefined; use at least two rows "
             "(per_device_train_batch_size times processes)"
         )
     return z - sum_over_ranks(z.sum(0), group) / total, total
 
 
 def _standardised(z1: Tensor, z2: Tensor, eps: float, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, int]:
-    _check(z1, z2)
+    check_rows(z1=z1, z2=z2)
     if eps < 0:
-        raise ValueError(f"eps={eps} must not be negative; the official code's BatchNorm has 1e-5")
+        raise ValueError(f"eps={eps} must not be negative (1e-5 in the official code's BatchNorm)")
     z1, z2 = at_least_fp32(z1, z2)
     both, total = _centred(torch.cat([z1, z2], dim=1), group)
     both = both * (sum_over_ranks(both.square().sum(0), group) / total + eps).rsqrt()
@@ -279,30 +265,25 @@ def _standardised(z1: Tensor, z2: Tensor, eps: float, group: dist.ProcessGroup |
 def _squares_off_diagonal(
     a: Tensor, b: Tensor, diagonal: Tensor, total: int, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """Sum of the squares of A^T B but for its diagonal, A and B the rows of all ranks: by dimensions, or by rows.
-
-    Beyond half of D rows the difference to the squares of the diagonal (`[D]`, given) would begin to cancel, and
-    nothing would be saved.
-    """
-    other = None if b is a else b  # the same tensor twice is nothing that a compiler takes
-    if 2 * total > a.shape[1]:
+    """Sum of the squared off-diagonal entries of A^T B, A and B the rows of all ranks: by dimensions, or by rows."""
+    other = None if b is a else b  # torch.compile does not accept the same tensor twice
+    if 2 * total > a.shape[1]:  # with more rows, subtracting the diagonal would cancel and save nothing
         return _Squares.apply(a, other, True, group)
     return _Squares.apply(a, other, False, group) - diagonal.square().sum()
 
 
 class _Squares(torch.autograd.Function):
-    """Sum of the squares of A^T B: by dimensions, and then without its diagonal, or by rows; strip by strip.
+    """Sum of the squares of A^T B, by dimensions (without its diagonal) or by rows, strip by strip.
 
-    A strip's part of the gradient is formed while the strip is there, so that no matrix is kept for the backward pass
-    and that pass needs no collective.
+    The gradient is computed in the forward pass, so that the backward pass needs neither a matrix nor a collective.
     """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor | None, by_dimension: bool, group: dist.ProcessGroup | None) -> Tensor:
         b = a if b is None else b
         total, for_a, for_b = (_by_dimension if by_dimension else _by_row)(a, b, any(ctx.needs_input_grad), group)
-        # Each rank's share counts once for every rank, as DistributedDataParallel's mean expects. For b = a the
-        # other half of the gradient is the same again.
+        # DistributedDataParallel averages over ranks, so a rank's share is multiplied by their number. For b = a the
+        # two halves of the gradient are equal.
         factor = (4 if b is a else 2) * world_size(group)
         ctx.save_for_backward(for_a.mul_(factor), for_b if for_b is None else for_b.mul_(factor))
         return total.to(a.dtype)
@@ -339,7 +320,7 @@ def _by_dimension(
 def _by_row(
     a: Tensor, b: Tensor, needed: bool, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The sum of squares, diagonal and all, and half of its gradient where `needed`."""
+    """The sum of squares, diagonal included, and half of its gradient where `needed`."""
     for_a, for_b = torch.zeros_like(a), None if b is a else torch.zeros_like(b)
     sizes = row_counts(a, group)
     every_a = all_gather(a, group, sizes)

@@ -64,11 +64,11 @@ def ring(sizes):
     local = torch.full((sizes[me], 2), float(me))
     columns = distributed.Columns(sizes, None, "ring")
     met = []
-    visit = columns.visit(columns.hold(local), gradient=True)
-    for start, block, gradient in visit:
+    blocks = columns.iterate(columns.hold(local), gradient=True)
+    for start, block, gradient in blocks:
         met.append((start, block.clone()))
         gradient += me + 1
-    return met, visit.gradient
+    return met, blocks.gradient
 
 
 def subgroups(image, text, scale):

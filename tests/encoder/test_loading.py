@@ -297,7 +297,7 @@ def test_what_is_no_vision_model(tmp_path):
         VisionEncoder.from_pretrained(tmp_path)
     tiny.tiny_llama(32).save_pretrained(tmp_path / "llama")
     with pytest.raises(
-        ValueError, match=r"no vision model: model_type='llama'; accepted are clip_vision_model, .*llava"
+        ValueError, match=r"not a vision model: model_type='llama'; accepted are clip_vision_model, .*llava"
     ):
         VisionEncoder.from_pretrained(tmp_path / "llama")
     (tmp_path / "llama" / "config.json").write_text("{not json")
@@ -316,7 +316,9 @@ def test_a_missing_processor(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no image processor \(preprocessor_config.json\).*pass processor="):
         VisionEncoder.from_pretrained(tmp_path)
     (tmp_path / "processor_config.json").write_text(json.dumps({"patch_size": 8}))
-    with pytest.raises(ValueError, match=r"processor_config.json describes no image processor; pass processor="):
+    with pytest.raises(
+        ValueError, match=r"processor_config.json does not describe an image processor; pass processor="
+    ):
         VisionEncoder.from_pretrained(tmp_path)
     processor = tiny.tiny_image_processor("clip")
     assert VisionEncoder.from_pretrained(tmp_path, processor=processor).processor is processor
@@ -340,7 +342,7 @@ def test_incomplete_and_broken_weights(tmp_path):
         VisionEncoder.from_pretrained(tmp_path)
     save_file(state, file, metadata={"format": "pt"})
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"model.safetensors cannot be read, it may be cut short"):
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read and may be truncated"):
         VisionEncoder.from_pretrained(tmp_path)
     file.unlink()
     torch.save({}, tmp_path / "pytorch_model.bin")
@@ -361,7 +363,7 @@ def test_a_misspelt_model_type_is_no_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    told = r"nearest known one is 'vit'; 'vitt' is no path .*no repository in the Hub's cache .HF_HUB_OFFLINE is set"
+    told = r"nearest known one is 'vit'; 'vitt' is neither a path .*nor a repository in the Hub's cache .HF_HUB_OFFLINE is set"
     for refused in (lambda: is_model_type("vitt"), lambda: build_encoder("vitt", overrides={"hidden_size": 32})):
         with pytest.raises(FileNotFoundError, match=told):
             refused()
@@ -388,7 +390,7 @@ def test_the_hub_is_asked_for_a_bare_name(tmp_path, monkeypatch, answer):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "repo_exists", repo_exists)
     if answer is False:
-        with pytest.raises(FileNotFoundError, match=r"nearest known one is 'dinov2'.*no repository on the Hub"):
+        with pytest.raises(FileNotFoundError, match=r"nearest known one is 'dinov2'.*nor a repository on the Hub"):
             is_model_type("dinov22")
     else:
         assert not is_model_type("dinov22")
@@ -396,7 +398,7 @@ def test_the_hub_is_asked_for_a_bare_name(tmp_path, monkeypatch, answer):
 
 
 def test_a_model_that_is_no_backbone():
-    with pytest.raises(ValueError, match=r"model_type='llama' is no vision backbone"):
+    with pytest.raises(ValueError, match=r"model_type='llama' is not a vision backbone"):
         VisionEncoder.from_backbone(tiny.tiny_llama(32), tiny.tiny_image_processor("clip"))
 
 
@@ -436,7 +438,7 @@ def test_what_build_refuses(tmp_path):
     with pytest.raises(ValueError, match=r"hidden_size=33 is not divisible by num_attention_heads=2"):
         build_backbone("clip", hidden_size=33, num_attention_heads=2, num_hidden_layers=1, image_size=32, patch_size=8)
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    with pytest.raises(ValueError, match=r"images and patches must be square here, and a size is \[8, 4\]"):
+    with pytest.raises(ValueError, match=r"images and patches must be square, but a size is \[8, 4\]"):
         build_backbone("vit", image_size=16, patch_size=[8, 4], **small)
     assert build_encoder("vit", image_size=16, overrides={"patch_size": [8, 8], **small}).num_tokens == 4
     with pytest.raises(FileNotFoundError, match=r"nearest known one is 'dinov2'"):
@@ -446,5 +448,5 @@ def test_what_build_refuses(tmp_path):
     with pytest.raises(ValueError, match=r"'llama' cannot be built"):
         build_backbone({"model_type": "llama"})
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"holds no config"):
+    with pytest.raises(ValueError, match=r"must contain a config"):
         build_backbone(tmp_path)

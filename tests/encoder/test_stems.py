@@ -55,5 +55,5 @@ def test_the_usual_stem_stays():
 def test_what_is_refused():
     with pytest.raises(ValueError, match=r"unknown stem 'cifer'; the nearest known one is 'cifar'"):
         build_encoder("resnet", image_size=32, overrides={**SMALL, "stem": "cifer"})
-    with pytest.raises(ValueError, match=r"stem='cifar' is for ResNets, not for vit"):
+    with pytest.raises(ValueError, match=r"stem='cifar' is only available for ResNets, not for vit"):
         build_encoder("vit", image_size=32, overrides={"stem": "cifar"})

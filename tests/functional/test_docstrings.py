@@ -13,8 +13,8 @@ import mllm_vision.functional
 
 MODULES = [module.name for module in pkgutil.iter_modules(mllm_vision.functional.__path__)]
 # what the losses are made of: not for users, and explained where it is used
-TOOLS = {"precision", "random"}
-HELPERS = {"at_least_fp32", "full_precision", "draws_of_blocks"}
+TOOLS = {"checks", "precision", "random"}
+HELPERS = {"draws_of_blocks"}
 # arithmetic on images, on loss values and on eigenvalues: no paper is its source
 WITHOUT_PAPER = {"patchify", "unpatchify", "random_masks", "spectrum", "spread"}
 ANY_SHAPE = {"mutual_information_bound", "triplet_masks"}

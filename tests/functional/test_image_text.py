@@ -320,7 +320,7 @@ def test_a_second_derivative_is_refused():
         ({"exchange": "rings"}, "exchange='rings' must be one of 'gather', 'ring'"),
         ({"relations": [0, 1, 2, 3]}, "tensor or a callable, got list"),
         ({"relations": torch.ones(4, 4, requires_grad=True)}, r"detach\(\)"),
-        ({"relations": lambda rows, columns: torch.ones(1, 2)}, r"gave \[1, 2\] for a tile of \[4, 4\]"),
+        ({"relations": lambda rows, columns: torch.ones(1, 2)}, r"returned \[1, 2\] for a tile of \[4, 4\]"),
         ({"relations": torch.eye(4)[:3].to_sparse_coo()}, r"must be \[4, 4\], got \[3, 4\]"),
     ],
 )

@@ -139,10 +139,10 @@ def test_no_gradient_is_computed_where_none_is_asked_and_none_of_the_gradient_is
         ({"text": torch.ones(2, 4)}, r"must all be \[N, D\]"),
         ({"alpha": 1.5}, "alpha=1.5 is not between"),
         ({"tile_size": 0}, "tile_size=0 must be at least 1"),
-        ({"image_queue": torch.ones(2, 4)}, "go together"),
+        ({"image_queue": torch.ones(2, 4)}, "given together"),
         ({"image_queue": torch.ones(2, 4), "text_queue": torch.ones(3, 4)}, r"both queues must be \[K, 4\]"),
         ({"ids": torch.ones(3, 1)}, r"ids must be integers \[3\]"),
-        ({"queue_ids": torch.ones(3, dtype=torch.int64)}, "need ids and queues"),
+        ({"queue_ids": torch.ones(3, dtype=torch.int64)}, "requires ids and queues"),
         (
             {
                 "image_queue": torch.ones(2, 4), "text_queue": torch.ones(2, 4),

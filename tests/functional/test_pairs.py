@@ -185,7 +185,7 @@ def test_half_precision_is_computed_in_fp32():
 
 def test_what_is_refused():
     x, labels = torch.randn(4, 3), torch.arange(4) % 2
-    with pytest.raises(ValueError, match=r"x1, x2 must all be \[N, D\] .*\[4, 3\], \[4, 2\]"):
+    with pytest.raises(ValueError, match=r"x1 and x2 must all be \[N, D\] .*\[4, 3\] and \[4, 2\]"):
         contrastive(x, torch.randn(4, 2), labels)
     with pytest.raises(ValueError, match=r"different must be \[4\]"):
         contrastive(x, x, labels[:3])

@@ -125,8 +125,7 @@ LOSSES: dict[str, Case] = {
 NO_LOSS = {"triplet_masks", "mine_triplets", "mutual_information_bound"}
 NO_LOSS |= {"centred_softmax", "sinkhorn_knopp", "spherical_kmeans", "concentration", "patchify", "unpatchify"}
 NO_LOSS |= {"spectrum", "effective_rank", "rankme", "alpha_req", "spread", "participation_ratio"}  # test_geometry.py
-NO_LOSS |= {"full_precision", "at_least_fp32"}
-TOOLS = {"masking", "precision", "random"}
+TOOLS = {"checks", "masking", "precision", "random"}
 
 every_loss = pytest.mark.parametrize("name", LOSSES)
 sizes = {"n": st.integers(2, 9), "seed": st.integers(0, 2**16)}

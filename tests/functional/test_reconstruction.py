@@ -60,7 +60,7 @@ def test_autocast_computes_in_full_precision():
 def test_shapes_that_disagree_are_refused():
     with pytest.raises(ValueError, match=r"cannot be cut into patches of 5"):
         patchify(torch.zeros(1, 3, 8, 8), 5)
-    with pytest.raises(ValueError, match=r"make no images of height 9"):
+    with pytest.raises(ValueError, match=r"do not fit images of height 9"):
         unpatchify(torch.zeros(1, 4, 12), 2, 9)
     with pytest.raises(ValueError, match=r"mask \[B, N\], got \[1, 4, 12\]"):
         masked_reconstruction(torch.zeros(1, 4, 12), torch.zeros(1, 4, 12), torch.ones(1, 3, dtype=torch.bool))

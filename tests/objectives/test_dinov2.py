@@ -137,7 +137,7 @@ def test_the_papers_settings():
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="resnet has no patches that could be masked"):
+    with pytest.raises(ValueError, match="resnet has no patches to mask"):
         dinov2("resnet")
     for config, told in (
         ({"mask_ratio_min": 0.6}, "mask_ratio_min=0.6 and mask_ratio_max=0.5"),

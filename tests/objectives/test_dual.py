@@ -143,7 +143,7 @@ def test_refusals(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         DualEncoder.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="'llama' model, which is no image-text pair"):
+    with pytest.raises(ValueError, match="'llama' model, not an image-text pair"):
         DualEncoder.from_pretrained(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""How a text tower becomes one vector per text."""
+"""Pooling of text towers to one vector per text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POOLINGS = ("pooler", "mean", "last")
 
 
 def default_pooling(model: Any) -> str:
-    """How a text tower becomes one vector: its own pooler, else the last token (decoders) or the mean."""
+    """The pooling of a text tower: its own pooler, else the last token (decoders) or the mean."""
     if model.config.model_type in (CLIP_TEXT, SIGLIP_TEXT) or getattr(model, "pooler", None) is not None:
         return "pooler"
     decoder_only = getattr(model.config, "is_decoder", False) or hasattr(model.config, "rope_parameters")
@@ -27,14 +27,12 @@ def pool_text(
 ) -> Tensor:
     """One vector per text.
 
-    CLIP towers are run without the padding mask: attention is causal, padding is on the right and pooling is
-    at the end token, so nothing that is pooled ever sees padding. It is left out altogether: the texts run packed
-    end to end, and the last layer works for the end tokens alone (encoder/clip_layers.py).
+    CLIP towers run on packed texts without padding, and their last layer computes the end tokens only
+    (encoder/clip_layers.py): with causal attention, right padding and pooling at the end token, padding is never used.
 
-    SigLIP towers pool the last of their fixed number of positions. Without a mask (the published checkpoints) that
-    position attends to padding, and texts are padded here to the fixed length. With a mask (towers built here) it
-    attends to the words alone, so one column with the last position stands for all the padding: the same vector at
-    a fraction of the cost.
+    SigLIP towers pool the last of their fixed number of positions. Without a mask (published checkpoints) that
+    position attends to padding, so texts are padded to the fixed length. With a mask (towers built here) it attends to
+    tokens only, so a single padding column at the last position gives the same vector at a fraction of the cost.
 
     Args:
         model: a text tower.
@@ -76,12 +74,12 @@ def pool_text(
 
 
 def _runs_packed(model: Any) -> bool:
-    """Whether a CLIP tower may be run part by part (not while its shapes are being compiled)."""
+    """Whether a CLIP tower may run packed (not under compilation)."""
     hooked = model._forward_hooks or model._forward_pre_hooks
     return not (hooked or torch.compiler.is_compiling()) and all(is_plain(layer) for layer in model.encoder.layers)
 
 
 def _ends(model: Any, input_ids: Tensor) -> Tensor:
-    """Where a CLIP tower pools each text, `[B]`: its first end token; the highest id where the config is legacy."""
+    """`[B]` pooled position of each text in a CLIP tower: the first end token; the highest id for legacy configs."""
     legacy = model.config.eos_token_id == 2
     return (input_ids if legacy else (input_ids == model.config.eos_token_id).int()).argmax(dim=-1)

@@ -1,4 +1,4 @@
-"""The tokenizers of text towers: prepared so that texts end, pad and cut as the tower reads them."""
+"""The tokenizers of text towers: end token, padding and truncation as the tower expects them."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def prepare_tokenizer(tokenizer: Any, text_type: str, max_length: int, *, adapt_end: bool = True) -> Any:
-    """A copy of the tokenizer set up for a text tower, in a way that survives saving and plain loading.
+    """A copy of the tokenizer configured for a text tower; the settings are saved with it.
 
-    Texts are padded and cut on the right and cut at `max_length`. For a CLIP or SigLIP tower every text ends
-    with the end token, also when cut. CLIP's transformers class treats end id 2 as a legacy mark and pools at
-    the highest id instead, so a tokenizer whose end id is 2 (or that has none) is given a new end token.
+    Texts are padded on the right and truncated to `max_length`. For CLIP and SigLIP towers every text ends with the end
+    token, also when truncated. transformers' CLIP treats end id 2 as legacy and pools at the highest id, so a tokenizer
+    with end id 2 (or none) receives a new end token.
 
     Args:
         tokenizer: any transformers tokenizer; not changed.
         text_type: the text tower's `model_type`.
         max_length: longest text in tokens, the end token included.
-        adapt_end: whether an end token may be added (a tower built here), or the tokenizer has to have it.
+        adapt_end: whether an end token may be added (for towers built here).
 
     Raises:
         ValueError: `max_length` too small, or the end token cannot be appended.
     """
     if max_length < 2:
-        raise ValueError(f"max_length={max_length} leaves no room for a word and the end token; use at least 2")
+        raise ValueError(f"max_length={max_length} leaves no room for a token and the end token; use at least 2")
     tokenizer = copy.deepcopy(tokenizer)
     settings: dict[str, Any] = {"padding_side": "right", "truncation_side": "right"}
     if text_type == SIGLIP_TEXT and adapt_end:
-        # A tower built here masks its padding; the tokenizer then has to hand the mask to pipelines too.
+        # A tower built here masks its padding, so pipelines need the mask too.
         settings["model_input_names"] = ["input_ids", "attention_mask"]
     for name, value in settings.items():
         setattr(tokenizer, name, value)
@@ -63,13 +63,13 @@ def _end_with_token(tokenizer: Any, text_type: str, adapt: bool) -> None:
     if tokenizer.eos_token_id is None or whole[-1] != tokenizer.eos_token_id or cut[-1] != tokenizer.eos_token_id:
         raise ValueError(
             f"{type(tokenizer).__name__} does not end its texts with its end token ({tokenizer.eos_token!r}, id "
-            f"{tokenizer.eos_token_id}): {probe!r} became {whole}; a CLIP or SigLIP tower needs it. Use a "
+            f"{tokenizer.eos_token_id}), which CLIP and SigLIP towers require: {probe!r} became {whole}. Use a "
             "tokenizer with an end token in its post-processor (for example one with add_eos_token)"
         )
 
 
 def check_tokenizer(model: Any, tokenizer: Any) -> None:
-    """Raises `ValueError` where a tokenizer would feed the text tower ids it cannot read or pool at."""
+    """Raises ValueError if the tokenizer's ids do not fit the text tower's vocabulary or pooling."""
     highest = max(len(tokenizer) - 1, tokenizer.pad_token_id or 0, tokenizer.eos_token_id or 0)
     if highest >= model.config.vocab_size:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Text towers: our own small ones, and any text model of transformers by path.
+"""Text towers: small ones built here, and any text model of transformers by path.
 
-Our own small text tower is a `CLIPTextModel` or `SiglipTextModel` built small from its config, so that the
-trained pair is a native `CLIPModel` or `SiglipModel`. Tokenizers are in `tokenizers`, pooled vectors in `pooling`.
+A text tower built here is a small `CLIPTextModel` or `SiglipTextModel`, so that the trained pair is a native
+`CLIPModel` or `SiglipModel`. Tokenizers are in `tokenizers`, pooling in `pooling`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from mllm_vision.encoder.text.tokenizers import CLIP_TEXT, SIGLIP_TEXT, check_tokenizer, prepare_tokenizer
 from mllm_vision.errors import reading, unknown_name
 
-# A tower that two CPU cores train in minutes; every field can be overridden by name.
+# Trains in minutes on two CPU cores; every field can be overridden by name.
 SMALL_TEXT_TOWER = {"hidden_size": 256, "num_hidden_layers": 4, "hidden_act": "gelu"}
 DEFAULT_LENGTH = {CLIP_TEXT: 77, SIGLIP_TEXT: 64}
 
@@ -20,10 +20,10 @@ DEFAULT_LENGTH = {CLIP_TEXT: 77, SIGLIP_TEXT: 64}
 def text_sizes(vision: Any) -> dict[str, Any]:
     """Config fields of a text tower in proportion to an image tower.
 
-    Beside SigLIP's image towers: the same width, layers, heads and MLP (arXiv:2303.15343). Beside other transformers
-    CLIP's proportion: two thirds of the width in steps of 128, heads of 64, at most 12 layers (512 beside 768, 768
-    beside 1024; arXiv:2103.00020, table 20); the same shape up to a width of 128. Beside a ResNet of 1024 channels or
-    more CLIP's own, 512 wide with 12 layers; beside a smaller one `SMALL_TEXT_TOWER`.
+    For SigLIP image towers: the same width, layers, heads and MLP (arXiv:2303.15343). For other transformers CLIP's
+    proportion: two thirds of the width in steps of 128, heads of 64, at most 12 layers (512 for 768, 768 for 1024;
+    arXiv:2103.00020, table 20); the same shape up to a width of 128. For ResNets with 1024 channels or more: width 512,
+    12 layers; for smaller ones `SMALL_TEXT_TOWER`.
 
     Args:
         vision: config of the image tower.
@@ -50,25 +50,25 @@ def build_text_tower(
     revision: str | None = None,
     token: str | None = None,
 ) -> tuple[Any, Any]:
-    """A text tower and a copy of the tokenizer that fits it.
+    """A text tower and a copy of the tokenizer prepared for it.
 
     Args:
-        spec: `"clip_text_model"` or `"siglip_text_model"` for our own small tower with random weights, or the
-            path or Hub id of any transformers text model (of a whole CLIP or SigLIP model: its text tower).
-        tokenizer: any transformers tokenizer; it is copied, never changed.
+        spec: `"clip_text_model"` or `"siglip_text_model"` for a small tower with random weights, or the path or Hub id
+            of any transformers text model (of a CLIP or SigLIP model: its text tower).
+        tokenizer: any transformers tokenizer; not changed.
         overrides: config fields of a tower built here, for example `{"hidden_size": 512}`; see `text_sizes`.
-        max_length: longest text in tokens, the end token included. Default 77 (CLIP), 64 (SigLIP), or what
-            a pretrained tower has positions for.
-        projection_size: width of a SigLIP tower's own head: the width of the image tower.
+        max_length: longest text in tokens, the end token included. Default 77 (CLIP), 64 (SigLIP), or the positions
+            of a pretrained tower.
+        projection_size: width of a SigLIP tower's head: the width of the image tower.
         revision: Hub revision of a pretrained tower.
         token: Hub token of a pretrained tower.
 
     Returns:
-        The model (its `pooler_output` is one vector per text where it has one) and the tokenizer.
+        The model and the tokenizer.
 
     Raises:
-        ValueError: a tokenizer that cannot end its texts, a vocabulary larger than the tower's, a length the
-            tower has no positions for, or an unknown config field.
+        ValueError: a tokenizer without end token, a vocabulary larger than the tower's, a length beyond the tower's
+            positions, or an unknown config field.
     """
     if spec in (CLIP_TEXT, SIGLIP_TEXT):
         length = max_length or DEFAULT_LENGTH[spec]
@@ -106,7 +106,7 @@ def _build_small(spec: str, tokenizer: Any, overrides: dict[str, Any], length: i
     fields: dict[str, Any] = {**SMALL_TEXT_TOWER, **overrides}
     fields.setdefault("intermediate_size", 4 * fields["hidden_size"])
     fields.setdefault("num_attention_heads", max(1, fields["hidden_size"] // 64))
-    # Pipelines do not cut CLIP's prompts at a shorter length, and always pad SigLIP's to exactly 64.
+    # Pipelines do not truncate CLIP's prompts to a shorter length, and always pad SigLIP's to exactly 64.
     fields["max_position_embeddings"] = max(length, DEFAULT_LENGTH[spec])
     fields["vocab_size"] = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     fields |= {
@@ -125,7 +125,7 @@ def load_text_tower(path_or_id: str, *, revision: str | None = None, token: str 
     """A pretrained text model: the text tower of a CLIP or SigLIP model, or any model of `AutoModel`.
 
     Raises:
-        ValueError: a model that is no text model.
+        ValueError: not a text model.
     """
     from transformers import AutoConfig, AutoModel, CLIPTextModel, SiglipTextModel
 
@@ -146,9 +146,9 @@ def load_text_tower(path_or_id: str, *, revision: str | None = None, token: str 
 
 
 def text_positions(model: Any) -> int | None:
-    """How many tokens the tower has learnt positions for; `None` where the config does not say."""
+    """Number of positions of the tower; `None` if the config does not define it."""
     positions = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
-    # RoBERTa and its kin count positions from padding_idx + 1
+    # RoBERTa and its variants count positions from padding_idx + 1
     if positions and model.config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"):
         positions -= model.config.pad_token_id + 1
     return positions

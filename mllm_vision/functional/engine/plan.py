@@ -1,4 +1,4 @@
-"""Plan: all that one tiled loss needs to know besides its features."""
+"""Plan: the inputs of one tiled loss besides its features."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from mllm_vision.functional.engine.tiles import Grid
 
 @dataclass
 class Plan:
-    """How one loss runs: whose rows, whose columns, in which tiles, with which positives.
+    """How one loss runs: columns, tiles and positives.
 
     Attributes:
-        columns: how the columns come by.
+        columns: the columns of all ranks and their exchange.
         grid: the tiles.
-        offset: number of this rank's first column, where rows and columns belong together; else `None`.
-        targets: the positives; `None` where there are none among the columns.
-        excluded: pairs that are left out altogether.
-        by_column: whether the softmax runs over rows too, for a loss of each column.
-        mirror: rows are the columns in another order, `rows.roll(mirror)`: then the scores are symmetric, what
-            holds for a row holds for its column, and half of the gradient is the other half.
-        bound: what no score exceeds in absolute value, in nats, where the host knows that much.
+        offset: number of this rank's first column, where rows and columns are paired; else `None`.
+        targets: the positives; `None` without positives among the columns.
+        excluded: pairs that are left out of the softmax.
+        by_column: whether each column has a softmax over rows too.
+        mirror: the columns are `rows.roll(mirror)`: scores are symmetric, and both halves of the gradient are equal.
+        bound: upper bound of the absolute scores in nats, where the host knows one.
     """
 
     columns: Columns

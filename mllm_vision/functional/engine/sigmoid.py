@@ -1,7 +1,7 @@
 """The pairwise sigmoid loss tile by tile: the engine under `siglip_loss`.
 
-A pair's gradient needs its own score only, so the forward pass forms value and gradient of each tile at once: three
-matrix products in all, the floor, and no second pass. docs/engine.md has the mathematics.
+A pair's gradient depends only on its own score, so the forward pass computes value and gradient of each tile at once,
+with three matrix products, the minimum. docs/engine.md has the mathematics.
 """
 
 from __future__ import annotations
@@ -21,25 +21,19 @@ from mllm_vision.functional.precision import wide_dtype
 def sigmoid_losses(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, plan: Plan) -> Tensor:
     """Sum over this rank's rows and all columns of softplus(z_ij) - r_ij z_ij, z_ij = scale * <x_i, y_j> + bias.
 
-    That is -r log sigmoid(z) - (1 - r) log sigmoid(-z) with the plan's targets r.
-
-    Args:
-        x: `[n, D]` rows of this rank, fp32 or fp64.
-        y: `[m, D]` columns of this rank.
-        scale: 0-d tensor.
-        bias: 0-d tensor.
-        plan: how the columns come by, tiles, targets.
+    That is -r log sigmoid(z) - (1 - r) log sigmoid(-z) with the plan's targets r. Arguments as in `softmax_losses`,
+    `bias` a 0-d tensor.
 
     Returns:
-        This rank's share of the sum; its gradients follow `sum_over_ranks`, as those of `softmax_losses` do.
+        This rank's share of the sum; its gradients follow `sum_over_ranks`.
 
     Raises:
-        RuntimeError: on differentiating twice.
+        RuntimeError: a second derivative is requested.
     """
     return _SigmoidLosses.apply(x, y, scale, bias, plan, torch.is_grad_enabled())
 
 
-LINEAR_FROM = 80.0  # nats from which softplus is linear to fp64; torch's default of 20 is not
+LINEAR_FROM = 80.0  # nats from which softplus is linear in fp64; torch's default is 20
 
 
 class _SigmoidLosses(torch.autograd.Function):
@@ -49,7 +43,7 @@ class _SigmoidLosses(torch.autograd.Function):
         need_x, need_y, need_scale, need_bias = (recorded and needed for needed in ctx.needs_input_grad[:4])
         t, b, grid, targets = scale.detach(), bias.detach(), plan.grid, plan.targets
         for_x = torch.zeros_like(x) if need_x or need_scale else None
-        visit = plan.columns.visit(plan.columns.hold(y), gradient=need_y)
+        blocks = plan.columns.iterate(plan.columns.hold(y), gradient=need_y)
 
         def add(
             tile: Tensor, other: Tensor, r: int, c: int, scaled: Tensor, block: Tensor, for_block: Tensor | None
@@ -69,7 +63,7 @@ class _SigmoidLosses(torch.autograd.Function):
 
         total = torch.zeros((), dtype=wide_dtype(x), device=x.device)
         for_scale, for_bias = torch.zeros_like(total), torch.zeros_like(total)
-        for positive, value, gradient in for_each_tile(x, t, visit, grid, add):
+        for positive, value, gradient in for_each_tile(x, t, blocks, grid, add):
             total -= positive
             total += value
             for_bias += gradient
@@ -80,7 +74,7 @@ class _SigmoidLosses(torch.autograd.Function):
             for_scale, for_bias = shared.to(x.dtype).unbind()
         ctx.wanted = need_x, need_y, need_scale, need_bias
         ctx.save_for_backward(
-            for_x.mul_(t) if need_x and for_x is not None else None, visit.gradient, for_scale, for_bias
+            for_x.mul_(t) if need_x and for_x is not None else None, blocks.gradient, for_scale, for_bias
         )
         return total.to(x.dtype)
 

@@ -1,8 +1,8 @@
 """Softmax cross-entropy over all pairs, tile by tile: the engine under `clip_loss`, `nt_xent` and `info_nce`.
 
-The forward pass computes every score once and keeps, per row and per column, one sum; the backward pass computes
-the scores again and turns each tile into its gradient: four matrix products in all, where keeping the scores would
-take three and the memory of every pair. docs/engine.md has the mathematics.
+The forward pass computes every score once and keeps one sum per row and column; the backward pass recomputes the
+scores and turns each tile into its gradient: four matrix products, where keeping the scores would need three and the
+memory of every pair. docs/engine.md has the mathematics.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from mllm_vision.functional.engine.workers import for_each_tile
 from mllm_vision.functional.precision import full_fp32, wide_dtype
 
 LN2 = math.log(2.0)
-# Largest score in base 2 up to which sums of 2^score and their reciprocals lose nothing: fp32 holds 2^-126 to 2^128;
-# the room left over is for a million terms above, and below for terms 2^-40 times the largest.
+# Largest score in base 2 for which sums of 2^score and their reciprocals are exact: fp32 ranges from 2^-126 to 2^128,
+# less a margin for a million terms above and for terms 2^-40 times the largest below.
 HIGHEST = {torch.float32: 86.0, torch.float64: 950.0}
 
 
@@ -31,33 +31,32 @@ def softmax_losses(x: Tensor, y: Tensor, scale: Tensor, plan: Plan) -> tuple[Ten
     """Cross-entropy of every row, and of every column, of scores z_ij = scale * <x_i, y_j>.
 
     For row i with positives q_ij (the plan's targets divided by their sum over the row) that is
-    log sum_j exp(z_ij) - sum_j q_ij z_ij; without targets it is the log-sum-exp alone. The same down the columns,
-    with targets divided by their sums over the column.
+    log sum_j exp(z_ij) - sum_j q_ij z_ij; without targets it is the log-sum-exp. Columns likewise, with targets
+    divided by their sums over the column.
 
     Args:
         x: `[n, D]` rows of this rank, fp32 or fp64.
-        y: `[m, D]` columns of this rank (all columns, where the plan's exchange is "shared").
+        y: `[m, D]` columns of this rank (all columns, if the plan's exchange is "shared").
         scale: 0-d tensor.
-        plan: how the columns come by, tiles, targets.
+        plan: columns, tiles and targets.
 
     Returns:
-        `[n]` and `[m]` losses of this rank's rows and columns; the latter empty unless `plan.by_column`. Summed over
-        ranks with `sum_over_ranks` their gradients follow its convention; the scale's is the mean over ranks of
-        what one process would have times the number of ranks, that is: right as it is.
+        `[n]` and `[m]` losses of this rank's rows and columns; the latter empty unless `plan.by_column`. Gradients
+        follow `sum_over_ranks`; the scale's is that of the whole batch on every rank.
 
     Raises:
         ValueError: targets that leave a row or a column without any positive.
-        RuntimeError: on differentiating twice.
+        RuntimeError: a second derivative is requested.
     """
     return _SoftmaxLosses.apply(x, y, scale, plan)
 
 
 @dataclass
 class _Scores:
-    """How scores are turned into numbers a sum can hold.
+    """How scores become summable.
 
-    Bounded: 2^score, one exponential for both directions, nothing lost. Otherwise (unit 1): natural exponentials of
-    differences to each row's and each column's own log-sum-exp, right wherever the scores lie.
+    Bounded: 2^score, one exponential for both directions. Otherwise: natural exponentials of differences to each row's
+    and each column's log-sum-exp, accurate for any scores.
     """
 
     scale: Tensor
@@ -65,12 +64,12 @@ class _Scores:
 
     @property
     def unit(self) -> float:
-        """A nat, in the scores' unit."""
+        """A nat in the unit of the scores."""
         return 1 / LN2 if self.bounded else 1.0
 
     @property
     def factor(self) -> Tensor:
-        """What the products are multiplied by."""
+        """Factor of the inner products."""
         return self.scale * self.unit
 
 
@@ -79,7 +78,7 @@ class _SoftmaxLosses(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         x, y = x.detach(), y.detach()
         held = plan.columns.hold(y)
-        # Where the host does not know the bound, asking the device would stall its queue: the second form costs little.
+        # Computing a bound on the device would stall its queue; the unbounded form costs little more.
         known = plan.bound is not None and plan.bound / LN2 <= HIGHEST[x.dtype]
         scores = _Scores(scale.detach(), known)
         both = plan.by_column and plan.mirror is None
@@ -110,27 +109,23 @@ class _SoftmaxLosses(torch.autograd.Function):
 
 
 def refuse_double_backward() -> None:
-    """Says why there is no second derivative.
-
-    Raises:
-        RuntimeError: inside a backward pass that is itself recorded.
-    """
+    """Raises RuntimeError inside a backward pass that is itself recorded."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "the tiled contrastive losses have no second derivative: their gradient is formed tile by tile and not "
-            "recorded. Call backward() or autograd.grad() without create_graph=True, or write the loss in plain "
-            "torch where a gradient penalty or a Hessian is needed"
+            "the tiled contrastive losses have no second derivative, because their gradient is computed tile by tile "
+            "and not recorded. Call backward() or autograd.grad() without create_graph=True, or write the loss in "
+            "plain torch for a gradient penalty or a Hessian"
         )
 
 
 def sum_of_products(x: Tensor, y: Tensor, grid: Grid) -> Tensor:
-    """Sum of all entries of `x * y`, strip by strip and added up in fp64: the gradient of the scale."""
+    """Sum of all entries of `x * y`, strip by strip, accumulated in fp64: the gradient of the scale."""
     exact = wide_dtype(x)
     return torch.stack([(x[rows] * y[rows]).sum().to(exact) for rows in grid.rows]).sum()
 
 
 def _sums(x: Tensor, held: Tensor, scores: _Scores, plan: Plan, both: bool) -> tuple[Tensor, Tensor | None, TargetSums]:
-    """Per row and per column: the sum of exponentials (their log-sum-exp outside the window), and the targets'."""
+    """Per row and per column: the sum of exponentials (log-sum-exp if not bounded), and the sums of the targets."""
     grid, total = plan.grid, plan.total
     neutral = 0.0 if scores.bounded else -math.inf
     row = x.new_full((len(x),), neutral)
@@ -156,7 +151,7 @@ def _sums(x: Tensor, held: Tensor, scores: _Scores, plan: Plan, both: bool) -> t
             if column is not None:
                 column[across] = torch.logaddexp(column[across], tile.logsumexp(0))
 
-    for_each_tile(x, scores.factor, plan.columns.visit(held), grid, add)
+    for_each_tile(x, scores.factor, plan.columns.iterate(held), grid, add)
     if column is not None and world_size(plan.group) > 1:
         _over_ranks(column, sums, scores, plan)
     if plan.targets is not None and not plan.targets.certain:
@@ -165,7 +160,7 @@ def _sums(x: Tensor, held: Tensor, scores: _Scores, plan: Plan, both: bool) -> t
 
 
 def _over_ranks(column: Tensor, sums: TargetSums, scores: _Scores, plan: Plan) -> None:
-    """Sums over the ranks' rows what each has of the columns, in place."""
+    """Sums the columns' values over ranks, in place."""
     if not scores.bounded:
         highest = all_reduce(column.clone(), plan.group, "max")
         column.sub_(highest).exp_()
@@ -183,7 +178,7 @@ def _check_positives(sums: TargetSums) -> None:
     if not bool(lowest > 0):
         raise ValueError(
             "the relation matrix has a row or a column without any positive; every image and every text needs one "
-            "(the diagonal belongs to it)"
+            "(include the diagonal)"
         )
 
 
@@ -193,7 +188,7 @@ def _gradients(ctx: Any, by_row: Tensor, by_column: Tensor) -> tuple[Tensor | No
     need_x, need_y, need_scale = ctx.needs_input_grad[:3]
     need_y = need_y and plan.mirror is None
     both = plan.by_column and plan.mirror is None
-    # factors are kept near one while they meet the exponentials, so that nothing underflows; `peak` comes back last
+    # factors near one keep the products with the exponentials from underflowing; `peak` is multiplied back at the end
     peak = by_row.abs().amax()
     if both:
         peak = torch.maximum(peak, by_column.abs().amax())
@@ -206,15 +201,11 @@ def _gradients(ctx: Any, by_row: Tensor, by_column: Tensor) -> tuple[Tensor | No
         across = all_gather(by_row.roll(plan.mirror), plan.group, plan.sizes)
     row_factor = by_row / row if scores.bounded else by_row
     column_factor = across if across is None or not scores.bounded else across / column
-    target_row = target_column = None
-    if row_weight is not None:
-        target_row = by_row / row_weight
-        if across is not None:
-            target_column = across if column_weight is None else across / column_weight
-
+    target_row = None if row_weight is None else by_row / row_weight
+    target_column = across if across is None or column_weight is None else across / column_weight
     grid = plan.grid
     for_x = torch.zeros_like(x) if need_x or need_scale else None
-    visit = plan.columns.visit(held, gradient=need_y)
+    blocks = plan.columns.iterate(held, gradient=need_y)
 
     def add(
         tile: Tensor, other: Tensor, r: int, c: int, scaled: Tensor, block: Tensor, for_block: Tensor | None
@@ -242,11 +233,11 @@ def _gradients(ctx: Any, by_row: Tensor, by_column: Tensor) -> tuple[Tensor | No
         if for_block is not None:
             for_block.addmm_(tile.T, scaled)
 
-    for_each_tile(x, scores.factor, visit, grid, add)
+    for_each_tile(x, scores.factor, blocks, grid, add)
     for_scale = None
     if need_scale and for_x is not None:
         products = sum_of_products(x, for_x, grid)
-        share = 0.5 if plan.mirror is not None else 1.0  # a mirrored gradient counts every pair from both ends
+        share = 0.5 if plan.mirror is not None else 1.0  # a mirrored gradient counts every pair twice
         for_scale = (all_reduce(products * (peak * share), plan.group) / world_size(plan.group)).to(x.dtype)
-    for_y = None if visit.gradient is None else visit.gradient.mul_(peak / scores.unit)
+    for_y = None if blocks.gradient is None else blocks.gradient.mul_(peak / scores.unit)
     return for_x.mul_(peak * scores.scale) if need_x and for_x is not None else None, for_y, for_scale

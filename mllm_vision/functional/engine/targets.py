@@ -1,8 +1,7 @@
 """Positives and excluded pairs, tile by tile: `Runs`, `SparseTargets` and `DenseTargets`.
 
-None of them holds a number for every pair. What a method needs in a step (its own pairs, equal ids) is laid out
-without reading a value back from a GPU, which would stall its queue. Only a sparse matrix of the caller's own is read:
-how many entries a tile has.
+None stores a number for every pair. No value is read back from a GPU, which would stall its queue, except for a
+caller's sparse matrix (the number of entries in each tile).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from mllm_vision.functional.engine.tiles import Grid, first_row
 Relation = Callable[[slice, slice], Tensor]
 Relations = Tensor | Relation | None
 
-LISTED_SHARE = 64  # positives are listed on a CPU, not compared tile by tile, where at most one pair in so many is one
+LISTED_SHARE = 64  # on a CPU, positives are listed instead of compared tile by tile if at most one pair in 64 is one
 
 
 @dataclass
@@ -35,22 +34,20 @@ class TargetSums:
 
 
 class Runs:
-    """Pairs along diagonals: row r + k and column c + k for all k below a length, for some (r, c, length).
-
-    The host knows them all, so that a tile's share is a view of it and nothing is asked of the device.
+    """Pairs along diagonals, known to the host: row r + k and column c + k for all k < length.
 
     Args:
-        runs: (first row, first column, length) of each; columns are counted over all ranks. No pair occurs twice.
+        runs: (first row, first column, length) of each; columns count over all ranks. No pair occurs twice.
         grid: the tiles.
     """
 
-    certain = True  # where they are the positives, every row and every column of all ranks has one
+    certain = True  # as positives they cover every row and every column of all ranks
 
     def __init__(self, runs: list[tuple[int, int, int]], grid: Grid) -> None:
         self._runs, self._grid = runs, grid
 
     def _parts(self, tile: Tensor, row: int, column: int) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Rows, columns and the entries, as a view, of each run's part in one tile."""
+        """Rows, columns and entries (a view) of each run's part in one tile."""
         down, across = self._grid.rows[row], self._grid.columns[column]
         for first, left, length in self._runs:
             begin = max(first, down.start, first + across.start - left)
@@ -100,7 +97,7 @@ class SparseTargets:
         columns: `[P]` columns, counted over all ranks. No pair occurs twice.
         weights: `[P]` in [0, 1]; `None` is one for each.
         grid: the tiles.
-        certain: every row and every column of all ranks is known to have a positive.
+        certain: whether every row and every column of all ranks has a positive.
     """
 
     def __init__(
@@ -139,7 +136,7 @@ class SparseTargets:
     def subtract(
         self, tile: Tensor, row: int, column: int, by_row: Tensor | None = None, by_column: Tensor | None = None
     ) -> None:
-        """Takes weight times (by_row + by_column), or the weight itself without either, from the tile's positives."""
+        """Subtracts weight * (by_row + by_column), or the weight if both are None, at the tile's positives."""
         if (part := self._part(row, column)) is None:
             return
         rows, columns, place, weight = part
@@ -151,7 +148,7 @@ class SparseTargets:
         flat[place] = values
 
     def total(self, tile: Tensor, row: int, column: int) -> Tensor | float:
-        """Sum of weight times score over the tile, in the order of `DenseTargets.total`: equal to the last bit."""
+        """Sum of weight times score over the tile, in the order of `DenseTargets.total` (bit-equal)."""
         if (part := self._part(row, column)) is None:
             return 0.0
         _, _, place, weight = part
@@ -167,7 +164,7 @@ class DenseTargets:
     Args:
         relation: local rows and columns over all ranks to weights `[r, c]` in [0, 1].
         grid: the tiles.
-        certain: every row and every column of all ranks is known to have a positive.
+        certain: whether every row and every column of all ranks has a positive.
     """
 
     def __init__(self, relation: Relation, grid: Grid, *, certain: bool = False) -> None:
@@ -177,8 +174,8 @@ class DenseTargets:
         weights = self._relation(self._grid.rows[row], self._grid.columns[column])
         if weights.shape != tile.shape:
             raise ValueError(
-                f"relations gave {list(weights.shape)} for a tile of {list(tile.shape)}; a callable takes the slices "
-                "(rows, columns) over the rows of all ranks and returns [rows, columns] weights in [0, 1]"
+                f"relations returned {list(weights.shape)} for a tile of {list(tile.shape)}; a callable receives the "
+                "slices (rows, columns) over the rows of all ranks and must return [rows, columns] weights in [0, 1]"
             )
         return weights.detach().to(device=tile.device, dtype=tile.dtype)
 
@@ -231,12 +228,12 @@ def related(ids: Tensor, others: Tensor) -> Tensor:
 
 
 def diagonal(rows: int, offset: int, grid: Grid) -> Runs:
-    """Row i belongs to column offset + i, and to no other."""
+    """The pairs of row i and column offset + i."""
     return Runs([(0, offset, rows)], grid)
 
 
 def rolled(rows: int, offset: int, shifts: list[int], grid: Grid) -> Runs:
-    """Row i and column offset + (i - shift) mod rows, for each of the shifts (different ones, below `rows`)."""
+    """The pairs of row i and column offset + (i - shift) mod rows, for each of the distinct shifts below `rows`."""
     runs = [((0, offset + rows - shift, shift), (shift, offset, rows - shift)) for shift in shifts]
     return Runs([run for pair in runs for run in pair if run[2]], grid)
 
@@ -247,15 +244,15 @@ def find_targets(
     """The positives of this rank's rows.
 
     Args:
-        relations: as `clip_loss` takes them.
+        relations: as in `clip_loss`.
         rows: number of this rank's rows.
         sizes: rows of every rank.
         grid: the tiles.
-        like: weights get this tensor's device and type.
+        like: device and type of the weights.
         group: process group.
 
     Raises:
-        ValueError: a shape that disagrees with the rows, or relations that want a gradient.
+        ValueError: a shape that does not match the rows, or relations that require a gradient.
     """
     start = first_row(sizes, group)
     if relations is None:
@@ -266,7 +263,7 @@ def find_targets(
         given = relations
         return DenseTargets(lambda r, c: given(slice(start + r.start, start + r.stop), c), grid)
     if relations.requires_grad:
-        raise ValueError("relations are targets and get no gradient here; pass relations.detach()")
+        raise ValueError("relations receive no gradient here; pass relations.detach()")
     total = sum(sizes)
     matrix = relations.to(like.device)
     is_ids = not (matrix.is_floating_point() or matrix.dtype == torch.bool) and matrix.layout == torch.strided
@@ -287,7 +284,7 @@ def find_targets(
     pairs = _places(matrix, everyone, like.dtype)
 
     def equal(r: slice, c: slice) -> Tensor:
-        # written as the numbers that weights are: made of them afterwards they cost six times as much on a CPU
+        # written as floats directly: converting booleans afterwards takes six times as long on a CPU
         found = [
             torch.eq(own[r, None], of_all[None, c], out=like.new_empty(r.stop - r.start, c.stop - c.start))
             for own, of_all in pairs
@@ -298,7 +295,7 @@ def find_targets(
 
 
 def _equal_pairs(ids: Tensor, others: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Rows and columns of the pairs that share an id, row by row; None where they are too many to list."""
+    """Rows and columns of the pairs that share an id, row by row; None if there are too many to list."""
     ids, others = (value.unsqueeze(1) if value.ndim == 1 else value for value in (ids, others))
     total, keys = len(others), []
     for own, of_all in zip(ids.unbind(1), others.unbind(1), strict=True):
@@ -317,9 +314,9 @@ def _equal_pairs(ids: Tensor, others: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _places(ids: Tensor, others: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Each column of ids, and of the others', as places among the others, in the type that is quickest to compare."""
+    """Each column of `ids` and of `others` as places among the others, in the type that compares fastest."""
     ids, others = (value.unsqueeze(1) if value.ndim == 1 else value for value in (ids, others))
-    kind = dtype if len(others) < 1 << 24 else torch.int64  # fp32 tells integers apart up to there
+    kind = dtype if len(others) < 1 << 24 else torch.int64  # fp32 represents smaller integers exactly
     found = []
     for own, of_all in zip(ids.unbind(1), others.unbind(1), strict=True):
         ordered = of_all.sort().values

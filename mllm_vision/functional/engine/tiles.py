@@ -1,4 +1,4 @@
-"""Tiles: what the engine cuts the matrix of all pairs into, and how large they are."""
+"""Tiles of the matrix of all pairs, and their size."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mllm_vision.distributed import rank
 
-# Tiles large enough for the matrix products to run at full speed and small enough to stay in the cache.
-# 768 was measured on CPU (docs/engine.md); 4096 for a GPU was not.
+# Large enough for fast matrix products, small enough for the cache. 768 was measured on a CPU (docs/engine.md); 4096
+# for a GPU was not measured.
 TILE_ON_CPU, TILE_ON_GPU = 768, 4096
-SMALLEST_TILE = 256  # to which several CPU threads cut tiles, so that each of them has some
+SMALLEST_TILE = 256  # lower limit where tiles are shared by several CPU threads
 
 
 class Grid:
@@ -21,8 +21,8 @@ class Grid:
 
     Args:
         rows: number of rows.
-        blocks: (first, last + 1) of the columns that come by together; a tile never spans two blocks.
-        size: rows and columns of a tile at most.
+        blocks: (first, last + 1) of the blocks of columns; a tile never spans two blocks.
+        size: maximal rows and columns of a tile.
     """
 
     def __init__(self, rows: int, blocks: list[tuple[int, int]], size: int) -> None:
@@ -41,17 +41,13 @@ class Grid:
                 yield index, columns
 
     def number(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Number of the tile (row by row) in which each pair lies."""
+        """Number of each pair's tile, row by row."""
         strips = torch.bucketize(columns, torch.tensor(self._starts, device=columns.device), right=True) - 1
         return rows // self.size * len(self.columns) + strips
 
 
 def choose_tile(tile_size: int | None, device: torch.device, rows: int = 0) -> int:
-    """`tile_size` checked, or the size that suits the device and, on several CPU threads, this number of rows.
-
-    Raises:
-        ValueError: a size below one.
-    """
+    """`tile_size`, or a size for the device and the number of rows; raises ValueError for a size below one."""
     if tile_size is not None:
         if tile_size < 1:
             raise ValueError(f"tile_size={tile_size} must be at least 1; None chooses one")
@@ -61,7 +57,7 @@ def choose_tile(tile_size: int | None, device: torch.device, rows: int = 0) -> i
     threads = cpu_threads()
     if threads == 1 or rows < 4 * SMALLEST_TILE:
         return TILE_ON_CPU
-    return min(TILE_ON_CPU, max(SMALLEST_TILE, -(-rows // (2 * threads))))  # two strips of rows a thread
+    return min(TILE_ON_CPU, max(SMALLEST_TILE, -(-rows // (2 * threads))))  # two strips of rows per thread
 
 
 @torch.compiler.assume_constant_result

@@ -1,9 +1,8 @@
-"""Tiles in parallel: one tile per thread, in an order that gives every sum the value that one thread would give it.
+"""Tiles in parallel: one tile per thread, with sums in the order of a single thread.
 
-Left to itself, torch splits each operation over the cores and waits at its end for the slowest. A tile takes about ten
-operations of a few milliseconds. Beside another busy process each of them waits for the core that the process holds,
-and the loss becomes several times slower. Here each thread computes whole tiles: a core that is held up delays its
-tile, and the others take more tiles meanwhile.
+By default torch splits each operation over the cores and waits for the slowest one. A tile takes about ten operations
+of a few milliseconds, so a busy core delays all of them, and the loss becomes several times slower. Here each thread
+computes whole tiles: a busy core delays its own tile only.
 """
 
 from __future__ import annotations
@@ -18,28 +17,28 @@ from torch import Tensor
 
 from mllm_vision.functional.engine.tiles import Grid
 
-STRIPS_PER_WORKER = 2  # strips of rows and of columns: with fewer, the workers wait for one another
+STRIPS_PER_WORKER = 2  # strips of rows and of columns: with fewer, workers wait for each other
 
-# (tile, spare tile, row strip, column strip, scaled rows, columns, their gradient or None) to what is collected
+# (tile, spare tile, row strip, column strip, scaled rows, columns, their gradient or None) -> collected result
 Work = Callable[[Tensor, Tensor, int, int, Tensor, Tensor, Tensor | None], Any]
 
 
 def for_each_tile(
     x: Tensor, factor: Tensor, blocks: Iterable[tuple[int, Tensor, Tensor | None]], grid: Grid, work: Work
 ) -> list[Any]:
-    """Computes every tile of `factor * x @ block.T` and hands it to `work`.
+    """Computes every tile of `factor * x @ block.T` and passes it to `work`.
 
     Args:
         x: `[n, D]` rows of this rank.
         factor: 0-d tensor.
-        blocks: number of the first column, columns `[m, D]` and their gradient, as `Columns.visit` yields them.
+        blocks: number of the first column, columns `[m, D]` and their gradient, as yielded by `Columns.iterate`.
         grid: the tiles.
-        work: gets the tile, a spare buffer of its shape, the numbers of its row and column strip, the scaled rows,
-            the columns and their gradient. It may overwrite both buffers. It runs on several threads at once, but
-            never for two tiles of one row strip or of one column strip; along a strip the tiles come in order.
+        work: receives the tile, a spare buffer of its shape, the numbers of its row and column strip, the scaled rows,
+            the columns and their gradient; it may overwrite both buffers. It runs on several threads, but never for
+            two tiles of one strip at once, and along a strip in order.
 
     Returns:
-        What `work` returned, block by block and row strip by row strip.
+        The results of `work`, block by block and row strip by row strip.
     """
     workers = worker_count(x, grid)
     scratch = [_Scratch(x, factor, grid) for _ in range(workers)]
@@ -72,7 +71,7 @@ class _Scratch:
         self._scaled, self._row = x.new_empty(rows, x.shape[1]), -1
 
     def of(self, row: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The scaled rows of a strip, and two buffers of them by `width`."""
+        """The scaled rows of a strip, and two buffers `[rows, width]`."""
         down = self._rows[row]
         height = down.stop - down.start
         scaled = self._scaled[:height]
@@ -84,9 +83,9 @@ class _Scratch:
 
 
 def worker_count(x: Tensor, grid: Grid) -> int:
-    """Threads that share the tiles: those of torch, where there are tiles enough.
+    """Threads that share the tiles: torch's number if there are enough tiles.
 
-    One where threads would not see what this one sees (fake and traced tensors, dispatch modes, a compiler).
+    One under fake or traced tensors, dispatch modes and compilation, which are local to this thread.
     """
     if x.device.type != "cpu" or type(x) is not Tensor or torch.compiler.is_compiling():
         return 1
@@ -96,14 +95,11 @@ def worker_count(x: Tensor, grid: Grid) -> int:
 
 
 def in_order(rows: int, columns: int, compute: Callable[[int, int, int], None], workers: int) -> None:
-    """Calls `compute(worker, row, column)` for every tile, from as many threads as there are workers.
+    """Calls `compute(worker, row, column)` for every tile, from `workers` threads.
 
-    A tile waits for its left and its upper neighbour, so that whatever is summed along a row or a column is summed in
-    the same order by any number of workers, however fast each of them is. Each thread gives its operations an equal
-    share of torch's threads.
-
-    Raises:
-        BaseException: the first error of `compute`; tiles not begun are left out.
+    A tile waits for its left and its upper neighbour, so that sums along rows and columns do not depend on the number
+    of workers. Each thread uses an equal share of torch's threads. The first error of `compute` is raised; tiles not
+    yet started are skipped.
     """
     if workers == 1:
         for row in range(rows):
@@ -114,7 +110,7 @@ def in_order(rows: int, columns: int, compute: Callable[[int, int, int], None], 
     threads, recording = torch.get_num_threads(), torch.is_inference_mode_enabled()
 
     def serve(worker: int) -> None:
-        torch.set_num_threads(threads // workers)  # of this thread's operations: OpenMP counts thread by thread
+        torch.set_num_threads(threads // workers)  # for this thread only: OpenMP's setting is thread-local
         with torch.inference_mode(recording), torch.no_grad():
             queue.serve(lambda row, column: compute(worker, row, column))
 
@@ -129,7 +125,7 @@ def in_order(rows: int, columns: int, compute: Callable[[int, int, int], None], 
 
 
 class _Queue:
-    """The tiles not yet computed; `serve` works on it from any number of threads."""
+    """The tiles not yet computed; any number of threads call `serve`."""
 
     def __init__(self, rows: int, columns: int) -> None:
         self._columns = columns
@@ -153,7 +149,7 @@ class _Queue:
                     self._changed.notify_all()
 
     def _take(self, last: int | None) -> int | None:
-        """A row whose next tile is ready, the last one if possible; None when nothing is left."""
+        """A row whose next tile is ready, preferably `last`; None when nothing is left."""
         with self._changed:
             while not self._failed and self._done[-1] < self._columns:
                 ready = [row for row in range(len(self._done)) if self._ready(row)]
