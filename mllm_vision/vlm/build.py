@@ -1,4 +1,4 @@
-"""``build_vlm``: an encoder, a projector and any causal language model become one LLaVA-style model."""
+"""``build_vlm``: a LLaVA-style model from an encoder, a projector and any causal language model."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ def build_vlm(
     token: str | None = None,
     revision: str | None = None,
 ) -> tuple[VisionLanguageModel, LlavaProcessor]:
-    """Connect ``encoder`` to ``llm`` by a new projector; tower and language model keep their weights.
+    """Connects ``encoder`` to ``llm`` by a new projector; tower and language model keep their weights.
 
-    The given modules are used as they are, not copied. A tokenizer without image or padding token gets them;
-    the embeddings grow as needed, each new row being the mean of the old ones.
+    The given modules are not copied. Missing image and padding tokens are added to the tokenizer; embeddings grow as
+    needed, and each new row is the mean of the old ones.
 
     Args:
         encoder: its ``select_layer`` and ``select_feature`` decide which tokens the language model sees.
         llm: a causal language model, or the path or Hub id of one.
         projector: one of ``list_projectors()``.
-        tokenizer: default: the one beside ``llm``; needed when ``llm`` is a model.
+        tokenizer: by default the one saved with ``llm``; required when ``llm`` is a model.
         chat_template: a Jinja template with generation marks, set on the processor; None keeps the tokenizer's.
-        image_token: the word that stands for an image.
+        image_token: the token of an image.
         dtype: of the language model and the projector, when ``llm`` is a path; "auto" keeps the checkpoint's.
         blind: replace every image by zeros (an ablation).
         token, revision: for a language model on the Hub.
@@ -68,7 +68,7 @@ def build_vlm(
         The model (everything trainable; see ``vlm.freezing.freeze``) and its ``LlavaProcessor``.
 
     Raises:
-        ValueError: an unknown projector, a tower or a language model that LLaVA's layout cannot hold, a model
+        ValueError: an unknown projector, a tower or a language model that LLaVA's layout cannot represent, a model
             without tokenizer.
         OSError: ``llm`` cannot be read.
     """
@@ -94,8 +94,8 @@ def build_vlm(
     rows = table.shape[0]
     if len(tokenizer) > rows:
         logger.warning(
-            "the tokenizer has %d tokens, but %s has embeddings for %d only: is it the tokenizer of this model? The "
-            "others begin as the mean of all",
+            "the tokenizer has %d tokens, but %s has embeddings for only %d: is it the tokenizer of this model? The "
+            "others are initialised to the mean",
             len(tokenizer),
             type(language_model).__name__,
             rows,
@@ -119,7 +119,7 @@ def build_vlm(
         tie_word_embeddings=tied,
         mllm_vision={"projector": projector, "select_feature": layout["select_feature"], "blind": blind},
     )
-    with torch.device("meta"):  # only the skeleton: every part is put in below, so nothing is allocated twice
+    with torch.device("meta"):  # every part is replaced below, so nothing is allocated twice
         model = VisionLanguageModel(config)
     model.config.vision_config, model.config.text_config = encoder.backbone.config, base.config
     model.model.vision_tower = encoder.backbone
@@ -145,7 +145,7 @@ def build_vlm(
             f"the tokenizer splits {image_token!r} (first id {processor.image_token_id}, its own id {image_token_id}); "
             "choose another image_token"
         )
-    # The language model's settings of sampling stay behind: a LLaVA answers greedily unless told otherwise.
+    # The language model's sampling settings are dropped: a LLaVA answers greedily by default.
     model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
     settle_ends(model, processor, [language_model.config, language_model.generation_config])
     check_generation(model.eval(), type(language_model).__name__)
@@ -153,20 +153,20 @@ def build_vlm(
 
 
 def tower_layout(encoder: VisionEncoder) -> dict[str, Any]:
-    """How LLaVA's config says what ``encoder`` gives: strategy, patch size, tokens beside the patch grid.
+    """The output of ``encoder`` in the terms of LLaVA's config: strategy, patch size, tokens beside the patch grid.
 
     Raises:
-        ValueError: features that LLaVA's layout cannot name, with the remedy.
+        ValueError: features that LLaVA's config cannot express, with the remedy.
     """
     config, feature = encoder.backbone.config, encoder.select_feature
     name = getattr(config, "model_type", type(encoder.backbone).__name__)
     if feature not in ("patch", "cls_patch"):
         raise ValueError(
-            f"select_feature={feature!r} gives one vector an image; a language model needs the patch tokens: "
+            f"select_feature={feature!r} gives one vector per image; a language model needs the patch tokens: "
             "load the encoder with select_feature='patch'"
         )
     if not isinstance(encoder.select_layer, int):
-        raise ValueError(f"select_layer={encoder.select_layer!r} is no layer number; load the encoder with -2 or -1")
+        raise ValueError(f"select_layer={encoder.select_layer!r} is not an integer; load the encoder with -2 or -1")
     if not isinstance(getattr(config, "hidden_size", None), int):
         raise ValueError(
             f"{name} gives feature maps without a hidden_size, which LLaVA's layout cannot hold; "
@@ -191,29 +191,29 @@ def tower_layout(encoder: VisionEncoder) -> dict[str, Any]:
             f"{name} puts {before} tokens before its patches, but LLaVA's layout can drop only one; "
             "load the encoder with select_feature='cls_patch' to keep them all"
         )
-    logger.info("%s: its %d register tokens stay among the tokens that the language model sees", name, before - 1)
+    logger.info("%s: the language model also receives its %d register tokens", name, before - 1)
     return {
         "strategy": "full",
         "patch_size": patch,
         "additional": before,
         "num_tokens": grid + before,
-        "select_feature": None,  # transformers' own way: our cls_patch leaves the registers out
+        "select_feature": None,  # transformers' selection: our cls_patch drops the registers
     }
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE_TOKEN) -> int:
-    """Give ``tokenizer`` an image and a padding token where it has none; returns the image token's id.
+    """Adds missing image and padding tokens to ``tokenizer``; returns the image token's id.
 
-    Padding goes to the left, where generation needs it (training pads its batches by itself). The end-of-sequence
-    token is never used for padding: the model must learn it.
+    Padding is on the left, as generation needs it (training collates its own batches). The end-of-sequence token is
+    never used for padding, because the model must learn it.
 
     Raises:
-        ValueError: no end-of-sequence token, so that no answer could ever end.
+        ValueError: no end-of-sequence token.
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no eos_token, so that no answer could end; set one before building")
+        raise ValueError("the tokenizer has no eos_token, so no answer could end; set one before building")
     if image_token not in tokenizer.all_special_tokens:
-        # Also where the word is in the vocabulary already (the id stays): only a special token is never split.
+        # Even if the vocabulary contains it (the id stays): only special tokens are never split.
         tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
@@ -223,12 +223,12 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, image_token: str = IMA
 
 @torch.no_grad()
 def grow_embeddings(language_model: PreTrainedModel, size: int) -> int:
-    """Make room for ``size`` tokens; new input and output rows are the mean of the old. Returns the rows added."""
+    """Grows the embeddings to ``size`` tokens; new input and output rows are the mean. Returns the rows added."""
     table: Any = language_model.get_input_embeddings().weight
     old = table.shape[0]
     if size <= old:
         return 0
-    # transformers' own mean_resizing draws around the mean: equal runs would differ by the random state.
+    # transformers' mean_resizing samples around the mean, so equal runs would differ by the random state.
     language_model.resize_token_embeddings(size, mean_resizing=False)
     for layer in {language_model.get_input_embeddings(), language_model.get_output_embeddings()}:
         layer.weight[old:] = layer.weight[:old].mean(dim=0)
@@ -237,9 +237,9 @@ def grow_embeddings(language_model: PreTrainedModel, size: int) -> int:
 
 
 def _settle_tying(language_model: PreTrainedModel, base: PreTrainedModel) -> bool:
-    """Whether input and output embeddings stay tied; LLaVA can say so only for ``embed_tokens``.
+    """Whether input and output embeddings stay tied, which LLaVA supports only for ``embed_tokens``.
 
-    For other layouts (GPT-2's ``wte``) the output layer gets a copy, so that the checkpoint stays loadable.
+    For other layouts (GPT-2's ``wte``) the output layer becomes a copy, so that the checkpoint stays loadable.
     """
     embeddings, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
     tied = head.weight is embeddings.weight

@@ -1,4 +1,4 @@
-"""The data of stages one and two: records to tokenised conversations that fit one model."""
+"""The data of stages one and two: records as tokenised conversations for one model."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ def chat_template(name_or_path: str) -> str:
     text = file.read_text(encoding="utf-8")
     if "generation" not in text:
         raise ValueError(
-            f"{file} has no {{% generation %}} ... {{% endgeneration %}} around the assistant's words, so nothing "
-            "says what is to be learnt"
+            f"{file} has no {{% generation %}} ... {{% endgeneration %}} around the assistant's text, which marks the "
+            "tokens to train on"
         )
     return text
 
 
 def set_chat_template(processor: Any, name_or_path: str) -> None:
-    """Give processor and tokenizer the template (see ``chat_template``); it is saved with them."""
+    """Sets the template (see ``chat_template``) on processor and tokenizer; it is saved with them."""
     template = chat_template(name_or_path)
     processor.chat_template = processor.tokenizer.chat_template = template
 
 
 @dataclass
 class StageData:
-    """Training and held-out conversations of one stage, with all that was found on the way."""
+    """Training and held-out conversations of one stage, with their records and columns."""
 
     train: ConversationDataset | PackedConversations | StreamDataset
     evaluation: ConversationDataset | PackedConversations
@@ -77,17 +77,17 @@ class StageData:
 
     @property
     def asks_single_questions(self) -> bool:
-        """Whether question answering can ask what is held out: questions on one image, with nothing said before."""
+        """Whether the held-out data are questions on one image without history, as question answering requires."""
         bound = set(self.eval_columns)
         if not {"question", "answer", "image"} <= bound or {"system", "history"} & bound:
             return False
         single = bool((image_counts(self.eval_records, self.eval_columns["image"]) == 1).any())
         if not single:
-            logger.warning("answers are not measured: every held-out row asks about several images, or none")
+            logger.warning("answers are not evaluated: no held-out row asks about exactly one image")
         return single
 
     def check(self, max_bad_fraction: float) -> None:
-        """Raise ValueError where more rows were refused than may be, of the training or of the held-out data."""
+        """Raises ValueError if too many rows of the training or held-out data were refused."""
         self.train.bad_samples.check(max_bad_fraction)
         try:
             self.evaluation.bad_samples.check(max_bad_fraction)
@@ -118,30 +118,30 @@ def load_stage_data(
     streams: StreamArguments | None = None,
     max_steps: int = -1,
 ) -> StageData:
-    """Load, bind and tokenise what a stage trains on, for this model and its processor's chat template.
+    """Loads, binds and tokenises the data of a stage, for this model and its processor's chat template.
 
     Args:
-        model, processor: from ``build_vlm`` or ``load_vlm``; they say how many tokens an image takes, how long a
-            sequence may be, and how a conversation is written down.
+        model, processor: from ``build_vlm`` or ``load_vlm``; they define the tokens of an image, the maximal length
+            and the chat template.
         dataset_name: file, pattern, folder or Hub id.
         eval_dataset_name: held-out data; None holds rows of the training data out (at most a tenth).
-        roles: the form a table is asked for first, e.g. ("image", "caption"), instead of turns of any kind; turns
-            (`conversations`, `messages`) are taken too. None: whatever form of conversation there is.
+        roles: the preferred columns of a table, e.g. ("image", "caption"); `conversations` and `messages` are accepted
+            too. None: any form of conversation.
         overrides: role -> column name.
         split, config_name, image_root: see ``load_records``.
         eval_split: of the held-out data; None: "validation", or the only one.
         max_rows: of the training data; ``eval_rows``: of the held-out data.
-        max_length: in tokens, image tokens included; None: what the language model allows, at most 2048.
+        max_length: in tokens, image tokens included; None: the language model's limit, at most 2048.
         on_truncation, max_turns, shuffle_turns: see ``ConversationDataset``.
-        pack_turns: questions on one image are independent samples, packed as ``PackedConversations`` says.
-        seed: decides which rows are held out, which caption is drawn and in which order questions come.
-        streams: with `streaming`, the training data is read as a stream (`train_records` is the stream then);
-            ``max_steps`` says how long where a stream has no end.
+        pack_turns: questions on one image are independent samples, packed by ``PackedConversations``.
+        seed: determines the held-out rows, the drawn captions and the order of questions.
+        streams: with `streaming`, the training data is read as a stream (then in `train_records`); ``max_steps`` limits
+            endless streams.
 
     Raises:
         FileNotFoundError: no such data.
-        ValueError: columns that are not there, an empty set, a length the language model does not allow, a language
-            model that cannot be trained on packed conversations.
+        ValueError: missing columns, an empty set, a length beyond the language model's limit, a language model that
+            cannot be trained on packed conversations.
     """
     limit = getattr(model.config.text_config, "max_position_embeddings", None)
     if max_length is None:
@@ -153,14 +153,14 @@ def load_stage_data(
     if eval_rows < 2:
         raise ValueError(f"eval_rows={eval_rows} must be at least 2")
     if pack_turns and max_turns not in (None, 1):
-        raise ValueError(f"pack_turns keeps every question to itself, so max_turns={max_turns} does not go with it")
+        raise ValueError(f"pack_turns and max_turns={max_turns} are mutually exclusive: packed questions are separate")
     where: dict[str, Any] = {"split": split, "config_name": config_name, "image_root": image_root}
     stream, records = None, None
     if streams is not None and streams.streaming:
         if not eval_dataset_name:
-            raise ValueError("--streaming holds no rows out: give --eval_dataset_name")
+            raise ValueError("--streaming holds no rows out; pass --eval_dataset_name")
         if pack_turns:
-            raise ValueError("--pack_turns needs all rows beforehand: leave it out, or leave --streaming out")
+            raise ValueError("--pack_turns and --streaming are mutually exclusive")
         stream = streams.open(dataset_name, **where, max_rows=max_rows, seed=seed, max_steps=max_steps)
         records = stream.head()
     else:
@@ -174,7 +174,7 @@ def load_stage_data(
     columns, eval_columns = (
         bind_conversations(each, dict(overrides or {}), forms=forms, tell=each is records) for each in (records, held)
     )
-    # Positions matter to questions and captions: no crops, so training images are transformed as all others.
+    # Questions and captions depend on positions, so training images are not cropped at random.
     transform = ImageTransform(processor.image_processor, train=False)
     options: dict[str, Any] = {
         "num_image_tokens": model.config.image_seq_length,
@@ -213,12 +213,12 @@ def load_stage_data(
 def _held_out(
     records: Any, eval_dataset_name: str | None, where: Mapping[str, Any], eval_rows: int, seed: int
 ) -> tuple[Any, Any]:
-    """(rows to train on, held-out rows): a data set of its own, or at most a tenth of the rows, drawn by the seed."""
+    """(training rows, held-out rows): a separate data set, or at most a tenth of the rows, drawn by the seed."""
     if eval_dataset_name:
         return records, load_records(eval_dataset_name, **where, max_rows=eval_rows)
     count = min(eval_rows, len(records) // 10)
     if count < 2:
-        raise ValueError(f"{len(records)} rows leave none to hold out; give --eval_dataset_name or 20 rows at least")
+        raise ValueError(f"{len(records)} rows are too few to hold some out; pass --eval_dataset_name or 20 rows")
     parts = records.train_test_split(test_size=count, seed=seed)
     logger.info("no --eval_dataset_name: %d of the training rows are held out", count)
     return parts["train"], parts["test"]
@@ -227,22 +227,22 @@ def _held_out(
 def _check_use(
     samples: ConversationDataset, dataset_name: str, streamed: bool, pack_turns: bool, max_turns: int | None
 ) -> None:
-    """Refuse data that teach a projector nothing, and flags that whole conversations have no use for."""
+    """Refuses data without images, and flags of single questions for whole conversations."""
     if not streamed and not samples.has_images:
         raise ValueError(
-            f"none of the {len(samples)} conversations of {dataset_name} has an image, so the projector has nothing to "
-            "learn from: name the images with --image_column, or put them into the messages"
+            f"none of the {len(samples)} conversations of {dataset_name} has an image, so the projector cannot be "
+            "trained: name the images with --image_column, or put them into the messages"
         )
     if not samples.form.by_question and (pack_turns or max_turns is not None):
         flag, form = "--pack_turns" if pack_turns else "--max_turns", ", ".join(samples.form.form)
         raise ValueError(
-            f"{flag} is for questions that are asked one by one (question and answer columns, or lists of them); "
+            f"{flag} is for questions that are independent (question and answer columns, or lists of them); "
             f"{dataset_name} has whole conversations ({form}), whose turns stay together: leave it out"
         )
 
 
 def label_preview(data: StageData, processor: Any) -> str:
-    """The first training sample with the words that are learnt between « and »; "" where a stream begins badly."""
+    """The first valid training sample, the text that is trained on between « and »; "" without one."""
     if not isinstance(data.train, StreamDataset):
         return preview_labels(data.collator([data.train[0]]), processor.tokenizer)
     for number, row in enumerate(data.train.stream.head()):

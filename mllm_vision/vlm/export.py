@@ -1,4 +1,4 @@
-"""Saving and loading: what stages one and two leave behind is a plain LLaVA directory."""
+"""Saving and loading of models of stages one and two as plain LLaVA directories."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ ADAPTER = "adapter"
 
 
 def merge_lora(model: Any) -> VisionLanguageModel:
-    """``model`` with its LoRA adapters folded into the weights, in place; a model without adapters as it is."""
+    """``model`` with its LoRA adapters merged into the weights, in place; a model without adapters is unchanged."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
 def save_vlm(
     model: VisionLanguageModel | PeftModel, processor: LlavaProcessor, path: str | Path
 ) -> VisionLanguageModel:
-    """Write a directory that ``LlavaForConditionalGeneration`` and ``AutoProcessor`` load without this package.
+    """Writes a directory that ``LlavaForConditionalGeneration`` and ``AutoProcessor`` load without this package.
 
-    Both projectors are native: the linear one is written as Llava's two layers with a linear activation between
-    and an identity as the second. LoRA adapters are saved as they are under ``path/adapter`` and then merged.
+    Both projectors are native: the linear one is written as Llava's two layers with a linear activation and an identity
+    as the second layer. LoRA adapters are saved under ``path/adapter`` and then merged.
 
     Args:
-        model: the model, or the peft model around it (merged in place: train no further with it).
-        processor: from ``build_vlm`` or ``load_vlm``; its chat template goes along.
+        model: the model, or the peft model around it (merged in place; do not train it further).
+        processor: from ``build_vlm`` or ``load_vlm``; its chat template is saved too.
         path: the directory to write.
 
     Returns:
-        The merged model, as it was saved.
+        The merged model.
     """
     path = Path(path)
     if hasattr(model, "merge_and_unload"):
@@ -58,7 +58,7 @@ def save_vlm(
 def load_vlm(
     path: str | Path, *, dtype: torch.dtype | str = torch.float32, token: str | None = None, revision: str | None = None
 ) -> tuple[VisionLanguageModel, LlavaProcessor]:
-    """Read a LLaVA checkpoint, ours or any other on disk or on the Hub.
+    """Loads a LLaVA checkpoint, of this package or any other, from disk or the Hub.
 
     Args:
         path: a directory written by ``save_vlm``, or the path or Hub id of any ``llava`` checkpoint.
@@ -69,9 +69,8 @@ def load_vlm(
         The model in evaluation mode, and its processor.
 
     Raises:
-        FileNotFoundError: a folder that is not there or has no config.json.
-        ValueError: a folder that holds something else than a LLaVA model, or not all of its weights; a processor
-            that does not belong to the model.
+        FileNotFoundError: no such folder, or no config.json in it.
+        ValueError: not a LLaVA model, missing weights, or a processor that does not fit the model.
     """
     folder = Path(path)
     if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
@@ -85,25 +84,25 @@ def load_vlm(
         processor = AutoProcessor.from_pretrained(str(path), **hub)
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
-            f"{path} lacks {len(missing)} weights of a LLaVA ({', '.join(missing[:3])}), which would be random; give "
-            "the folder of a whole checkpoint"
+            f"{path} lacks {len(missing)} weights of a LLaVA ({', '.join(missing[:3])}), which would be random; use "
+            "the folder of a complete checkpoint"
         )
     fit_processor(model.eval(), processor, str(path))
     pad_left(processor.tokenizer)
     settle_ends(model, processor)
     if model.blind:
-        logger.warning("%s was trained blind: it sees zeros instead of images", path)
+        logger.warning("%s was trained blind: images are replaced by zeros", path)
     return model.eval(), processor
 
 
 def fit_processor(model: VisionLanguageModel, processor: Any, path: str) -> None:
-    """Let config and processor say how many tokens an image takes, as the tower gives them; what was wrong is told.
+    """Sets the number of tokens per image in config and processor to that of the tower; logs corrections.
 
-    Older LLaVA checkpoints have an ``image_seq_length`` that nothing uses, and processors without a patch size.
+    Older LLaVA checkpoints have an unused ``image_seq_length`` and processors without a patch size.
 
     Raises:
-        ValueError: no processor of a LLaVA; images of another size than the tower's; an image token that the
-            language model has no embedding for.
+        ValueError: not a LLaVA processor; images of a different size than the tower's; an image token without
+            embedding.
     """
     if not isinstance(processor, LlavaProcessor):
         raise ValueError(
@@ -117,7 +116,7 @@ def fit_processor(model: VisionLanguageModel, processor: Any, path: str) -> None
     if token >= rows:
         raise ValueError(
             f"{path}: the processor's image token {processor.image_token!r} has id {token}, beyond the {rows} "
-            "embeddings of the language model; give the processor that was saved with the model"
+            "embeddings of the language model; use the processor that was saved with the model"
         )
     blank = ImageTransform(processor.image_processor, train=False)([Image.new("RGB", (64, 64))])
     size = config.vision_config.image_size
@@ -144,31 +143,29 @@ def fit_processor(model: VisionLanguageModel, processor: Any, path: str) -> None
                 changed.append(f"{name}={was} -> {value}")
                 setattr(holder, name, value)
     if changed:
-        logger.warning("%s: corrected to what the vision tower gives: %s", path, ", ".join(changed))
+        logger.warning("%s: corrected to the vision tower's output: %s", path, ", ".join(changed))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a LLaVA folder; FileNotFoundError or ValueError saying what is there instead."""
+    """``config.json`` of a LLaVA folder; FileNotFoundError or ValueError naming what the folder contains instead."""
     file = folder / "config.json"
     if not file.is_file():
         if (folder / "adapter_config.json").is_file():
             raise ValueError(
-                f"{folder} holds LoRA adapters without their model: merge them (peft's merge_and_unload), or give the "
-                "folder above, where recipes/instruct.py saved them merged"
+                f"{folder} contains LoRA adapters without their model: merge them (merge_and_unload of peft), or "
+                "use the folder above, where recipes/instruct.py saved them merged"
             )
         found = sorted(entry.name for entry in folder.iterdir())[:8] if folder.is_dir() else None
-        missing = f"there is no such folder{nearby(folder)}"
-        inside = missing if found is None else f"it holds {', '.join(found) or 'nothing'}"
-        raise FileNotFoundError(f"{folder} is no saved model: no config.json ({inside}); give the folder that has one")
+        missing = f"no such folder{nearby(folder)}"
+        inside = missing if found is None else f"it contains {', '.join(found) or 'nothing'}"
+        raise FileNotFoundError(f"{folder} is not a saved model: no config.json ({inside}); use the folder with one")
     config = read_json(file)
     kind = config.get("model_type")
     if kind != "llava":
         raise ValueError(
-            f"{folder} holds a {kind!r} model, not a vision-language model ('llava'); "
-            "give what recipes/align.py or recipes/instruct.py saved under 'model'"
+            f"{folder} contains a {kind!r} model, not a vision-language model ('llava'); "
+            "use the folder 'model' saved by recipes/align.py or recipes/instruct.py"
         )
     if method := (config.get("quantization_config") or {}).get("quant_method"):
-        raise ValueError(
-            f"{folder} is quantised ({method}), which is neither trained nor measured here; give the original"
-        )
+        raise ValueError(f"{folder} is quantised ({method}), which is not supported; use the original")
     return config

@@ -10,7 +10,7 @@ from mllm_vision.data.flags import COLUMN, DataArguments
 
 @dataclass(kw_only=True)
 class ChatDataArguments(DataArguments):
-    """Which conversations are trained on and held out, and how they are written down."""
+    """Training and held-out conversations, and their chat template."""
 
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Held-out data; by default rows of the training data."}
@@ -66,7 +66,7 @@ class ChatDataArguments(DataArguments):
 
 @dataclass(kw_only=True)
 class TuningArguments:
-    """How much of the model learns, and at which rates."""
+    """Which parts of the model are trained, and at which learning rates."""
 
     train: Literal["full", "lora", "projector"] = field(
         default="full", metadata={"help": "Projector and language model, adapters, or the projector alone."}
@@ -89,7 +89,7 @@ class TuningArguments:
         }
 
     def prepare(self, model: Any) -> Any:
-        """The model with what learns set to learn; with LoRA the peft model around it."""
+        """The model with frozen and trainable parts set; with LoRA the peft model around it."""
         from mllm_vision.vlm.freezing import add_lora, freeze
 
         if self.train == "lora":

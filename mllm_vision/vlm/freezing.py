@@ -1,4 +1,4 @@
-"""What trains, at which rate, and the proof afterwards that nothing else moved (LoRA included)."""
+"""Freezing, LoRA and learning rates by module group, and the check that frozen weights did not change."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def module_group(name: str) -> str:
 
 
 def freeze(model: VisionLanguageModel, train: Iterable[str] = ("projector",)) -> VisionLanguageModel:
-    """Let only the groups in ``train`` take gradients; the others go to evaluation mode with ``model.train()``.
+    """Trains only the groups in ``train``; ``model.train()`` keeps the others in evaluation mode.
 
-    Of the encoder, what does not reach the language model (layers above the selected one, the pooling head) stays
-    frozen too: it would never get a gradient, and data-parallel training would wait for it.
+    Unused parts of the encoder (layers above the selected one, the pooling head) stay frozen too: without a gradient
+    they would make data-parallel training fail.
 
     Args:
         model: before any LoRA adapters are added.
@@ -54,7 +54,7 @@ def freeze(model: VisionLanguageModel, train: Iterable[str] = ("projector",)) ->
 
 
 def _freeze_unused_encoder(model: VisionLanguageModel) -> None:
-    """Freeze the tower's parameters that no gradient reaches, as one blank image shows."""
+    """Freezes the tower's parameters without gradient, found with a blank image."""
     tower = model.model.vision_tower
     learning = [parameter for parameter in tower.parameters() if parameter.requires_grad]
     was_training = model.training
@@ -83,10 +83,9 @@ def add_lora(
 
     if rank < 1:
         raise ValueError(f"lora_rank={rank} must be at least 1")
-    # GPT-2 calls its linear layers Conv1D. The names are taken from the language model, and the expression is
-    # bound to it, because a plain list of suffixes would also hit the vision tower.
+    # GPT-2 calls its linear layers Conv1D. A plain list of suffixes would also match the vision tower.
     linear: set[str] = set()
-    other: set[str] = set()  # a router may be a Linear that gives more than one output, to which nothing can be added
+    other: set[str] = set()  # such as a router subclass of Linear with several outputs
     for name, module in model.model.language_model.named_modules():
         plain = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
         (linear if plain else other).add(name.rpartition(".")[2])
@@ -100,7 +99,7 @@ def add_lora(
         target_modules=rf".*language_model\..*\.({'|'.join(sorted(map(re.escape, leaves)))})",
         modules_to_save=[PROJECTOR] + (["vision_tower"] if train_encoder else []),
     )
-    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 by a name that is deprecated there
+    with warnings.catch_warnings():  # peft 0.21 uses a name that transformers 5.23 deprecates
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         wrapped = get_peft_model(model, config)
     if train_encoder:
@@ -109,15 +108,15 @@ def add_lora(
 
 
 def learning_rates(model: nn.Module, rates: Mapping[str, float | None]) -> dict[str, float]:
-    """Parameter-name prefix -> learning rate, from group -> rate (None: the run's own), for ``RecipeTrainer``.
+    """Parameter-name prefix -> learning rate of trained groups, from group -> rate (None: the run's).
 
-    Only groups that train are named. Works on the model and on the peft model around it.
+    Accepts the model or the peft model around it.
     """
     prefixes: dict[str, float] = {}
     for name, parameter in model.named_parameters():
         rate = rates.get(module_group(name))
         if rate is not None and parameter.requires_grad:
-            parts = name.removeprefix("base_model.model.").split(".")  # what peft puts before every name
+            parts = name.removeprefix("base_model.model.").split(".")  # peft's prefix
             prefixes[parts[0] if parts[0] == "lm_head" else ".".join(parts[:2])] = rate
     return prefixes
 
@@ -136,7 +135,7 @@ def _groups(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 def audit(
     model: nn.Module, learning_rate: float, rates: Mapping[str, float | None] | None = None
 ) -> list[dict[str, Any]]:
-    """One row a module group: ``group``, ``parameters``, ``trainable`` (how many of them), ``learning_rate``.
+    """One row per module group: ``group``, ``parameters``, ``trainable`` (number of parameters), ``learning_rate``.
 
     Args:
         model: the model, or the peft model around it.
@@ -147,7 +146,7 @@ def audit(
     for group in GROUPS:
         total = trainable = 0
         for name, parameter in model.named_parameters():
-            # peft keeps the projector as it was beside the copy that trains: not a part of the model
+            # peft keeps a copy of the original projector, which is not part of the model
             if module_group(name) == group and ".original_module." not in name:
                 total += parameter.numel()
                 trainable += parameter.numel() * parameter.requires_grad
@@ -158,11 +157,10 @@ def audit(
 
 
 class FreezeProof(ModuleAudit):
-    """Hashes of every group before training; afterwards they tell what moved.
+    """Hashes every group before and after training to prove which weights changed.
 
-    Frozen and trainable tensors of a group are hashed apart, so that with LoRA the language model's own weights
-    are proven untouched while its adapters move. A language model of 7B weights, frozen, is 14 GB in bf16: some 5 to
-    25 s each time.
+    Frozen and trainable tensors of a group are hashed separately, so that with LoRA the language model's own weights
+    are proven unchanged. Hashing a frozen 7B language model (14 GB in bf16) takes 5 to 25 s.
 
     Example: ``proof = FreezeProof(model, rows)``, train, ``rows = proof.close(model)``, save, ``proof.check()``.
 
@@ -179,6 +177,6 @@ class FreezeProof(ModuleAudit):
         return super().close(_groups(model), steps)
 
     def verify(self, model: nn.Module, steps: Any = None) -> None:
-        """`close`, the table for people, and `check`."""
+        """`close`, prints the table, and `check`."""
         print(audit_table(self.close(model, steps)), flush=True)
         self.check()

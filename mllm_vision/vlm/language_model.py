@@ -1,4 +1,4 @@
-"""What a language model must be to stand inside LLaVA's layout, tried out on the model itself before it is joined."""
+"""Checks, on the model itself, that a language model fits LLaVA's layout."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from transformers import (
 )
 
 logger = logging.getLogger(__name__)
-OTHER = "give another --llm (Llama, Qwen, Mistral, Gemma 3, Phi-3, OLMo, GPT-2, ...)"
-LOUD = {torch.float16: 1e3}  # logits this large (else 1e4) show what a cap or any other bend does to them
+OTHER = "use another --llm (Llama, Qwen, Mistral, Gemma 3, Phi-3, OLMo, GPT-2, ...)"
+LOUD = {torch.float16: 1e3}  # logits this large (else 1e4) reveal caps and other nonlinearities
 
 
 def load_language_model(source: str, dtype: torch.dtype | str, **hub: Any) -> PreTrainedModel:
-    """The causal language model at ``source`` (folder or Hub id) with every weight found.
+    """The causal language model at ``source`` (folder or Hub id), complete.
 
     Raises:
-        ValueError: something else lies there: no config, adapters alone, quantised weights, an encoder-decoder, a
-            vision-language model, a model without (or with another) output layer.
+        ValueError: no config, only adapters, quantised weights, an encoder-decoder, a vision-language model, or missing
+            weights.
         OSError: ``source`` cannot be read.
     """
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ValueError(
-                f"llm={source} holds LoRA adapters without their model: merge them (peft's merge_and_unload), save the "
-                "result and give that folder"
+                f"llm={source} contains LoRA adapters without their model: merge them (peft's merge_and_unload), save "
+                "the result and use that folder"
             )
-        raise ValueError(f"llm={source} has no config.json, so it is no language model; give the folder that has")
+        raise ValueError(f"llm={source} has no config.json, so it is not a language model; use the folder with one")
     _check_config(source, AutoConfig.from_pretrained(source, **hub))
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, output_loading_info=True, use_safetensors=True, **hub
@@ -49,7 +49,7 @@ def load_language_model(source: str, dtype: torch.dtype | str, **hub: Any) -> Pr
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"llm={source} lacks {len(missing)} weights of a {type(model).__name__} ({', '.join(missing[:3])}), which "
-            "would be random; give a checkpoint saved with its output layer (AutoModelForCausalLM)"
+            "would be random; use a checkpoint saved with its output layer (AutoModelForCausalLM)"
         )
     return model
 
@@ -59,8 +59,8 @@ def _check_config(source: str, config: Any) -> None:
     if getattr(config, "quantization_config", None):
         method = getattr(config.quantization_config, "get", lambda *_: None)("quant_method") or "quantised"
         raise ValueError(
-            f"llm={source} is quantised ({method}), and its weights cannot be saved as part of a LLaVA; give the "
-            "folder or Hub id of the unquantised model"
+            f"llm={source} is quantised ({method}), and its weights cannot be saved as part of a LLaVA; use the "
+            "unquantised model"
         )
     if getattr(config, "is_encoder_decoder", False) or "t5" in kind:
         raise ValueError(f"llm={source} is an encoder-decoder ({kind}), but LLaVA's layout holds a decoder; {OTHER}")
@@ -70,11 +70,11 @@ def _check_config(source: str, config: Any) -> None:
             f"recipes/instruct.py --model, or {OTHER}"
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"llm={source} holds a {kind} model, which is no causal language model; {OTHER}")
+        raise ValueError(f"llm={source} contains a {kind} model, which is not a causal language model; {OTHER}")
 
 
 def decoder_of(language_model: PreTrainedModel) -> PreTrainedModel:
-    """The language model below its head.
+    """The language model without its head.
 
     Raises:
         ValueError: LLaVA's layout cannot hold the head, or cannot load or run the decoder.
@@ -82,10 +82,10 @@ def decoder_of(language_model: PreTrainedModel) -> PreTrainedModel:
     name = type(language_model).__name__
     head = language_model.get_output_embeddings()
     base: Any = language_model.base_model
-    if base is language_model:  # a base_model_prefix that names nothing (Llama 4)
+    if base is language_model:  # an invalid base_model_prefix (Llama 4)
         base = next((child for child in language_model.children() if isinstance(child, PreTrainedModel)), None)
     if head is None or base is None:
-        raise ValueError(f"{name} is no causal language model with a separate head; {OTHER}")
+        raise ValueError(f"{name} is not a causal language model with a separate head; {OTHER}")
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ValueError(f"{name} has an output layer with a bias, which LLaVA's layout cannot hold; {OTHER}")
     width = getattr(base.config, "hidden_size", None)
@@ -110,7 +110,7 @@ def decoder_of(language_model: PreTrainedModel) -> PreTrainedModel:
 
 
 class _Amplified:
-    """The head's outputs times a power of two, inside the model's own forward."""
+    """Multiplies the head's outputs by a factor, within the model's forward."""
 
     def __init__(self, head: nn.Module, factor: float) -> None:
         self.factor, self.calls = factor, 0
@@ -128,7 +128,7 @@ class _Amplified:
 
 
 def _sample_ids(language_model: PreTrainedModel, length: int = 12) -> Tensor:
-    """``[1, length]`` ordinary tokens, always the same ones."""
+    """``[1, length]`` ordinary tokens, deterministic."""
     config = language_model.config
     table: Any = language_model.get_input_embeddings().weight
     avoid = {getattr(config, f"{role}_token_id", None) for role in ("pad", "bos", "eos")}

@@ -1,4 +1,4 @@
-"""What stages one and two measure by themselves: the loss on held-out text, and an answer in words."""
+"""Evaluation of stages one and two: the loss on held-out text, and generated answers."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ def supervised_loss(model: Any, batches: Iterable[Mapping[str, Tensor]], images:
 
     Args:
         model: a ``VisionLanguageModel`` (or the peft model around it), already in evaluation mode.
-        batches: what ``ConversationCollator`` gives; on several ranks each rank's share of it.
-        images: "own"; "shuffled": each text beside the image of another row of its batch; "blank": zeros.
-            The distance from "own" to "shuffled" is what the model takes from the image.
+        batches: from ``ConversationCollator``; on several ranks each rank's share.
+        images: "own"; "shuffled": each text with the image of another row of its batch; "blank": zeros. The
+            difference between "own" and "shuffled" shows how much the model uses the image.
 
     Raises:
-        ValueError: an unknown value of ``images``, or not one supervised token.
+        ValueError: an unknown value of ``images``, or no supervised token.
     """
     if images not in IMAGES:
-        raise ValueError(f"images={images!r} is none of {', '.join(IMAGES)}")
+        raise ValueError(f"images={images!r} must be one of {', '.join(IMAGES)}")
     sums, error = (0.0, 0), None
     try:
         sums = _own_loss(model, batches, images)
-    except Exception as problem:  # the others would wait for this rank
+    except Exception as problem:  # otherwise the other ranks would wait for this one
         error = problem
     agree_on_error(error)
     loss, tokens = total_over_ranks(sums)
     if not tokens:
-        raise ValueError("no supervised token in the evaluation data: nothing to measure")
+        raise ValueError("the evaluation data contain no supervised token")
     return loss / tokens
 
 
 def _own_loss(model: Any, batches: Iterable[Mapping[str, Tensor]], images: str) -> tuple[float, int]:
     """(the sum of the loss over this rank's supervised tokens, their number)."""
     device = next(model.parameters()).device
-    # summed on the device in double, so that a batch waits for none before it (MPS knows no double)
+    # summed on the device, so that batches do not wait for each other, in double (which MPS does not support)
     kind = torch.float32 if device.type == "mps" else torch.float64
     total, count = torch.zeros((), dtype=kind, device=device), 0
     for batch in batches:
-        tokens = int((batch["labels"][:, 1:] != -100).sum())  # where the collator made them: on the CPU
+        tokens = int((batch["labels"][:, 1:] != -100).sum())  # on the CPU
         inputs = {name: batch[name].to(device, non_blocking=True) for name in INPUTS if name in batch}
         if "pixel_values" in inputs and images != "own":
             values = inputs["pixel_values"]
@@ -69,18 +69,18 @@ def _own_loss(model: Any, batches: Iterable[Mapping[str, Tensor]], images: str) 
 
 
 class HeldOutLoss:
-    """Evaluator: the loss on held-out texts, beside the same texts with another image and with none.
+    """Evaluator: the loss on held-out texts, and on the same texts with another image and without image.
 
     A callable ``(model, step) -> dict`` for ``RecipeTrainer``: ``loss``, and under ``baselines`` the primary metric
     with shuffled images ("shuffled") and with zeros in their place ("no_image").
 
     Args:
         name: of the evaluator; keys become ``eval_<name>_loss``...
-        dataset: what the collator takes, one conversation an item; on several ranks each takes its share.
+        dataset: conversations for the collator; on several ranks each evaluates its share.
         collator: a ``ConversationCollator``.
-        batch_size: rows at a time; at least 2, so that images can change places.
+        batch_size: rows at a time; at least 2, so that images can be shuffled.
 
-    A row that cannot be used (a broken image) is left out and told of once; ``skipped`` is their number.
+    A row that cannot be used (a broken image) is left out and reported once; ``skipped`` is their number.
 
     Raises:
         ValueError: fewer than two rows, or no supervised token.
@@ -110,8 +110,8 @@ class HeldOutLoss:
     def __call__(self, model: Any, step: int = 0) -> dict[str, Any]:
         own, shuffled, blank = (supervised_loss(model, self.batches(), images) for images in IMAGES)
         (skipped,) = total_over_ranks([len(self.refused)])
-        told = {"skipped": float(skipped)} if skipped else {}
-        return {"loss": own, **told, "baselines": {"shuffled": shuffled, "no_image": blank}}
+        counts = {"skipped": float(skipped)} if skipped else {}
+        return {"loss": own, **counts, "baselines": {"shuffled": shuffled, "no_image": blank}}
 
 
 @torch.inference_mode()
@@ -123,7 +123,7 @@ def answer(
     *,
     max_new_tokens: int = 40,
 ) -> str:
-    """The model's next turn, greedily.
+    """The model's next turn, decoded greedily.
 
     Args:
         model: a LLaVA model in evaluation mode.
@@ -139,7 +139,7 @@ def answer(
     image_token = model.config.image_token_id
     places = int((ids == image_token).sum())
     if places != len(images):
-        raise ValueError(f"the dialogue holds {places} images ({processor.image_token}), {len(images)} were given")
+        raise ValueError(f"the dialogue contains {places} images ({processor.image_token}), {len(images)} were given")
     inputs = {}
     if images:
         pixels = ImageTransform(processor.image_processor, train=False)(list(images))
@@ -155,18 +155,18 @@ def answer(
 
 
 def check_room(model: Any, tokens: int, max_new_tokens: int) -> None:
-    """ValueError (a `BadRow`) where a prompt of so many tokens leaves the language model no positions to answer."""
+    """Raises ValueError (a `BadRow`) if prompt and answer exceed the language model's positions."""
     limit = getattr(model.config.text_config, "max_position_embeddings", None)
     if limit and tokens + max_new_tokens > limit:
         raise BadRow(
             "the prompt leaves no room for the answer",
-            f"{tokens} tokens, image tokens included, and {max_new_tokens} to come, but the language model holds "
-            f"{limit}; ask for fewer new tokens (max_new_tokens), or begin a new dialogue",
+            f"{tokens} tokens, image tokens included, and {max_new_tokens} new ones, but the language model has "
+            f"{limit} positions; use fewer new tokens (max_new_tokens), or begin a new dialogue",
         )
 
 
 def greedy(tokenizer: Any, ends: Sequence[int], max_new_tokens: int) -> GenerationConfig:
-    """How answers are generated: the likeliest token, until one of ``ends``."""
+    """Greedy decoding until one of ``ends``."""
     padding = tokenizer.pad_token_id
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -178,6 +178,6 @@ def greedy(tokenizer: Any, ends: Sequence[int], max_new_tokens: int) -> Generati
 
 
 def said(tokenizer: Any, ids: Sequence[int], ends: Collection[int]) -> str:
-    """Generated ids as words, up to the first end."""
+    """Generated ids as text, up to the first end."""
     stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
     return tokenizer.decode(ids[:stop], skip_special_tokens=True).strip()

@@ -1,8 +1,7 @@
 """The LLaVA-style model: transformers' parameter layout, with a pluggable projector and cheaper training.
 
-What differs from ``LlavaForConditionalGeneration`` is only how the same numbers are computed: the vision tower
-runs no layer above the selected one, and without gradient bookkeeping when it is frozen; with labels, the
-vocabulary-sized logits are computed at supervised positions only.
+It computes the same numbers as ``LlavaForConditionalGeneration``, but the vision tower runs no layer above the selected
+one (and without gradients when frozen), and with labels the logits are computed at supervised positions only.
 """
 
 from __future__ import annotations
@@ -31,20 +30,20 @@ from mllm_vision.vlm.packing import check_packing
 
 
 def settings(config: LlavaConfig) -> dict[str, Any]:
-    """Our extra keys in ``config.json`` (``projector``, ``select_feature``, ``blind``); empty for a foreign LLaVA."""
+    """The extra keys of ``config.json`` (``projector``, ``select_feature``, ``blind``); empty for other LLaVAs."""
     return getattr(config, "mllm_vision", None) or {}
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """True when no parameter of ``module`` takes a gradient."""
+    """True when no parameter of ``module`` requires a gradient."""
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
 class _CheckpointedFrozen:
-    """The checkpoint function of a layer that is frozen, but has to pass gradients on to what lies before it.
+    """The checkpoint function of a frozen layer that passes gradients on.
 
-    transformers checkpoints layers in training mode only, in which a frozen one would apply dropout: it is told that
-    it trains, and computes as in evaluation.
+    transformers checkpoints layers only in training mode, which would apply dropout to a frozen layer. It is therefore
+    set to training mode, but computes in evaluation mode.
     """
 
     def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
@@ -63,7 +62,7 @@ class _CheckpointedFrozen:
 
 
 def _let_checkpoint(part: nn.Module) -> None:
-    """Let the frozen layers of ``part`` be checkpointed where gradient checkpointing is on."""
+    """Enables checkpointing of the frozen layers of ``part`` if gradient checkpointing is on."""
     layers: list[Any] = [layer for layer in part.modules() if isinstance(layer, GradientCheckpointingLayer)]
     for layer in layers:
         if layer.gradient_checkpointing:
@@ -80,10 +79,10 @@ def _right_padded(attention_mask: Tensor | None) -> bool:
 
 
 class VisionLanguageBackbone(LlavaModel):
-    """``LlavaModel`` with the projector named in the config, and features taken by ``extract_features``."""
+    """``LlavaModel`` with the projector named in the config, and features from ``extract_features``."""
 
     def __init__(self, config: LlavaConfig) -> None:
-        super(LlavaModel, self).__init__(config)  # past LlavaModel: it would build the MLP projector
+        super(LlavaModel, self).__init__(config)  # LlavaModel's own would build the MLP projector
         kind = settings(config).get("projector", "mlp")
         self.vision_tower = AutoModel.from_config(config.vision_config)
         layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
@@ -104,8 +103,8 @@ class VisionLanguageBackbone(LlavaModel):
     ) -> BaseModelOutputWithPooling:
         """Projected tokens of ``pixel_values [n, 3, H, W]``: ``pooler_output`` is a list of n ``[N, D_text]``.
 
-        Other layers or another strategy than the config's may be asked for; these, several layers at once,
-        and towers of images of varying size take transformers' own (slower) way.
+        Layers or strategies other than the config's, several layers at once and towers with images of varying size use
+        transformers' (slower) implementation.
         """
         if settings(self.config).get("blind", False):
             pixel_values = torch.zeros_like(pixel_values)
@@ -134,16 +133,16 @@ class VisionLanguageBackbone(LlavaModel):
 class VisionLanguageModel(LlavaForConditionalGeneration):
     """A LLaVA model whose checkpoints plain transformers loads; build one with ``build_vlm`` or ``load_vlm``.
 
-    ``config.mllm_vision`` holds what Llava's config has no field for: ``projector`` ("mlp" or "linear"),
-    ``select_feature`` and ``blind`` (every image is replaced by zeros: the "no image" ablation; plain
-    transformers does not know this key and would look at the images).
+    ``config.mllm_vision`` contains settings without a field in Llava's config: ``projector`` ("mlp" or "linear"),
+    ``select_feature`` and ``blind`` (images are replaced by zeros, the "no image" ablation; plain transformers ignores
+    this key and uses the images).
 
     Source: LLaVA (arXiv:2304.08485), LLaVA-1.5 (arXiv:2310.03744).
     """
 
-    accepts_loss_kwargs = True  # the Trainer hands over num_items_in_batch: accumulated means weigh every token alike
-    # Of the loss in training (``--label_smoothing_factor``). The Trainer's own smoother would need the logits of every
-    # position, and takes the labels of a class that it does not know for shifted ones (transformers 5.23).
+    accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch, so accumulation weights every token equally
+    # Of the training loss (``--label_smoothing_factor``). The Trainer's smoother needs the logits of every position and
+    # assumes shifted labels for unknown classes (transformers 5.23).
     label_smoothing: float = 0.0
 
     def __init__(self, config: LlavaConfig) -> None:
@@ -166,13 +165,13 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
         self.config.mllm_vision = {**settings(self.config), "blind": bool(value)}
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
-        """As ``nn.Module.train``, but parts that are wholly frozen stay in evaluation mode (no dropout there)."""
+        """As ``nn.Module.train``, but fully frozen parts stay in evaluation mode (without dropout)."""
         super().train(mode)
         for part in (self.model.vision_tower, self.model.multi_modal_projector, self.model.language_model):
             if mode and is_frozen(part):
                 part.eval()
         if mode and is_frozen(self.model.language_model):
-            _let_checkpoint(self.model.language_model)  # the projector's gradients come through it
+            _let_checkpoint(self.model.language_model)  # the projector's gradients pass through it
         return self
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
@@ -181,16 +180,16 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
         if not any(isinstance(layer, GradientCheckpointingLayer) for layer in language_model.modules()):
             raise ValueError(
                 f"the layers of {type(language_model).__name__} cannot be checkpointed; train without "
-                "--gradient_checkpointing, or give another language model"
+                "--gradient_checkpointing, or use another language model"
             )
         super().activation_checkpointing_enable(*args, **kwargs)
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: initialised and renamed on loading as transformers' own classes are.
+        """False, so that loading initialises and renames as for transformers' own classes.
 
-        Of custom code transformers 5.23 takes a module without weights of its own for initialised, so that the
-        buffers it fills there (Falcon-H1's) would keep what lay in memory.
+        For custom code, transformers 5.23 considers modules without weights initialised, which would leave their
+        buffers (Falcon-H1's) uninitialised.
         """
         return False
 
@@ -219,8 +218,8 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
         Args:
             input_ids: ``[B, T]``, each image spelt as ``config.image_seq_length`` image tokens.
             pixel_values: ``[n_images, 3, H, W]`` in reading order, or None for text only.
-            attention_mask: ``[B, T]``, or ``[B, 1, T, T]`` bool as ``ConversationCollator`` gives it for packed rows.
-            labels: ``[B, T]``, -100 where nothing is learnt; shifted here. With labels, ``logits`` is
+            attention_mask: ``[B, T]``, or ``[B, 1, T, T]`` bool from ``ConversationCollator`` for packed rows.
+            labels: ``[B, T]``, -100 for tokens that are not trained on; shifted here. With labels, ``logits`` is
                 ``[S, V]``: one row for each of the S supervised tokens, row by row of the batch.
             num_items_in_batch: supervised tokens of the whole accumulated batch; the loss is then the sum
                 divided by it, otherwise the mean over S.
@@ -232,7 +231,7 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
         if labels is not None:
             use_cache = bool(use_cache)
             if past_key_values is None and _right_padded(attention_mask):
-                # Causal attention never looks right: without the mask the result is the same, and cheaper.
+                # With causal attention the mask does not change the result; without it attention is cheaper.
                 attention_mask = None
         if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
             if not self.packing_checked:
@@ -251,12 +250,12 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
         no_images = pixel_values is None and mm_encoder_outputs is None and input_ids is not None
         if labels is not None and no_images and (input_ids == self.config.image_token_id).any():
             raise ValueError(
-                f"input_ids hold {int((input_ids == self.config.image_token_id).sum())} image tokens, but "
+                f"input_ids contain {int((input_ids == self.config.image_token_id).sum())} image tokens, but "
                 "pixel_values is None; pass the images, or leave the image token out of a text-only batch"
             )
         if self.training and no_images:
-            # A batch without images still has to run tower and projector: in a sharded or data-parallel run
-            # the other ranks wait for them, and a projector-only run would have no graph at all.
+            # A batch without images still runs tower and projector: other ranks of a sharded or data-parallel run
+            # wait for them, and a projector-only run would have no graph.
             inputs_embeds = self.get_input_embeddings()(input_ids) + 0.0 * self.blank_image()
             input_ids = None
         outputs = self.model(
@@ -279,7 +278,7 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
             logits = self.lm_head(hidden[:, keep])
         else:
             targets = labels[:, 1:]
-            # how many there are is read back from the device once, not by each selection and its gradient
+            # their number is read back from the device once, not by each selection and its gradient
             supervised = (targets != -100).flatten().nonzero().flatten()
             logits = self.lm_head(hidden[:, :-1].flatten(0, 1).index_select(0, supervised))
             targets = targets.flatten().index_select(0, supervised)
@@ -296,13 +295,13 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
         )
 
     def _additive(self, mask: Tensor) -> Tensor:
-        """A boolean ``[B, 1, T, T]`` mask in the form that eager and SDPA attention both take."""
+        """A boolean ``[B, 1, T, T]`` mask as an additive one for eager and SDPA attention."""
         text: Any = self.config.text_config
         implementation = text._attn_implementation
         if implementation not in (None, "sdpa", "eager"):
             raise ValueError(
                 f"packed conversations need a full attention mask, which attn_implementation={implementation!r} does "
-                "not take; load the model with attn_implementation='sdpa', or train without --pack_turns"
+                "not support; load the model with attn_implementation='sdpa', or train without --pack_turns"
             )
         table: Any = self.get_input_embeddings().weight
         dtype = table.dtype
@@ -329,7 +328,7 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-# Files name weights as llava-hf's do, from before transformers 5; the renaming goes by the class's name.
+# Checkpoints use llava-hf's names from before transformers 5; the renaming is registered by class name.
 register_checkpoint_conversion_mapping(
     VisionLanguageBackbone.__name__, get_checkpoint_conversion_mapping(LlavaModel.__name__), overwrite=True
 )

@@ -1,4 +1,4 @@
-"""Whether a language model can be trained on packed conversations: a trial with numbers, not a list of names."""
+"""Whether a language model can be trained on packed conversations, tested numerically."""
 
 from __future__ import annotations
 
@@ -9,27 +9,25 @@ from torch import Tensor
 
 from mllm_vision.data.chat.collate import IGNORED, ConversationCollator
 
-_TRIED = 48  # tokens of a conversation in the trial, where no window makes more of them necessary
+_TRIED = 48  # tokens of a conversation in the trial, unless a window needs more
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
-_HALF = 0.1  # of logits in 16 bits; what a model that cannot be packed gets wrong is a multiple of it
+_HALF = 0.1  # of 16-bit logits; models that cannot be packed differ by a multiple of it
 
 
 def check_packing(model: Any, longest: int, row: int | None = None) -> None:
-    """Refuse ``pack_turns`` where packed conversations do not give the logits of separate ones.
+    """Refuses ``pack_turns`` if packed conversations do not give the logits of separate ones.
 
-    Conversations of random ids behind a shared beginning are run both ways, in the form ``PackedConversations``
-    gives them: two, or so many that the last one lies beyond any window of the first. Attention with a mask and
-    positions of its own is exact. What looks at its neighbours in the sequence instead is not: sliding windows (where a
-    conversation is longer than one), ALiBi, recurrent and convolutional layers, a cache that is kept although nothing
-    is generated.
+    Conversations of random ids with a shared prefix are run packed (as by ``PackedConversations``) and separately: two,
+    or enough to exceed every window. Attention by mask and positions is exact. Sliding windows (shorter than a
+    conversation), ALiBi, recurrent and convolutional layers and an active cache are not.
 
     Args:
         model: a ``VisionLanguageModel``.
-        longest: tokens of the longest conversation that is going to be packed.
-        row: tokens of a packed row, at most; None: no more than the trial's.
+        longest: tokens of the longest conversation to be packed.
+        row: maximal tokens of a packed row; None: no more than the trial's.
 
     Raises:
-        ValueError: the numbers differ, or the language model takes no such mask.
+        ValueError: the logits differ, or the language model does not accept the mask.
     """
     windows = _windows(model.config.text_config)
     size = max([_TRIED, *(window + _TRIED // 2 for window in windows if window < longest)])
@@ -46,7 +44,7 @@ def check_packing(model: Any, longest: int, row: int | None = None) -> None:
         model.packing_checked = False
         if "pack_turns" in str(error):
             raise
-        raise _refusal(model, f"it takes no such mask ({type(error).__name__}: {error})") from error
+        raise _refusal(model, f"it does not accept the mask ({type(error).__name__}: {error})") from error
     finally:
         model.train(was_training)
     tolerance = _TOLERANCE.get(packed.dtype, _HALF)
@@ -60,14 +58,14 @@ def check_packing(model: Any, longest: int, row: int | None = None) -> None:
 def _refusal(model: Any, why: str) -> ValueError:
     kind = getattr(model.config.text_config, "model_type", "the language model")
     return ValueError(
-        f"pack_turns: packed conversations are not what separate ones are with {kind!r}: {why}. Its layers look at "
-        "neighbours in the sequence beside the attention mask (a sliding window, ALiBi, recurrent or convolutional "
-        "layers); train without --pack_turns"
+        f"pack_turns: packed conversations are not equivalent to separate ones with {kind!r}: {why}. Its layers depend "
+        "on neighbours in the sequence regardless of the attention mask (a sliding window, ALiBi, recurrent or "
+        "convolutional layers); train without --pack_turns"
     )
 
 
 def _windows(config: Any) -> list[int]:
-    """Every setting that may be how far a layer looks, whatever the model calls it."""
+    """Every setting that may be the length of a layer's window."""
     words = ("window", "chunk", "local")
     settings = config.to_dict().items()
     return [v for k, v in settings if type(v) is int and v > 0 and any(word in k for word in words)]
@@ -82,7 +80,7 @@ def _trial(model: Any, size: int, count: int) -> tuple[Tensor, Tensor]:
     ids = torch.randint(model.config.text_config.vocab_size - 1, (shared + count * tail,), generator=draw)
     ids += ids >= model.config.image_token_id  # any token but the image's
     labels = ids.clone()
-    # A conversation's first token is no one's next token, in the data as here.
+    # A conversation's first token is not predicted, in the data as here.
     labels[:shared] = labels[shared::tail] = IGNORED
     turns = torch.cat([torch.zeros(shared, dtype=torch.int64), torch.arange(1, count + 1).repeat_interleave(tail)])
     inputs = ConversationCollator.separate([{"input_ids": ids, "turns": turns}], len(ids))

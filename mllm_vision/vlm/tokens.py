@@ -1,4 +1,4 @@
-"""What generation needs of a tokenizer: where a turn stops, and padding on the left."""
+"""Tokenizers for generation: end tokens of a turn, and padding on the left."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from mllm_vision.data.records.sampling import BadRow, judge
 from mllm_vision.errors import short
 
 logger = logging.getLogger(__name__)
-# What special tokens look like in vocabularies that do not say which they are; bytes ("<0x0A>") are words.
+# The form of special tokens in vocabularies that do not mark them; bytes ("<0x0A>") are ordinary tokens.
 _MARK = re.compile(r"<(?!0x[0-9A-Fa-f]{2}>).+>$|\[.+\]$")
 _SAMPLE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 
 
 def pad_left(tokenizer: Any) -> None:
-    """Pad on the left, where a batch of prompts needs it; saved with the tokenizer too.
+    """Sets padding on the left, as batches of prompts need it; saved with the tokenizer.
 
-    Only what is among its initial settings is written to ``tokenizer_config.json`` (transformers 5.23).
+    ``tokenizer_config.json`` contains only the initial settings (transformers 5.23).
     """
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """Ids that are no words: the named special tokens and every added one."""
+    """Ids of the named special tokens and of every added token."""
     return {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
 
 
 def check_vocabulary(tokenizer: Any, source: str) -> None:
-    """ValueError for a tokenizer without words: transformers makes an empty one where its files are missing."""
+    """Raises ValueError for an empty tokenizer, which transformers creates if files are missing."""
     if not set(tokenizer.get_vocab().values()) - special_ids(tokenizer):
         raise ValueError(
-            f"{source} has no vocabulary, so its tokenizer's files are missing there; copy them into the folder, or, "
-            "for a language model, name a tokenizer with --tokenizer"
+            f"{source} has no vocabulary, so its tokenizer's files are missing; copy them into the folder, or, for a "
+            "language model, name a tokenizer with --tokenizer"
         )
 
 
@@ -46,14 +46,14 @@ def load_tokenizer(source: str, **hub: Any) -> PreTrainedTokenizerBase:
     """The tokenizer at ``source`` (folder or Hub id), with a vocabulary.
 
     Raises:
-        ValueError: none can be made of what lies there.
+        ValueError: it cannot be loaded.
         OSError: ``source`` cannot be read.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     except OSError:
         raise
-    except Exception as error:  # of many kinds, by the tokenizer that is missing or damaged
+    except Exception as error:  # many types, depending on the tokenizer that is missing or damaged
         raise ValueError(
             f"{source} has no tokenizer that can be read ({short(' '.join(str(error).split()))}); name one with "
             "--tokenizer"
@@ -63,10 +63,10 @@ def load_tokenizer(source: str, **hub: Any) -> PreTrainedTokenizerBase:
 
 
 def turn_end(processor: Any) -> tuple[int | None, bool]:
-    """The token that ends an answer as the chat template writes it, and whether it is learnt.
+    """The token that ends an answer in the chat template, and whether it is trained on.
 
-    It is the last special token among what is learnt, or else the first one behind it. (None, True) where the template
-    cannot say: no generation marks, or a text alone is no dialogue to it.
+    It is the last special token that is trained on, or else the first one after it. (None, True) if the template does
+    not define it: no generation marks, or it does not accept a dialogue without images.
     """
     template, tokenizer = chat_template_of(processor), processor.tokenizer
     if not has_marks(template) or not getattr(tokenizer, "is_fast", False):
@@ -91,9 +91,9 @@ def _ids(value: Any) -> set[int]:
 
 
 def known_ends(tokenizer: Any, configs: Iterable[Any]) -> set[int]:
-    """End tokens of the tokenizer and of all ``configs`` (model and generation configs; None is left out).
+    """End tokens of the tokenizer and of all ``configs`` (model and generation configs, or None).
 
-    A config may name an end that is an ordinary word of this tokenizer (a default that nobody set): it ends nothing.
+    An end token that is an ordinary token of this tokenizer (the default of a config) is ignored.
     """
     named: set[int] = set()
     for config in configs:
@@ -104,17 +104,16 @@ def known_ends(tokenizer: Any, configs: Iterable[Any]) -> set[int]:
 
 
 def stop_ids(model: Any, processor: Any, configs: Iterable[Any] = ()) -> list[int]:
-    """Every token that ends an answer of ``model``: those its generation config names, the tokenizer's end, the end
-    of a turn of the chat template, and those of ``configs``. Sorted."""
+    """Sorted end tokens of ``model``'s answers: of its generation config, tokenizer, chat template and ``configs``."""
     ends = known_ends(processor.tokenizer, [getattr(model, "generation_config", None), *configs])
     end, _ = turn_end(processor)
     return sorted(ends if end is None else ends | {end})
 
 
 def settle_ends(model: Any, processor: Any, configs: Iterable[Any] = ()) -> None:
-    """Write ``stop_ids`` into ``model.generation_config``, so that plain transformers stops there too.
+    """Writes ``stop_ids`` into ``model.generation_config``, so that plain transformers stops there too.
 
-    A template that teaches no end, or a prompt whose last space belongs to the answer, is warned about.
+    Warns about a template without an end token to train on, and about a prompt whose last space belongs to the answer.
     """
     ends, config = stop_ids(model, processor, configs), model.generation_config
     config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
@@ -122,8 +121,8 @@ def settle_ends(model: Any, processor: Any, configs: Iterable[Any] = ()) -> None
         config.pad_token_id = processor.tokenizer.pad_token_id
     if not turn_end(processor)[1]:
         logger.warning(
-            "the answers of the chat template end with no special token that is learnt, so nothing teaches the model "
-            "where to stop: put {{ eos_token }} before {% endgeneration %}"
+            "the answers of the chat template do not end with a special token that is trained on, so the model cannot "
+            "learn to stop: put {{ eos_token }} before {% endgeneration %}"
         )
     prompt = judge("the chat template", prompt_text, processor, _SAMPLE[:1])
     if not has_marks(chat_template_of(processor)) or isinstance(prompt, BadRow):
@@ -132,5 +131,5 @@ def settle_ends(model: Any, processor: Any, configs: Iterable[Any] = ()) -> None
     if len(tokens_before_answer(processor.tokenizer, prompt)) < len(whole):
         logger.warning(
             "the chat template's prompt ends with a space that the tokenizer joins to the answer's first word, so "
-            "plain transformers begins answers otherwise than training did: put the space after {% generation %}"
+            "plain transformers begins answers differently from training: put the space after {% generation %}"
         )

@@ -332,7 +332,7 @@ def test_chat_answers_once_and_in_a_dialogue(folder, instructed, capsys, monkeyp
     [
         ("instructed/model", "images/none.png", r"--image .*none\.png: no such file"),
         ("encoder", "images/0000.png", "'clip_vision_model' model, not a vision-language model"),
-        ("nowhere", "images/0000.png", "there is no such folder"),
+        ("nowhere", "images/0000.png", "no such folder"),
         ("instructed/model", "train.parquet", "image"),
     ],
 )

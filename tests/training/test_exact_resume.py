@@ -209,8 +209,8 @@ def test_killed_and_resumed_is_uninterrupted(
 @pytest.mark.parametrize(
     ("stage", "more", "message"),
     [
-        ("align", {"eval_dataset_name": None}, "--streaming holds no rows out: give --eval_dataset_name"),
-        ("instruct", {"pack_turns": "true"}, "--pack_turns needs all rows beforehand"),
+        ("align", {"eval_dataset_name": None}, "--streaming holds no rows out; pass --eval_dataset_name"),
+        ("instruct", {"pack_turns": "true"}, "--pack_turns and --streaming are mutually exclusive"),
         ("pretrain", {"max_train_samples": 5}, "max_train_samples=5 needs the rows counted"),
         (
             "pretrain_images",

@@ -166,7 +166,7 @@ def test_loading_something_else_is_a_clear_error(build, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load_vlm(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="it holds nothing"):
+    with pytest.raises(FileNotFoundError, match="it contains nothing"):
         load_vlm(tmp_path / "empty")
     tiny.tiny_clip_vision().save_pretrained(tmp_path / "tower")
     with pytest.raises(ValueError, match="'clip_vision_model' model, not a vision-language model"):
@@ -243,7 +243,7 @@ def test_answer_counts_images(build, dialogue):
 
     model, processor = build()
     assert isinstance(answer(model, processor, dialogue.messages, [dialogue.image], max_new_tokens=3), str)
-    with pytest.raises(ValueError, match=r"holds 1 images .* 2 were given"):
+    with pytest.raises(ValueError, match=r"contains 1 images .* 2 were given"):
         answer(model, processor, dialogue.messages, [dialogue.image] * 2)
     processor.chat_template = processor.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):

@@ -108,7 +108,7 @@ def test_folders_that_hold_something_else(build, tmp_path, tokenizer_folder):
     cases = {
         folder_of(tmp_path / "t5", model_type="t5"): r"encoder-decoder \(t5\)",
         folder_of(tmp_path / "vlm", model_type="qwen2_vl"): r"vision-language model already \(qwen2_vl\)",
-        folder_of(tmp_path / "tower", model_type="clip_vision_model"): "no causal language model",
+        folder_of(tmp_path / "tower", model_type="clip_vision_model"): "not a causal language model",
         folder_of(tmp_path / "quantised", **quantised): r"quantised \(gptq\)",
     }
     (tmp_path / "adapters").mkdir()

@@ -91,7 +91,10 @@ def test_templates_that_say_little_of_ends(join, caplog, tmp_path):
     with caplog.at_level(logging.WARNING, logger="mllm_vision"):
         model, processor = join(UNLEARNT)
     end = processor.tokenizer.convert_tokens_to_ids("<|end|>")
-    assert model.generation_config.eos_token_id == [3, end] and "no special token that is learnt" in caplog.text
+    assert (
+        model.generation_config.eos_token_id == [3, end]
+        and "do not end with a special token that is trained on" in caplog.text
+    )
     caplog.clear()
     refusing = with_end("'<|end|>'").replace("{{ '<|' + m", IMAGES_ONLY + "{{ '<|' + m")
     assert "raise_exception" in refusing
