@@ -1,13 +1,13 @@
 """mllm_vision: train vision encoders by contrast, connect them to a language model, measure every stage.
 
-The public names are imported when first used: `import mllm_vision` itself costs no torch import (docs/api.md).
+Public names are imported on first use: `import mllm_vision` does not import torch (docs/api.md).
 """
 
 from mllm_vision.lazy import attach
 
 __version__ = "0.2.0"
 
-# what users type, by subject: name -> module
+# public names by subject: name -> module
 _SUBJECTS = {
     "Recipes": {
         "train": "api",

@@ -13,16 +13,16 @@ from typing import Any
 
 from mllm_vision.cli import program
 
-RECIPES = ("align", "instruct", "finetune", "language_model")  # the others are chosen by their method
+RECIPES = ("align", "instruct", "finetune", "language_model")  # the others are selected by their method
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What a training left.
+    """The result of a training run.
 
     Attributes:
         folder: the run folder, `output_dir`.
-        artifact: the folder of the model that the next stage takes: the encoder, or the vision-language model.
+        artifact: the folder of the model for the next stage: the encoder, or the vision-language model.
         artifacts: every saved model by name.
         metrics: the final evaluation, `eval_<evaluator>_<metric>` -> number.
         record: the content of run.json.
@@ -43,14 +43,14 @@ def train(
     callbacks: Sequence[Any] = (),
     **flags: Any,
 ) -> TrainedRun:
-    """Train by a recipe in this process, as `mllm-vision <verb> --flag value ...` does.
+    """Trains with a recipe in this process, like `mllm-vision <verb> --flag value ...`.
 
     Example:
         >>> run = mllm_vision.train("simclr", "images/", encoder="vit_small", output_dir="runs/simclr")
         >>> encoder = mllm_vision.VisionEncoder.from_pretrained(run.artifact)
 
     Args:
-        method: a method of `list_objectives()`, `"package.module:Class"` or the class itself; or another recipe:
+        method: a method of `list_objectives()`, `"package.module:Class"` or the class; or another recipe:
             `"align"`, `"instruct"`, `"finetune"`, `"language_model"`.
         data: file, folder, pattern or Hub id of the training data (`dataset_name`); text files for `"language_model"`.
         output_dir: the run folder.
@@ -62,10 +62,10 @@ def train(
         Folder, artifact and final metrics of the run.
 
     Raises:
-        ValueError: an unknown method or flag (the nearest known one is named), a value that does not fit.
+        ValueError: an unknown method or flag (the nearest known one is named), an invalid value.
         FileNotFoundError: data or model that does not exist.
-        FileExistsError: `output_dir` holds a run, and neither `overwrite=True` nor `resume=True` was given.
-        IncompleteRun: trained and saved, and something after it failed.
+        FileExistsError: `output_dir` contains a run, and neither `overwrite=True` nor `resume=True` was given.
+        IncompleteRun: the model is trained and saved, but a later step failed.
     """
     verb, chosen = _recipe_of(method)
     given = {**chosen, **flags, "output_dir": output_dir}
@@ -86,7 +86,7 @@ def train(
 
 
 def _recipe_of(method: str | type) -> tuple[str, dict[str, Any]]:
-    """The verb that trains a method, and the flag that names the method there."""
+    """The verb that trains a method, and the flag that selects the method."""
     if isinstance(method, str) and method.replace("-", "_") in RECIPES:
         return method.replace("_", "-"), {}
     from mllm_vision.objectives import ImageTextObjective, load_objective
@@ -100,7 +100,7 @@ def _recipe_of(method: str | type) -> tuple[str, dict[str, Any]]:
 
 
 def _words(flags: Mapping[str, Any]) -> list[str]:
-    """Flags as the words of a command line; None stands for the default."""
+    """Flags as command-line arguments; None is the default."""
     words: list[str] = []
     for name, value in flags.items():
         if value is None:
@@ -115,21 +115,21 @@ def _words(flags: Mapping[str, Any]) -> list[str]:
 
 
 def _load(verb: str) -> Any:
-    """The module of a recipe, under the name that it has in a wheel."""
+    """The module of a recipe, under its name in a wheel."""
     file = program(verb)
     name = f"mllm_vision.recipes.{file.stem}"
     if name not in sys.modules:
         spec = spec_from_file_location(name, file)
         assert spec is not None and spec.loader is not None
         module = module_from_spec(spec)
-        sys.modules[name] = module  # its dataclasses look their annotations up there
+        sys.modules[name] = module  # dataclasses resolve annotations there
         spec.loader.exec_module(module)
     return sys.modules[name]
 
 
 @contextmanager
 def _as_program(verb: str, words: Sequence[str]) -> Iterator[None]:
-    """`sys.argv` as on the command line, which the run records as the command to type."""
+    """`sys.argv` as on the command line, which the run records."""
     before = sys.argv
     sys.argv = [str(program(verb)), *words]
     try:

@@ -1,6 +1,6 @@
-"""The command `mllm-vision <verb> [flags]`: runs a recipe or a script by its file, under torchrun if asked to.
+"""The command `mllm-vision <verb> [flags]`: runs a recipe or a script, under torchrun if requested.
 
-Nothing here imports torch, so that the list of verbs appears at once.
+Nothing here imports torch, so that the list of verbs appears immediately.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ VERBS = {
     "draw-views": Verb("scripts/draw_views.py", "Draw the augmented views that a method trains on."),
     "env": Verb("scripts/env.py", "Print versions and machine for a bug report."),
 }
-# flags of torchrun that are handed on; True where a value follows
+# flags passed to torchrun; True if a value follows
 TORCHRUN = {
     "nproc_per_node": True,
     "nnodes": True,
@@ -60,14 +60,14 @@ TORCHRUN = {
     "max_restarts": True,
     "standalone": False,
 }
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # a scheduler's warning reaches the ranks, which save a checkpoint
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # forwarded to the ranks, which save a checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; the exit code is the program's own.
+    """Runs one verb and returns its exit code.
 
     Args:
-        argv: the words after `mllm-vision`; the process's own by default.
+        argv: the arguments after `mllm-vision`; by default those of the process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """The verbs with one line each."""
+    """The help text: one line per verb."""
     width = max(map(len, VERBS))
     lines = [f"  {name.ljust(width)}  {verb.help}" for name, verb in VERBS.items()]
     return "\n".join(
@@ -109,16 +109,16 @@ def usage() -> str:
 
 
 def program(name: str) -> Path:
-    """The file of a verb: inside the package where it was installed, beside it in a checkout."""
+    """The file of a verb: inside an installed package, beside it in a checkout."""
     file = VERBS[name].file
     return next(place for base in (PACKAGE, PACKAGE.parent) if (place := base / file).is_file())
 
 
 def split_launcher(name: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The flags that are torchrun's, and the others, with the configs of the package found.
+    """The flags of torchrun, and the others with `--config` resolved.
 
     Raises:
-        ValueError: flags of torchrun for a program that runs in one process; one without its value.
+        ValueError: flags of torchrun for a single-process program, or without value.
     """
     launcher: list[str] = []
     others: list[str] = []
@@ -138,7 +138,7 @@ def split_launcher(name: str, words: Sequence[str]) -> tuple[list[str], list[str
 
 
 def with_config(words: Sequence[str]) -> list[str]:
-    """`--config` as a path: what is not a file here is looked for among the configs of the package."""
+    """`--config` as a path: a config of the package unless it is a file."""
     found = list(words)
     for position, word in enumerate(words):
         flag, equals, value = word.partition("=")
@@ -154,7 +154,7 @@ def with_config(words: Sequence[str]) -> list[str]:
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Run a program in this process; a shell script in one of its own."""
+    """Runs a program in this process, a shell script in a subprocess."""
     file = program(name)
     if file.suffix == ".sh":
         return subprocess.call(["bash", str(file), *words], env={**os.environ, "PYTHON": sys.executable})
@@ -164,7 +164,7 @@ def run(name: str, words: Sequence[str]) -> int:
 
 
 def launch(name: str, launcher: Sequence[str], words: Sequence[str]) -> int:
-    """Run a program by torchrun; without `--nnodes` on this machine alone."""
+    """Runs a program with torchrun, by default on this machine only."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 

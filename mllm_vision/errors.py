@@ -1,4 +1,4 @@
-"""Words that error messages share. A leaf: any floor may import it, it imports nothing of ours."""
+"""Helpers for error messages. A leaf: every room may import it, it imports none."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ LONGEST_VALUE = 200  # characters of a user's value that a message shows
 
 
 class IncompleteRun(RuntimeError):
-    """What was trained is saved, and something after it (evaluation, samples, a push) failed; exit code 3."""
+    """The trained model is saved, but a later step (evaluation, samples, a push) failed; exit code 3."""
 
 
 class _Short(reprlib.Repr):
-    """`reprlib` with room for a sentence, and bytes by their number: a repr of 10 MB is never built."""
+    """`reprlib` with longer strings, and bytes by their number: a repr of 10 MB is never built."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -32,42 +32,39 @@ class _Short(reprlib.Repr):
 
 
 def short(value: Any, limit: int = LONGEST_VALUE) -> str:
-    """`repr(value)` of at most `limit` characters, for messages: long strings lose their middle, lists their end."""
+    """`repr(value)` with at most `limit` characters: long strings lose their middle, lists their end."""
     try:
         text = _Short(limit).repr(value)
-    except ValueError:  # Python prints no integer beyond 4300 digits
+    except ValueError:  # Python does not print integers beyond 4300 digits
         text = f"<{type(value).__name__} too long to print>"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 @contextmanager
 def reading(what: Any) -> Iterator[None]:
-    """What goes wrong while a user's file or folder is read, as one error that names it.
-
-    Libraries answer damaged or foreign files with errors of their own kinds (safetensors, tokenizers, JSON that is too
-    deep, a key that is not there), most of which say not which file it was.
+    """Raises errors of libraries that read a user's file or folder as one ValueError that names it.
 
     Args:
-        what: the path or id, named in the message.
+        what: the path or id.
 
     Raises:
-        ValueError: for every `Exception` but those that are `OSError`s or name `what` already, which pass.
+        ValueError: for every `Exception` except `OSError`, `MemoryError` and ValueErrors that already name `what`.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, OSError | MemoryError) or (isinstance(error, ValueError) and str(what) in str(error)):
             raise
-        told = " ".join(str(error).split()) or "nothing more is known"
+        message = " ".join(str(error).split()) or "no further details"
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{what} cannot be read, it may be damaged or of another kind: {kind}{told}") from error
+        raise ValueError(f"{what} cannot be read, it may be damaged or of another kind: {kind}{message}") from error
 
 
 _LONG = re.compile(rf"'[^'\n]{{{LONGEST_VALUE},}}'|\"[^\"\n]{{{LONGEST_VALUE},}}\"|\S{{{LONGEST_VALUE},}}")
 
 
 def tidy(message: str) -> str:
-    """`message` without what no terminal wants: quotations and words beyond 200 characters lose their middle."""
+    """`message` for a terminal: quotations and words beyond 200 characters lose their middle."""
 
     def cut(found: re.Match[str]) -> str:
         text = found[0]
@@ -77,40 +74,40 @@ def tidy(message: str) -> str:
 
 
 def explain(error: BaseException) -> str | None:
-    """The one line that a user is told, or None where only a traceback helps: the fault is the toolkit's.
+    """One line for the user, or None for a bug of the toolkit, which needs a traceback.
 
-    `ValueError` and `OSError` are a user's, by the rules of this package. Some other kinds come from a machine or a
-    library and have one meaning.
+    By convention, ValueError and OSError are errors of the user; some other types from the machine or a library have
+    one known meaning.
     """
     if "Original Traceback (most recent call last)" in str(error):  # raised in a process of the data loader
         return tidy(str(error).strip().splitlines()[-1].partition(": ")[2] or str(error))
-    told = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     name = type(error).__name__
     if isinstance(error, OSError):
-        return tidy(_cache_told(error) or str(error))
+        return tidy(_unwritable_cache(error) or str(error))
     if isinstance(error, ValueError):
         return tidy(str(error))
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("mllm_vision"):
         return f"this needs the package {error.name!r}, which is not installed: pip install {error.name}"
     if isinstance(error, ImportError):
-        return tidy(f"a package that this needs cannot be imported: {told}")
+        return tidy(f"a required package cannot be imported: {message}")
     if name == "OutOfMemoryError" or isinstance(error, MemoryError):
         return tidy(
-            f"out of memory ({told[:160] or 'of the host'}): take a smaller --per_device_train_batch_size, "
+            f"out of memory ({message[:160] or 'of the host'}): use a smaller --per_device_train_batch_size, "
             "--activation_checkpointing or --bf16, and see scripts/doctor.py for what a step needs"
         )
-    if isinstance(error, RuntimeError) and told.startswith("DataLoader worker"):
+    if isinstance(error, RuntimeError) and message.startswith("DataLoader worker"):
         return tidy(
-            f"a process that reads the data died: {told}. Its memory may have run out: take fewer "
-            "--dataloader_num_workers (0 reads in this process); a run with checkpoints goes on with --resume"
+            f"a data loader process died: {message}. Its memory may have run out: use fewer "
+            "--dataloader_num_workers (0 reads in this process); a run with checkpoints continues with --resume"
         )
     if name in ("SafetensorError", "UnpicklingError", "TemplateError", "RecursionError", "BadZipFile", "ReadError"):
-        return tidy(f"a file that was read is damaged or of another kind ({name}): {told}")
+        return tidy(f"a file is damaged or of another kind ({name}): {message}")
     return None
 
 
-def _cache_told(error: OSError) -> str | None:
-    """A cache that cannot be written, named by the variable that says where it is."""
+def _unwritable_cache(error: OSError) -> str | None:
+    """Message for a cache that cannot be written, naming its environment variable."""
     place = str(error.filename or "")
     if not place or isinstance(error, FileNotFoundError | FileExistsError):
         return None
@@ -124,26 +121,19 @@ def _cache_told(error: OSError) -> str | None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` most likely meant, or None where nothing is near.
-
-    Case, hyphens and underscores do not count as differences.
-    """
+    """The known name closest to `name` (ignoring case, hyphens and underscores), or None."""
     plain = {candidate.lower().replace("-", "_"): candidate for candidate in known}
     wanted = name.lower().replace("-", "_")
     if wanted in plain:
         return plain[wanted]
     found = difflib.get_close_matches(wanted, plain, n=1, cutoff=0.5)
-    if not found:  # an abbreviation or an extension of a known name is near too
+    if not found:  # abbreviations and extensions of a known name are close too
         found = [candidate for candidate in plain if candidate.startswith(wanted) or wanted.startswith(candidate)][:1]
     return plain[found[0]] if found else None
 
 
 def nearby(path: Any) -> str:
-    """What lies where `path` was looked for and is not, for the end of a message: `; runs/first holds dual...`.
-
-    The folder is the deepest one of the path that exists; where one of its entries is near to the word that failed,
-    that one is named alone.
-    """
+    """What exists near a missing `path`, for the end of a message: the closest name, or the content of the folder."""
     wanted = os.path.abspath(os.path.expanduser(str(path)))
     folder, missing = os.path.split(wanted)
     while folder and not os.path.isdir(folder) and os.path.dirname(folder) != folder:
@@ -155,15 +145,15 @@ def nearby(path: Any) -> str:
     close = nearest(missing, found)
     if close is not None:
         return f"; the nearest there is {short(os.path.join(folder, close))}"
-    return f"; {short(folder)} holds {', '.join(found[:6]) or 'nothing'}{' ...' * (len(found) > 6)}"
+    return f"; {short(folder)} contains {', '.join(found[:6]) or 'nothing'}{' ...' * (len(found) > 6)}"
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, prefix: str = "") -> str:
-    """`unknown objective 'simlcr'; the nearest known one is 'simclr'`, or all of them where none is near."""
+    """`unknown objective 'simlcr'; the nearest known one is 'simclr'`, or a list of all if none is close."""
     known = list(known)
     close = nearest(name, known)
     if close is not None:
         return f"unknown {kind} {prefix + name!r}; the nearest known one is {prefix + close!r}"
     if len(known) > 40:
-        return f"unknown {kind} {prefix + name!r}, and none of the {len(known)} known ones is near; --help lists them"
+        return f"unknown {kind} {prefix + name!r}, and none of the {len(known)} known ones is close; --help lists them"
     return f"unknown {kind} {prefix + name!r}; known are {', '.join(prefix + candidate for candidate in sorted(known))}"

@@ -1,4 +1,4 @@
-"""Packages whose public names are imported when first used, so that `import mllm_vision` costs no torch import."""
+"""Packages whose public names are imported on first use, so that `import mllm_vision` does not import torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from typing import Any
 
 
 def attach(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """The `__getattr__`, `__dir__` and `__all__` of a package, from public name -> module relative to the package.
-
-    Raises:
-        AttributeError: from the `__getattr__`, for a name that is not in `homes`; the message lists those that are.
-    """
+    """The `__getattr__`, `__dir__` and `__all__` of a package, from public name -> module relative to the package."""
 
     def __getattr__(name: str) -> Any:
         if name not in homes:

@@ -1,7 +1,4 @@
-"""Small helpers of every room: files that are whole or not there, tables and durations as text.
-
-A leaf: any floor may import it, it imports nothing of ours.
-"""
+"""Small helpers: atomic files, tables and durations as text. A leaf: every room may import it, it imports none."""
 
 from __future__ import annotations
 
@@ -12,14 +9,14 @@ from typing import IO
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes | Callable[[IO[bytes]], object]) -> Path:
-    """Write a file through a temporary one beside it: a reader, and a killed process, never leave half of it.
+    """Writes a file atomically, through a temporary one in the same folder.
 
     Args:
         path: the file; its folder is created.
         content: text (UTF-8), bytes, or a function that writes to the open file.
 
     Raises:
-        OSError: the file cannot be written; what stood there before is whole.
+        OSError: the file cannot be written; an existing one is unchanged.
     """
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +35,7 @@ def write_whole(path: str | os.PathLike, content: str | bytes | Callable[[IO[byt
 
 
 def to_disk(path: Path) -> None:
-    """Flush a file, or a folder with all that is in it, to the disk."""
+    """Flushes a file, or a folder with its content, to the disk."""
     if path.is_dir():
         for entry in path.iterdir():
             to_disk(entry)
@@ -50,12 +47,7 @@ def to_disk(path: Path) -> None:
 
 
 def duration(seconds: float, space: str = " ") -> str:
-    """`95` -> `1 min 35 s`.
-
-    Args:
-        seconds: how long.
-        space: between a number and its unit.
-    """
+    """`95` -> `1 min 35 s`; `space` separates a number from its unit."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -66,11 +58,11 @@ def duration(seconds: float, space: str = " ") -> str:
 
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """The lines of a table for a terminal, its columns aligned.
+    """The lines of a table for a terminal, with aligned columns.
 
     Args:
         rows: the head and the cells of each row.
-        right: the places of columns that end in line, such as numbers.
+        right: indices of right-aligned columns.
     """
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     return [

@@ -189,7 +189,7 @@ def test_what_is_not_there_is_told_with_the_nearest(tmp_path):
             look(tmp_path / name)
         told = explain(raised.value)
         assert str(tmp_path / name) in told and f"the nearest there is '{tmp_path / near}'" in told
-    with pytest.raises(FileNotFoundError, match=r"runs' holds encoder, pairs.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"runs' contains encoder, pairs.jsonl"):
         VisionEncoder.from_pretrained(tmp_path / "runs" / "0123456789")
 
 
