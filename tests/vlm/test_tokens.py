@@ -111,7 +111,7 @@ def test_templates_that_say_little_of_ends(join, caplog, tmp_path):
 def test_a_template_without_an_end_is_warned_about(join, caplog):
     with caplog.at_level(logging.WARNING, logger="mllm_vision"):
         model, _ = join(with_end("' ###'"))
-    assert "end with no special token" in caplog.text and model.generation_config.eos_token_id == 3
+    assert "do not end with a special token" in caplog.text and model.generation_config.eos_token_id == 3
 
 
 def _imaged(content):
