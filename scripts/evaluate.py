@@ -267,7 +267,7 @@ class Bench:
 
         # As in training: the text next to an instruction belongs to the question.
         roles = {role: name for role, name in self.named.items() if role in ("image", "question", "answer")}
-        columns = bind_conversations(records, roles, forms=[("question", "answer")], tell=False)
+        columns = bind_conversations(records, roles, forms=[("question", "answer")], report=False)
         training = None
         if own.training_dataset_name:
             training = self._records(own.training_dataset_name, own.training_split, own.max_samples)

@@ -41,6 +41,7 @@ SEEN: dict[str, set[str]] = {
     "mllm_vision/data/chat/conversations.py": CHAT,
     "mllm_vision/data/chat/messages.py": CHAT,
     "mllm_vision/data/chat/templates.py": CHAT,
+    "mllm_vision/data/chat/tokenise.py": CHAT,
     "mllm_vision/data/chat/packing.py": {"recipes/instruct.py"},
     "mllm_vision/encoder": PAIRS | IMAGES | {"recipes/align.py"},
     "mllm_vision/encoder/dual.py": PAIRS,

@@ -234,7 +234,7 @@ def unigram_perplexity(train: PackedBlocks, heldout: PackedBlocks, vocab_size: i
 def continuations(
     model: Any, tokenizer: Any, documents: Sequence[str], *, words: int = 3, max_new_tokens: int = 24
 ) -> list:
-    """What the model makes of the first words of held-out documents, greedily, beside how they really go on."""
+    """What the model makes of the first words of held-out documents, greedily, beside how they really continue."""
     samples, was_training = [], model.training
     model.eval()
     for document in documents:

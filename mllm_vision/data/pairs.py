@@ -12,7 +12,7 @@ from torch import Tensor
 from mllm_vision.data.images.files import BadImage, describe, first_image, image_source
 from mllm_vision.data.images.transforms import ImageTransform, load_image
 from mllm_vision.data.records.columns import bind_columns
-from mllm_vision.data.records.forms import tell_of_more_images
+from mllm_vision.data.records.forms import warn_of_further_images
 from mllm_vision.data.records.sampling import (
     BadRow,
     BadSamples,
@@ -57,7 +57,7 @@ class PairDataset(EpochDataset):
         self.columns = bind_columns(records, ("image", "caption"), columns)
         self.records = only_columns(records, list(self.columns.values()))
         self.transform = transform
-        tell_of_more_images(self.records, self.columns["image"])
+        warn_of_further_images(self.records, self.columns["image"])
         super().__init__(seed, self._rows, bad_samples)
 
     def __len__(self) -> int:
@@ -103,7 +103,7 @@ class PairCollator:
 
     def __init__(self, transform: ImageTransform, tokenizer: Any, max_length: int, *, padding: str = "longest") -> None:
         if max_length < 2:
-            raise ValueError(f"max_length={max_length} leaves no room for words; use at least 2 tokens")
+            raise ValueError(f"max_length={max_length} leaves no room for text; use at least 2 tokens")
         if padding not in ("longest", "max_length"):
             raise ValueError(f"padding={padding!r} is neither 'longest' nor 'max_length'")
         if getattr(tokenizer, "pad_token_id", None) is None:
@@ -152,7 +152,7 @@ def image_id(value: Any) -> int:
 
 
 def captions_of(value: Any) -> list[str]:
-    """The captions of a cell, one or a list of them, that have words: nulls, blanks and what is no text are none.
+    """The non-empty captions of a cell that holds one or a list of them; values that are not text are ignored.
 
     A whole number is its digits: captions of digits are integers in Parquet and JSON.
     A lone surrogate, half of a character that no text can hold, becomes a question mark.

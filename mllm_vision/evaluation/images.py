@@ -10,7 +10,7 @@ from typing import Any
 
 from mllm_vision.data.images.decoding import in_threads, load_image
 from mllm_vision.data.images.files import first_image
-from mllm_vision.data.records.forms import tell_of_more_images
+from mllm_vision.data.records.forms import warn_of_further_images
 from mllm_vision.data.records.sampling import BadRow, draw_rows, judge, only_columns
 
 __all__ = [
@@ -63,7 +63,7 @@ def check_columns(records: Any, columns: dict[str, str], roles: Sequence[str], w
         if column not in found:
             raise ValueError(f"{what}: column {column!r} (for {role!r}) is not in the data; found {found}")
     if "image" in roles:
-        tell_of_more_images(records, columns["image"])
+        warn_of_further_images(records, columns["image"])
 
 
 def usable_images(

@@ -54,7 +54,7 @@ def label_indices(records: Any, column: str, class_names: Sequence[str] | None) 
         if len(set(names)) != len(names):
             raise ValueError(f"class_names has duplicates: {sorted({name for name in names if names.count(name) > 1})}")
         found = read_labels(column_values(records, column), names)
-    outside = next((row for row, why in found.bad.items() if why.reason == "the label is none of the classes"), None)
+    outside = next((row for row, why in found.bad.items() if why.reason == "the label is not one of the classes"), None)
     if outside is not None:
         label = column_values(records, column)[outside]
         names = found.names or []

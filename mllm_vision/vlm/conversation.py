@@ -172,7 +172,7 @@ def load_stage_data(
     forms = (first, ("conversations",), ("messages",)) if first else FORMS
 
     columns, eval_columns = (
-        bind_conversations(each, dict(overrides or {}), forms=forms, tell=each is records) for each in (records, held)
+        bind_conversations(each, dict(overrides or {}), forms=forms, report=each is records) for each in (records, held)
     )
     # Questions and captions depend on positions, so training images are not cropped at random.
     transform = ImageTransform(processor.image_processor, train=False)

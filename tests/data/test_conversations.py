@@ -138,7 +138,7 @@ def test_templates_and_tokenizers_that_cannot_work(tokenizer, image):
     records = [talk(image, "<image>\nq?", "a")]
     with pytest.raises(ValueError, match=r"no generation marks.*\{% generation %\}.*'plain', 'vicuna', 'qa'"):
         build(records, TALK, tokenizer, chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    with pytest.raises(ValueError, match="'<photo>' is no token"):
+    with pytest.raises(ValueError, match="'<photo>' is not a token"):
         build(records, TALK, tokenizer, image_token="<photo>")
 
     class Without:
@@ -216,7 +216,7 @@ def test_impossible_settings(tokenizer, image):
     records = [talk(image, "<image>\nq?", "a")]
     for options, message in (
         ({"num_image_tokens": 0}, "num_image_tokens=0"),
-        ({"max_length": 4}, "max_length=4 has no room for words beside num_image_tokens=4"),
+        ({"max_length": 4}, "max_length=4 leaves no room for text beside num_image_tokens=4"),
         ({"on_truncation": "cut"}, "on_truncation='cut'"),
         ({"max_turns": 0}, "max_turns=0"),
     ):

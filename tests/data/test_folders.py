@@ -87,7 +87,7 @@ def test_what_lies_beside_images_is_counted(tmp_path, caplog) -> None:
         "hidden folders": 1,
         "folders that are linked in twice": 1,
         "files of another type (.md)": 1,
-        "tables with no column of ours": 1,
+        "tables without a known column": 1,
     }
     assert "the classes are the 2 folders of the first level" in caplog.text and "3 hidden files" in caplog.text
 
@@ -155,7 +155,7 @@ def test_tables_of_splits(tmp_path, caplog) -> None:
     with pytest.raises(ValueError, match=r"no split 'test'; it has 'train'"):
         load_records(tmp_path, split="test")
     assert len(load_records(tmp_path, split=UsualSplit("test", "--eval_split"))) == 4
-    assert "has no split 'test'; its only one, 'train', is taken" in caplog.text
+    assert "has no split 'test'; its only split, 'train', is used" in caplog.text
 
 
 def test_image_splits_by_the_folders_at_the_top() -> None:
@@ -175,7 +175,7 @@ def test_names_that_are_no_text_and_versions(tmp_path, caplog) -> None:
     root = tree(tmp_path / "images", "a/1.png", "b/ü.png")
     with open(os.path.join(os.fsencode(root), b"a", b"\xff.png"), "wb") as file:
         file.write(PNG)
-    assert len(load_records(root)) == 2 and "1 files whose names are no UTF-8 ('a/\\udcff.png')" in caplog.text
+    assert len(load_records(root)) == 2 and "1 files whose names are not UTF-8 ('a/\\udcff.png')" in caplog.text
     for name in ("v1.0", "v1.1"):
         (tmp_path / "v").mkdir(exist_ok=True)
         (tmp_path / "v" / f"{name}.csv").write_text(f"caption\n{name}\n")

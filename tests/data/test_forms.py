@@ -149,7 +149,7 @@ def test_numbers_and_dates_are_said_in_digits():
     assert [words(value) for value in (3, 3.0, 2.5, True, None, float("nan"), " a ")] == [
         *("3", "3", "2.5", "True", "", "", "a")
     ]
-    with pytest.raises(BadConversation, match="a text is no text: bytes"):
+    with pytest.raises(BadConversation, match="a text is not a string: bytes"):
         words(b"\xff" * 10_000)
 
 
@@ -159,13 +159,13 @@ def test_numbers_and_dates_are_said_in_digits():
         ([{"role": "tool", "content": "3"}], "calls of tools are not supported"),
         ([{"role": "assistant", "content": None, "function_call": {"x": 1}}], "calls of tools are not supported"),
         ({"role": ["user", "assistant"], "content": ["only one"]}, "a text: 2 x role, 1 x content"),
-        ("{not json", "the conversation is no JSON"),
-        ("[" * 100_000, "the conversation is no JSON"),
+        ("{not json", "the conversation is not valid JSON"),
+        ("[" * 100_000, "the conversation is not valid JSON"),
         ([{"said": "x"}], "a turn has no role"),
         (7, "malformed: int"),
         ([{"role": "user", "content": "x", "weight": 0.5}], "weight between 0 and 1"),
         ([[{"role": "user", "content": "x"}]], "a turn is list"),
-        ([{"role": "user", "content": [["x"]]}], "a text is no text: list"),
+        ([{"role": "user", "content": [["x"]]}], "a text is not a string: list"),
         ([{"role": "user", "content": "y" * 1_000_000, "weight": "z" * 1000}], "weight"),
     ],
 )
@@ -218,7 +218,7 @@ def test_odd_values_refuse_their_rows_alone(tokenizer):
         "questions and answers differ in number": 1,
         "the conversation is empty": 1,
         "a question or an answer is empty": 1,
-        "a text is no text": 1,
+        "a text is not a string": 1,
         "the text cannot be tokenised": 1,
     }
     assert [len(dataset[i]["images"]) for i in range(3)] == [1, 1, 0] and dataset.without_image == 1
@@ -271,10 +271,10 @@ def test_the_plain_template_takes_captions_alone(tokenizer):
     more = turns("from", "value", mark="and?", said=("human", "gpt"))
     rows = [{"image": IMAGE, "conversations": said} for said in (pair, pair + more)]
     dataset = build(rows, tokenizer, chat_template="plain")
-    assert len(dataset) == 1 and dataset.refused == {"the template 'plain' writes captions only": 1}
+    assert len(dataset) == 1 and dataset.refused == {"the template 'plain' supports captions only": 1}
     assert supervised(dataset[0], tokenizer) == f"{A}</s>"
     with pytest.raises(
-        ValueError, match="template 'plain' writes captions only: the words of 1 questions would be lost"
+        ValueError, match="template 'plain' supports captions only: the text of 1 questions would be lost"
     ):
         build([{"image": IMAGE, "question": Q, "answer": A}], tokenizer, chat_template="plain")
     captions = [{"image": IMAGE, "caption": "a star"}, {"image": None, "caption": "of nothing"}]

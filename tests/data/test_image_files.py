@@ -45,7 +45,7 @@ def test_no_format_outside_the_list_is_opened(tmp_path, monkeypatch):
     random_image(0, 32).save(icon, "ICO")
     random_image(0, 32).save(targa, "TGA")
     for value in (eps, tmp_path / "a.png", icon.getvalue(), targa.getvalue()):
-        with pytest.raises(BadImage, match=r"cannot be decoded: it is none of JPEG, PNG"):
+        with pytest.raises(BadImage, match=r"cannot be decoded: it is not one of JPEG, PNG"):
             load_image(value)
     for name in FORMATS:
         stream = io.BytesIO()
@@ -88,9 +88,9 @@ def test_every_form_of_a_value_is_the_same_image(tmp_path):
         ({}, "missing", "the image is missing"),
         ("/", "is a folder", "the image does not exist"),
         ("a\0b", "does not exist", "the image does not exist"),
-        (7, "int is no image", "the value is no image"),
-        (np.zeros((2, 3, 24, 24)), "shape", "the value is no image"),
-        (np.zeros((0, 4), np.uint8), "shape", "the value is no image"),
+        (7, "int is not an image", "the value is not an image"),
+        (np.zeros((2, 3, 24, 24)), "shape", "the value is not an image"),
+        (np.zeros((0, 4), np.uint8), "shape", "the value is not an image"),
         (np.zeros((4, 4), np.int64), "int64 has no known range", "integers of an unknown range"),
         (np.full((4, 4), 200.0), "0 is black and 1 is white", "floats of an unknown range"),
         (np.full((4, 4), np.nan), "rescale", "floats of an unknown range"),

@@ -184,7 +184,7 @@ def test_broken_images_say_what_is_wrong(tmp_path):
         "has no bytes": [b"", {"bytes": b"", "path": None}],
         "missing": [None, {"bytes": None, "path": None}],
         "does not exist": [str(tmp_path / "none.jpg"), {"bytes": None, "path": str(tmp_path / "none.jpg")}],
-        "is no image": [3.5, [1, 2]],
+        "is not an image": [3.5, [1, 2]],
     }
     for message, values in cases.items():
         for value in values:

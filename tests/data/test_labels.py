@@ -28,13 +28,17 @@ def test_values_that_are_labels(value, expected) -> None:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        *[(0.5, "the label is no whole number"), (float("inf"), "the label is no whole number")],
+        *[(0.5, "the label is not an integer"), (float("inf"), "the label is not an integer")],
         *[(-2, "the label is negative"), (2**80, "the label is too large a number")],
-        *[([1, 2], "the label is no class"), ([], "the label is no class"), ({"id": 1}, "the label is no class")],
         *[
-            (np.arange(2), "the label is no class"),
-            (b"\xff\xfe", "the label is no text"),
-            (1j, "the label is no class"),
+            ([1, 2], "the label is not a class"),
+            ([], "the label is not a class"),
+            ({"id": 1}, "the label is not a class"),
+        ],
+        *[
+            (np.arange(2), "the label is not a class"),
+            (b"\xff\xfe", "the label is not text"),
+            (1j, "the label is not a class"),
         ],
     ],
 )
@@ -56,7 +60,7 @@ def test_columns_of_every_kind() -> None:
     named = read_labels(["bee", 0, "wasp", 5, -1], ["ape", "bee"])
     assert named.numbers.tolist() == [1, 0, -1, -1, -1]
     assert {row: why.reason for row, why in named.bad.items()} == dict.fromkeys(
-        [2, 3], "the label is none of the classes"
+        [2, 3], "the label is not one of the classes"
     )
     features = Features({"label": ClassLabel(names=["ape", "bee"])})
     classes = column_labels(Dataset.from_dict({"label": [1, None, 0]}, features=features), "label")
@@ -88,9 +92,11 @@ def test_partly_labelled_rows(caplog) -> None:
     rows = [{"image": image_bytes(random_image(i, 8)), "label": label} for i, label in enumerate(labels)]
     with caplog.at_level(logging.WARNING):
         dataset = ImageDataset(rows, labelled=True)
-    assert "4 of the 6 rows have a label" in caplog.text and "row 3: the label is no whole number" in caplog.text
+    assert "4 of the 6 rows have a label" in caplog.text and "row 3: the label is not an integer" in caplog.text
     assert len(dataset) == 4 and {dataset[index]["label"] for index in range(4)} == {0, 1}
-    assert dataset.bad_samples.count == 1 and dataset.bad_samples.examples[0].startswith("row 3: the label is no whole")
+    assert dataset.bad_samples.count == 1 and dataset.bad_samples.examples[0].startswith(
+        "row 3: the label is not an integer"
+    )
     free = ImageDataset(rows)  # where labels are not asked for, none of them is a reason to lose an image
     assert [free[index]["label"] for index in range(6)] == [0, -1, 1, -1, -1, 1] and free.bad_samples.count == 0
     for nothing in ([None] * 3, [0.25] * 3):

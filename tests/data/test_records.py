@@ -63,7 +63,7 @@ def test_jsonl_paths_are_relative_to_the_file_or_the_root(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"'images/0.png'.*--image_root"):
         load_records(moved)
     assert load_image(load_records(moved, image_root=tmp_path / "a")[0]["image"]).size == (32, 32)
-    with pytest.raises(FileNotFoundError, match="image_root=.* is no folder"):
+    with pytest.raises(FileNotFoundError, match="image_root=.* is not a directory"):
         load_records(moved, image_root=tmp_path / "nowhere")
 
 
@@ -161,7 +161,7 @@ def test_a_split_that_nobody_named_gives_way_to_the_only_one(tmp_path, caplog):
     for name, rows in (("images", 2), ("table", 3), ("saved", 1)):
         caplog.clear()
         assert len(load_records(tmp_path / name, split=USUAL)) == rows
-        assert f"{name} has no split 'test'; its only one, 'train', is taken" in caplog.text
+        assert f"{name} has no split 'test'; its only split, 'train', is used" in caplog.text
         with pytest.raises(ValueError, match="split"):  # but not in place of one that was named
             load_records(tmp_path / name, split="test")
     caplog.clear()

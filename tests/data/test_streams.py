@@ -68,7 +68,7 @@ def shards(tmp_path_factory) -> Path:
 
 
 def stream_of(pattern: Any, **options: Any) -> Stream:
-    return Stream.open(pattern, **{"seed": 3, "shuffle_buffer": 12, "lanes": 3, **options})
+    return Stream.open(pattern, **{"seed": 3, "shuffle_buffer": 12, "readers": 3, **options})
 
 
 def dataset_of(stream: Stream) -> StreamDataset:
@@ -118,16 +118,16 @@ LAYOUTS = st.lists(st.lists(st.integers(0, 5), min_size=0, max_size=4), min_size
 
 @settings(deadline=None, max_examples=60)
 @given(LAYOUTS, st.integers(0, 20), st.integers(1, 5), st.integers(0, 9), st.data())
-def test_a_pass_shows_every_row_once_and_goes_on_from_any_state(groups, buffer, lanes, seed, data) -> None:
+def test_a_pass_shows_every_row_once_and_goes_on_from_any_state(groups, buffer, readers, seed, data) -> None:
     def order() -> StreamOrder:
-        return StreamOrder([numbers(groups)], seed=seed, buffer=buffer, lanes=lanes)
+        return StreamOrder([numbers(groups)], seed=seed, buffer=buffer, readers=readers)
 
     total = sum(map(sum, groups))
     whole = order()
     first, second = whole.take(total), whole.take(total)
     everything = [(shard, row) for shard, sizes in enumerate(groups) for row in range(sum(sizes))]
     assert sorted(position[1:3] for position in first) == sorted(position[1:3] for position in second) == everything
-    assert {position.turn for position in first} == {0} and {position.turn for position in second} == {1}
+    assert {position.epoch for position in first} == {0} and {position.epoch for position in second} == {1}
 
     stop = data.draw(st.integers(0, 2 * total))
     torn = order()
@@ -138,26 +138,26 @@ def test_a_pass_shows_every_row_once_and_goes_on_from_any_state(groups, buffer, 
 
 
 def test_shuffling_reaches_across_shards_and_passes_differ() -> None:
-    order = StreamOrder([numbers([[50]] * 8)], buffer=100, lanes=4)
+    order = StreamOrder([numbers([[50]] * 8)], buffer=100, readers=4)
     first, second = order.take(400), order.take(400)
     assert [position[1:3] for position in first] != [position[1:3] for position in second]
     assert len({position.shard for position in first[:40]}) >= 4
     places = np.array([position.row for position in first[:400]])
     assert np.abs(np.diff(places)).mean() > 5  # neighbours were no neighbours in the file
-    unshuffled = StreamOrder([numbers([[3], [2, 1]])], buffer=0, lanes=1).take(6)
+    unshuffled = StreamOrder([numbers([[3], [2, 1]])], buffer=0, readers=1).take(6)
     assert [position[1:3] for position in unshuffled] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 6, 8])
-def test_every_rank_gets_as_much_and_its_own_lanes_first(world: int) -> None:
-    order = StreamOrder([numbers([[200]] * 12)], buffer=60, lanes=6)
+def test_every_rank_gets_as_much_and_its_own_readers_first(world: int) -> None:
+    order = StreamOrder([numbers([[200]] * 12)], buffer=60, readers=6)
     for _ in range(5):
         positions = order.take(24 * world)
         taken = split_among_ranks(positions, [6], world)
         assert sorted(place for own in taken for place in own) == list(range(24 * world))
         assert {len(own) for own in taken} == {24}
         if 6 % world == 0:  # no rank reads another's shards
-            assert all(positions[place].lane * world // 6 == rank for rank, own in enumerate(taken) for place in own)
+            assert all(positions[place].reader * world // 6 == rank for rank, own in enumerate(taken) for place in own)
 
 
 # ---- ranks and resuming --------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def test_ranks_share_the_global_order(shards: Path, kind: str) -> None:
 def test_parquet_and_tar_hold_the_same_rows(shards: Path) -> None:
     found = {}
     for kind in ("parquet", "tar"):
-        stream = stream_of(shards / kind, shuffle_buffer=0, lanes=1)
+        stream = stream_of(shards / kind, shuffle_buffer=0, readers=1)
         found[kind] = [name for batch in batches(loader_of(stream, 41), 1) for name, _ in batch]
     assert found["parquet"] == found["tar"] == [f"{n}{i}" for n, size in zip("abcde", SIZES) for i in range(size)]
 
@@ -220,7 +220,7 @@ def test_an_iteration_that_was_left_goes_on_where_it_was(shards: Path) -> None:
 def test_the_state_is_small_and_resuming_reads_little(tmp_path: Path) -> None:
     for number in range(8):
         parquet(tmp_path / f"{number}.parquet", rows_of(f"{number}-", 400), group=20)
-    stream = stream_of(tmp_path, shuffle_buffer=200, lanes=4)
+    stream = stream_of(tmp_path, shuffle_buffer=200, readers=4)
     loader = loader_of(stream, 40)
     batches(loader, 60)  # of 80
     state = json.dumps(loader.state_dict())
@@ -229,7 +229,7 @@ def test_the_state_is_small_and_resuming_reads_little(tmp_path: Path) -> None:
     again.load_state_dict(json.loads(state))
     batches(again, 1)
     again.reader.settle()
-    assert loader.reader.groups_read >= 120 and again.reader.groups_read <= 45  # buffer and lanes, not 120 groups
+    assert loader.reader.groups_read >= 120 and again.reader.groups_read <= 45  # buffer and readers, not 120 groups
     held = sum(len(rows) for rows in loader.reader._rows.values())
     assert held <= 200 + 4 * 20
 
@@ -237,7 +237,7 @@ def test_the_state_is_small_and_resuming_reads_little(tmp_path: Path) -> None:
 def test_ranks_read_their_own_shards(tmp_path: Path) -> None:
     for number in range(8):
         parquet(tmp_path / f"{number}.parquet", rows_of(f"{number}-", 40), group=10)
-    stream = stream_of(tmp_path, shuffle_buffer=40, lanes=4)
+    stream = stream_of(tmp_path, shuffle_buffer=40, readers=4)
     ranks = [loader_of(stream, 8, rank=rank, world=2) for rank in range(2)]
     for loader in ranks:
         batches(loader, 20)
@@ -319,7 +319,7 @@ def test_shards_are_found(tmp_path: Path) -> None:
     [
         (lambda p: find_shards(p / "none.parquet"), FileNotFoundError, "does not exist"),
         (lambda p: find_shards(p / "*.nothing"), FileNotFoundError, "no file matches"),
-        (lambda p: find_shards(p / "empty"), FileNotFoundError, "holds no .parquet or .tar file"),
+        (lambda p: find_shards(p / "empty"), FileNotFoundError, "contains no .parquet or .tar file"),
         (lambda p: find_shards(p / "rows.jsonl"), ValueError, "only Parquet files and uncompressed WebDataset tars"),
         (lambda p: find_shards(p / "text.parquet", "train[:10]"), ValueError, "a stream takes whole splits"),
         (lambda p: stream_of(p / "text.parquet").head(), ValueError, "cannot be read as Parquet"),
@@ -351,7 +351,7 @@ def test_a_state_of_another_stream_is_refused(shards: Path) -> None:
     for change, message in (
         ({"seed": 4}, "another seed: 3, now 4"),
         ({"shuffle_buffer": 13}, "another shuffle_buffer: 12, now 13"),
-        ({"lanes": 2}, "another stream_lanes: 3, now 2"),
+        ({"readers": 2}, "another stream_lanes: 3, now 2"),
     ):
         with pytest.raises(ValueError, match=message):
             loader_of(stream_of(shards / "parquet", **change)).load_state_dict(state)
@@ -379,7 +379,7 @@ def test_the_last_batch_is_given_where_asked_for(shards: Path) -> None:
     [
         ({"mix_datasets": {"a.tar": 1.0}}, "--mix_datasets is for streams: add --streaming"),
         ({"streaming": True, "mix_datasets": {"a.tar": "much"}}, "--mix_datasets a.tar='much': a weight is a positive"),
-        ({"streaming": True, "stream_lanes": 0}, "stream_lanes=0 at least 1"),
+        ({"streaming": True, "stream_lanes": 0}, "stream_readers=0 at least 1"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(flags: dict, message: str) -> None:
@@ -392,7 +392,7 @@ def test_flags_open_a_stream(shards: Path) -> None:
     flags = StreamArguments(streaming=True, mix_datasets=more, shuffle_buffer=5)
     stream = flags.open(str(shards / "parquet"), seed=7, max_steps=10)
     assert [source.weight for source in stream.sources] == [1.0, 0.5]
-    assert stream.settings == {"seed": 7, "buffer": 5, "lanes": 8}
+    assert stream.settings == {"seed": 7, "buffer": 5, "readers": 8}
     with pytest.raises(ValueError, match=r"no known length .* say how long to train with --max_steps"):
         flags.open(str(shards / "parquet"))
     assert StreamArguments(streaming=True).open(str(shards / "parquet")).total == 41  # epochs are known
@@ -430,7 +430,7 @@ from mllm_vision.data.streams.order import Source, StreamOrder
 from mllm_vision.data.streams.shards import find_shards
 source = Source(find_shards("somebody/pairs"))
 assert not source.known
-order = StreamOrder([source], buffer=0, lanes=1)
+order = StreamOrder([source], buffer=0, readers=1)
 positions = order.take(18)
 read = [source.shards[r.shard].read(source.group_of(r.shard, r.row))[0] is not None for r in positions]
 print([len(source.shards), read])

@@ -108,7 +108,7 @@ def test_packed_texts(place, suffix, pack) -> None:
         ({"image": ["shots/0.PNG", None], "caption": ["a", "b"]}, ["a", "b"], ""),
         ({"image": {"0": "shots/0.PNG"}, "caption": {"0": "a"}}, ["a"], ""),
         ({"image": "shots/0.PNG", "caption": "alone"}, ["alone"], ""),
-        ([{"image": "shots/0.PNG", "caption": "a"}, 5], ["a", None], "1 entries of set.json that are no JSON object"),
+        ([{"image": "shots/0.PNG", "caption": "a"}, 5], ["a", None], "1 entries of set.json that are not JSON objects"),
     ],
 )
 def test_whole_json_files(place, caplog, content, captions, told) -> None:
@@ -128,8 +128,8 @@ def test_lines_that_are_no_row_are_told_and_hold_their_place(place, caplog) -> N
     text = lines(*good[:2]) + '{"image": "shots/2.P\n["no", "object"]\n' + lines(*good[2:])
     records = load_records(file(place / "some.jsonl", "\ufeff" + text))
     assert records["caption"][:] == ["c0", "c1", None, None, "c2", "c3"]
-    assert records.left_out == {"lines of some.jsonl that are no JSON object": 2}
-    assert "not read: 2 lines of some.jsonl that are no JSON object (line 3: " in caplog.text
+    assert records.left_out == {"lines of some.jsonl that are not JSON objects": 2}
+    assert "not read: 2 lines of some.jsonl that are not JSON objects (line 3: " in caplog.text
 
 
 def test_values_of_any_mixture_come_back_as_they_were(place) -> None:
@@ -219,7 +219,7 @@ def test_texts_that_are_no_utf8_and_json_that_is_broken_are_single_cells(place, 
     texts = pa.array([b"fine", b"caf\xe9", None], pa.binary()).view(pa.string())
     path = parquet(place / "odd.parquet", image=["shots/0.PNG"] * 3, caption=texts)
     assert load_records(path)["caption"][:] == ["fine", None, None]
-    assert "1 texts of odd.parquet that are no UTF-8" in caplog.text
+    assert "1 texts of odd.parquet that are not UTF-8" in caplog.text
     rows = Stream.open(path).read(0, 0, 0, ["caption"])
     assert rows[0] == {"caption": "fine"} and isinstance(rows[1]["caption"], BadRow) and rows[2] == {"caption": None}
     meta = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"x": [1]}', '{"x": [']))

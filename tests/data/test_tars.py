@@ -88,10 +88,10 @@ def test_nothing_in_a_tar_leads_outside(tmp_path, caplog) -> None:
     assert [row["__key__"] for row in rows(path)] == ["000", "001"]
     assert load_records(path).left_out == {
         "links in t.tar": 2,
-        "members that are no plain files in t.tar": 1,
+        "members that are not regular files in t.tar": 1,
         "members of t.tar whose names lead outside": 4,
         "hidden members of t.tar": 2,
-        "members of t.tar that are named like no sample (<key>.<extension>)": 1,
+        "members of t.tar that are not named like a sample (<key>.<extension>)": 1,
     }
     assert [each.name for each in tmp_path.rglob("*")] == ["in", "t.tar"], "nothing was written"
 
@@ -117,7 +117,7 @@ def test_a_tar_that_is_not_whole_is_refused(tmp_path, reader) -> None:
     for name, content in damaged.items():
         path = tmp_path / f"{name}.tar"
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name}\.tar (is cut off or damaged|cannot be read|holds no sample)"):
+        with pytest.raises(ValueError, match=rf"{name}\.tar (is cut off or damaged|cannot be read|contains no sample)"):
             reader(path)
     (tmp_path / "short.tar").write_bytes(whole[: last + 1024 + 512])  # one block of the end's mark is enough
     reader(tmp_path / "short.tar")
@@ -129,7 +129,7 @@ def test_values_that_cannot_be_read_are_refused_with_their_reason(tmp_path, capl
     members[8 + 3] = ("3.json", b'{"caption": "cut o')
     members[8 + 5] = ("5.json", b'{"caption": "caf\xe9"}')
     path = tar(tmp_path / "j.tar", *members)
-    stream = Stream.open(path, shuffle_buffer=0, lanes=1)
+    stream = Stream.open(path, shuffle_buffer=0, readers=1)
     head = stream.head(2)
     dataset = StreamDataset(stream, PairDataset(head, bind_columns(head, ("image", "caption"))))
     captions = [each["caption"] for batch in StreamLoader(dataset, 8, collate_fn=list) for each in batch]
@@ -149,7 +149,7 @@ def test_a_bad_group_or_shard_is_passed_over(tmp_path, caplog) -> None:
     pq.write_table(pa.table({"image": [PNG] * 4, "caption": ["a", "b", "c", "d"]}), tmp_path / "0.parquet")
     pq.write_table(pa.table({"image": [PNG] * 2}), tmp_path / "1.parquet")
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "2.parquet")
-    stream = Stream.open(tmp_path, shuffle_buffer=0, lanes=1)
+    stream = Stream.open(tmp_path, shuffle_buffer=0, readers=1)
     head = stream.head()
     dataset = StreamDataset(stream, PairDataset(head, bind_columns(head, ("image", "caption"))))
     captions = [each["caption"] for batch in StreamLoader(dataset, 6, collate_fn=list) for each in batch]

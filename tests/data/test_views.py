@@ -275,10 +275,10 @@ def test_flags() -> None:
         ({"crop_scale": [0.5]}, "crop_scale"),
         ({"jitter_strength": -1.0}, "jitter_strength=-1.0"),
         ({"jitter_strength": 3.0}, "hue strength of 0.6"),
-        ({"blur": 1.5}, "blur=1.5 is no probability"),
+        ({"blur": 1.5}, "blur=1.5 is not a probability"),
         ({"blur_sigma": [2.0, 1.0]}, "blur_sigma"),
         ({"local_size": 16}, "has no local crops"),
-        ({"views": "dino", "local_size": 13}, "local_size=13 is no multiple of patch_size=4; use 12"),
+        ({"views": "dino", "local_size": 13}, "local_size=13 is not a multiple of patch_size=4; use 12"),
         ({"views": "dino", "local_views": -1}, "local_views=-1"),
     ],
 )

@@ -162,7 +162,7 @@ def test_a_folder_of_images_is_a_test_set(folder, tmp_path, caplog) -> None:
         tiny.random_image(number, 40).save(path)
     words = ["--model", str(folder / "encoder"), "--task", f"geometry={tmp_path / 'images'}"]
     record = run(folder, *words)
-    assert record["datasets"]["geometry"]["rows"] == 6 and "its only one, 'train', is taken" in caplog.text
+    assert record["datasets"]["geometry"]["rows"] == 6 and "its only split, 'train', is used" in caplog.text
     with pytest.raises(ValueError, match=r"no split .tset.*_split"):
         run(folder, *words, "--dataset_split", "tset")
     for part in ("train", "validation"):

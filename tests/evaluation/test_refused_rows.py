@@ -84,7 +84,7 @@ def test_labelled_sets_take_labels_of_two_types() -> None:
     data = LabelledImages(train, test)
     assert data.class_names == ["0", "1"] and data.train_labels == [0, 1, -1, 1] and data.test_labels == [1, 0, -1, -1]
     assert data.count() == (3, 2) and sorted(why.reason for why in data.refused.values()) == [
-        "the label is no whole number",
+        "the label is not an integer",
         "the row has no label",
         "the row has no label",
     ]

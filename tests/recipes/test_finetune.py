@@ -105,7 +105,7 @@ def test_what_cannot_be_learnt(data, tmp_path):
         finetune.main([*needed, "--dataset_name", data, "--classes", "3"])
     odd = rows.select_columns(["image"]).add_column("label", [0.5, 1.5] * 32)
     odd.to_parquet(str(tmp_path / "odd.parquet"))
-    with pytest.raises(ValueError, match="none of the 64 rows has a label .* row 0: the label is no whole number"):
+    with pytest.raises(ValueError, match="none of the 64 rows has a label .* row 0: the label is not an integer"):
         finetune.main([*needed, "--dataset_name", str(tmp_path / "odd.parquet")])
     for wrong, message in (
         ({"classes": 1}, "two classes or more"),

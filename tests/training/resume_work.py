@@ -126,7 +126,7 @@ def trainer_of(
     """A trainer over numbered rows, of a list or of shards; it stops dead after step `stop`."""
     data: Any = Rows()
     if shards is not None:
-        data = StreamDataset(Stream.open(shards, seed=5, shuffle_buffer=12, lanes=2), data)
+        data = StreamDataset(Stream.open(shards, seed=5, shuffle_buffer=12, readers=2), data)
 
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Rows of conversations to batches, and a batch as text that shows what is learnt."""
+"""Rows of conversations to batches, and a batch as text that shows what is supervised."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mllm_vision.data.images.transforms import ImageTransform
 
-IGNORED = -100  # the label of what is not learnt
+IGNORED = -100  # the label of tokens without supervision
 
 
 class ConversationCollator:

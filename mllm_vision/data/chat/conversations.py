@@ -79,7 +79,7 @@ class ConversationDataset(EpochDataset):
             raise ValueError(f"on_truncation={on_truncation!r} is neither 'refuse' nor 'truncate'")
         if max_length <= num_image_tokens:
             raise ValueError(
-                f"max_length={max_length} has no room for words beside num_image_tokens={num_image_tokens} an image; "
+                f"max_length={max_length} leaves no room for text beside num_image_tokens={num_image_tokens} an image; "
                 "raise --max_length"
             )
         if max_turns is not None and max_turns < 1:
@@ -134,7 +134,7 @@ class ConversationDataset(EpochDataset):
                 self.columns.get("image"),
             )
         if 0 < self.without_image < total and "image" in self.columns:
-            logger.warning("%d of %d rows have no image and are trained as text alone", self.without_image, total)
+            logger.warning("%d of %d rows have no image and are trained as text only", self.without_image, total)
 
     # -- questions in another order ---------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Turns of every common form as Hugging Face `messages`: [{"role", "content"}], images as parts in their places."""
+"""Conversations of every common form as Hugging Face `messages`: [{"role", "content"}], images as content parts."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class BadConversation(BadRow):
 
 
 def words(value: Any) -> str:
-    """A value as what is said: text as it is, numbers and dates in digits (whole floats without a point).
+    """A value as what is said: strings unchanged, numbers and dates in digits (whole floats without a point).
 
     Tables turn the integers of a column with gaps into floats: 3.0 is taught as "3". Null and NaN are "".
 
     Raises:
-        BadConversation: bytes, lists or other things that nobody says.
+        BadConversation: bytes, lists or other types.
     """
     if isinstance(value, dict):  # VQA files hold an annotator's answer as a dict with more in it than the words
         found = value.get("answer", value.get("text"))
         if found is None and value and "answer" not in value and "text" not in value:
-            raise BadConversation("a text is no text", f"a dict with {short(list(value))}")
+            raise BadConversation("a text is not a string", f"a dict with {short(list(value))}")
         value = found
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -50,7 +50,7 @@ def words(value: Any) -> str:
         return str(int(value))
     if isinstance(value, Number) or hasattr(value, "isoformat"):
         return str(value)
-    raise BadConversation("a text is no text", f"{type(value).__name__} {short(value)}")
+    raise BadConversation("a text is not a string", f"{type(value).__name__} {short(value)}")
 
 
 def from_caption(caption: str, image_count: int) -> list[dict[str, Any]]:
@@ -75,8 +75,8 @@ def from_pairs(pairs: Sequence[tuple[str, str]], image_count: int) -> list[dict[
 def from_turns(turns: Any) -> list[dict[str, Any]]:
     """Turns in any of the common spellings as messages; image parts keep what they name under "image".
 
-    Taken are lists of {"role" or "from": ..., "content" or "value" or "text": ...}, of {"user": ..., "assistant": ...},
-    one struct of lists, and any of these as a JSON text.
+    Accepted: lists of {"role" or "from": ..., "content" or "value" or "text": ...} or {"user": ..., "assistant": ...},
+    one struct of lists, and any of these as JSON text.
 
     Raises:
         BadConversation: empty or malformed; an unknown role; tools, which no template here writes down.
@@ -97,7 +97,7 @@ def from_turns(turns: Any) -> list[dict[str, Any]]:
             content = _parts(value)
             if not content:
                 raise BadConversation("a turn of the conversation is empty", f"the {role}'s")
-            messages.append({"role": role, "content": content} | ({} if learnt else {"learnt": False}))
+            messages.append({"role": role, "content": content} | ({} if learnt else {"supervised": False}))
     return messages
 
 
@@ -108,7 +108,9 @@ def _as_list(turns: Any) -> Any:
         try:
             turns = json.loads(turns)
         except (ValueError, RecursionError) as error:
-            raise BadConversation("the conversation is no JSON", f"{short(turns)} ({short(str(error))})") from None
+            raise BadConversation(
+                "the conversation is not valid JSON", f"{short(turns)} ({short(str(error))})"
+            ) from None
     if isinstance(turns, dict):  # a struct of lists, as older data sets store a list of structs
         names = [name for name in (*_SAID_BY, *_SAID, "user", "assistant") if turns.get(name) is not None]
         lists = [turns[name] for name in names]
@@ -124,7 +126,7 @@ def _as_list(turns: Any) -> Any:
 
 
 def _spoken(turn: dict[str, Any]) -> list[tuple[Any, Any, bool]]:
-    """(who, what, whether it is to be learnt) of one turn; two of them where it holds question and answer."""
+    """(who, what, whether it is supervised) of one turn; two of them where it holds question and answer."""
     who = next((turn[name] for name in _SAID_BY if turn.get(name) is not None), None)
     if who is None:
         both = [name for name in turn if isinstance(name, str) and _ROLES.get(name.lower()) and turn[name] is not None]
@@ -133,7 +135,7 @@ def _spoken(turn: dict[str, Any]) -> list[tuple[Any, Any, bool]]:
             return [(name, turn[name], True) for name in sorted(both, key=lambda n: order.index(_ROLES[n.lower()]))]
         raise BadConversation("the conversation is malformed", f"a turn has no role: {short(turn)}")
     what = next((turn[name] for name in _SAID if turn.get(name) is not None), None)
-    weight = turn.get("weight")  # OpenAI's: 0 for an answer that is read and not learnt
+    weight = turn.get("weight")  # OpenAI's: 0 for an answer that is read but not trained on
     if weight is not None and weight not in (0, 1):
         raise BadConversation("a turn has a weight between 0 and 1", f"{short(weight)}; only 0 and 1 are known")
     return [(who, what, weight != 0)]
@@ -185,7 +187,7 @@ def _source(part: dict[str, Any]) -> Any:
     if isinstance(found, dict) and found.get("url"):
         found = found["url"]  # OpenAI's {"image_url": {"url": ...}}
     if isinstance(found, str) and found.startswith(("http://", "https://")):
-        image_source(found)  # refused in its words, before the training
+        image_source(found)  # raises the message for web addresses before training
     return f"data:image;base64,{found}" if name == "base64" and isinstance(found, str) else found
 
 
@@ -213,8 +215,8 @@ def place_images(messages: list[dict[str, Any]], given: Sequence[Any]) -> tuple[
         if not given and len(bare) == len(parts):
             raise BadConversation(
                 "more <image> tokens than images",
-                f"{len(bare)} in the text, 0 in the record; name their column with --image_column, or take the word "
-                f"{IMAGE_MARK} out of rows that are text alone",
+                f"{len(bare)} in the text, 0 in the record; name their column with --image_column, or remove "
+                f"{IMAGE_MARK} from rows that are text only",
             )
         raise BadConversation("more <image> tokens than images", f"{len(bare)} in the text, {len(given)} in the record")
     left = len(given) - len(set(order))

@@ -30,7 +30,7 @@ def chat_template_of(processor: Any) -> str | None:
 
 
 def has_marks(template: str | None) -> bool:
-    """Whether a template has ``{% generation %}`` marks around what is learnt."""
+    """Whether a template has ``{% generation %}`` marks around the supervised text."""
     return template is not None and _MARKS.search(template) is not None
 
 
@@ -45,7 +45,7 @@ def _mixed(content: Any, image_token: str) -> Any:
 
 
 def _listed(content: Any, image_token: str) -> Any:
-    """Always a list of parts (the templates of llava-hf: they pass over strings)."""
+    """Always a list of parts (the templates of llava-hf ignore strings)."""
     return _parts(content)
 
 
@@ -97,7 +97,7 @@ def _form(template: str, image_token: str, names: tuple[tuple[str, str], ...]) -
             text, _ = _rendered(template, dialogue, form, image_token, names)
         except Exception:  # a template is a program of its own: what it cannot read it may fail on as it likes
             return -1
-        if "'type'" in text:  # a list printed as it is
+        if "'type'" in text:  # a list printed verbatim
             return -1
         return sum(text.count(word) == 1 for word in (*_SAID, image_token))
 
@@ -112,7 +112,7 @@ def prompt_text(processor: Any, messages: Sequence[Mapping[str, Any]]) -> str:
     """
     template = chat_template_of(processor)
     if not template:
-        raise ValueError("the processor has no chat template, so a question cannot be put; see CHAT_TEMPLATES")
+        raise ValueError("the processor has no chat template, so a prompt cannot be built; see CHAT_TEMPLATES")
     image_token = getattr(processor, "image_token", "<image>")
     return render(template, messages, processor.tokenizer, image_token, add_generation_prompt=True)[0]
 

@@ -65,7 +65,7 @@ CHAT_TEMPLATES: dict[str, str] = {
 
 
 class Rendered(NamedTuple):
-    """A conversation in a template's words: (start, end) of what is learnt, and how many characters were cut off."""
+    """A rendered conversation: (start, end) of the supervised spans, and how many characters were cut off."""
 
     text: str
     spans: list[tuple[int, int]]
@@ -96,7 +96,7 @@ class ChatTokenizer:
             )
         if not has_marks(template):
             raise ValueError(
-                "the chat template has no generation marks, so nothing says which words are the assistant's: "
+                "the chat template has no generation marks, so the assistant's tokens cannot be identified: "
                 "put {% generation %} ... {% endgeneration %} around what the assistant says, "
                 f"or choose one of {names}"
             )
@@ -110,7 +110,7 @@ class ChatTokenizer:
         token_id = tokenizer.convert_tokens_to_ids(image_token)
         if token_id is None or token_id == tokenizer.unk_token_id:
             raise ValueError(
-                f"{image_token!r} is no token of {type(tokenizer).__name__}; add it "
+                f"{image_token!r} is not a token of {type(tokenizer).__name__}; add it "
                 f"(tokenizer.add_special_tokens({{'additional_special_tokens': [{image_token!r}]}})) and resize the "
                 "language model's embeddings, as build_vlm does"
             )
@@ -144,8 +144,8 @@ class ChatTokenizer:
         """A conversation in the template's words, cut where it has more than `max_length` tokens for certain.
 
         Raises:
-            BadConversation: the template refuses it (roles that do not take turns, a system turn it has no place for),
-                or fails on it; or answers that are not learnt, where the template does not mark each by itself.
+            BadConversation: the template refuses it (roles that do not alternate, a system turn it has no place for),
+                or fails on it; or answers without supervision, where the template does not mark each by itself.
         """
         try:
             text, spans = render(self.template, conversation, self.tokenizer, self.image_token)
@@ -153,13 +153,13 @@ class ChatTokenizer:
             said = f"{error}" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: {error}"
             raise BadConversation("the chat template refuses the conversation", f"{short(said)}; {_OTHER}") from error
         answers = [turn for turn in conversation if turn["role"] == "assistant"]
-        if any(turn.get("learnt") is False for turn in answers):
+        if any(turn.get("supervised") is False for turn in answers):
             if len(spans) != len(answers):
                 raise BadConversation(
                     "the chat template does not mark each answer by itself",
-                    f"{len(spans)} marks for {len(answers)} answers, some of which are not to be learnt; {_OTHER}",
+                    f"{len(spans)} marks for {len(answers)} answers, some of which are not supervised; {_OTHER}",
                 )
-            spans = [span for span, turn in zip(spans, answers, strict=True) if turn.get("learnt") is not False]
+            spans = [span for span, turn in zip(spans, answers, strict=True) if turn.get("supervised") is not False]
         most = len(text) if max_length is None else most_characters(self.tokenizer, max_length)
         return Rendered(text[:most], spans, max(0, len(text) - most))
 

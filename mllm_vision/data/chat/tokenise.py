@@ -128,8 +128,8 @@ class Tokeniser:
             answers = sum(message["role"] == "assistant" for message in dialogue.messages)
             if answers > 1 or dialogue.pairs:
                 raise BadConversation(
-                    "the template 'plain' writes captions only",
-                    f"the words of {answers or len(dialogue.pairs)} questions would be lost; choose another "
+                    "the template 'plain' supports captions only",
+                    f"the text of {answers or len(dialogue.pairs)} questions would be lost; choose another "
                     "--chat_template",
                 )
         return dialogue

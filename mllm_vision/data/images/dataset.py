@@ -15,7 +15,7 @@ from torch import Tensor
 from mllm_vision.data.images.decoding import load_image
 from mllm_vision.data.images.files import first_image
 from mllm_vision.data.records.columns import bind_columns
-from mllm_vision.data.records.forms import tell_of_more_images
+from mllm_vision.data.records.forms import warn_of_further_images
 from mllm_vision.data.records.labels import column_labels, label_value
 from mllm_vision.data.records.sampling import BadRow, BadSamples, EpochDataset, only_columns, rows_of, text_id
 
@@ -38,8 +38,8 @@ class ImageDataset(EpochDataset):
     A row is {"image": PIL, "key": int, "index": int} and "label": int where there is a label column, -1 where the
     row has none. A row whose image cannot be decoded is counted and replaced by the next good one; `index` is then
     the other row's. Of a list of images the first one is meant. Labels are read as `labels.read_labels` says: words
-    are numbered in alphabetical order, and with `labelled` integers too, where they are not 0, 1, 2...; one that is no
-    class (0.5) is none, which is reported, and with `labelled` a bad row.
+    are numbered in alphabetical order, and with `labelled` integers too, where they are not 0, 1, 2...; a value
+    that is not a class (0.5) counts as missing and is reported; with `labelled` it is a bad row.
 
     Attributes: `labels` `[rows of the records]` int64 (-1 where missing) or None, `class_names` or None, `unlabelled`:
     how many rows have no label. Of a stream they are those of its first rows.
@@ -64,7 +64,7 @@ class ImageDataset(EpochDataset):
         self._rows, self.decode_size, self.labelled = rows_of(records), decode_size, labelled
         self.columns = bind_columns(records, ("image", "label?"), columns)
         self.records = only_columns(records, [self.columns["image"]])
-        tell_of_more_images(self.records, self.columns["image"])
+        warn_of_further_images(self.records, self.columns["image"])
         self.labels: Tensor | None = None
         self.class_names: list[str] | None = None
         self._places: np.ndarray | None = None  # the rows that are taken, where not all are
@@ -75,7 +75,7 @@ class ImageDataset(EpochDataset):
 
     def _take_labels(self, records: Any) -> None:
         found = column_labels(records, self.columns["label"])
-        found.tell(f"column {self.columns['label']!r}")
+        found.report(f"column {self.columns['label']!r}")
         if self.labelled:
             found, self._bad_labels = found.numbered(), found.bad
             kept = (found.numbers >= 0).numpy()

@@ -51,7 +51,7 @@ def known_formats() -> tuple[str, ...]:
 
 
 def first_image(value: Any) -> Any:
-    """The image of a cell that holds one image, or a list of them of which the first one is meant; nulls are no images.
+    """The image of a cell that holds one image, or a list of them of which the first one is meant; nulls do not count.
 
     Raises:
         BadImage: there is none.
@@ -63,12 +63,12 @@ def first_image(value: Any) -> Any:
 
 
 def images_of(value: Any) -> list[Any]:
-    """The images of a cell of an image column: one, several in a list (nulls among them are none), or none."""
+    """The images of a cell of an image column: one, several in a list (nulls do not count), or none."""
     return [each for each in (value if isinstance(value, list | tuple) else [value]) if not is_missing(each)]
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value stands for no image: None, blank text, NaN, or {"bytes", "path"} with neither."""
+    """Whether a value is a missing image: None, blank text, NaN, or {"bytes", "path"} with neither."""
     if isinstance(value, dict):
         return value.get("bytes") is None and all(is_missing(value.get(name)) for name in ("path", "url", "image_url"))
     if isinstance(value, str):
@@ -102,7 +102,7 @@ def image_source(value: Any) -> bytes | Path | Image.Image | np.ndarray:
             with "bytes" and "path" (as `datasets.Image(decode=False)` gives) or "url" (as OpenAI's messages have it).
 
     Raises:
-        BadImage: for a missing value, a web address, and what is no image at all.
+        BadImage: for a missing value, a web address, and anything that is not an image.
     """
     if is_missing(value):
         raise BadImage("the image is missing (null)", "the image is missing")
@@ -121,8 +121,8 @@ def image_source(value: Any) -> bytes | Path | Image.Image | np.ndarray:
     if isinstance(value, Image.Image | np.ndarray):
         return value
     raise BadImage(
-        f"{type(value).__name__} is no image: expected a PIL image, a path, bytes or {{'bytes', 'path'}}",
-        "the value is no image",
+        f"{type(value).__name__} is not an image: expected a PIL image, a path, bytes or {{'bytes', 'path'}}",
+        "the value is not an image",
     )
 
 
@@ -157,7 +157,7 @@ def _from_base64(body: str, text: str) -> bytes:
     try:
         return base64.b64decode(re.sub(r"\s", "", unquote(body)).encode("ascii"), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise BadImage(f"image {text[:60]!r} is no Base64: {error}", "the data URI is broken") from None
+        raise BadImage(f"image {text[:60]!r} is not valid Base64: {error}", "the data URI is broken") from None
 
 
 def open_image(value: Any) -> Image.Image:
@@ -192,7 +192,7 @@ def open_image(value: Any) -> Image.Image:
         return Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=known_formats())
     except UnidentifiedImageError:
         raise BadImage(
-            f"{describe(value)} cannot be decoded: it is none of {', '.join(FORMATS)}, or damaged from its beginning on"
+            f"{describe(value)} cannot be decoded: it is not one of {', '.join(FORMATS)}, or damaged from the start"
         ) from None
 
 
@@ -200,8 +200,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
     """`[H, W]` or `[H, W, 1 to 4]`: uint8, uint16 (65535 is white), bool, or floats from 0 to 1."""
     if array.ndim not in (2, 3) or (array.ndim == 3 and not 1 <= array.shape[2] <= 4) or 0 in array.shape:
         raise BadImage(
-            f"an array of shape {list(array.shape)} is no image: expected [H, W], or [H, W, C] with 1 to 4 channels",
-            "the value is no image",
+            f"an array of shape {list(array.shape)} is not an image: expected [H, W] or [H, W, C] with 1 to 4 channels",
+            "the value is not an image",
         )
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]

@@ -80,7 +80,7 @@ class ImageTransform:
     ) -> None:
         processor = getattr(processor, "image_processor", processor)
         if processor is None or not callable(processor):
-            raise ValueError(f"processor={processor!r} is no image processor; pass one from AutoImageProcessor")
+            raise ValueError(f"processor={processor!r} is not an image processor; pass one from AutoImageProcessor")
         if not 0.0 < scale[0] <= scale[1] <= 1.0:
             raise ValueError(f"scale={tuple(scale)} must be 0 < low <= high <= 1, shares of the image's area")
         if not 0.0 < ratio[0] <= ratio[1]:
@@ -232,7 +232,7 @@ class ImageTransform:
         """`[B, H, W, 3]` uint8 to float32, into `values` `[B, 3, H, W]`."""
         assert self._plan is not None
         for channel, (multiply, add) in enumerate(zip(self._plan.multiply, self._plan.add, strict=True)):
-            plane = values[:, channel].copy_(pixels[..., channel])  # a product of two types would walk byte by byte
+            plane = values[:, channel].copy_(pixels[..., channel])  # a product of two types would iterate byte by byte
             torch.add(torch.tensor(add), plane, alpha=multiply, out=plane)
         return values
 
@@ -314,6 +314,11 @@ def _field(size: Any, name: str) -> int | None:
     return int(value) if value else None
 
 
+def _sides(size: Any) -> tuple[int, int] | None:
+    height, width = _field(size, "height"), _field(size, "width")
+    return (height, width) if height and width else None
+
+
 def _family(processor: Any) -> str | None:
     """ "standard", "convnext" or "efficientnet"; None when the class does anything else with an image."""
     from transformers import image_processing_backends as backends
@@ -339,10 +344,11 @@ def _read_plan(processor: Any, override: tuple[int, int] | None) -> _Plan | None
         return None
     size, crop_size = processor.size, getattr(processor, "crop_size", None)
     shortest = _field(size, "shortest_edge")
-    height, width = _field(size, "height"), _field(size, "width")
-    crop = None
+    sides, crop = _sides(size), None
     if getattr(processor, "do_center_crop", False):
-        crop = (_field(crop_size, "height"), _field(crop_size, "width"))
+        crop = _sides(crop_size)
+        if crop is None:
+            return None
     if any(_field(size, name) for name in ("longest_edge", "max_height", "max_width")):
         return None
     if family == "convnext":
@@ -355,23 +361,23 @@ def _read_plan(processor: Any, override: tuple[int, int] | None) -> _Plan | None
         if shortest < 384:
             crop, shortest = (shortest, shortest), int(shortest / (getattr(processor, "crop_pct", None) or 224 / 256))
         else:
-            height, width, shortest = shortest, shortest, None
+            sides, shortest = (shortest, shortest), None
         override = None
     if shortest:
-        if crop is None or None in crop:
+        if crop is None:
             return None  # images would come out in different sizes
         if override is not None:
             shortest, crop = max(round(shortest * max(override) / max(crop)), *override), override
         if shortest < max(crop):
             return None  # the processor pads here
         resize, target = (0, 0), crop
-    elif height and width:
-        resize = (height, width)
+    elif sides is not None:
+        resize = sides
         target = crop or resize
         if override is not None:
             resize = (
-                max(round(height * override[0] / target[0]), override[0]),
-                max(round(width * override[1] / target[1]), override[1]),
+                max(round(sides[0] * override[0] / target[0]), override[0]),
+                max(round(sides[1] * override[1] / target[1]), override[1]),
             )
             target = override
         if target[0] > resize[0] or target[1] > resize[1]:

@@ -1,1 +1,1 @@
-"""Any table, folder or archive to rows, and the judgement of each row."""
+"""Tables, folders and archives as rows, and the check of each row."""

@@ -49,7 +49,7 @@ def bind_columns(dataset: Any, roles: Sequence[str], overrides: dict[str, str] |
     Args:
         dataset: a `datasets.Dataset`, or a list of dicts.
         roles: among image, caption, question, answer, messages, conversations, label; "label?" may be missing.
-        overrides: role -> column, as the user said; checked for existence and type.
+        overrides: role -> column, named by the user; checked for existence and type.
 
     Returns:
         role -> column; an optional role that was not found is left out.
@@ -75,7 +75,7 @@ def bind_columns(dataset: Any, roles: Sequence[str], overrides: dict[str, str] |
             continue
         for candidate in _NAMES[role]:
             if role == "image" and candidate in _PATH_NAMES and _images(features):
-                break  # beside a column of images, a column of names says something else
+                break  # beside a column of images, a column of names is something else
             name = lower.get(candidate)
             if name is not None and name not in bound.values() and _fits(role, features[name]):
                 bound[role] = name
@@ -117,7 +117,7 @@ def _checked(name: str, role: str, features: dict[str, Any], found: str) -> str:
 
 
 def features_of(dataset: Any) -> dict[str, Any]:
-    """Column -> its `datasets` feature, or the first value that is no null in a list of dicts."""
+    """Column -> its `datasets` feature, or the first value that is not null in a list of dicts."""
     if hasattr(dataset, "features") and dataset.features is not None:
         return dict(dataset.features)
     first = dataset[0]
@@ -128,7 +128,7 @@ def features_of(dataset: Any) -> dict[str, Any]:
 
 
 def column_kind(feature: Any) -> str:
-    """A column's type in one word, from a `datasets` feature or from a value of a plain list of dicts."""
+    """A column's type as one word, from a `datasets` feature or from a value of a plain list of dicts."""
     from datasets import ClassLabel, Image, LargeList, List, Value
 
     try:
@@ -207,7 +207,7 @@ def _fits(role: str, feature: Any) -> bool:
 
 
 def _by_type(role: str, name: str, feature: Any) -> bool:
-    """Whether the type alone says the role, for columns with unusual names."""
+    """Whether the type alone determines the role, for columns with unusual names."""
     kind = column_kind(feature)
     if role == "image":
         return kind in ("image", "images")
@@ -243,7 +243,7 @@ def image_counts(records: Any, column: str) -> np.ndarray:
     chosen = only_columns(records, [column])
     counts = [_counts(chunk) for chunk in chosen.data.table.column(0).chunks]
     found = np.concatenate([np.zeros(0, np.int64), *counts])
-    # `select` and `shuffle` leave the table as it is and keep the rows' numbers here (`datasets` 5.2.0).
+    # `select` and `shuffle` leave the table unchanged and keep the rows' numbers here (`datasets` 5.2.0).
     return found if chosen._indices is None else found[np.asarray(chosen._indices.column(0))]
 
 

@@ -49,14 +49,14 @@ def bind_conversations(
     overrides: dict[str, str] | None = None,
     *,
     forms: Sequence[tuple[str, ...]] = FORMS,
-    tell: bool = True,
+    report: bool = True,
 ) -> dict[str, str]:
     """The columns of a conversation: role -> column, of the first of `forms` whose columns are there.
 
     The forms are `messages`, `conversations`, TRL's `prompt` with `completion` (lists of messages), `question` with
     `answer` (Alpaca's `instruction` with `output` too), lists of question-answer pairs (the Cauldron's `texts`), and
     `caption`. An image column is bound where there is one, and Alpaca's `input`, `system` and `history`. What
-    `overrides` names is preferred. Columns that say something and are not used are reported in one warning (`tell`).
+    `overrides` names is preferred. Unused columns with content are reported in one warning (`report`).
 
     Raises:
         ValueError: none of these is there; lists the columns, and as remedy the flags of the roles in `overrides`.
@@ -68,8 +68,8 @@ def bind_conversations(
         bound = bind_columns(records, [*(f"{role}?" for role in form), *_BESIDE], overrides)
         if all(role in bound for role in form) and _readable(records, bound, form, overrides):
             bound = _fitting(bound, form, overrides)
-            return _told(records, bound) if tell else bound
-    why = "its texts are no JSON"
+            return _warn_of_unused(records, bound) if report else bound
+    why = "its texts are not JSON"
     try:
         bind_columns(records, forms[0], overrides)
     except ValueError as error:
@@ -101,7 +101,7 @@ def _readable(records: Any, bound: dict[str, str], form: tuple[str, ...], overri
     return not texts or any(not isinstance(text, str) or text.lstrip()[:1] in ("[", "{") for text in texts)
 
 
-def _told(records: Any, bound: dict[str, str]) -> dict[str, str]:
+def _warn_of_unused(records: Any, bound: dict[str, str]) -> dict[str, str]:
     names = list(getattr(records, "column_names", None) or records[0])
     unused = [name for name in names if name not in bound.values() and name.lower() not in _QUIET]
     if unused:
@@ -263,12 +263,12 @@ class ConversationForm:
         return pairs
 
     def _completed(self, record: dict[str, Any]) -> list[dict[str, Any]]:
-        """TRL's prompt, which is read, and its completion, which is learnt; texts or messages."""
+        """TRL's prompt, which is read, and its completion, which is supervised; texts or messages."""
         prompt, completion = self.value(record, "prompt"), self.value(record, "completion")
         before = from_turns([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
         after = completion if not isinstance(completion, str) else [{"role": "assistant", "content": completion}]
         after, images = from_turns(after), self.images(record)
-        before = [turn | {"learnt": False} if turn["role"] == "assistant" else turn for turn in before]
+        before = [turn | {"supervised": False} if turn["role"] == "assistant" else turn for turn in before]
         if images and not image_parts(before):  # as TRL does: images that no turn asks for stand before the first
             first = next((turn for turn in before if turn["role"] == "user"), None)
             if first is not None:
@@ -298,18 +298,13 @@ def to_messages(record: dict[str, Any], columns: dict[str, str], *, choice: int 
     return alternatives[choice % len(alternatives)]
 
 
-def several_images(records: Any, column: str) -> np.ndarray:
-    """Which rows have more than one image, `[rows]` bool."""
-    return image_counts(records, column) > 1
-
-
-def tell_of_more_images(records: Any, column: str) -> int:
+def warn_of_further_images(records: Any, column: str) -> int:
     """How many images are left out where one a row is taken and the column holds lists (reported); in a list of rows,
     of its first thousand."""
     rows = records if hasattr(records, "features") else [records[row] for row in range(min(len(records), 1000))]
     more = int(np.maximum(image_counts(rows, column) - 1, 0).sum())
     if more:
-        message = "column %r holds lists of images: the first one of a row is taken, %d further ones are left out"
+        message = "column %r holds lists of images: the first one of each row is used, %d others are left out"
         logger.warning(message, column, more)
     return more
 

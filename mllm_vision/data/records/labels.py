@@ -19,7 +19,7 @@ class Labels(NamedTuple):
     """What a label column says.
 
     Attributes:
-        numbers: `[rows]` int64, -1 where there is no label or none that can be read.
+        numbers: `[rows]` int64, -1 where there is no label or none could be read.
         names: names by number; None for integers, which name themselves.
         bad: row -> why its label cannot be read.
     """
@@ -47,11 +47,11 @@ class Labels(NamedTuple):
         if missing:
             message = "%d of %d rows have no label (the first is row %d): %s"
             logger.warning(message, len(missing), len(self.numbers), missing[0], consequence)
-        self.tell("these rows")
+        self.report("these rows")
         return self.bad | dict.fromkeys(missing, BadRow("the row has no label"))
 
-    def tell(self, what: str) -> None:
-        """Say how many labels cannot be read, and why the first one."""
+    def report(self, what: str) -> None:
+        """Log how many labels cannot be read, and why the first one cannot."""
         if self.bad:
             row, why = next(iter(self.bad.items()))
             logger.warning("%d labels of %s cannot be read (row %d: %s)", len(self.bad), what, row, why)
@@ -63,7 +63,7 @@ def label_value(value: Any) -> int | str | None:
     Empty are None, NaN, -1, and text of nothing but blanks. True and False are 1 and 0.
 
     Raises:
-        BadRow: what is no class: 0.5, -3, bytes that are no text, a list of several, a dict.
+        BadRow: not a class: 0.5, -3, bytes that are not text, a list of several, a dict.
     """
     if isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]
@@ -73,17 +73,17 @@ def label_value(value: Any) -> int | str | None:
         try:
             value = value.decode("utf-8")
         except UnicodeDecodeError:
-            raise BadRow("the label is no text", f"{value[:40]!r}") from None
+            raise BadRow("the label is not text", f"{value[:40]!r}") from None
     if isinstance(value, str):
         return value.strip() or None
     if value is None:
         return None
     if not isinstance(value, int | float):
-        raise BadRow("the label is no class", f"{str(value)[:80]!r} of type {type(value).__name__}")
+        raise BadRow("the label is not a class", f"{str(value)[:80]!r} of type {type(value).__name__}")
     if value != value:
         return None
     if value in (float("inf"), float("-inf")) or value != int(value):
-        raise BadRow("the label is no whole number", f"{value}")
+        raise BadRow("the label is not an integer", f"{value}")
     if value == -1:
         return None
     if not 0 <= value < 2**62:
@@ -100,7 +100,7 @@ def read_labels(values: Sequence[Any], names: Sequence[str] | None = None, place
             alphabetical order (numbers among words are words), integers stay.
         places: which of `values` each row has, `[rows]`; None: one each.
 
-    A word that is none of `names`, or a number beyond them, is one that cannot be read.
+    A text that is not one of `names`, or a number beyond them, cannot be read.
     """
     found: list[int | str | None] = []
     bad: dict[int, BadRow] = {}
@@ -118,7 +118,7 @@ def read_labels(values: Sequence[Any], names: Sequence[str] | None = None, place
         for row, value in enumerate(found):
             number = known.get(value, -1) if isinstance(value, str) else value
             if number is not None and not 0 <= number < len(known):
-                bad[row] = BadRow("the label is none of the classes", f"{value!r}; they are {', '.join(names[:8])}")
+                bad[row] = BadRow("the label is not one of the classes", f"{value!r}; they are {', '.join(names[:8])}")
                 number = None
             found[row] = number
     filled = torch.tensor([-1 if value is None else value for value in found], dtype=torch.int64)
@@ -149,5 +149,5 @@ def _distinct(records: Any, column: str) -> tuple[list[Any], np.ndarray] | None:
     encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
     values = [*encoded.dictionary.to_pylist(), None]
     places = np.asarray(encoded.indices.fill_null(len(values) - 1), dtype=np.int64)
-    # `select` and `shuffle` leave the table as it is and keep the rows' numbers here (`datasets` 5.2.0).
+    # `select` and `shuffle` leave the table unchanged and keep the rows' numbers here (`datasets` 5.2.0).
     return values, places if chosen._indices is None else places[np.asarray(chosen._indices.column(0))]

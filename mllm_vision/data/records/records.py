@@ -18,7 +18,7 @@ from mllm_vision.data.records.columns import bind_columns
 from mllm_vision.data.records.readers.arrow import undecoded, values_of
 from mllm_vision.data.records.readers.files import LeftOut, find, usual_name
 from mllm_vision.data.records.readers.folders import Contents, contents, image_table
-from mllm_vision.data.records.readers.hub_files import plain_repository
+from mllm_vision.data.records.readers.hub_files import not_on_hub, plain_repository
 from mllm_vision.data.records.readers.table_cache import fingerprint, read_tables
 from mllm_vision.data.records.readers.tables import ends_whole, filled, may_hold_paths
 from mllm_vision.data.records.sampling import draw_rows
@@ -73,7 +73,7 @@ def load_records(
         raise ValueError(f"max_rows={max_rows} must be at least 1")
     root = Path(image_root).expanduser() if image_root is not None else None
     if root is not None and not root.is_dir():
-        raise FileNotFoundError(f"image_root={image_root} is no folder")
+        raise FileNotFoundError(f"image_root={image_root} is not a directory")
     _count_no_downloads()
     left_out = LeftOut()
     path = Path(str(name_or_path).strip()).expanduser()
@@ -90,7 +90,7 @@ def load_records(
             raise FileNotFoundError(f"the folder {found.root} is empty{but}")
         else:
             dataset = _from_files(found, split, root, left_out)
-    left_out.tell(name_or_path)
+    left_out.report(name_or_path)
     if len(dataset) == 0:
         raise ValueError(f"{name_or_path} (split {_name(split)!r}) is empty: it has no rows")
     if max_rows is not None and max_rows < len(dataset):
@@ -119,7 +119,7 @@ def _from_files(found: Any, split: str | UsualSplit, root: Path | None, left_out
     if isinstance(split, UsualSplit):
         chosen = _usual_split(found.root, there.splits, split) if "" not in there.splits else ""
         if chosen == "" and not found.named and split.name != "train":
-            logger.warning("%s has no split %r; its only one, 'train', is taken", found.root, split.name)
+            logger.warning("%s has no split %r; its only split, 'train', is used", found.root, split.name)
         return _read(there, chosen, root, left_out)
     splits: dict[str, Any] = {}
     for base in dict.fromkeys(bases):
@@ -150,11 +150,11 @@ def _read(there: Contents, split: str, root: Path | None, left_out: LeftOut) -> 
         mark = fingerprint([file.encode() for file in files])
         return Dataset(table, info=DatasetInfo(features=features), fingerprint=mark)
     dataset = read_tables(there.root, files, root, left_out)
-    _tell_unnamed(there, dataset, left_out)
+    _count_unnamed(there, dataset, left_out)
     return dataset
 
 
-def _tell_unnamed(there: Contents, dataset: Any, left_out: LeftOut) -> None:
+def _count_unnamed(there: Contents, dataset: Any, left_out: LeftOut) -> None:
     """Counts the images beside the tables that no row names."""
     if not there.loose or len(there.splits) > 1 or len(dataset) > 500_000:
         return
@@ -205,7 +205,7 @@ def _usual_split(path: Path, splits: Mapping[str, Any], usual: UsualSplit) -> st
             f"{path} has no split {usual.name!r}; it has {', '.join(map(repr, splits))}: name one with {usual.flag}"
         )
     (only,) = splits
-    logger.warning("%s has no split %r; its only one, %r, is taken", path, usual.name, only)
+    logger.warning("%s has no split %r; its only split, %r, is used", path, usual.name, only)
     return only
 
 
@@ -217,12 +217,8 @@ def _from_hub(name: str, config_name: str | None, split: str | UsualSplit) -> An
     except ValueError:
         raise  # names the configurations or splits there are
     except (FileNotFoundError, OSError) as error:
-        message = (
-            f"{name!r} is no file or folder here (working folder: {Path.cwd()}), and as a Hub data set it could not be "
-            f"loaded: {error}. Check the name; offline (HF_HUB_OFFLINE) only data sets already in the cache load."
-        )
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ConnectionError
-        raise kind(message) from error
+        raise kind(not_on_hub(name, error)) from error
 
 
 def _undecoded(dataset: Any) -> Any:

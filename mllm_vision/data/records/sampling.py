@@ -56,9 +56,9 @@ class BadRow(ValueError):
 def judge(where: str, read: Callable[..., _T], *args: Any) -> _T | BadRow:
     """What `read(*args)` makes of a row, or the `BadRow` (with `where` it lies) that says why it cannot be used.
 
-    The one judgement of rows, for map-style and streamed data, in training and in evaluation: whatever exception the
-    values of a row cause, expected or not, is a refusal. What is not the row's doing (no memory, no more files to
-    open, an interrupt) is raised.
+    The single check of rows, for map-style and streamed data, in training and in evaluation: any exception that the
+    values of a row cause is a refusal. Failures that are not the row's (out of memory, too many open files, an
+    interrupt) are raised.
     """
     try:
         return read(*args)
@@ -111,7 +111,7 @@ class BadSamples:
         return 0 if worker is None else 1 + worker.id % (BadSamples._SLOTS - 1)
 
     def judge(self, where: str, read: Callable[..., _T], *args: Any) -> _T | BadRow:
-        """`judge` of one row that is met while reading; it is counted either way."""
+        """Check a row while reading; it is counted either way."""
         found = judge(where, read, *args)
         if isinstance(found, BadRow):
             self.bad(str(found), found.reason)
@@ -120,7 +120,7 @@ class BadSamples:
         return found
 
     def judge_beforehand(self, where: str, read: Callable[..., _T], *args: Any) -> _T | BadRow:
-        """`judge` of one of the examined rows (`examine`) while a data set is built; a refusal is counted."""
+        """Check one of the examined rows (`examine`) while a data set is built; a refusal is counted."""
         found = judge(where, read, *args)
         if isinstance(found, BadRow):
             self.refuse(found.reason, str(found))
@@ -193,7 +193,7 @@ class BadSamples:
                 raise ValueError(
                     f"{bad} of {of} samples are {kind} ({bad / max(of, 1):.1%}), more than "
                     f"max_bad_fraction={max_fraction}:\n{listed}\n"
-                    "Mend or remove them, or raise --max_bad_fraction if leaving them out is acceptable."
+                    "Fix or remove them, or raise --max_bad_fraction if leaving them out is acceptable."
                 )
 
 
@@ -275,7 +275,7 @@ class OwnRows(torch.utils.data.Dataset):
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the training data set which epoch begins.
+    """Sets the epoch of the training data set.
 
     The Trainer and Accelerate call `set_epoch` of a map-style data set only in one process and only when the epoch
     is not resumed in its middle; through this callback the draws are the same in every case.
@@ -294,7 +294,7 @@ def rows_of(records: Any) -> int:
         size = len(records)
     except TypeError:
         raise ValueError(
-            f"{type(records).__name__} has no length: pass a map-style data set (datasets.Dataset or a list), no stream"
+            f"{type(records).__name__} has no length: pass a datasets.Dataset or a list, not a stream"
         ) from None
     if size == 0:
         raise ValueError("the data set is empty (0 rows); check the path, the split and max_rows")
@@ -304,7 +304,7 @@ def rows_of(records: Any) -> int:
 def only_columns(records: Any, names: Sequence[str]) -> Any:
     """The records with just these columns, without copying; in a list of dicts a row that lacks one has None there.
 
-    Images stay undecoded: `datasets` would open any format, and a broken one could not be judged.
+    Images stay undecoded: `datasets` would open any format, and a broken one could not be reported.
     """
     if hasattr(records, "select_columns"):
         from mllm_vision.data.records.readers.arrow import undecoded
@@ -344,7 +344,7 @@ def draw_rows(total: int, count: int | None, seed: int = 0) -> list[int]:
     """`count` of the rows 0 to total - 1, drawn at random by `seed`, ascending; all of them with None or too few.
 
     Neither the first rows nor every n-th one show what is in the data: rows come sorted by class, or with the classes
-    taking turns.
+    alternating.
     """
     if count is None or count >= total:
         return list(range(total))

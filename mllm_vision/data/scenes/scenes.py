@@ -96,7 +96,7 @@ def make_row(index: int, *, seed: int, split: str, image_size: int = 48, questio
 
 
 def make_document(index: int, *, seed: int, questions_each: int = 6) -> str:
-    """One line of text: a scene told in words, then questions about it with their answers, as a conversation reads."""
+    """One line of text: a description of a scene, then questions about it with their answers."""
     rng = row_generator(seed, "text", index)
     objects = sample_scene(rng)
     told = captions(objects, rng)

@@ -52,7 +52,7 @@ def _relation_phrase(where: str) -> str:
 def captions(objects: Sequence[SceneObject], rng: np.random.Generator) -> list[str]:
     """Four captions: the full description, the same in other words and order, names with relations, shape counts.
 
-    The last one says nothing of colour and place, which are easy to see: what it tells apart is shapes alone.
+    The last one says nothing of colour and place, which are easy to see: it distinguishes shapes only.
     """
     shuffled = [objects[i] for i in rng.permutation(len(objects))]
     reworded = _listing([f"{item.place} {_a(f'{item.colour} {item.size} {item.shape}')}" for item in shuffled])

@@ -27,7 +27,11 @@ class StreamArguments:
         default=10_000, metadata={"help": "Rows that a stream is shuffled among, over all processes; 0: file order."}
     )
     stream_lanes: int = field(
-        default=8, metadata={"help": "Shards read at once, over all processes; best a multiple of their number."}
+        default=8,
+        metadata={
+            "help": "Shards read at once, over all processes; best a multiple of the number of processes.",
+            "aliases": ["stream_readers"],
+        },
     )
 
     def __post_init__(self) -> None:
@@ -35,7 +39,7 @@ class StreamArguments:
             raise ValueError("--mix_datasets is for streams: add --streaming, or leave it out")
         if self.shuffle_buffer < 0 or self.stream_lanes < 1:
             raise ValueError(
-                f"shuffle_buffer={self.shuffle_buffer} must not be negative, and stream_lanes={self.stream_lanes} at "
+                f"shuffle_buffer={self.shuffle_buffer} must not be negative, and stream_readers={self.stream_lanes} at "
                 "least 1"
             )
         for name, weight in self.mix_datasets.items():
@@ -74,7 +78,7 @@ class StreamArguments:
             image_root=image_root,
             seed=seed,
             shuffle_buffer=self.shuffle_buffer,
-            lanes=self.stream_lanes,
+            readers=self.stream_lanes,
         )
         if max_steps <= 0 and not stream.bounded:
             raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mllm_vision.data.streams.streams import RowReader, StreamDataset
+from mllm_vision.errors import short
 
 
 class StreamLoader:
@@ -111,7 +112,7 @@ class StreamLoader:
         return {"identity": self.order.identity, **self._state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind the batch after which the state was taken; another number of ranks or batch size may do so.
+        """Continue after the batch at which the state was taken; ranks and batch size may differ.
 
         Raises:
             ValueError: the state is of another stream; says in what.
@@ -120,9 +121,10 @@ class StreamLoader:
         different = [name for name in own if own[name] != saved.get(name)]
         if different:
             name = different[0]
+            then, now = short(saved.get(name), 120), short(own[name], 120)
             raise ValueError(
-                f"the checkpoint's stream has another {name}: {_short(saved.get(name))}, now {_short(own[name])}; its "
-                "order cannot be continued. Resume with the flags and shards the run was started with"
+                f"the checkpoint's stream has another {name}: {then}, now {now}; its order cannot be continued. Resume"
+                " with the flags and shards the run was started with"
             )
         self._states.clear()
         self.order.load_state_dict(state)
@@ -147,8 +149,3 @@ class _Batches:
             rows = loader.reader.read(order.take(count))
             loader._states.append(order.state_dict())
             yield rows
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) < 120 else text[:100] + " ..."

@@ -1,10 +1,11 @@
 """The order of a stream: which row comes when, as numbers alone, the same on every rank and for every number of ranks.
 
-The order is fixed by the shards, the seed, the size of the shuffle buffer and the number of lanes (MosaicML's
-StreamingDataset calls the like of them canonical nodes); by the number of ranks, workers and the batch size it is
-not. Every rank computes all of it and reads its own rows only: an order is made of integers, and so is its state.
+The order depends on the shards, the seed, the size of the shuffle buffer and the number of readers (the canonical nodes
+of MosaicML's StreamingDataset), not on the number of ranks or workers or on the batch size. Every rank computes all of
+it and reads only its own rows: an order consists of integers, and so does its state.
 
-A lane reads its share of the shards one after the other into its share of the shuffle buffer; the lanes take turns.
+Each reader reads its share of the shards, one after the other, into its share of the shuffle buffer. Rows are drawn
+from the readers round-robin.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ _MASK = (1 << 64) - 1
 
 
 class RowPosition(NamedTuple):
-    """Where a row lies: source, shard and row in the shard; the pass over the source, and the lane it came by."""
+    """Where a row lies: source, shard and row in the shard; the epoch of the source, and the reader it came from."""
 
     source: int
     shard: int
     row: int
-    turn: int
-    lane: int
+    epoch: int
+    reader: int
 
 
 class Source:
@@ -102,17 +103,17 @@ def _splitmix(state: Any) -> Any:
 
 
 class _ShardReader:
-    """A share of a source's shards, read in turn into a share of the shuffle buffer."""
+    """A share of a source's shards, read one after the other into a share of the shuffle buffer."""
 
     def __init__(self, source: Source, shards: Sequence[int], size: int, draws: _Draws) -> None:
         self.source, self.shards, self.size, self.draws = source, list(shards), max(1, size), draws
-        self.place, self.group, self.offset = 0, 0, 0  # which shard of the lane, group of it, row of the group
+        self.place, self.group, self.offset = 0, 0, 0  # which of its shards, group of the shard, row of the group
         self.drawn = 0
         self.buffer: list[int] = []  # shard << 32 | row
         self._rows: range | None = None
 
     def _open(self) -> bool:
-        """Whether a row comes next: stands in a group that has one left, unless the lane's shards are read."""
+        """Whether a row comes next: stands in a group that has one left, unless all shards are read."""
         while self._rows is None or self.offset >= len(self._rows):
             if self._rows is not None:
                 self.group, self.offset, self._rows = self.group + 1, 0, None
@@ -129,7 +130,7 @@ class _ShardReader:
         return True
 
     def draw(self) -> int | None:
-        """The next row of the lane, or None when there is none left in this pass."""
+        """The next row, or None when none is left in this epoch."""
         buffer = self.buffer
         while len(buffer) < self.size and self._open():
             assert self._rows is not None
@@ -165,7 +166,7 @@ class _ShardReader:
         return rows
 
     def ahead(self) -> tuple[int, int] | None:
-        """(shard, group) the lane stands in."""
+        """(shard, group) that is read next."""
         return (self.shards[self.place], self.group) if self.place < len(self.shards) else None
 
     def state(self) -> dict[str, Any]:
@@ -184,50 +185,50 @@ class _ShardReader:
 class _SourceOrder:
     """One source's rows, pass after pass."""
 
-    def __init__(self, source: Source, number: int, seed: int, buffer: int, lanes: int) -> None:
+    def __init__(self, source: Source, number: int, seed: int, buffer: int, readers: int) -> None:
         self.source, self.number, self.seed = source, number, seed
-        self.count = min(lanes, len(source.shards))
+        self.count = min(readers, len(source.shards))
         self.share = -(-buffer // self.count) if buffer > 1 else 1
         self.shuffle = buffer > 1
         self._begin(0)
 
-    def _begin(self, turn: int) -> None:
-        """A new pass: the shards in a new order, shared out over the lanes."""
-        self.turn, self.taken, self.next = turn, 0, 0
+    def _begin(self, epoch: int) -> None:
+        """A new epoch: the shards in a new order, split among the readers."""
+        self.epoch, self.taken, self.next = epoch, 0, 0
         order = list(range(len(self.source.shards)))
         if self.shuffle:
-            order = _Draws(self.seed, self.number, turn, 1).shuffled(len(order))
-        self.lanes = [
+            order = _Draws(self.seed, self.number, epoch, 1).shuffled(len(order))
+        self.readers = [
             _ShardReader(
-                self.source, order[lane :: self.count], self.share, _Draws(self.seed, self.number, turn, 2, lane)
+                self.source, order[reader :: self.count], self.share, _Draws(self.seed, self.number, epoch, 2, reader)
             )
-            for lane in range(self.count)
+            for reader in range(self.count)
         ]
 
     def draw(self) -> RowPosition | None:
         """The next row of this pass; None at its end."""
         for _ in range(self.count):
-            lane = self.next
+            reader = self.next
             self.next = (self.next + 1) % self.count
-            row = self.lanes[lane].draw()
+            row = self.readers[reader].draw()
             if row is not None:
                 self.taken += 1
-                return RowPosition(self.number, row >> 32, row & 0xFFFFFFFF, self.turn, lane)
+                return RowPosition(self.number, row >> 32, row & 0xFFFFFFFF, self.epoch, reader)
         return None
 
     def state(self) -> dict[str, Any]:
         return {
-            "turn": self.turn,
+            "turn": self.epoch,
             "taken": self.taken,
             "next": self.next,
-            "lanes": [lane.state() for lane in self.lanes],
+            "lanes": [reader.state() for reader in self.readers],
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self._begin(int(state["turn"]))
         self.taken, self.next = int(state["taken"]), int(state["next"])
-        for lane, saved in zip(self.lanes, state["lanes"], strict=True):
-            lane.load(saved)
+        for reader, saved in zip(self.readers, state["lanes"], strict=True):
+            reader.load(saved)
 
 
 class StreamOrder:
@@ -237,21 +238,21 @@ class StreamOrder:
         sources: with one, a pass shows every row once and then the next pass begins, in another order. With several,
             every position draws its source by the weights, each source passes at its own pace, and there is no end.
         seed: of all draws.
-        buffer: rows in the shuffle buffer, over all lanes; 0 or 1 keeps the order of the files.
-        lanes: how many shards of a source are read at once. Ranks share the lanes, so that with a multiple of the
+        buffer: rows in the shuffle buffer, over all readers; 0 or 1 keeps the order of the files.
+        readers: how many shards of a source are read at once. Ranks share the readers, so that with a multiple of the
             number of ranks every rank reads shards of its own.
 
     Raises:
-        ValueError: no sources, a negative buffer, no lanes.
+        ValueError: no sources, a negative buffer, no readers.
     """
 
-    def __init__(self, sources: Sequence[Source], *, seed: int = 0, buffer: int = 10_000, lanes: int = 8) -> None:
+    def __init__(self, sources: Sequence[Source], *, seed: int = 0, buffer: int = 10_000, readers: int = 8) -> None:
         if not sources:
             raise ValueError("a stream needs at least one source")
-        if buffer < 0 or lanes < 1:
-            raise ValueError(f"shuffle_buffer={buffer} must not be negative, and stream_lanes={lanes} at least 1")
+        if buffer < 0 or readers < 1:
+            raise ValueError(f"shuffle_buffer={buffer} must not be negative, and stream_readers={readers} at least 1")
         self.sources = list(sources)
-        self.seed, self.buffer, self.lanes = int(seed), int(buffer), int(lanes)
+        self.seed, self.buffer, self.readers = int(seed), int(buffer), int(readers)
         weights = np.cumsum([source.weight for source in self.sources])
         self._bounds = (weights / weights[-1]).tolist()
         self._chosen = _Draws(self.seed, 3)
@@ -261,13 +262,13 @@ class StreamOrder:
         """Back to the first row of the first pass."""
         self.position = 0
         self.source_orders = [
-            _SourceOrder(source, number, self.seed, self.buffer, self.lanes)
+            _SourceOrder(source, number, self.seed, self.buffer, self.readers)
             for number, source in enumerate(self.sources)
         ]
 
     @property
     def total(self) -> int | None:
-        """Rows of a pass, or None where there is no saying beforehand (weights, shards on the Hub)."""
+        """Rows of a pass, or None where it is not known beforehand (weights, shards on the Hub)."""
         if len(self.sources) > 1 or not self.sources[0].known:
             return None
         if not hasattr(self, "_total"):
@@ -276,7 +277,7 @@ class StreamOrder:
 
     def next_pass(self) -> None:
         """Leave out what is left of this pass (less than a batch)."""
-        self.source_orders[0]._begin(self.source_orders[0].turn + 1)
+        self.source_orders[0]._begin(self.source_orders[0].epoch + 1)
 
     def take(self, count: int) -> list[RowPosition]:
         """The next `count` rows; across the end of a pass where need be.
@@ -295,7 +296,7 @@ class StreamOrder:
                 if not source_order.taken:
                     names = ", ".join(shard.name for shard in source_order.source.shards[:3])
                     raise ValueError(f"a whole pass over {names} gave no row: they are empty")
-                source_order._begin(source_order.turn + 1)
+                source_order._begin(source_order.epoch + 1)
                 position = source_order.draw()
                 if position is None:
                     raise ValueError(f"{source_order.source.shards[0].name} gave rows once and none in the next pass")
@@ -311,27 +312,27 @@ class StreamOrder:
         return {
             "seed": self.seed,
             "shuffle_buffer": self.buffer,
-            "stream_lanes": self.lanes,
+            "stream_lanes": self.readers,
             "shards": [[shard.name for shard in source.shards] for source in self.sources],
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is needed to go on from here: plain numbers and lists of them."""
+        """Everything that is needed to continue from here: numbers and lists of them."""
         return {"position": self.position, "sources": [source_order.state() for source_order in self.source_orders]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` was taken."""
+        """Continue from where `state_dict` was taken."""
         self.position = int(state["position"])
         for source_order, saved in zip(self.source_orders, state["sources"], strict=True):
             source_order.load(saved)
 
 
 def split_among_ranks(positions: Sequence[RowPosition], sources: Sequence[int], world: int) -> list[list[int]]:
-    """Which positions of a global batch each rank takes: those of its own lanes first, and equally many for all.
+    """Which positions of a global batch each rank reads: those of its own readers first, and equally many for all.
 
     Args:
         positions: a global batch; its length is a multiple of `world`.
-        sources: how many lanes each source has.
+        sources: how many readers each source has.
         world: number of ranks.
 
     Returns:
@@ -341,7 +342,7 @@ def split_among_ranks(positions: Sequence[RowPosition], sources: Sequence[int], 
     taken: list[list[int]] = [[] for _ in range(world)]
     others: list[int] = []
     for place, position in enumerate(positions):
-        own = taken[position.lane * world // sources[position.source]]
+        own = taken[position.reader * world // sources[position.source]]
         (own if len(own) < share else others).append(place)
     for own in taken:
         while len(own) < share:

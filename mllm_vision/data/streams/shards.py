@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm_vision.data.records.readers.arrow import plain_types, readable
-from mllm_vision.data.records.readers.files import LeftOut, find, kind_of, table_splits, usual_name
+from mllm_vision.data.records.readers.arrow import plain_types, readable, undecoded
+from mllm_vision.data.records.readers.files import LeftOut, find, kind_of, reading_as, table_splits, usual_name
+from mllm_vision.data.records.readers.hub_files import not_on_hub
+from mllm_vision.data.records.readers.tables import arrow_of
 from mllm_vision.data.records.readers.tars import TarFile
 from mllm_vision.data.records.sampling import BadRow
 
@@ -43,7 +45,7 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """What tells this shard from others in a saved state: its path, without the machine's folders."""
+        """The shard's name in a saved state: its path, without the machine's folders."""
         return f"{self.repo_id}/{self.path}" if self.repo_id else "/".join(Path(self.path).parts[-2:])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -67,7 +69,7 @@ class Shard:
         """The reader of the file's groups."""
         if self._opened is None:
             self._opened = ParquetFile(self.file()) if self.kind == "parquet" else TarFile(self.file(), self.left_out)
-            self.left_out.tell(self.name)
+            self.left_out.report(self.name)
         return self._opened
 
     @property
@@ -90,7 +92,7 @@ class Shard:
             for name in columns:
                 if name not in opened.columns:
                     self.left_out.note(f"its {self.rows} rows have no column {name!r}")
-            self.left_out.tell(self.name)
+            self.left_out.report(self.name)
         rows = opened.read(group, columns)
         return rows if columns is None else [{name: row.get(name) for name in columns} for row in rows]
 
@@ -101,8 +103,6 @@ class Shard:
         opened = self.opened
         if isinstance(opened, ParquetFile):
             return opened.head(count)
-        from mllm_vision.data.records.readers.tables import arrow_of
-
         return arrow_of(opened.read(0)[:count], LeftOut()) if self.groups else pa.table({})
 
 
@@ -112,12 +112,8 @@ class ParquetFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handles = threading.local()
-        try:
+        with reading_as(path, "Parquet"):
             metadata = self._file.metadata
-        except (OSError, ValueError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
         self.groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         self.columns = list(self._file.schema_arrow.names)
         self._features = _features(self._file.schema_arrow)
@@ -171,14 +167,7 @@ def _features(schema: Any) -> Any:
     """The features that need decoding (JSON inside strings), or None where the Arrow values are what is meant."""
     if "arrow.json" not in str(schema) and b'"Json"' not in (schema.metadata or {}).get(b"huggingface", b""):
         return None
-    from datasets import Features, Image, Sequence
-
-    def undecoded(feature: Any) -> Any:
-        if isinstance(feature, Image):
-            return Image(decode=False)
-        if hasattr(feature, "feature") and isinstance(feature.feature, Image):
-            return Sequence(Image(decode=False))
-        return feature
+    from datasets import Features
 
     return Features({name: undecoded(feature) for name, feature in Features.from_arrow_schema(schema).items()})
 
@@ -207,10 +196,10 @@ def find_shards(name: str | Path, split: str = "train", *, revision: str | None 
         if kind_of(file) not in ("parquet", "tar"):
             left_out.add("files that cannot be streamed", file)
     if not files:
-        raise FileNotFoundError(f"{name} holds no {' or '.join(SUFFIXES)} file to stream")
+        raise FileNotFoundError(f"{name} contains no {' or '.join(SUFFIXES)} file to stream")
     if not found.named:
         files = _of_split(files, split, str(found.root), left_out)
-    left_out.tell(name)
+    left_out.report(name)
     shards = [Shard(found.root / file) for file in files if (found.root / file).stat().st_size]
     if len(shards) < len(files):
         raise ValueError(f"{len(files) - len(shards)} of the {len(files)} shards of {name} are empty (0 bytes)")
@@ -224,21 +213,18 @@ def _on_hub(repo_id: str, split: str, revision: str | None) -> list[Shard]:
     try:
         listed = HfApi().list_repo_files(repo_id, repo_type="dataset", revision=revision)
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise FileNotFoundError(
-            f"{repo_id!r} is no file or folder here (working folder: {Path.cwd()}), and as a Hub data set it could not "
-            f"be listed: {error}"
-        ) from error
+        raise FileNotFoundError(not_on_hub(repo_id, error)) from error
     files = sorted(file for file in listed if kind_of(file) in ("parquet", "tar"))
     if not files:
-        raise FileNotFoundError(f"the Hub data set {repo_id!r} holds no {' or '.join(SUFFIXES)} file to stream")
+        raise FileNotFoundError(f"the Hub data set {repo_id!r} contains no {' or '.join(SUFFIXES)} file to stream")
     left_out = LeftOut()
     files = _of_split(files, split, repo_id, left_out)
-    left_out.tell(repo_id)
+    left_out.report(repo_id)
     return [Shard(file, repo_id=repo_id, revision=revision) for file in files]
 
 
 def _of_split(files: list[str], split: str, where: str, left_out: LeftOut) -> list[str]:
-    """The files of the split by their names; all of them, as its only split "train", where no name tells of any."""
+    """The files of the split by their names; all of them, as its only split "train", where no name contains one."""
     splits, others = table_splits(files, split)
     split = usual_name(split)
     if not splits and split == "train":
@@ -248,5 +234,5 @@ def _of_split(files: list[str], split: str, where: str, left_out: LeftOut) -> li
             f"{where} has no file of the split {split!r}; its files name {', '.join(splits) or 'no split'}"
         )
     for file in others:
-        left_out.add("shards whose names tell of no split", file)
+        left_out.add("shards whose names do not name a split", file)
     return splits[split]

@@ -38,7 +38,7 @@ class Stream:
     Args:
         sources: data sets with weights.
         image_root: what relative image paths start from; otherwise the folder of the shard.
-        seed, shuffle_buffer, lanes: see `StreamOrder`.
+        seed, shuffle_buffer, readers: see `StreamOrder`.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class Stream:
         image_root: str | Path | None = None,
         seed: int = 0,
         shuffle_buffer: int = 10_000,
-        lanes: int = 8,
+        readers: int = 8,
     ) -> None:
         self.sources = list(sources)
         self.image_root = Path(image_root).expanduser() if image_root is not None else None
-        self.settings = {"seed": seed, "buffer": shuffle_buffer, "lanes": lanes}
-        self._told = LeftOut()
+        self.settings = {"seed": seed, "buffer": shuffle_buffer, "readers": readers}
+        self._left_out = LeftOut()
         self.total = self.order().total
 
     @classmethod
@@ -102,7 +102,7 @@ class Stream:
             table = shard.head(1 if tables else count)
             if table.num_rows:
                 root = self.image_root or shard.file().parent
-                tables.append((shard.name, with_paths(table, ImagePaths(root, self._told))))
+                tables.append((shard.name, with_paths(table, ImagePaths(root, self._left_out))))
         if not tables:
             raise ValueError(f"{source.shards[0].name} and all other shards of its data set are empty: no rows")
         known = set(tables[0][1].column_names)
@@ -143,19 +143,20 @@ class Stream:
         """
         file = self.sources[source].shards[shard]
         rows = file.read(group, columns)
-        paths = ImagePaths(self.image_root or file.file().parent, self._told, images)
+        paths = ImagePaths(self.image_root or file.file().parent, self._left_out, images)
         for name in columns:
             values = [row[name] for row in rows]
             changed = paths.column(name, values)
             if changed is not values:
                 for row, value in zip(rows, changed, strict=True):
                     row[name] = value
-        self._told.tell(file.name)
+        self._left_out.report(file.name)
         return rows
 
 
 class StreamDataset(Dataset):
-    """Turns the rows of a stream into samples. `StreamLoader` taken it rows that have been read, with where they lie.
+    """Turns the rows of a stream into samples. `StreamLoader` passes it rows that have been read, with
+    their positions.
 
     Args:
         stream: what is read.
@@ -199,13 +200,13 @@ class StreamDataset(Dataset):
 
     def __getitem__(self, item: tuple[RowPosition, dict[str, Any]]) -> dict[str, Any]:
         position, row = item
-        key = draw_key(self.seed, position.turn, position.source, position.shard, position.row)
-        last = self._judge(row, position, key)
+        key = draw_key(self.seed, position.epoch, position.source, position.shard, position.row)
+        last = self._check(row, position, key)
         if not isinstance(last, BadRow):
             return last
         tried = 1
         for other, row in self._instead(position):
-            last = self._judge(row, other, key)
+            last = self._check(row, other, key)
             if not isinstance(last, BadRow):
                 return last
             tried += 1
@@ -237,7 +238,7 @@ class StreamDataset(Dataset):
         """The rows of a group with the columns that are needed."""
         return self.stream.read(source, shard, group, self.columns, self._images)
 
-    def _judge(self, row: dict[str, Any], position: RowPosition, key: int) -> dict[str, Any] | BadRow:
+    def _check(self, row: dict[str, Any], position: RowPosition, key: int) -> dict[str, Any] | BadRow:
         """The sample, or why there is none."""
         where = f"{self.stream.sources[position.source].shards[position.shard].name} row {position.row}"
         return self.bad_samples.judge(where, self._sample, row, position, key)
@@ -252,8 +253,8 @@ class StreamDataset(Dataset):
 class RowReader:
     """Reads the rows of one rank, a group at a time, and keeps those that are still to come in the shuffle buffer.
 
-    What is held is encoded: about `shuffle_buffer` rows over all ranks, and the groups the lanes stand in. Groups of
-    the rank's own lanes are fetched ahead in a thread.
+    What is held is encoded: about `shuffle_buffer` rows over all ranks, and the groups the readers are in. Groups of
+    the rank's own readers are fetched ahead in a thread.
     """
 
     def __init__(self, dataset: StreamDataset, order: StreamOrder, rank: int, world: int) -> None:
@@ -281,7 +282,7 @@ class RowReader:
         for position in positions:  # what the other ranks took
             self._rows.get(_file(position), {}).pop(position.row, None)
         if any(
-            position.turn != positions[0].turn for position in positions
+            position.epoch != positions[0].epoch for position in positions
         ):  # a pass ended: nothing of it is still to come
             self._drop_old()
         self._look_ahead()
@@ -292,9 +293,9 @@ class RowReader:
         rows = future.result() if future is not None else self._read(file, group)
         source_order = self.order.source_orders[file.source]
         alive = set(needed)
-        if file.turn == source_order.turn:
-            lane = next(lane for lane in source_order.lanes if file.shard in lane.shards)
-            alive |= lane.waiting(file.shard, group)
+        if file.epoch == source_order.epoch:
+            reader = next(reader for reader in source_order.readers if file.shard in reader.shards)
+            alive |= reader.waiting(file.shard, group)
         start = int(self.order.sources[file.source].starts(file.shard)[group])
         self._rows.setdefault(file, {}).update({row: rows[row - start] for row in alive})
         self._loaded.add((file, group))
@@ -304,23 +305,23 @@ class RowReader:
         return self.dataset.read(file.source, file.shard, group)
 
     def _look_ahead(self) -> None:
-        """Start reading the groups that the rank's own lanes stand in."""
+        """Start reading the groups that the rank's own readers are in."""
         for number, source_order in enumerate(self.order.source_orders):
-            for index, lane in enumerate(source_order.lanes):
-                place = lane.ahead()
+            for index, reader in enumerate(source_order.readers):
+                place = reader.ahead()
                 if place is None or index * self.world // source_order.count != self.rank:
                     continue
-                file, group = _File(number, source_order.turn, place[0]), place[1]
+                file, group = _File(number, source_order.epoch, place[0]), place[1]
                 known = (file, group) in self._loaded or (file, group) in self._ahead
                 if not known and group < len(source_order.source.shards[file.shard].groups):
                     self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="stream")
                     self._ahead[file, group] = self._pool.submit(self._read, file, group)
 
     def _drop_old(self) -> None:
-        turns = [source_order.turn for source_order in self.order.source_orders]
-        self._rows = {file: rows for file, rows in self._rows.items() if file.turn == turns[file.source]}
-        self._ahead = {key: future for key, future in self._ahead.items() if key[0].turn == turns[key[0].source]}
-        self._loaded = {key for key in self._loaded if key[0].turn == turns[key[0].source]}
+        epochs = [source_order.epoch for source_order in self.order.source_orders]
+        self._rows = {file: rows for file, rows in self._rows.items() if file.epoch == epochs[file.source]}
+        self._ahead = {key: future for key, future in self._ahead.items() if key[0].epoch == epochs[key[0].source]}
+        self._loaded = {key for key in self._loaded if key[0].epoch == epochs[key[0].source]}
 
     def forget(self) -> None:
         """Drop all that was read: the order begins another pass or stands elsewhere now."""
@@ -337,9 +338,9 @@ class _File(NamedTuple):
     """A shard in one pass over its source."""
 
     source: int
-    turn: int
+    epoch: int
     shard: int
 
 
 def _file(position: RowPosition) -> _File:
-    return _File(position.source, position.turn, position.shard)
+    return _File(position.source, position.epoch, position.shard)

@@ -53,11 +53,13 @@ class View:
             raise ValueError(f"blur_sigma={tuple(self.sigma)} must be 0 < low <= high, in pixels")
         for name in ("flip", "jitter_probability", "gray", "blur", "solarize"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}={getattr(self, name)} is no probability; use a number from 0 to 1")
+                raise ValueError(f"{name}={getattr(self, name)} is not a probability; use a number from 0 to 1")
         if len(self.jitter) != 4 or min(self.jitter) < 0.0:
             raise ValueError(f"jitter={tuple(self.jitter)} must be four strengths: brightness contrast saturation hue")
         if self.jitter[3] > 0.5:
-            raise ValueError(f"a hue strength of {self.jitter[3]} is more than half a turn; 0.5 reaches every colour")
+            raise ValueError(
+                f"a hue strength of {self.jitter[3]} is more than half the colour circle; 0.5 reaches every colour"
+            )
 
 
 @dataclass

@@ -155,7 +155,7 @@ class ViewMaker:
     Attributes: `policy` (as resolved), `size` (h, w), `local_size` (s, or None), `num_views`, `columns` (what it adds).
 
     Raises:
-        ValueError: an unknown policy, a flag out of its range, a size that is no multiple of `patch_size`.
+        ValueError: an unknown policy, a flag out of its range, a size that is not a multiple of `patch_size`.
 
     >>> from mllm_vision.data.images.dataset import ImageCollator
     >>> from PIL import Image
@@ -230,7 +230,7 @@ class ViewMaker:
         """The batch with views in place of its pixels.
 
         Raises:
-            ValueError: pixels that are no `[B, 3, H, W]` uint8, or without sizes or seeds.
+            ValueError: pixels that are not `[B, 3, H, W]` uint8, or without sizes or seeds.
         """
         if "pixels" not in batch:
             return batch
@@ -275,7 +275,7 @@ class ViewMaker:
         if wanted is not None:
             if wanted < 1 or wanted % patch_size:
                 near = max(patch_size, round(wanted / patch_size) * patch_size)
-                raise ValueError(f"local_size={wanted} is no multiple of patch_size={patch_size}; use {near}")
+                raise ValueError(f"local_size={wanted} is not a multiple of patch_size={patch_size}; use {near}")
             if wanted > min(self.size):
                 raise ValueError(
                     f"local_size={wanted} is more than the {min(self.size)} px of the views, of which local crops "

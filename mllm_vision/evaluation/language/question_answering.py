@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm_vision.data.records.forms import Asked, ConversationForm, several_images
+from mllm_vision.data.records.columns import image_counts
+from mllm_vision.data.records.forms import Asked, ConversationForm
 from mllm_vision.data.records.sampling import BadRow, BadSamples, judge, only_columns
 from mllm_vision.evaluation.base import Evaluation, Evaluator, agree_on_error, batches, gather_items, my_share
 from mllm_vision.evaluation.images import as_list, check_columns, data_uri, draw_rows, row_image, usable_images
@@ -55,7 +56,7 @@ def read_questions(
     total = len(rows)
     bad.examine(total)
     texts = only_columns(records, [*form.columns.values(), *([by] if by else [])])
-    several = several_images(records, columns["image"]) if columns.get("image") else {}
+    several = image_counts(records, columns["image"]) > 1 if columns.get("image") else {}
     for row in rows:
         found = bad.judge_beforehand(f"row {row}", _asked, row, texts[row], form, by, len(several) and several[row])
         if isinstance(found, BadRow):

@@ -74,7 +74,7 @@ def plain_types(table: pa.Table) -> pa.Table:
 
 
 def readable(table: pa.Table, bad: Callable[[str, Exception], Any]) -> tuple[pa.Table, dict[str, list[Any]]]:
-    """(the table, column -> values) where the values are those of columns with texts that are no UTF-8, by `bad` in
+    """(the table, column -> values) where the values are those of columns with texts that are not UTF-8, by `bad` in
     place of such a text; in the table it is null. Arrow does not look at texts that other programs wrote."""
     odd: dict[str, list[Any]] = {}
     for place, field in enumerate(table.schema):
@@ -194,7 +194,7 @@ def _common(column: str, features: list[Any], parts: list[Any], left_out: LeftOu
     if known and all(feature == known[0] for feature in known):
         return known[0], keep
     if any(isinstance(feature, ClassLabel) for feature in features):
-        left_out.note(f"column {column!r} has other classes in some files: its labels are read as words")
+        left_out.note(f"column {column!r} has other classes in some files: its labels are read as text")
         stored = {pa.string() if isinstance(feature, ClassLabel) else _storage(feature) for feature in features}
         kind = _promoted([*stored]) or pa.string()
 
@@ -210,11 +210,11 @@ def _common(column: str, features: list[Any], parts: list[Any], left_out: LeftOu
     kind = _promoted(kinds)
     if kind is None:
         left_out.note(
-            f"column {column!r} is of several types ({', '.join(map(str, kinds))[:160]}): each value is kept as it is"
+            f"column {column!r} is of several types ({', '.join(map(str, kinds))[:160]}): values are kept unchanged"
         )
         kind = pa.json_()
     elif pa.types.is_string(kind) and not all(map(_textual, kinds)):
-        left_out.note(f"column {column!r} holds numbers in some files and words in others: all are read as words")
+        left_out.note(f"column {column!r} holds numbers in some files and text in others: all are read as text")
     return Features.from_arrow_schema(pa.schema([(column, kind)]))[column], keep
 
 

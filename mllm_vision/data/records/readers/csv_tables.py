@@ -10,7 +10,7 @@ import lzma
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,11 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mllm_vision.data.records.columns import IMAGE_NAMES, TEXT_NAMES
-from mllm_vision.data.records.readers.files import IMAGES, PACKED, LeftOut
+from mllm_vision.data.records.readers.files import CHUNK, IMAGES, PACKED, LeftOut, reading_as
 from mllm_vision.data.records.readers.paths import ImagePaths
 from mllm_vision.errors import short
 
-_CHUNK = 8192  # rows that become Arrow at once
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _INTEGER = r"^-?(0|[1-9][0-9]{0,17})$"
 _NUMBER = r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
@@ -38,28 +37,23 @@ def _open(path: Path) -> Any:
 def lines_of(path: Path, left_out: LeftOut) -> Iterator[str]:
     """The lines of a text file with their ends: UTF-8, UTF-16 with its mark, or Latin-1 line by line."""
     foreign = 0
-    try:
-        with _open(path) as stream:
-            head = stream.read(3) if path.suffix.lower() in PACKED else stream.peek(3)[:3]
-            if path.suffix.lower() in PACKED:
-                stream.seek(0)
-            if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                yield from io.TextIOWrapper(stream, "utf-16", newline="\n")
-                return
-            if head == b"\xef\xbb\xbf":
-                stream.read(3)
-            for line in stream:
-                try:
-                    yield line.decode("utf-8")
-                except UnicodeDecodeError:
-                    foreign += 1
-                    yield line.decode("cp1252", "replace") if b"\x81" not in line else line.decode("latin-1")
-    except (EOFError, OSError, lzma.LZMAError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    with reading_as(path, "text"), _open(path) as stream:
+        head = stream.read(3) if path.suffix.lower() in PACKED else stream.peek(3)[:3]
+        if path.suffix.lower() in PACKED:
+            stream.seek(0)
+        if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            yield from io.TextIOWrapper(stream, "utf-16", newline="\n")
+            return
+        if head == b"\xef\xbb\xbf":
+            stream.read(3)
+        for line in stream:
+            try:
+                yield line.decode("utf-8")
+            except UnicodeDecodeError:
+                foreign += 1
+                yield line.decode("cp1252", "replace") if b"\x81" not in line else line.decode("latin-1")
     if foreign:
-        left_out.note(f"{foreign} lines of {path.name} are no UTF-8 and are read as Latin-1 (Windows-1252)")
+        left_out.note(f"{foreign} lines of {path.name} are not UTF-8 and are read as Latin-1 (Windows-1252)")
 
 
 # ---- CSV ---------------------------------------------------------------------------------------------------------
@@ -70,30 +64,25 @@ def csv_table(path: Path, paths: ImagePaths, left_out: LeftOut) -> pa.Table:
     lines = lines_of(path, left_out)
     first = next((line for line in lines if line.strip()), "")
     if "\r" in first.rstrip("\r\n"):  # lines that end as on old Macs
-        lines = (each for line in chain(first, lines) for each in line.splitlines(keepends=True))
+        lines = (each for line in chain([first], lines) for each in line.splitlines(keepends=True))
         first = next(lines)
     comma = _separator(first, path, left_out)
     spaced = comma in first and first.count(comma) == first.count(f"{comma} ")  # `image, caption`: as the rows are then
     dialect: dict[str, Any] = {"delimiter": comma, "skipinitialspace": spaced}
-    rows_of_cells = _cells(chain(first, lines), dialect, path, left_out)
+    rows_of_cells = _cells(chain([first], lines), dialect, path, left_out)
     head = next(rows_of_cells, (0, []))
     if any(PurePosixPath(cell.strip().lower()).suffix in IMAGES for cell in head[1]):  # images, and no names of columns
         left_out.note(f"{path.name} has no header: its first line is {short(head[1])}")
-        rows_of_cells = chain(head, rows_of_cells)
+        rows_of_cells = chain([head], rows_of_cells)
         head = (0, ["image" if PurePosixPath(cell.strip().lower()).suffix in IMAGES else "" for cell in head[1]])
     names = _unique(head[1], path, left_out)
     pieces: dict[str, list[pa.Array]] = {name: [] for name in names}
     every = _csv_rows(rows_of_cells, len(names), path, left_out)
-    while rows := list(islice(every, _CHUNK)):
+    while rows := list(islice(every, CHUNK)):
         for place, name in enumerate(names):
             values = paths.column(name, [row[place] or None for row in rows])
             pieces[name].append(pa.array(values, pa.string()))
     return pa.table({name: _numbers(name, pa.chunked_array(found, pa.string())) for name, found in pieces.items()})
-
-
-def chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
 
 
 def _cells(

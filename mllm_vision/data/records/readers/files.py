@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import glob
 import logging
+import lzma
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,6 +28,7 @@ TABLES = {
     ".arrow": "arrow",
     ".tar": "tar",
 }
+CHUNK = 8192  # rows of a text file that become Arrow at once
 PACKED = (".gz", ".bz2", ".xz")  # of texts (JSON, CSV); a packed tar cannot be read from its middle
 IMAGES = frozenset(  # what files of `image_files.FORMATS` are called
     f".{end}"
@@ -49,7 +52,7 @@ class LeftOut:
         self.examples: dict[str, str] = {}
         self.notes: list[str] = []
         self.outside: list[str] = []
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     def add(self, what: str, example: object, count: int = 1) -> None:
         """`count` more of `what` (a plural, "hidden files") are left out; the first example of each is shown."""
@@ -87,20 +90,34 @@ class LeftOut:
         found.notes, found.outside = list(state["notes"]), list(state["outside"])
         return found
 
-    def tell(self, where: object) -> None:
+    def report(self, where: object) -> None:
         """A line for each note, and one for all that is left out; nothing that was reported before."""
         lines = list(self.notes)
         if self.counts:
             each = (f"{count} {what} ({self.examples[what]})" for what, count in self.counts.most_common())
             lines.append("not read: " + ", ".join(each))
-        if self.outside and "outside" not in self._told:
-            self._told.add("outside")
+        if self.outside and "outside" not in self._reported:
+            self._reported.add("outside")
             more = ", ..." if len(self.outside) > 3 else ""
-            lines.append(f"images outside of its folder are read as asked: {', '.join(self.outside[:3])}{more}")
+            lines.append(f"images outside of its folder are read as requested: {', '.join(self.outside[:3])}{more}")
         for line in lines:
-            if line not in self._told:
+            if line not in self._reported:
                 logger.warning("%s: %s", where, line)
-        self._told.update(lines)
+        self._reported.update(lines)
+
+
+@contextmanager
+def reading_as(path: Path, kind: str) -> Iterator[None]:
+    """Errors of a library that reads `path`, as a ValueError that names the file and what it was read as.
+
+    A file that does not exist stays a FileNotFoundError.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, NotImplementedError, EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"{path} cannot be read as {kind}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -202,7 +219,7 @@ def walk(folder: Path, left_out: LeftOut) -> list[str]:
             if hidden(name):
                 left_out.add("hidden files", file)
             elif not file.isascii() and file.encode("utf-8", "replace").decode() != file:
-                left_out.add("files whose names are no UTF-8", ascii(file))
+                left_out.add("files whose names are not UTF-8", ascii(file))
             else:
                 found.append(file)
     return sorted(found)
@@ -248,7 +265,7 @@ def split_word(name: str, asked: str = "") -> str | None:
 
 
 def table_splits(files: Sequence[str], asked: str = "") -> tuple[dict[str, list[str]], list[str]]:
-    """(split -> files, files of no split) of tables, by their names; ({}, files) where the names tell of no split.
+    """(split -> files, files of no split) of tables, by their names; ({}, files) where the names do not name a split.
 
     A name tells exactly (`val.parquet`, `train-00001-of-00008.tar`, `test/part.csv`) or by a word at its end or
     beginning. Words count only where two names differ in them alone (`coco_train`, `coco_val`), or all files are of the

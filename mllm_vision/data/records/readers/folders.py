@@ -54,7 +54,7 @@ def contents(found: Found, asked: str, left_out: LeftOut) -> Contents:
     Args:
         found: the files.
         asked: a split that may have another name than the usual ones.
-        left_out: collects all other files, and of those of no split.
+        left_out: collects all other files, and those of no split.
 
     Raises:
         ValueError: nothing that can be read; says what there is.
@@ -88,7 +88,7 @@ def contents(found: Found, asked: str, left_out: LeftOut) -> Contents:
 def _meant(found: Found, tables: list[str], images: list[str], left_out: LeftOut) -> list[str]:
     """The tables of a folder that are meant to be read; the others are counted.
 
-    Those are descriptions of single images (1.json beside 1.jpg), and tables with no column of ours where there are
+    Those are descriptions of single images (1.json beside 1.jpg), and tables without a known column where there are
     others, or images (dataset_infos.json, classes.csv).
     """
     stems = {file.rpartition(".")[0] for file in images}
@@ -101,7 +101,7 @@ def _meant(found: Found, tables: list[str], images: list[str], left_out: LeftOut
         return alone
     for file, why in not_ours.items():
         if why:
-            left_out.add("tables with no column of ours", f"{file}: {why}")
+            left_out.add("tables without a known column", f"{file}: {why}")
     return [file for file in alone if not not_ours[file]]
 
 
@@ -131,9 +131,11 @@ def _of_tables(found: Found, tables: list[str], images: list[str], asked: str, l
     splits, others = table_splits(tables, asked)
     odd = [file for file in tables if re.search(rf"(^|[^a-z])({'|'.join(WORDS)})([^a-z]|$)", file.lower())]
     if odd and not splits:
-        left_out.note(f"a word of a split in names like {odd[0]!r} is none: all {len(tables)} tables are one split")
+        left_out.note(
+            f"a word of a split in names like {odd[0]!r} is not a split: all {len(tables)} tables are one split"
+        )
     for file in others if splits else []:
-        left_out.add("tables whose names tell of no split", file)
+        left_out.add("tables whose names do not name a split", file)
     splits = {split: _one_format(files, left_out) for split, files in (splits or {"": tables}).items()}
     return Contents(found.root, False, splits, loose=tuple(images))
 
@@ -171,7 +173,7 @@ def _of_images(found: Found, images: list[str], left_out: LeftOut) -> Contents:
                 deep |= "/" in rest
     classes = tuple(sorted(tops)) if len(tops) > 1 or (tops and len(splits) > 1) else ()
     if classes and deep:
-        left_out.note(f"the classes are the {len(classes)} folders of the first level; folders in them are none")
+        left_out.note(f"the classes are the {len(classes)} folders of the first level; folders inside them are ignored")
     return Contents(found.root, True, splits, classes, base)
 
 
@@ -200,7 +202,7 @@ def image_table(found: Contents, split: str, left_out: LeftOut) -> tuple[pa.Tabl
         labels = [numbers[top] if rest else None for top, _, rest in tops]
         without = labels.count(None)
         if without:
-            left_out.note(f"{without} images stand in no class folder and have no label")
+            left_out.note(f"{without} images are not in a class folder and have no label")
         columns["label"] = pa.array(labels, pa.int64())
         features["label"] = ClassLabel(names=list(found.classes))
     return pa.table(columns), Features(features)

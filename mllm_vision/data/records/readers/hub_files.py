@@ -1,4 +1,4 @@
-"""Hub data sets that are plain files: fetched as they are and read like a local folder, by the same rules.
+"""Hub data sets that are plain files: fetched unchanged and read like a local folder, by the same rules.
 
 `datasets` reads the others: Parquet, and what names its configurations and splits itself. (Of plain files its builders
 lose rows: words that look missing in CSV, images by words in their names, the second image type of a tar.)
@@ -11,6 +11,14 @@ import json
 from pathlib import Path, PurePosixPath
 
 from mllm_vision.data.records.readers.files import Found, hidden, kind_of
+
+
+def not_on_hub(name: str, error: Exception) -> str:
+    """The message for a name that is neither a local path nor a readable Hub data set."""
+    return (
+        f"{name!r} is not a file or folder here (working folder: {Path.cwd()}), and reading it as a Hub data set "
+        f"failed: {error}. Check the name; offline (HF_HUB_OFFLINE) only data sets already in the cache load."
+    )
 
 
 def plain_repository(name: str) -> Found | None:

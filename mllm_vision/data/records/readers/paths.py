@@ -62,7 +62,7 @@ class ImagePaths:
         return self._decided.get(name, False)
 
     def _holds_paths(self, name: str, values: Sequence[Any]) -> bool | None:
-        """Whether the column holds paths; None where there is no saying yet."""
+        """Whether the column holds paths; None while it cannot be decided."""
         address = next((value for value in values if isinstance(value, str) and _ADDRESS.match(value)), None)
         if address is not None and holds_images(name):
             self.left_out.note(

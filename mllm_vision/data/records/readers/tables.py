@@ -1,14 +1,14 @@
 """Tables: CSV, JSON, Parquet and Arrow files and tars as Arrow tables; no row, column or word is lost on the way.
 
-What cannot be parsed (a line, a member of a tar) is a row or cell without a value and is reported; the judge of rows
-counts it.
+What cannot be parsed (a line, a member of a tar) is a row or cell without a value and is reported; it
+counts as a bad row.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,11 @@ import pyarrow.compute as pc
 
 from mllm_vision.data.records.columns import TEXT_NAMES
 from mllm_vision.data.records.readers.arrow import array_of, plain_types, readable, table_of, values_of
-from mllm_vision.data.records.readers.csv_tables import chain, csv_table, lines_of
-from mllm_vision.data.records.readers.files import PACKED, LeftOut, kind_of
+from mllm_vision.data.records.readers.csv_tables import csv_table, lines_of
+from mllm_vision.data.records.readers.files import CHUNK, PACKED, LeftOut, kind_of, reading_as
 from mllm_vision.data.records.readers.paths import ImagePaths
 from mllm_vision.data.records.readers.tars import TarFile
 from mllm_vision.data.records.sampling import BadRow
-
-_CHUNK = 8192  # rows that become Arrow at once
 
 
 def read_table(path: Path, paths: ImagePaths, left_out: LeftOut) -> Iterator[pa.Table]:
@@ -51,7 +49,7 @@ def read_table(path: Path, paths: ImagePaths, left_out: LeftOut) -> Iterator[pa.
 
 def _json_tables(path: Path, paths: ImagePaths, left_out: LeftOut) -> Iterator[pa.Table]:
     rows = iter(_json_rows(path, left_out))
-    while chunk := list(islice(rows, _CHUNK)):
+    while chunk := list(islice(rows, CHUNK)):
         yield _table(chunk, paths)
 
 
@@ -76,7 +74,7 @@ def _json_rows(path: Path, left_out: LeftOut) -> Iterable[dict[str, Any]]:
         else:
             return _rows_of(value, path, left_out)
         first, lines = "", iter(text.splitlines(keepends=True))  # an object a line, under the name of .json
-    return _line_rows(chain(first, lines), path, left_out)
+    return _line_rows(chain([first], lines), path, left_out)
 
 
 def _loads(text: str) -> Any:
@@ -87,7 +85,7 @@ def _loads(text: str) -> Any:
 
 
 def _line_rows(lines: Iterable[str], path: Path, left_out: LeftOut) -> Iterator[dict[str, Any]]:
-    """A row for every line; one that is no JSON object has no values, and is reported."""
+    """A row for every line; a line that is not a JSON object has no values and is reported."""
     good = bad = 0
     why = ""
     for number, line in enumerate(lines, 1):
@@ -104,10 +102,10 @@ def _line_rows(lines: Iterable[str], path: Path, left_out: LeftOut) -> Iterator[
             yield row
             continue
         bad, why = bad + 1, why or f"line {number}: {fault}"
-        left_out.add(f"lines of {path.name} that are no JSON object", f"line {number}: {fault}")
+        left_out.add(f"lines of {path.name} that are not JSON objects", f"line {number}: {fault}")
         yield {}
     if bad and bad >= good:
-        raise ValueError(f"{path} cannot be read as JSON lines: {bad} of {good + bad} are none; {why}")
+        raise ValueError(f"{path} cannot be read as JSON lines: {bad} of {good + bad} are not; {why}")
 
 
 def _rows_of(value: Any, path: Path, left_out: LeftOut) -> Iterable[dict[str, Any]]:
@@ -115,12 +113,12 @@ def _rows_of(value: Any, path: Path, left_out: LeftOut) -> Iterable[dict[str, An
     if isinstance(value, dict):
         value = _list_in(value, path, left_out)
     if not isinstance(value, list):
-        raise ValueError(f"{path} holds a {type(value).__name__}, and not a list of rows (JSON objects)")
+        raise ValueError(f"{path} contains a {type(value).__name__}, not a list of rows (JSON objects)")
     wrong = [place for place, row in enumerate(value) if not isinstance(row, dict)]
     if wrong and len(wrong) == len(value):
-        raise ValueError(f"{path} is a list of {type(value[0]).__name__}, and not of rows (JSON objects)")
+        raise ValueError(f"{path} is a list of {type(value[0]).__name__}, not of rows (JSON objects)")
     if wrong:
-        left_out.add(f"entries of {path.name} that are no JSON object", f"entry {wrong[0]}", len(wrong))
+        left_out.add(f"entries of {path.name} that are not JSON objects", f"entry {wrong[0]}", len(wrong))
     return [row if isinstance(row, dict) else {} for row in value]
 
 
@@ -176,22 +174,18 @@ def _parquet_tables(path: Path, left_out: LeftOut) -> Iterator[pa.Table]:
     import pyarrow.parquet as pq
 
     def bad(name: str, error: Exception) -> None:
-        left_out.add(f"texts of {path.name} that are no UTF-8", f"{name}: {error}")
+        left_out.add(f"texts of {path.name} that are not UTF-8", f"{name}: {error}")
 
-    try:
+    with reading_as(path, "Parquet"):
         file = pq.ParquetFile(path, memory_map=True)
         yield file.schema_arrow.empty_table()
         for batch in file.iter_batches(batch_size=1024):
             yield readable(pa.Table.from_batches([batch]), bad)[0]
-    except (OSError, ValueError, NotImplementedError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
 
 
 def _arrow_tables(path: Path, left_out: LeftOut) -> Iterator[pa.Table]:
     source = pa.memory_map(str(path))
-    try:
+    with reading_as(path, "Arrow"):
         try:
             opened = pa.ipc.open_stream(source)
         except pa.ArrowInvalid:
@@ -199,8 +193,6 @@ def _arrow_tables(path: Path, left_out: LeftOut) -> Iterator[pa.Table]:
         if isinstance(opened, pa.RecordBatchStreamReader) and not ends_whole(path):
             raise ValueError("it is cut off: its end has no mark")
         yield opened.read_all()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as Arrow: {error}") from error
 
 
 def ends_whole(path: Path) -> bool:

@@ -29,17 +29,18 @@ class TarFile:
     whatever its type (jpg, png, webp ...); further images of a sample keep their extension. Where keys hold dots
     (`v1.0_07.jpg`) the last dot ends the key, which is reported.
 
-    A value that cannot be read (a text that is no UTF-8, a broken JSON) is a `BadRow` in its place.
+    A value that cannot be read (text that is not UTF-8, broken JSON) is a `BadRow` in its place.
 
     Args:
         path: of an uncompressed tar.
         left_out: collects links, names that lead outside, hidden files and files that belong to no sample.
 
     Attributes:
-        groups: how many samples each group holds. columns: those that the names tell, without the fields of `.json`.
+        groups: how many samples each group holds.
+        columns: those given by the file names, without the fields of `.json`.
 
     Raises:
-        ValueError: the file is no tar, is cut off, has a damaged header, or holds no sample.
+        ValueError: the file is not a tar, is truncated, has a damaged header, or contains no sample.
     """
 
     def __init__(self, path: Path, left_out: LeftOut | None = None) -> None:
@@ -48,7 +49,7 @@ class TarFile:
         members = _members(path, left_out)
         self._samples = _samples(members, path, left_out)
         if not self._samples:
-            raise ValueError(f"{path} holds no sample (files named <key>.<extension>)")
+            raise ValueError(f"{path} contains no sample (files named <key>.<extension>)")
         count = len(self._samples)
         self.groups = [min(TAR_GROUP, count - start) for start in range(0, count, TAR_GROUP)]
         self.columns = ["__key__", *dict.fromkeys(name for _, parts in self._samples for name in parts)]
@@ -93,7 +94,7 @@ class TarFile:
 
 
 def _members(path: Path, left_out: LeftOut) -> list[Member]:
-    """The files in a tar, of all archives that were appended to it; what is no plain file inside it is counted."""
+    """The files in a tar, of all archives that were appended to it; members that are not regular files are counted."""
     found: list[Member] = []
     size = path.stat().st_size
     start: int | None = 0
@@ -123,7 +124,7 @@ def _keep(member: tarfile.TarInfo, found: list[Member], path: Path, left_out: Le
     if member.isdir():
         return
     if not member.isreg() or member.issparse():
-        kind = "links" if member.islnk() or member.issym() else "members that are no plain files"
+        kind = "links" if member.islnk() or member.issym() else "members that are not regular files"
         left_out.add(f"{kind} in {path.name}", name)
     elif name.startswith(("/", "\\")) or ".." in PurePosixPath(name).parts or re.match(r"[A-Za-z]:[\\/]", name):
         left_out.add(f"members of {path.name} whose names lead outside", name)
@@ -155,7 +156,7 @@ def _samples(members: list[Member], path: Path, left_out: LeftOut) -> list[tuple
     for name, offset, size in members:
         key, extension = split(name)
         if not extension or not key.rpartition("/")[2]:
-            left_out.add(f"members of {path.name} that are named like no sample (<key>.<extension>)", name)
+            left_out.add(f"members of {path.name} that are not named like a sample (<key>.<extension>)", name)
             continue
         extension = extension.lower()
         if key not in place or extension in samples[place[key]][1]:
@@ -164,7 +165,7 @@ def _samples(members: list[Member], path: Path, left_out: LeftOut) -> list[tuple
             samples.append((key, {}))
         samples[place[key]][1][extension] = (offset, size)
     if twice:
-        left_out.note(f"{twice} keys of {path.name} come again with files they had: these are samples of their own")
+        left_out.note(f"{twice} keys of {path.name} occur again with the same files: these are separate samples")
     return [(key, _columns(parts)) for key, parts in samples]
 
 
