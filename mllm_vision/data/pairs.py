@@ -37,7 +37,7 @@ class PairDataset(EpochDataset):
         bad_samples: a counter to share; otherwise one is made (`bad_samples`).
 
     A row is {"image": PIL, "caption": str, "image_id": int, "key": int, "index": int}. A row whose image cannot
-    be decoded or that has no caption with words is counted and replaced by the next good one; `index` is then
+    be decoded or that has no non-empty caption is counted and replaced by the next good one; `index` is then
     the other row's.
 
     Raises:
@@ -64,7 +64,7 @@ class PairDataset(EpochDataset):
         return self._rows
 
     def captions(self, index: int) -> list[str]:
-        """All captions of a row that have words."""
+        """All non-empty captions of a row."""
         return captions_of(only_columns(self.records, [self.columns["caption"]])[index][self.columns["caption"]])
 
     def _read(self, index: int, key: int) -> dict[str, Any]:

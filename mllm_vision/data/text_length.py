@@ -1,4 +1,4 @@
-"""How long a text can be before it is tokenised: megabytes of it would be read for a few hundred tokens."""
+"""The longest text worth tokenising: megabytes would otherwise be read for a few hundred tokens."""
 
 from __future__ import annotations
 

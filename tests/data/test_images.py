@@ -67,7 +67,7 @@ def test_evaluation_equals_the_processor_within_one_grey_level(stock, name):
     theirs = processor(images=images, return_tensors="pt")["pixel_values"]
     assert ours.shape == theirs.shape == (len(images), 3, *transform.size)
     assert ours.dtype == torch.float32 and ours.is_contiguous()
-    level = torch.tensor(transform._plan.multiply).view(1, 3, 1, 1)
+    level = torch.tensor(transform._steps.multiply).view(1, 3, 1, 1)
     difference = ((ours - theirs) / level).abs()
     assert difference.max() <= 1.01, f"{difference.amax((1, 2, 3))}"
 
@@ -333,8 +333,8 @@ def test_the_crop_decides_how_small_a_jpeg_is_decoded(stock):
             seen.add(loaded.size)
         assert seen == expected
     transform = ImageTransform(stock["clip"], train=True)
-    level = torch.tensor(transform._plan.multiply).view(3, 1, 1)
-    offset = torch.tensor(transform._plan.add).view(3, 1, 1)
+    level = torch.tensor(transform._steps.multiply).view(3, 1, 1)
+    offset = torch.tensor(transform._steps.add).view(3, 1, 1)
     for key in range(4):
         ours = (transform([image], keys=[key])[0] - offset) / level
         assert (ours - crop_in_full(transform, image, key)).abs().mean() < 2.0
@@ -354,7 +354,7 @@ def test_a_jpeg_on_its_side_is_decoded_small_the_right_way_round(stock):
     assert asked == [(140, 640)] and half.size == (70, 320)
     assert load_image(data, draft=(320, 71)).size == (140, 640)
     transform = ImageTransform(stock["clip"], train=True)
-    level = torch.tensor(transform._plan.multiply).view(3, 1, 1)
-    offset = torch.tensor(transform._plan.add).view(3, 1, 1)
+    level = torch.tensor(transform._steps.multiply).view(3, 1, 1)
+    offset = torch.tensor(transform._steps.add).view(3, 1, 1)
     ours = (transform([data], keys=[1])[0] - offset) / level
     assert (ours - crop_in_full(transform, data, 1)).abs().mean() < 2.0

@@ -70,7 +70,7 @@ class ConversationCollator:
 
 
 def preview_labels(batch: dict[str, Tensor], tokenizer: Any, row: int = 0) -> str:
-    """One row of a batch as text, its supervised words between « and », repeated tokens as `<image>×16`."""
+    """One row of a batch as text, its supervised text between « and », repeated tokens as `<image>×16`."""
     ids, labels = batch["input_ids"][row].tolist(), batch["labels"][row].tolist()
     mask = batch["attention_mask"][row]
     kept = [bool(value) for value in (mask if mask.dim() == 1 else mask[0, :, 0]).tolist()]  # all but padding see BOS

@@ -1,4 +1,4 @@
-"""Conversations about images as token ids with labels on the assistant's words only."""
+"""Conversations about images as token ids with labels on the assistant's tokens only."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class ConversationDataset(EpochDataset):
         columns: role -> column, as `bind_conversations` gives it (or bind_columns); None binds by name and type.
         tokenizer: the language model's; holds the image token.
         num_image_tokens: how many tokens an image takes; the image token is repeated as often.
-        image_token: stands for an image in the chat template's output.
+        image_token: represents an image in the chat template's output.
         max_length: in tokens, image tokens included.
         on_truncation: "refuse" leaves out a longer conversation; "truncate" cuts it at the end, but refuses it
-            where image tokens or all supervised words would be cut.
+            where image tokens or all supervised tokens would be cut.
         chat_template: a name in CHAT_TEMPLATES, a Jinja text with generation marks, or None for the tokenizer's.
         max_turns: rows with more questions than this become several samples that share the image.
         shuffle_turns: several questions on an image come in an order drawn from (seed, epoch, row), since they
@@ -44,7 +44,7 @@ class ConversationDataset(EpochDataset):
         streamed: `records` are the first rows of a stream and only say what its rows are like: they are not tokenised,
             and `read_record` is what reads.
 
-    A row is {"input_ids", "labels" (int64 arrays [T], -100 outside the assistant's words), "images": [PIL],
+    A row is {"input_ids", "labels" (int64 arrays [T], -100 outside the assistant's text), "images": [PIL],
     "keys", "index"}. `refused` counts what was left out by reason, `lengths` holds the samples' tokens, `has_images`
     is False where no sample has an image.
 
@@ -100,7 +100,7 @@ class ConversationDataset(EpochDataset):
             self._take(tokenised(self.records, self.tokeniser, progress), total)
 
     def _take(self, tokens: Any, total: int) -> None:
-        """Counts what is refused, and keeps where the samples lie; their tokens stay in the (mapped) table."""
+        """Counts refusals and keeps the samples' positions; their tokens stay in the (mapped) table."""
         columns = tokens.with_format("numpy")
         refused = np.asarray(tokens.data.column("reason").is_valid())
         self.bad_samples.examine(total)
@@ -158,7 +158,7 @@ class ConversationDataset(EpochDataset):
         """Whether reordered tokens equal the template's own rendering, tried on eight rows.
 
         A template may render the first turn differently (Vicuna's has the image inside it); then every dialogue is
-        tokenised as it is read.
+        tokenised when it is read.
         """
         kept = free if self._places is None else free[self._places]
         tried = 0
@@ -205,7 +205,7 @@ class ConversationDataset(EpochDataset):
         return [self._tokens.column(name)[place].as_py() for name in names]
 
     def _wording(self, index: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """One of a sample's alternative wordings: unexpanded ids and the mask of the assistant's words."""
+        """One of a sample's alternative wordings: unexpanded ids and the mask of the assistant's tokens."""
         place = index if self._places is None else int(self._places[index])
         ids, mask, ends = (
             self._tokens.column(name)[place].values.to_numpy(zero_copy_only=False) for name in ("ids", "mask", "ends")
@@ -218,7 +218,7 @@ class ConversationDataset(EpochDataset):
         return self._cells(index, "row")[0]
 
     def tokens_of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """A sample's first wording: ids `[T]`, one image token an image, and the mask of the assistant's words."""
+        """A sample's first wording: ids `[T]`, one image token an image, and the mask of the assistant's tokens."""
         return self._wording(index, 0)
 
     def beginnings(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ _ROLES = {
 _TOOLS = ("tool", "function", "function_call", "function_response", "tool_call", "tool_response", "observation")
 _SAID_BY = ("role", "from")
 _SAID = ("content", "value", "text")
-_SOURCES = ("image", "image_url", "bytes", "path", "url", "base64")  # where a part may hold its image
+_SOURCES = ("image", "image_url", "bytes", "path", "url", "base64")  # keys under which a part may hold its image
 _TEXTS, _IMAGES = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
 
 
@@ -30,14 +30,14 @@ class BadConversation(BadRow):
 
 
 def words(value: Any) -> str:
-    """A value as what is said: strings unchanged, numbers and dates in digits (whole floats without a point).
+    """A value as text: strings unchanged, numbers and dates in digits (whole floats without a point).
 
-    Tables turn the integers of a column with gaps into floats: 3.0 is taught as "3". Null and NaN are "".
+    Tables turn the integers of a column with gaps into floats: 3.0 becomes "3". Null and NaN are "".
 
     Raises:
         BadConversation: bytes, lists or other types.
     """
-    if isinstance(value, dict):  # VQA files hold an annotator's answer as a dict with more in it than the words
+    if isinstance(value, dict):  # VQA files hold an annotator's answer as a dict with more than the text
         found = value.get("answer", value.get("text"))
         if found is None and value and "answer" not in value and "text" not in value:
             raise BadConversation("a text is not a string", f"a dict with {short(list(value))}")
@@ -88,7 +88,7 @@ def from_turns(turns: Any) -> list[dict[str, Any]]:
     for turn in turns:
         if not isinstance(turn, dict):
             raise BadConversation("the conversation is malformed", f"a turn is {type(turn).__name__}, not a dict")
-        for said, value, learnt in _spoken(turn):
+        for said, value, supervised in _spoken(turn):
             role = _role(said)
             if turn.get("tool_calls") or turn.get("function_call"):
                 raise BadConversation(
@@ -97,7 +97,7 @@ def from_turns(turns: Any) -> list[dict[str, Any]]:
             content = _parts(value)
             if not content:
                 raise BadConversation("a turn of the conversation is empty", f"the {role}'s")
-            messages.append({"role": role, "content": content} | ({} if learnt else {"supervised": False}))
+            messages.append({"role": role, "content": content} | ({} if supervised else {"supervised": False}))
     return messages
 
 
@@ -181,7 +181,7 @@ def _parts(content: Any) -> str | list[dict[str, Any]]:
 
 
 def _source(part: dict[str, Any]) -> Any:
-    """The image a part holds: a PIL image, bytes, a path or a URI; None where the image column has it."""
+    """The image of a part: a PIL image, bytes, a path or a URI; None if it is in the image column."""
     name = next((name for name in _SOURCES if not is_missing(part.get(name))), None)
     found = part[name] if name else None
     if isinstance(found, dict) and found.get("url"):
@@ -198,7 +198,7 @@ def image_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def place_images(messages: list[dict[str, Any]], given: Sequence[Any]) -> tuple[list[dict[str, Any]], list[Any], int]:
-    """(messages without sources, the image of every image part in order, how many of `given` no part asks for).
+    """(messages without sources, the image of every image part in order, how many of `given` no part refers to).
 
     Args:
         messages: from `from_turns`.

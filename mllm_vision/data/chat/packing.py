@@ -45,7 +45,7 @@ class PackedConversations(EpochDataset):
                 if marks[index] != marks[starts[-1]]:
                     raise ValueError(
                         f"the conversations of record {record} begin differently, so they cannot share their images: "
-                        "the chat template writes words before them; choose another --chat_template, or leave "
+                        "the chat template writes text before them; choose another --chat_template, or leave "
                         "--pack_turns out"
                     )
                 if used + own <= self.max_length:

@@ -34,24 +34,25 @@ def has_marks(template: str | None) -> bool:
     return template is not None and _MARKS.search(template) is not None
 
 
-def _parts(content: Any) -> list[dict[str, Any]]:
+def parts_of(content: Any) -> list[dict[str, Any]]:
+    """A message's content as a list of parts."""
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
 
 def _mixed(content: Any, image_token: str) -> Any:
-    """A string, unless an image stands in it: what most templates read."""
-    parts = _parts(content)
+    """A string, unless it contains an image: what most templates expect."""
+    parts = parts_of(content)
     return parts if any(part["type"] == "image" for part in parts) else "\n".join(part["text"] for part in parts)
 
 
 def _listed(content: Any, image_token: str) -> Any:
     """Always a list of parts (the templates of llava-hf ignore strings)."""
-    return _parts(content)
+    return parts_of(content)
 
 
 def _written(content: Any, image_token: str) -> Any:
     """Always a string, images as the image token (templates of language models, which know no parts)."""
-    return "\n".join(image_token if part["type"] == "image" else part["text"] for part in _parts(content))
+    return "\n".join(image_token if part["type"] == "image" else part["text"] for part in parts_of(content))
 
 
 def render(

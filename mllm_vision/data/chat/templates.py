@@ -1,4 +1,4 @@
-"""Chat templates, and conversations as token ids with the assistant's words marked."""
+"""Chat templates, and conversations as token ids with the assistant's tokens marked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mllm_vision.errors import short
 
 _OTHER = "choose another --chat_template, or leave the row out"
 
-# The images of a message in their order; templates differ in what stands around them.
+# The images of a message in their order; templates differ in the text around them.
 _IMAGES = (
     "{% if m['content'] is not string %}{% for part in m['content'] %}{% if part['type'] == 'image' %}"
     "{{ '<image>' }}{% endif %}{% endfor %}{% endif %}"
@@ -32,7 +32,7 @@ _ANSWER = "{% generation %}{{ ' ' }}" + _TEXT + "{{ eos_token }}{% endgeneration
 _START = "{{ bos_token }}{% for m in messages %}"
 
 CHAT_TEMPLATES: dict[str, str] = {
-    # Stage one: the image, then the caption, and no other words. The space matters: after a special token
+    # Stage one: the image, then the caption, and no other text. The space matters: after a special token
     # sentencepiece and GPT-2 know "there" as a word only with one before it (otherwise it is "t" "he" "re").
     "plain": _START
     + "{% if m['role'] == 'assistant' %}"
@@ -78,7 +78,7 @@ class ChatTokenizer:
     Args:
         tokenizer: a fast tokenizer that has `image_token` as one token, and an end-of-text token.
         chat_template: a name in `CHAT_TEMPLATES`, a Jinja text, or None for the tokenizer's own.
-        image_token: stands once for every image in the template's output.
+        image_token: appears once for every image in the template's output.
 
     Raises:
         ValueError: no template, no generation marks, no such token, a tokenizer without character offsets.
@@ -119,7 +119,7 @@ class ChatTokenizer:
         self.template, self.image_token_id = template, int(token_id)
 
     def turns(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[int, list[tuple[int, int]]]:
-        """Where the turns of a tokenised dialogue lie: the length of what precedes the first question (beginning
+        """The spans of the turns of a tokenised dialogue: the length of what precedes the first question (beginning
         and images), and (start, end) of every question with its complete answer."""
         images = np.flatnonzero(tokens == self.image_token_id)
         prefix = int(images[-1]) + 1 if len(images) else int(tokens[0] == self.tokenizer.bos_token_id)
@@ -132,7 +132,7 @@ class ChatTokenizer:
         return prefix, turns
 
     def __call__(self, conversations: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids int32 `[T]`, mask bool `[T]`) for each conversation; one image token stands for one image.
+        """(ids int32 `[T]`, mask bool `[T]`) for each conversation; one image token per image.
 
         Raises:
             BadConversation: template or tokenizer refuse one of them.
@@ -141,7 +141,7 @@ class ChatTokenizer:
         return [encoded if isinstance(encoded, tuple) else _raise(encoded) for encoded in self.encode(rendered)]
 
     def render(self, conversation: Sequence[dict[str, Any]], max_length: int | None = None) -> Rendered:
-        """A conversation in the template's words, cut where it has more than `max_length` tokens for certain.
+        """A conversation rendered by the template, cut where it has more than `max_length` tokens for certain.
 
         Raises:
             BadConversation: the template refuses it (roles that do not alternate, a system turn it has no place for),

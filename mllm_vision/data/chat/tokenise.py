@@ -72,7 +72,7 @@ class Tokeniser:
         return found
 
     def _parts(self, row: int, record: dict[str, Any]) -> tuple[list[_Part], int, bool]:
-        """(the samples of a row in the template's words, images left out, whether it has none)."""
+        """(the rendered samples of a row, images left out, whether it has none)."""
         dialogue = judge(f"row {row}", self.dialogue, record)
         if isinstance(dialogue, BadRow):
             return [_Part(refused=dialogue)], 0, False
@@ -122,7 +122,7 @@ class Tokeniser:
         }
 
     def dialogue(self, record: dict[str, Any]) -> Dialogue:
-        """What a row says, where the template has a place for all of it."""
+        """The content of a row; refused if the template would drop some of it."""
         dialogue = self.form(record)
         if self.chat.template == CHAT_TEMPLATES["plain"] and not dialogue.captions:
             answers = sum(message["role"] == "assistant" for message in dialogue.messages)

@@ -37,7 +37,7 @@ class ImageDataset(EpochDataset):
 
     A row is {"image": PIL, "key": int, "index": int} and "label": int where there is a label column, -1 where the
     row has none. A row whose image cannot be decoded is counted and replaced by the next good one; `index` is then
-    the other row's. Of a list of images the first one is meant. Labels are read as `labels.read_labels` says: words
+    the other row's. Of a list of images the first one is used. Labels are read by `labels.read_labels`: strings
     are numbered in alphabetical order, and with `labelled` integers too, where they are not 0, 1, 2...; a value
     that is not a class (0.5) counts as missing and is reported; with `labelled` it is a bad row.
 
@@ -115,7 +115,7 @@ class ImageDataset(EpochDataset):
             return self._row(record, None, key, index)
         label = label_value(record.get(self.columns["label"])) if self.labelled else self._label_or_none(record)
         if isinstance(label, str):
-            label = text_id(label)  # a stream's classes are not known beforehand, but equal words are one class
+            label = text_id(label)  # a stream's classes are not known beforehand, but equal names are one class
         return self._row(record, -1 if label is None else label, key, index)
 
     def _label_or_none(self, record: dict[str, Any]) -> int | str | None:

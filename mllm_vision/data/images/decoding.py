@@ -1,4 +1,4 @@
-"""Decoding: whatever users bring becomes an upright 8-bit RGB image, or a `BadImage` that says why not."""
+"""Decoding: any supported image becomes an upright 8-bit RGB image, or raises `BadImage`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Opening: a value of an image column becomes an opened, undecoded PIL image of a format on one list, or a `BadImage`.
 
-Every file of a user is opened here. What Pillow would do unasked is left out: formats that start another program (EPS
-calls Ghostscript), that hold an image of another size than they say (ICO), or that hardly anyone has; and metadata that
-take far more memory than their bytes.
+Every file of a user is opened here. Excluded are formats that start another program (EPS calls Ghostscript), that
+contain an image of another size than declared (ICO) or that are rare, and metadata that need far more memory than
+their bytes.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def is_missing(value: Any) -> bool:
 
 
 def describe(value: Any) -> str:
-    """A value in a few words, for messages."""
+    """A short description of a value, for messages."""
     if isinstance(value, str | Path):
         return f"image {str(value)[:200]!r}"
     if isinstance(value, bytes | bytearray | memoryview):
@@ -249,7 +249,7 @@ def eight_bits(values: np.ndarray, *, whole: bool = False) -> np.ndarray:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """How an opened image lies: 1 upright, 2 to 4 mirrored or upside down, 5 to 8 on a side.
+    """The orientation of an opened image: 1 upright, 2 to 4 mirrored or upside down, 5 to 8 on a side.
 
     Read from the EXIF block's first directory alone. (Pillow's `getexif` reads every field; one may point at the whole
     block, and so may five thousand.) A TIFF is turned by Pillow itself.
@@ -279,7 +279,7 @@ def _bare(exif: bytes) -> bytes:
 
 
 def _directory(file: BinaryIO) -> Iterator[tuple[int, int, int, int]]:
-    """(tag, bytes of its value, where they lie or 0, the value where it is one small number) of the first directory."""
+    """(tag, bytes of its value, their offset or 0, the value if it is one small number) of the first directory."""
     head = file.read(16)
     order = {b"II": "<", b"MM": ">"}.get(head[:2])
     if order is None or len(head) < 8:
@@ -323,7 +323,7 @@ def _wrong_jpeg(data: bytes) -> tuple[str, str] | None:
             exif += segment[6:]  # as Pillow joins them
         elif segment.startswith(b"MPF\0"):
             wrong = wrong or _wrong_directory(BytesIO(segment[4:]))
-    # FF is stuffed inside of coded data, so that a marker is one wherever it stands.
+    # FF is stuffed inside of coded data, so that a marker is one anywhere.
     if progressive and data.count(b"\xff\xda") > _MAX_SCANS:
         return f"is a progressive JPEG of more than {_MAX_SCANS} scans", "the image is too large"
     return wrong or (_wrong_directory(BytesIO(_bare(exif))) if exif else None)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mllm_vision.data.images.files import images_of
-from mllm_vision.data.records.sampling import only_columns, rows_of
+from mllm_vision.data.records.sampling import by_selected_row, only_columns, rows_of
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "image": (
@@ -38,7 +38,7 @@ ROLE_NAMES = frozenset(name for names in _NAMES.values() for name in names)
 IMAGE_NAMES = _NAMES["image"]
 TEXT_NAMES = frozenset(
     name for role in ("caption", "question", "answer", "label") for name in _NAMES[role]
-)  # what stands there is a text, even where it ends like a file
+)  # values there are texts, even if they end like file names
 TURN_NAMES = frozenset(name for role in ("messages", "conversations") for name in _NAMES[role])
 _PATH_NAMES = IMAGE_NAMES[IMAGE_NAMES.index("image_path") :]
 
@@ -150,7 +150,7 @@ def column_kind(feature: Any) -> str:
         keys = set(feature)
         if keys & {"content", "value", "text"} and keys & {"role", "from"}:
             return "role turn" if "role" in keys else "from turn"
-        if any(pair <= keys for pair in _PAIRS):
+        if any(set(pair) <= keys for pair in PAIRS):
             return "pair turn"
         if keys and keys <= {"bytes", "path", "url"}:
             return "image"
@@ -172,7 +172,7 @@ def _list_kind(inner: str) -> str:
     return {"text": "texts", "image": "images", "bytes": "images", "any": "any"}.get(inner, f"list of {inner}")
 
 
-_PAIRS = ({"user", "assistant"}, {"human", "assistant"}, {"human", "gpt"}, {"question", "answer"})
+PAIRS = (("user", "assistant"), ("question", "answer"), ("human", "gpt"), ("human", "assistant"))  # asked, answered
 _TURNS = ("list of role turn", "list of from turn", "list of pair turn", "role turn", "from turn", "any")
 _ALLOWED = {
     "image": ("image", "images", "bytes", "text", "texts", "any"),
@@ -235,16 +235,14 @@ def further_images(dataset: Any, column: str | None) -> int:
 
 
 def image_counts(records: Any, column: str) -> np.ndarray:
-    """How many images each row's image column holds (nulls do not count), `[rows]` int64; no image is read or copied
-    where Arrow can tell."""
+    """How many images each row's image column holds (nulls do not count), `[rows]` int64; images are not read or
+    copied where Arrow has the answer."""
     kind = column_kind(records.features[column]) if hasattr(records, "features") else "any"
     if kind == "any":
         return np.asarray([len(images_of(record[column])) for record in only_columns(records, [column])])
     chosen = only_columns(records, [column])
     counts = [_counts(chunk) for chunk in chosen.data.table.column(0).chunks]
-    found = np.concatenate([np.zeros(0, np.int64), *counts])
-    # `select` and `shuffle` leave the table unchanged and keep the rows' numbers here (`datasets` 5.2.0).
-    return found if chosen._indices is None else found[np.asarray(chosen._indices.column(0))]
+    return by_selected_row(chosen, np.concatenate([np.zeros(0, np.int64), *counts]))
 
 
 def _counts(values: Any) -> np.ndarray:

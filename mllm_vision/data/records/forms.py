@@ -1,4 +1,4 @@
-"""Rows of tables as conversations: which columns make one, and what a row of each form says."""
+"""Rows of tables as conversations: which columns form one, and how a row of each form is read."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from mllm_vision.data.chat.messages import (
     without_sources,
     words,
 )
+from mllm_vision.data.chat.prompts import parts_of
 from mllm_vision.data.images.files import images_of
-from mllm_vision.data.records.columns import bind_columns, column_kind, features_of, image_counts
+from mllm_vision.data.records.columns import PAIRS, bind_columns, column_kind, features_of, image_counts
 from mllm_vision.data.records.sampling import only_columns, rows_of
 from mllm_vision.errors import short
 
@@ -38,7 +39,7 @@ FORMS: tuple[tuple[str, ...], ...] = (
 )
 _BESIDE = ("image?", "system?", "history?", "input?")
 _INSTRUCTIONS = ("instruction", "prompt")  # beside a question column of these names, `input` belongs to the question
-_QUIET = (  # what names or sorts rows, and says nothing
+_QUIET = (  # names and categories of rows, without content
     *("id", "ids", "idx", "index", "image_id", "question_id", "source", "url", "split", "__key__", "__url__"),
     *("question_type", "question_types", "answer_type"),
 )
@@ -92,7 +93,7 @@ def _fitting(bound: dict[str, str], form: tuple[str, ...], overrides: dict[str, 
 
 
 def _readable(records: Any, bound: dict[str, str], form: tuple[str, ...], overrides: dict[str, str]) -> bool:
-    """Whether a column of texts bound as turns holds JSON, as far as the first rows tell."""
+    """Whether a column of texts bound as turns holds JSON, judging by the first rows."""
     if form[0] not in ("messages", "conversations") or form[0] in overrides:
         return True
     turns = only_columns(records, [bound[form[0]]])
@@ -120,15 +121,15 @@ class Asked(NamedTuple):
 
 @dataclass
 class Dialogue:
-    """What a row says, its images undecoded.
+    """The content of a row, its images undecoded.
 
     Attributes:
         images: in the order of the image parts.
         messages: one conversation, in this order; or
         pairs: questions with their answers, asked about the same images independently of each other; or
         captions: alternatives.
-        system, history: said before `pairs`.
-        left: images of the row that nothing asks for.
+        system, history: prepended to `pairs`.
+        left: images of the row that no part refers to.
     """
 
     images: list[Any]
@@ -164,7 +165,7 @@ class ConversationForm:
 
     Args:
         records: the table, or some of its rows; its features give the names of classes (an answer that is a
-            `ClassLabel` is taught by its name).
+            `ClassLabel` is rendered by its name).
         columns: role -> column, see `bind_conversations`; None binds by name and type.
     """
 
@@ -184,7 +185,7 @@ class ConversationForm:
         self.by_question = self.form in (("question", "answer"), ("pairs",))
 
     def value(self, record: dict[str, Any], role: str) -> Any:
-        """What the row holds for a role, classes by their names; None where the role is not bound."""
+        """The row's value for a role, classes by name; None if the role is not bound."""
         name = self.columns.get(role)
         if name is None:
             return None
@@ -196,7 +197,7 @@ class ConversationForm:
         return images_of(record.get(self.columns["image"]) if "image" in self.columns else None)
 
     def __call__(self, record: dict[str, Any]) -> Dialogue:
-        """What the row says.
+        """The content of the row.
 
         Raises:
             BadConversation: empty, malformed or unpaired; images and image marks that differ in number.
@@ -222,7 +223,7 @@ class ConversationForm:
         return messages
 
     def captions(self, record: dict[str, Any]) -> list[str]:
-        """The captions that have words."""
+        """The non-empty captions."""
         value = self.value(record, "caption")
         captions = [text for each in _listed(value) if (text := words(each))]
         if not captions:
@@ -269,13 +270,10 @@ class ConversationForm:
         after = completion if not isinstance(completion, str) else [{"role": "assistant", "content": completion}]
         after, images = from_turns(after), self.images(record)
         before = [turn | {"supervised": False} if turn["role"] == "assistant" else turn for turn in before]
-        if images and not image_parts(before):  # as TRL does: images that no turn asks for stand before the first
+        if images and not image_parts(before):  # as TRL does: images that no turn refers to go before the first
             first = next((turn for turn in before if turn["role"] == "user"), None)
             if first is not None:
-                said = first["content"]
-                first["content"] = [{"type": "image"}] * len(images) + (
-                    [{"type": "text", "text": said}] if isinstance(said, str) else said
-                )
+                first["content"] = [{"type": "image"}] * len(images) + parts_of(first["content"])
         return before + after
 
 
@@ -316,20 +314,20 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _both(pair: Any) -> tuple[Any, Any]:
-    """Question and answer of {"user", "assistant"} or {"question", "answer"}."""
-    for names in (("user", "assistant"), ("question", "answer"), ("human", "gpt")):
+    """Question and answer of {"user", "assistant"} and the like."""
+    for names in PAIRS:
         if isinstance(pair, dict) and all(name in pair for name in names):
             return pair[names[0]], pair[names[1]]
     raise BadConversation("the conversation is malformed", f"no question with its answer: {short(pair)}")
 
 
 def _consensus(answers: Sequence[str]) -> str:
-    """The most frequent of several answers (VQA has ten a question); the first one where they tie."""
+    """The most frequent of several answers (VQA has ten a question); the first one on a tie."""
     return Counter(answers).most_common(1)[0][0]
 
 
 def _names(feature: Any) -> Callable[[Any], Any] | None:
-    """What turns the class numbers inside a column's values into names; None where there are no classes."""
+    """A function from the class numbers in a column's values to names; None without classes."""
     from datasets import ClassLabel, LargeList, List
 
     if isinstance(feature, ClassLabel):

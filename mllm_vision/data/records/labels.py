@@ -1,4 +1,4 @@
-"""Labels of any common form as class numbers: integers, words, whole floats, booleans, missing ones, mixed ones."""
+"""Labels of any common form as class numbers: integers, strings, whole floats, booleans, missing or mixed ones."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mllm_vision.data.records.sampling import BadRow, column_values, only_columns
+from mllm_vision.data.records.sampling import BadRow, by_selected_row, column_values, only_columns
 
 logger = logging.getLogger(__name__)
 
 
 class Labels(NamedTuple):
-    """What a label column says.
+    """A label column as class numbers.
 
     Attributes:
         numbers: `[rows]` int64, -1 where there is no label or none could be read.
@@ -96,8 +96,8 @@ def read_labels(values: Sequence[Any], names: Sequence[str] | None = None, place
 
     Args:
         values: the cells of the label column; with `places` its distinct cells.
-        names: class names by number, of a ClassLabel column or as the user gave them. None: words are numbered in
-            alphabetical order (numbers among words are words), integers stay.
+        names: class names by number, of a ClassLabel column or as the user gave them. None: strings are numbered in
+            alphabetical order (numbers among strings count as strings), integers stay.
         places: which of `values` each row has, `[rows]`; None: one each.
 
     A text that is not one of `names`, or a number beyond them, cannot be read.
@@ -136,7 +136,7 @@ def column_labels(records: Any, column: str) -> Labels:
 
 
 def _distinct(records: Any, column: str) -> tuple[list[Any], np.ndarray] | None:
-    """(the distinct cells, which of them each row has) of a column of words or numbers in Arrow."""
+    """(the distinct cells, which of them each row has) of a column of strings or numbers in Arrow."""
     import pyarrow as pa
 
     if not hasattr(records, "column_names"):
@@ -149,5 +149,4 @@ def _distinct(records: Any, column: str) -> tuple[list[Any], np.ndarray] | None:
     encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
     values = [*encoded.dictionary.to_pylist(), None]
     places = np.asarray(encoded.indices.fill_null(len(values) - 1), dtype=np.int64)
-    # `select` and `shuffle` leave the table unchanged and keep the rows' numbers here (`datasets` 5.2.0).
-    return values, places if chosen._indices is None else places[np.asarray(chosen._indices.column(0))]
+    return values, by_selected_row(chosen, places)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,10 +117,11 @@ def _from_files(found: Any, split: str | UsualSplit, root: Path | None, left_out
     bases = [re.split(r"\[", part, maxsplit=1)[0].strip() for part in _name(split).split("+")]
     there = contents(found, bases[0], left_out)
     if isinstance(split, UsualSplit):
-        chosen = _usual_split(found.root, there.splits, split) if "" not in there.splits else ""
-        if chosen == "" and not found.named and split.name != "train":
-            logger.warning("%s has no split %r; its only split, 'train', is used", found.root, split.name)
-        return _read(there, chosen, root, left_out)
+        if "" not in there.splits:
+            return _read(there, _usual_split(found.root, there.splits, split), root, left_out)
+        if not found.named:
+            _usual_split(found.root, ["train"], split)  # warns
+        return _read(there, "", root, left_out)
     splits: dict[str, Any] = {}
     for base in dict.fromkeys(bases):
         key = "" if "" in there.splits else usual_name(base)
@@ -196,7 +197,7 @@ def _saved(path: Path, split: str | UsualSplit) -> Any:
     return saved
 
 
-def _usual_split(path: Path, splits: Mapping[str, Any], usual: UsualSplit) -> str:
+def _usual_split(path: Path, splits: Collection[str], usual: UsualSplit) -> str:
     """The split of that name, or the only one, which is reported: it may be what was trained on."""
     if usual.name in splits:
         return usual.name

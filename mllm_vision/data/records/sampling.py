@@ -1,6 +1,6 @@
-"""What every data set here shares: draws that depend only on (seed, epoch, index), and the count of bad samples.
+"""Shared by all data sets: draws that depend only on (seed, epoch, index), and the count of bad samples.
 
-Both survive worker processes: the epoch and the counters lie in shared memory.
+Both survive worker processes: the epoch and the counters are in shared memory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
@@ -26,7 +27,7 @@ _NOT_THE_ROW = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EI
 
 
 def draw_key(*values: int) -> int:
-    """A number in [0, 2**63) that looks random and depends on `values` alone (splitmix64 over them)."""
+    """A pseudo-random number in [0, 2**63) that depends on `values` alone (splitmix64)."""
     state = 0x9E3779B97F4A7C15
     for value in values:
         state = (state ^ (value & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
@@ -46,7 +47,7 @@ def bytes_id(data: bytes) -> int:
 
 
 class BadRow(ValueError):
-    """A row that cannot be used: `reason` is a short phrase that repeats over rows, so that it can be counted."""
+    """A row that cannot be used; `reason` is a short phrase to count rows by."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -54,7 +55,7 @@ class BadRow(ValueError):
 
 
 def judge(where: str, read: Callable[..., _T], *args: Any) -> _T | BadRow:
-    """What `read(*args)` makes of a row, or the `BadRow` (with `where` it lies) that says why it cannot be used.
+    """What `read(*args)` makes of a row, or the `BadRow` (with `where` it is) that says why it cannot be used.
 
     The single check of rows, for map-style and streamed data, in training and in evaluation: any exception that the
     values of a row cause is a refusal. Failures that are not the row's (out of memory, too many open files, an
@@ -76,7 +77,7 @@ def judge(where: str, read: Callable[..., _T], *args: Any) -> _T | BadRow:
 
 
 def _short_reason(error: Exception) -> str:
-    """A reason for an exception that brings none: its text without the values, where it is a plain ValueError."""
+    """A reason for an exception without one: its text without the values if it is a plain ValueError."""
     if type(error) is ValueError and str(error):
         return re.split(r"[:;\n]|(?<=\w)=", str(error), maxsplit=1)[0][:60]
     return f"unexpected {type(error).__name__}"
@@ -88,7 +89,7 @@ class BadSamples:
     Two kinds are kept apart, since they have different denominators: samples *met* while reading (a corrupt
     image), and samples *refused* when a data set was built (no supervised token, cut image tokens).
 
-    `count` and `seen` are the totals of both, `examples` a few reasons in words, `reasons` how often each reason
+    `count` and `seen` are the totals of both, `examples` a few messages, `reasons` how often each reason
     led to a refusal.
     """
 
@@ -212,7 +213,7 @@ def _words(place: torch.Tensor) -> str:
 
 
 class EpochDataset(torch.utils.data.Dataset):
-    """A map-style data set whose draws change with the epoch, and which passes over samples it cannot use.
+    """A map-style data set whose draws change with the epoch and which skips bad samples.
 
     A subclass gives `_read(index, key)`, which returns the sample or raises (`BadRow` with its reason; any other
     exception is a refusal too, see `judge`); `key` is a number from (seed, epoch, index) for the sample's random
@@ -230,7 +231,7 @@ class EpochDataset(torch.utils.data.Dataset):
         return int(self._epoch[0])
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws depend on the epoch; worker processes see the new one (it lies in shared memory)."""
+        """Draws depend on the epoch; worker processes see the new one (it is in shared memory)."""
         self._epoch[0] = int(epoch)
 
     def __len__(self) -> int:
@@ -260,7 +261,7 @@ class EpochDataset(torch.utils.data.Dataset):
 
 class OwnRows(torch.utils.data.Dataset):
     """The samples of an `EpochDataset` as an evaluation takes them: one that cannot be used is its `BadRow`, and no
-    other one stands in its place, which would count twice. What it meets is not counted as the training's."""
+    other sample replaces it, which would count twice. Bad rows found here do not count as the training's."""
 
     def __init__(self, dataset: EpochDataset) -> None:
         self.dataset = dataset
@@ -331,6 +332,14 @@ class _Rows(Sequence):
             return _Rows(self.rows[index], self.names)
         row = self.rows[index]
         return {name: row.get(name) if isinstance(row, dict) else None for name in self.names}
+
+
+def by_selected_row(records: Any, per_row: np.ndarray) -> np.ndarray:
+    """Values of all rows of a `datasets.Dataset`'s table, for the rows it selects.
+
+    `select` and `shuffle` leave the table unchanged and keep the rows' numbers beside it (`datasets` 5.2.0).
+    """
+    return per_row if records._indices is None else per_row[np.asarray(records._indices.column(0))]
 
 
 def column_values(records: Any, name: str) -> list[Any]:

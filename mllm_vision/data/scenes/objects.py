@@ -1,4 +1,4 @@
-"""The objects of a scene: what they are, where they stand, how they are drawn."""
+"""The objects of a scene: attributes, places, drawing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Pair = tuple[str, str]  # colour, shape
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: its colour, shape and size, and the cell (0..8, row by row) that it stands in."""
+    """One object: its colour, shape and size, and the cell (0..8, row by row) that holds it."""
 
     colour: str
     shape: str

@@ -86,12 +86,12 @@ class StreamLoader:
 
     @property
     def batches_done(self) -> int:
-        """How many batches of an iteration lie behind the saved state; 0 where an iteration has no end."""
+        """Batches of an iteration before the saved state; 0 if an iteration has no end."""
         return 0 if self.order.total is None else len(self) - self._left(self._state["sources"][0]["taken"])
 
     @property
     def passes_done(self) -> int:
-        """How many whole passes lie behind the saved state, where their length is known."""
+        """Whole passes before the saved state, where their length is known."""
         source_order = self._state["sources"][0]
         return source_order["turn"] + (self.order.total is not None and self.batches_done == len(self))
 
@@ -108,7 +108,7 @@ class StreamLoader:
     # ---- state -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the batch that was given last ended, fit for JSON. The same on every rank."""
+        """The state after the last batch, JSON-serialisable. The same on every rank."""
         return {"identity": self.order.identity, **self._state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

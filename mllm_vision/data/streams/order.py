@@ -23,7 +23,7 @@ _MASK = (1 << 64) - 1
 
 
 class RowPosition(NamedTuple):
-    """Where a row lies: source, shard and row in the shard; the epoch of the source, and the reader it came from."""
+    """A row's position: source, shard and row in the shard; the epoch of the source, and the reader it came from."""
 
     source: int
     shard: int
@@ -63,7 +63,7 @@ class Source:
         return self._starts[shard]
 
     def group_of(self, shard: int, row: int) -> int:
-        """Which group of its shard a row lies in."""
+        """The group of its shard that contains a row."""
         return int(np.searchsorted(self.starts(shard), row, side="right")) - 1
 
 
@@ -113,7 +113,7 @@ class _ShardReader:
         self._rows: range | None = None
 
     def _open(self) -> bool:
-        """Whether a row comes next: stands in a group that has one left, unless all shards are read."""
+        """Whether a row is left; moves on to the next group that has one."""
         while self._rows is None or self.offset >= len(self._rows):
             if self._rows is not None:
                 self.group, self.offset, self._rows = self.group + 1, 0, None

@@ -53,7 +53,7 @@ class Shard:
 
     @property
     def local(self) -> bool:
-        """Whether the file lies on this machine already."""
+        """Whether the file is on this machine."""
         return self.repo_id is None
 
     def file(self) -> Path:
@@ -164,7 +164,7 @@ class ParquetFile:
 
 
 def _features(schema: Any) -> Any:
-    """The features that need decoding (JSON inside strings), or None where the Arrow values are what is meant."""
+    """The features that need decoding (JSON inside strings), or None where the Arrow values need no decoding."""
     if "arrow.json" not in str(schema) and b'"Json"' not in (schema.metadata or {}).get(b"huggingface", b""):
         return None
     from datasets import Features

@@ -239,7 +239,7 @@ class StreamDataset(Dataset):
         return self.stream.read(source, shard, group, self.columns, self._images)
 
     def _check(self, row: dict[str, Any], position: RowPosition, key: int) -> dict[str, Any] | BadRow:
-        """The sample, or why there is none."""
+        """The sample, or the reason it cannot be used."""
         where = f"{self.stream.sources[position.source].shards[position.shard].name} row {position.row}"
         return self.bad_samples.judge(where, self._sample, row, position, key)
 
@@ -324,7 +324,7 @@ class RowReader:
         self._loaded = {key for key in self._loaded if key[0].epoch == epochs[key[0].source]}
 
     def forget(self) -> None:
-        """Drop all that was read: the order begins another pass or stands elsewhere now."""
+        """Drop all that was read: the order is at another epoch or position."""
         self.settle()
         self._rows, self._ahead, self._loaded = {}, {}, set()
 

@@ -55,7 +55,7 @@ def make_views(
         elements = _SMALL_ELEMENTS if _on_cpu(pixels) else _DEVICE_ELEMENTS
     step = max(1, elements // (3 * each * max(size[0] * size[1], pixels.shape[2] * pixels.shape[3])))
     views = torch.empty(len(parameters), 3, *size, device=pixels.device)
-    # Inference mode makes hundreds of small calls cheaper; what lies in `views` is as usable as ever.
+    # Inference mode makes hundreds of small calls cheaper; `views` itself is an ordinary tensor.
     with torch.inference_mode(), torch.autocast(pixels.device.type, enabled=False):
         multiply, add = multiply.view(1, 3, 1, 1), add.view(1, 3, 1, 1)
         inverse = 255.0 * multiply + 2.0 * add  # less a normalised value: 255 less the value, normalised
@@ -287,7 +287,7 @@ _STEPS = (brightness, contrast, saturation, shift_hue)
 def blur(values: Tensor, sigma: Tensor, max_sigma: float = 2.0, radius: int | None = None) -> Tensor:
     """Gaussian blur of `[R, 3, h, w]` in place with `sigma` `[R]` pixels, none where it is 0.
 
-    The edge's pixels go on beyond it. A row's kernel ends at three deviations, rounded up to whole pixels, or at
+    The edge's pixels are repeated beyond it. A row's kernel ends at three deviations, rounded up to whole pixels, or at
     `radius`.
     """
     widest = math.ceil(3.0 * max_sigma)

@@ -1,6 +1,6 @@
 """Views: two or more random images made of one, as each method's paper makes them, for a whole batch at once.
 
-An image is decoded once; its views are made of the batch's 8-bit pixels on whatever device they lie, each row with
+An image is decoded once; its views are made of the batch's 8-bit pixels on their device, each row with
 parameters of its own, drawn from the row's seed. So they are the same in chunks, in any order and on any rank.
 """
 
@@ -139,7 +139,7 @@ class ViewArguments:
 
 
 class ViewMaker:
-    """Makes the views of a batch of images, on the device where they lie.
+    """Makes the views of a batch of images, on their device.
 
     Args:
         policy: a name of `POLICIES`, or a `ViewPolicy`; `arguments.views` wins over it.
@@ -150,7 +150,7 @@ class ViewMaker:
 
     A call takes the batch of a `ImageCollator` ("pixels" `[B, 3, H, W]` uint8, "sizes" `[B, 2]`, "seeds" `[B]`) and
     returns it with "views" `[B, V, 3, h, w]` float32, and "local_views" `[B, L, 3, s, s]` where the policy has
-    local crops, in place of the pixels and sizes. A batch without pixels is returned as it is.
+    local crops, in place of the pixels and sizes. A batch without pixels is returned unchanged.
 
     Attributes: `policy` (as resolved), `size` (h, w), `local_size` (s, or None), `num_views`, `columns` (what it adds).
 

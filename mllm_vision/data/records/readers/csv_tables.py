@@ -137,7 +137,7 @@ def _csv_rows(rows: Iterable[tuple[int, list[str]]], width: int, path: Path, lef
 
 
 def _separator(header: str, path: Path, left_out: LeftOut) -> str:
-    """What separates the cells: a tab in a .tsv, a comma, or what stands in the header where no comma does."""
+    """The separator of cells: a tab in a .tsv, a comma, or the one in the header if it has no comma."""
     usual = "\t" if ".tsv" in path.suffixes else ","
     bare = re.sub(r'"[^"]*"', "", header)
     if usual in bare:

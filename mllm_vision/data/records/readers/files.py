@@ -45,7 +45,7 @@ _NUMBER = r"(?:[-_. ]?\d+(?:[-_]of[-_]\d+)?)?"  # of a shard: train-00001-of-000
 
 
 class LeftOut:
-    """What a reader leaves out or reads in an unexpected way: counted by kind, reported once, with examples."""
+    """What a reader leaves out or reads unexpectedly: counted by kind, reported once, with examples."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -60,17 +60,17 @@ class LeftOut:
         self.examples.setdefault(what, str(example)[:200])
 
     def note(self, text: str) -> None:
-        """Something the user should know of how the data is read; the same words are reported once."""
+        """Something the user should know about how the data is read; the same text is reported once."""
         if text not in self.notes:
             self.notes.append(text)
 
     def lies_outside(self, path: str) -> None:
-        """An image outside of the data's folder: read as asked, and listed once, the first few by name."""
+        """An image outside the data's folder: read as requested; the first few are listed once."""
         if len(self.outside) < 4 and path not in self.outside:
             self.outside.append(path)
 
     def merge(self, other: LeftOut) -> None:
-        """What another reader left out, too."""
+        """Add what another reader left out."""
         self.counts.update(other.counts)
         self.examples = {**other.examples, **self.examples}
         for text in other.notes:
@@ -79,7 +79,7 @@ class LeftOut:
             self.lies_outside(path)
 
     def state(self) -> dict[str, Any]:
-        """What `LeftOut.of` reads, fit for JSON."""
+        """The state for `LeftOut.of`, JSON-serialisable."""
         return {name: getattr(self, name) for name in ("counts", "examples", "notes", "outside")}
 
     @classmethod
@@ -91,7 +91,7 @@ class LeftOut:
         return found
 
     def report(self, where: object) -> None:
-        """A line for each note, and one for all that is left out; nothing that was reported before."""
+        """Log a line for each note and one for all that is left out, each once."""
         lines = list(self.notes)
         if self.counts:
             each = (f"{count} {what} ({self.examples[what]})" for what, count in self.counts.most_common())
@@ -148,7 +148,7 @@ def find(name: str | Path, left_out: LeftOut) -> Found | None:
     """The files that a name means, or None for what can only be a Hub id.
 
     A path that exists is that path, whatever characters are in it; only one that does not is a pattern (`*`, `?`,
-    `[..]`, `{000..127}`, `{a,b}`). A folder that a pattern matches stands for the files below it.
+    `[..]`, `{000..127}`, `{a,b}`). A folder that a pattern matches means the files below it.
 
     Raises:
         ValueError: an empty name. FileNotFoundError: nothing is there, or some of the files that braces name.
@@ -226,12 +226,12 @@ def walk(folder: Path, left_out: LeftOut) -> list[str]:
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder is what systems leave behind: .DS_Store, ._x.jpg, Thumbs.db, __MACOSX."""
+    """Whether a file or folder is hidden or a system's own: .DS_Store, ._x.jpg, Thumbs.db, __MACOSX."""
     return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini", "__macosx", "__pycache__")
 
 
 def braces(pattern: str) -> list[str]:
-    """`{000..127}` and `{a,b}` as WebDataset's users write them, spelled out."""
+    """`{000..127}` and `{a,b}` in WebDataset's notation, expanded."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if found is None:
         return [pattern]
@@ -267,9 +267,9 @@ def split_word(name: str, asked: str = "") -> str | None:
 def table_splits(files: Sequence[str], asked: str = "") -> tuple[dict[str, list[str]], list[str]]:
     """(split -> files, files of no split) of tables, by their names; ({}, files) where the names do not name a split.
 
-    A name tells exactly (`val.parquet`, `train-00001-of-00008.tar`, `test/part.csv`) or by a word at its end or
+    A name is exact (`val.parquet`, `train-00001-of-00008.tar`, `test/part.csv`) or has a word at its end or
     beginning. Words count only where two names differ in them alone (`coco_train`, `coco_val`), or all files are of the
-    training split or the one that is asked for: a bullet_train and a test_tube are no splits.
+    training split or the requested one: bullet_train and test_tube are not splits.
     """
     prefix = common_folder(files)
     exact, worded = {}, {}
@@ -314,7 +314,7 @@ def stem_of(name: str) -> str:
 
 
 def image_splits(files: Sequence[str]) -> tuple[dict[str, list[str]], list[str], str]:
-    """(split -> files, files of no split, the folder under which the splits or classes stand) of images.
+    """(split -> files, files of no split, the folder that holds the splits or classes) of images.
 
     Only real folders at the top count: all of them are called like splits, or most are and there are two splits.
     """

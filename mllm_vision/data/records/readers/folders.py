@@ -36,8 +36,8 @@ class Contents:
         images: whether the files are images; otherwise tables.
         splits: split -> files; one split "" where no name says a split.
         classes: the names of the class folders of all splits, in order; empty where there are none.
-        base: the folder, below `root`, under which classes stand, by split.
-        loose: images that stand beside the tables, of which some may be named by no row.
+        base: the folder, below `root`, that holds the class folders, by split.
+        loose: images beside the tables; some may not be named by any row.
     """
 
     root: Path
@@ -151,7 +151,7 @@ def _one_format(files: list[str], left_out: LeftOut) -> list[str]:
     kept = set(best.values())
     for file in files:
         if file not in kept:
-            left_out.add("tables that another one with the same name stands for", file)
+            left_out.add("tables with a copy in another format", file)
     return [file for file in files if file in kept]
 
 

@@ -1,7 +1,7 @@
 """Hub data sets that are plain files: fetched unchanged and read like a local folder, by the same rules.
 
 `datasets` reads the others: Parquet, and what names its configurations and splits itself. (Of plain files its builders
-lose rows: words that look missing in CSV, images by words in their names, the second image type of a tar.)
+lose rows: CSV texts that look missing, images with certain words in their names, the second image type of a tar.)
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class ImagePaths:
     Args:
         root: the folder relative paths start from.
         left_out: collects paths outside `root` and of addresses on the net.
-        sure: columns that are of images, as the user or their binding says; their missing files are no error here.
+        sure: columns that are of images, as named or bound by the user; missing files are not an error here.
     """
 
     def __init__(self, root: Path, left_out: LeftOut, sure: Collection[str] = ()) -> None:
@@ -69,9 +69,7 @@ class ImagePaths:
                 f"column {name!r} holds addresses on the net ({address[:80]!r}): nothing is fetched; download the "
                 "images beforehand and name their files"
             )
-        texts: list[str] = []
-        for value in values:
-            _collect(value, name, texts)
+        texts = [text for value in values for text in _paths_in(value, name)]
         relative = [text for text in texts if not os.path.isabs(text) and not _FILE.match(text)]
         absolute = len(relative) < len(texts)
         if not relative or name in self.sure:
@@ -114,25 +112,20 @@ def _mapped(value: Any, key: str, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _collect(value: Any, key: str, found: list[str]) -> None:
-    """Appends every string in a value that may be an image path."""
-    if isinstance(value, str):
-        if (turns := _json_turns(value, key)) is not None:
-            _collect(turns, "", found)
-        elif _may_be_path(value, key):
-            found.append(value)
-    elif isinstance(value, dict):
-        if value.get("bytes") is None:
-            for name, each in value.items():
-                if isinstance(each, str | dict | list):
-                    _collect(each, _inner(name, key), found)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            _collect(each, key, found)
+def _paths_in(value: Any, key: str) -> list[str]:
+    """Every string in a value that may be an image path."""
+    found: list[str] = []
+
+    def collect(text: str) -> str:
+        found.append(text)
+        return text
+
+    _mapped(value, key, collect)
+    return found
 
 
 def _json_turns(text: str, key: str) -> Any:
-    """The turns of a conversation that stands in its column as a JSON text; None for any other text."""
+    """The turns of a conversation stored in its column as JSON text; None for any other text."""
     if _kind(key) != "turns" or text.lstrip()[:1] not in ("[", "{"):
         return None
     try:

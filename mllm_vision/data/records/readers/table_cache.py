@@ -62,7 +62,7 @@ def read_tables(root: Path, files: Sequence[str], image_root: Path | None, left_
 
 
 def fingerprint(contents: Iterable[bytes]) -> str:
-    """16 hexadecimal digits of what a data set holds, the same wherever it lies."""
+    """A hash of a data set's content, 16 hexadecimal digits, independent of its location."""
     mark = hashlib.blake2b(digest_size=8)
     for data in contents:
         mark.update(len(data).to_bytes(8, "little") + data)

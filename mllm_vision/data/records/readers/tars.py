@@ -22,7 +22,7 @@ Member = tuple[str, int, int]  # name, place of its bytes, how many
 
 
 class TarFile:
-    """The samples of a WebDataset tar: files that share a name up to the first dot, wherever they stand in the tar.
+    """The samples of a WebDataset tar: files that share a name up to the first dot, wherever they are in the tar.
 
     A sample is a row whose columns are the extensions: `.txt` as text, `.cls` as a number (or a word), the fields of
     `.json` as columns of their own unless the name is taken, other files as bytes. The image is in the column `image`,
