@@ -289,10 +289,15 @@ def table_splits(files: Sequence[str], asked: str = "") -> tuple[dict[str, list[
         if not paired and not (alone and None not in worded.values()):
             return {}, list(files)
         named = {file: found[0] if found is not None else None for file, found in worded.items()}
-    splits = {split for split in named.values() if split is not None}
-    grouped = {split: [file for file in files if named[file] == split] for split in SPLITS if split in splits}
-    grouped |= {split: [file for file in files if named[file] == split] for split in sorted(splits - set(SPLITS))}
-    return grouped, [file for file in files if named[file] is None]
+    return _grouped(named)
+
+
+def _grouped(split_of: dict[str, str | None]) -> tuple[dict[str, list[str]], list[str]]:
+    """(split -> files, files of no split); the usual splits come first."""
+    others = [file for file, own in split_of.items() if own is None]
+    found = {own for own in split_of.values() if own is not None}
+    order = [split for split in SPLITS if split in found] + sorted(found - set(SPLITS))
+    return {split: [file for file, own in split_of.items() if own == split] for split in order}, others
 
 
 def _word_in(parts: Sequence[str]) -> tuple[str, str] | None:
@@ -330,9 +335,7 @@ def image_splits(files: Sequence[str]) -> tuple[dict[str, list[str]], list[str],
     others = sum(split is None for split in named.values())
     if not splits or (others and (len(splits) < 2 or others > len(named) - others or "" in tops)):
         return {}, list(files), prefix
-    split_of = {file: named[_top(file[len(prefix) :])] for file in files}
-    grouped = {split: [file for file in files if split_of[file] == split] for split in SPLITS if split in splits}
-    return grouped, [file for file in files if split_of[file] is None], prefix
+    return *_grouped({file: named[_top(file[len(prefix) :])] for file in files}), prefix
 
 
 def _top(file: str) -> str:
