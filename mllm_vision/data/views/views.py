@@ -82,29 +82,31 @@ POLICIES = {
 class ViewArguments:
     """Flags of the views; null means the policy's own value. They apply to every view and to the local crops."""
 
-    views: str | None = field(default=None, metadata={"help": "view policy; null: the method's own"})
+    views: str | None = field(default=None, metadata={"help": "The view policy; by default the method's own."})
     crop_scale: list[float] | None = field(
-        default=None, metadata={"help": "lowest and highest share of the area that a crop keeps (not of local crops)"}
+        default=None, metadata={"help": "Lowest and highest share of the area that a crop keeps (not of local crops)."}
     )
-    flip: float | None = field(default=None, metadata={"help": "probability of a horizontal flip"})
+    flip: float | None = field(default=None, metadata={"help": "Probability of a horizontal flip."})
     jitter_strength: float | None = field(
-        default=None, metadata={"help": "multiplies the colour jitter (simclr: 0.5; 1.0 is the paper's for ImageNet)"}
+        default=None,
+        metadata={"help": "Multiplies the colour jitter (simclr: 0.5; the paper's value for ImageNet is 1.0)."},
     )
-    jitter_probability: float | None = field(default=None, metadata={"help": "probability of the colour jitter"})
-    gray: float | None = field(default=None, metadata={"help": "probability of losing the colours"})
+    jitter_probability: float | None = field(default=None, metadata={"help": "Probability of the colour jitter."})
+    gray: float | None = field(default=None, metadata={"help": "Probability of conversion to greyscale."})
     blur: float | None = field(
-        default=None, metadata={"help": "probability of the blur in every view (0 for 32 px images in the papers)"}
+        default=None, metadata={"help": "Probability of the blur in every view (0 for 32 px images in the papers)."}
     )
     blur_sigma: list[float] | None = field(
-        default=None, metadata={"help": "lowest and highest deviation of the blur, in pixels"}
+        default=None, metadata={"help": "Lowest and highest standard deviation of the blur, in pixels."}
     )
-    solarize: float | None = field(default=None, metadata={"help": "probability of solarising in every view"})
-    local_views: int | None = field(default=None, metadata={"help": "local crops an image (dino, dinov2)"})
+    solarize: float | None = field(default=None, metadata={"help": "Probability of solarising in every view."})
+    local_views: int | None = field(default=None, metadata={"help": "Number of local crops per image (dino, dinov2)."})
     local_size: int | None = field(
-        default=None, metadata={"help": "their side in pixels; null: 96/224 of the views', a multiple of the patch"}
+        default=None,
+        metadata={"help": "Side of local crops in pixels; by default 96/224 of the views', a multiple of the patch."},
     )
     local_scale: list[float] | None = field(
-        default=None, metadata={"help": "lowest and highest share of the area that a local crop keeps"}
+        default=None, metadata={"help": "Lowest and highest share of the area that a local crop keeps."}
     )
 
     def apply(self, policy: ViewPolicy) -> ViewPolicy:
