@@ -56,9 +56,9 @@ def read_questions(
     total = len(rows)
     bad.examine(total)
     texts = only_columns(records, [*form.columns.values(), *([by] if by else [])])
-    images = image_counts(records, columns["image"]) if columns.get("image") else np.zeros(len(records), np.int64)
+    images = image_counts(records, columns["image"]) if columns.get("image") else [0] * len(records)
     for row in rows:
-        found = bad.judge_beforehand(f"row {row}", _asked, row, texts[row], form, by, images[row] > 1)
+        found = bad.judge_beforehand(f"row {row}", _asked, row, texts[row], form, by, bool(images[row] > 1))
         if isinstance(found, BadRow):
             (refused if refused is not None else {})[row] = found
             continue
