@@ -79,7 +79,7 @@ def test_every_form_of_a_value_is_the_same_image(tmp_path):
     "value, message, reason",
     [
         ("https://example.org/a.png", "is an address.*download", "the image is an address"),
-        ("data:image/png;base64,@@@@", "no Base64", "the data URI is broken"),
+        ("data:image/png;base64,@@@@", "not valid Base64", "the data URI is broken"),
         ("data:image/png;base64", "no comma", "the data URI is broken"),
         ("data:image/png;base64,", "no bytes", "the image is empty"),
         ("   ", "missing", "the image is missing"),
@@ -95,7 +95,7 @@ def test_every_form_of_a_value_is_the_same_image(tmp_path):
         (np.full((4, 4), 200.0), "0 is black and 1 is white", "floats of an unknown range"),
         (np.full((4, 4), np.nan), "rescale", "floats of an unknown range"),
         (Image.fromarray(np.full((4, 4), 70_000, np.int32)), "32-bit integers", "integers of an unknown range"),
-        (b"x" * 400, "none of JPEG", "the image cannot be decoded"),
+        (b"x" * 400, "one of JPEG", "the image cannot be decoded"),
         ("n" * 5000, "image 'nnn", "the image cannot be decoded"),
     ],
 )  # fmt: skip

@@ -290,7 +290,7 @@ def test_settings_and_calls_that_cannot_work(stock):
     ):
         with pytest.raises(ValueError, match=message):
             ImageTransform(processor, **options)
-    with pytest.raises(ValueError, match="no image processor"):
+    with pytest.raises(ValueError, match="not an image processor"):
         ImageTransform(None)
     transform = ImageTransform(processor)
     with pytest.raises(ValueError, match="images is empty"):

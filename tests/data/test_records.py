@@ -204,7 +204,7 @@ def test_what_cannot_be_loaded_says_so(tmp_path):
     (tmp_path / "folder").mkdir()
     for name, error, message in (
         ("empty.jsonl", ValueError, "empty"),
-        ("bad.jsonl", ValueError, "bad.jsonl cannot be read as JSON lines: 1 of 2 are none; line 2: Expecting"),
+        ("bad.jsonl", ValueError, "bad.jsonl cannot be read as JSON lines: 1 of 2 are not; line 2: Expecting"),
         ("not.parquet", ValueError, "not.parquet cannot be read"),
         ("notes.docx", ValueError, r"\.docx.*\.parquet"),
         ("folder", FileNotFoundError, "is empty"),

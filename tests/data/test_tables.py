@@ -205,7 +205,7 @@ def test_parts_with_other_columns_types_and_no_rows(place, caplog) -> None:
     assert [value and load_image(value).size[0] for value in records["image"][:]] == [8, None, 8, 8, 8]
     for told in (
         "1 rows have no column 'caption': c.parquet lacks it",
-        "column 'label' holds numbers in some files and words in others",
+        "column 'label' holds numbers in some files and text in others",
         "1 empty files (0 bytes) (e.parquet), 1 files without rows (d.parquet)",
     ):
         assert told in caplog.text
@@ -288,7 +288,7 @@ def test_what_is_left_out_of_a_mapped_file_is_known_again(place, monkeypatch, ca
         caplog.clear()
         mapped = load_records(torn)
         assert mapped[:] == plain[:] and mapped.left_out == plain.left_out and sum(plain.left_out.values()) == 1
-        assert "no JSON object" in caplog.text
+        assert "not JSON objects" in caplog.text
     assert len(list((place / "cache" / "mllm_vision").glob("*.arrow"))) == 1
 
 
@@ -386,7 +386,7 @@ def test_paths_outside_are_read_as_asked_and_told_once(place, caplog) -> None:
     records = load_records(file(place / "in" / "t.jsonl", lines(*rows, *rows)))
     assert all(load_image(value).size == (8, 8) for value in records["image"][:])
     first, second = (str(place / f"shots/{number}.PNG") for number in range(2))
-    assert caplog.text.count("outside of its folder") == 1 and f"as asked: {first}, {second}\n" in caplog.text
+    assert caplog.text.count("outside of its folder") == 1 and f"as requested: {first}, {second}\n" in caplog.text
 
 
 def test_a_pattern_of_folders_pairs_each_row_with_its_own_image(tmp_path) -> None:

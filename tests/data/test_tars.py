@@ -74,7 +74,7 @@ def test_members_apart_keys_with_dots_and_repeated_keys(tmp_path, caplog) -> Non
     joined = tmp_path / "joined.tar"
     joined.write_bytes(first.read_bytes() + second.read_bytes())
     assert len(rows(joined)) == 5
-    assert "several tars" in caplog.text and "2 keys of joined.tar come again" in caplog.text
+    assert "several tars" in caplog.text and "2 keys of joined.tar occur again" in caplog.text
 
 
 def test_nothing_in_a_tar_leads_outside(tmp_path, caplog) -> None:

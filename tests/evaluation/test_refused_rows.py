@@ -45,7 +45,7 @@ def test_zero_shot_counts_what_it_leaves_out(caplog) -> None:
         "the row has no label": 1,
     }
     assert result.record()["details"]["refused"] == result.refused
-    assert "1 further ones are left out" in caplog.text and "row 2" in caplog.text
+    assert "1 others are left out" in caplog.text and "row 2" in caplog.text
 
 
 def test_a_sorted_set_is_drawn_from_and_its_classes_are_all_known() -> None:
