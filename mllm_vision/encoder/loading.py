@@ -144,7 +144,7 @@ def _read_weights(source: Source, prefixes: tuple[str, ...]) -> dict[str, torch.
     for name in names:
         try:
             with safe_open(source.file(name), framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
                     prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
                     if prefix is not None:
                         state[key.removeprefix(prefix)] = file.get_tensor(key)

@@ -166,7 +166,7 @@ def logit_factor(language_model: PreTrainedModel, base: PreTrainedModel) -> floa
     if (hidden[0, :-1] - hidden[1, :-1]).abs().max() > 0.1 * tolerance * scale:
         raise ValueError(
             f"{name} lets a token see the ones after it (is_decoder={getattr(base.config, 'is_decoder', None)}), so it "
-            f"is no causal language model; {OTHER}"
+            f"is not a causal language model; {OTHER}"
         )
     joined = head(hidden[:1])
     largest = float(joined.abs().max())
@@ -183,7 +183,7 @@ def logit_factor(language_model: PreTrainedModel, base: PreTrainedModel) -> floa
 
 
 def _why(language_model: PreTrainedModel, base: PreTrainedModel, ids: Tensor, hidden: Tensor) -> str:
-    """What keeps the joined logits from being the model's own."""
+    """Why the logits differ from the model's own."""
     name, config = type(language_model).__name__, language_model.config
     other = base(input_ids=ids, use_cache=False).last_hidden_state
     if (other - hidden).abs().max() > _tolerance(hidden.dtype) * hidden.abs().max():
@@ -198,14 +198,14 @@ def _why(language_model: PreTrainedModel, base: PreTrainedModel, ids: Tensor, hi
 
 
 def _named_factor(config: Any, factor: float, tolerance: float) -> float:
-    """The configuration's own number where ``factor`` is one of them or its inverse: free of rounding."""
+    """The number of the config closest to ``factor`` or its inverse, which is free of rounding."""
     values = [float(value) for value in config.to_dict().values() if isinstance(value, int | float) and value]
     exact = [number for value in values for number in (value, 1 / value) if abs(number / factor - 1) < 0.1 * tolerance]
     return min(exact, key=lambda number: abs(number / factor - 1), default=factor)
 
 
 def fold_factor(language_model: PreTrainedModel, factor: float) -> None:
-    """Multiply the output layer by ``factor``, untied from the embeddings where it was tied to them."""
+    """Multiplies the output layer by ``factor``, and unties it from the embeddings."""
     head, embeddings = language_model.get_output_embeddings(), language_model.get_input_embeddings()
     name, tied = type(language_model).__name__, head.weight is embeddings.weight
     with torch.no_grad():
@@ -220,7 +220,7 @@ def fold_factor(language_model: PreTrainedModel, factor: float) -> None:
 
 @torch.no_grad()
 def check_generation(model: Any, name: str) -> None:
-    """Three tokens with the cache against the same tokens at once: what the joined model generates is what it computes.
+    """Compares the logits of three generated tokens (with cache) with those of one forward pass.
 
     Raises:
         ValueError: it does not generate, or the two differ.

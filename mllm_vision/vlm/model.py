@@ -150,7 +150,7 @@ class VisionLanguageModel(LlavaForConditionalGeneration):
         self.model = VisionLanguageBackbone(config)
         text: Any = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
-        self.loss_type = "ForCausalLM"  # tells the Trainer that labels are shifted in forward
+        self.loss_type = "ForCausalLM"  # for the Trainer: labels are shifted in forward
         self.post_init()
 
     packing_checked = False  # whether the language model gives packed conversations the numbers of separate ones

@@ -76,13 +76,13 @@ def turn_end(processor: Any) -> tuple[int | None, bool]:
     if isinstance(found, BadRow):
         return None, True
     [(ids, mask)] = found
-    last = max((place for place, learnt in enumerate(mask) if learnt), default=len(ids) - 1)
-    learnt, behind = ids[mask].tolist(), ids[last + 1 :].tolist()
+    last = max((place for place, trained in enumerate(mask) if trained), default=len(ids) - 1)
+    trained, behind = ids[mask].tolist(), ids[last + 1 :].tolist()
     specials = special_ids(tokenizer)
-    for tokens, is_learnt in ((learnt[::-1], True), (behind, False)):
+    for tokens, is_trained in ((trained[::-1], True), (behind, False)):
         place = next((place for place, token in enumerate(tokens) if token in specials), None)
         if place is not None and not tokenizer.decode(tokens[:place]).strip():
-            return int(tokens[place]), is_learnt
+            return int(tokens[place]), is_trained
     return None, False
 
 
