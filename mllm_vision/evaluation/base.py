@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -85,9 +86,20 @@ class Evaluator(ABC):
 
     Args:
         name: used in the logged keys ``eval_<name>_<metric>``; letters, digits, ``_``, ``-`` and ``/``.
+
+    Attributes:
+        primary_metric: the metric that a verdict and the baselines are about.
+        models: the kinds of model that it measures: encoder, dual (an image-text pair), vlm.
+        of_encoder: of a vision-language model it measures the vision tower.
+        has_figures: False for what is only to be looked at: an untrained model is not compared.
+        Flags: a dataclass whose fields become flags of scripts/evaluate.py, beside those it has.
     """
 
     primary_metric: str = "accuracy"
+    models: ClassVar[tuple[str, ...]] = ("encoder", "dual", "vlm")
+    of_encoder: ClassVar[bool] = False
+    has_figures: ClassVar[bool] = True
+    Flags: ClassVar[type | None] = None
 
     def __init__(self, name: str) -> None:
         if not name or not all(ch.isalnum() or ch in "_-/" for ch in name):
@@ -95,9 +107,28 @@ class Evaluator(ABC):
         self.name = name
         self.refused: dict[Any, BadRow] = {}  # row -> why it is left out
 
+    @classmethod
+    def from_flags(cls, name: str, records: Any, flags: Any, sources: Any) -> Evaluator:
+        """The evaluator that scripts/evaluate.py runs.
+
+        Args:
+            name: of its result.
+            records: the test set.
+            flags: every flag, by name.
+            sources: binds columns and opens further data (`evaluation.sources.Sources`).
+
+        Raises:
+            ValueError: data that do not fit, before anything is measured.
+        """
+        raise ValueError(f"{cls.__name__} has no from_flags, so --task cannot run it; call it from Python")
+
     @abstractmethod
     def evaluate(self, model: Any) -> Evaluation:
         """Measure ``model`` and return everything that was found."""
+
+    def draw(self, result: Evaluation, folder: str | Path) -> list[Path]:
+        """Write images of a result into a folder; their paths. Most evaluators draw none."""
+        return []
 
     def examine(self, model: Any) -> Evaluation:
         """Everything about ``model``, measured in evaluation mode; training modes come back as they were."""

@@ -117,6 +117,12 @@ class Geometry(Evaluator):
     """
 
     primary_metric = "effective_rank"
+    of_encoder = True
+
+    @classmethod
+    def from_flags(cls, name: str, records: Any, flags: Any, sources: Any) -> Geometry:
+        columns = sources.columns(records, "image", "caption?")
+        return cls(name, records, columns, flags.batch_size, feature=flags.feature, limit=flags.max_samples)
 
     def __init__(
         self,
@@ -161,18 +167,6 @@ class Geometry(Evaluator):
         if caption:
             result.metrics |= self._against_text(model, features, kept, caption)
         return result
-
-    def draw(self, result: Evaluation, folder: str | Path) -> list[Path]:
-        """Write ``<name>_board.png`` (of ``board``, ``board.png``): the encoder of `result` beside its baselines."""
-        from mllm_vision.evaluation.maps.drawing import draw_board
-
-        curves = []
-        for name in ("spectrum", "deviations"):
-            array = {key: value for key, value in result.arrays[name].items() if isinstance(value, list)}
-            curves.append({"this model" if key == "values" else key: value for key, value in array.items()})
-        base = self.name.replace("/", "_")
-        path = Path(folder) / (f"{base}.png" if base.endswith("board") else f"{base}_board.png")
-        return [draw_board(*curves, result.metrics, path)]
 
     def _view_alignment(self, encoder: Any) -> float:
         """Of two crops an image; which ones, the seed and the image itself decide."""
@@ -226,3 +220,24 @@ class Geometry(Evaluator):
             "alignment": geometry.alignment(images, texts).item(),
             "modality_gap": (images.mean(dim=0) - texts.mean(dim=0)).norm().item(),
         }
+
+
+class Board(Geometry):
+    """`Geometry` of an encoder, with the alignment of two crops of an image, drawn as one image."""
+
+    @classmethod
+    def from_flags(cls, name: str, records: Any, flags: Any, sources: Any) -> Board:
+        settings = {"feature": flags.feature, "limit": flags.max_samples, "views": True, "seed": flags.seed}
+        return cls(name, records, sources.columns(records, "image"), flags.batch_size, **settings)
+
+    def draw(self, result: Evaluation, folder: str | Path) -> list[Path]:
+        """Write ``<name>_board.png`` (of ``board``, ``board.png``): the encoder of `result` beside its baselines."""
+        from mllm_vision.evaluation.maps.drawing import draw_board
+
+        curves = []
+        for name in ("spectrum", "deviations"):
+            array = {key: value for key, value in result.arrays[name].items() if isinstance(value, list)}
+            curves.append({"this model" if key == "values" else key: value for key, value in array.items()})
+        base = self.name.replace("/", "_")
+        path = Path(folder) / (f"{base}.png" if base.endswith("board") else f"{base}_board.png")
+        return [draw_board(*curves, result.metrics, path)]

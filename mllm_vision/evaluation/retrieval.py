@@ -83,6 +83,14 @@ class Retrieval(Evaluator):
     """
 
     primary_metric = "r1"
+    models = ("dual",)
+
+    @classmethod
+    def from_flags(cls, name: str, records: Any, flags: Any, sources: Any) -> Retrieval:
+        limit = min([each for each in (flags.max_images, flags.max_samples) if each is not None], default=None)
+        options = {"captions_each": flags.captions_each, "distinct": flags.distinct, "limit": limit}
+        columns = sources.columns(records, "image", "caption")
+        return cls(name, records, columns, flags.ks, flags.batch_size, **options)
 
     def __init__(
         self,

@@ -89,6 +89,13 @@ class ZeroShot(Evaluator):
     """
 
     primary_metric = "accuracy"
+    models = ("dual",)
+
+    @classmethod
+    def from_flags(cls, name: str, records: Any, flags: Any, sources: Any) -> ZeroShot:
+        columns = sources.columns(records, "image", "label")
+        names = flags.class_names or None
+        return cls(name, records, names, flags.templates, columns, flags.batch_size, limit=flags.max_samples)
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from PIL import Image
 from mllm_vision.data import load_records
 from mllm_vision.encoder import VisionEncoder
 from mllm_vision.encoder.build import build_backbone
-from mllm_vision.evaluation import Attention, Geometry
+from mllm_vision.evaluation import Attention, Board, Geometry
 from mllm_vision.evaluation.geometry import geometry_of, warnings_of
 from mllm_vision.evaluation.maps.attention import attention_heads, attention_map, head_figures, patch_components
 from mllm_vision.evaluation.maps.drawing import draw_board, draw_heads
@@ -197,7 +197,7 @@ def test_the_words_of_the_board(tmp_path, monkeypatch):
 
 def test_the_board(tmp_path, caplog):
     records = load_records(str(tiny.write_pairs_parquet(tmp_path / "pairs.parquet", n=12)))
-    board = Geometry("board", records, views=True)
+    board = Board("board", records, views=True)
     encoder = build("vit")
     result = board.examine(encoder)
     metrics = result.metrics

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mllm_vision.errors import unknown_name
+from mllm_vision.evaluation.registry import LABELLED, load_evaluator
 
-EVALUATORS = ("knn", "probe")
+NAMES = ", ".join(LABELLED)
 
 
 @dataclass
@@ -25,10 +26,10 @@ class LabelledArguments:
         default=None, metadata={"help": "Labelled images that kNN and probe learn from; by default the training set."}
     )
     evaluators: list[str] = field(
-        default_factory=lambda: ["knn"], metadata={"help": "Measure these while training: knn, probe."}
+        default_factory=lambda: ["knn"], metadata={"help": f"Measure these while training: {NAMES}."}
     )
     final_evaluators: list[str] = field(
-        default_factory=lambda: ["knn", "probe"], metadata={"help": "Measure these before and after it: knn, probe."}
+        default_factory=lambda: ["knn", "probe"], metadata={"help": f"Measure these before and after it: {NAMES}."}
     )
     knn_k: int = field(default=20, metadata={"help": "Neighbours of kNN: 20 (DINO), 200 (MoCo).", "rare": True})
     knn_temperature: float = field(
@@ -45,8 +46,8 @@ class LabelledArguments:
 
     def __post_init__(self) -> None:
         for name in [*self.evaluators, *self.final_evaluators]:
-            if name not in EVALUATORS:
-                raise ValueError(unknown_name("evaluator", name, EVALUATORS))
+            if name not in LABELLED:
+                raise ValueError(unknown_name("evaluator", name, LABELLED))
 
     def check_labels(self, dataset: Any, streaming: bool, *, objective: str = "") -> None:
         """Refuses a training set without labels where the method or a measurement is to learn from them.
@@ -126,8 +127,6 @@ class LabelledArguments:
         from mllm_vision.data import load_records
         from mllm_vision.data.records.records import UsualSplit
         from mllm_vision.evaluation.labelled.images import LabelledImages
-        from mllm_vision.evaluation.labelled.knn import KnnAccuracy
-        from mllm_vision.evaluation.labelled.linear_probe import LinearProbe
 
         named = self.eval_train_dataset_name
         bank = load_records(named, image_root=image_root) if named else training
@@ -136,10 +135,6 @@ class LabelledArguments:
         limits: dict[str, Any] = {"train_limit": self.max_eval_train_samples, "test_limit": self.max_eval_samples}
         limits |= {"batch_size": batch_size, "cache_gb": self.eval_cache_gb}
         data = LabelledImages(bank, test, dict(columns), **limits)
-        knn = {"k": self.knn_k, "temperature": self.knn_temperature}
-        build = {
-            "knn": lambda: KnnAccuracy("knn", data, **knn, raw_pixels=self.raw_pixels),
-            "probe": lambda: LinearProbe("probe", data, raw_pixels=self.raw_pixels),
-        }
-        made = {name: build[name]() for name in dict.fromkeys([*self.evaluators, *self.final_evaluators])}
+        names = dict.fromkeys([*self.evaluators, *self.final_evaluators])
+        made: dict[str, Any] = {name: load_evaluator(name).of_images(name, data, self) for name in names}
         return [made[name] for name in dict.fromkeys(self.evaluators)], list(made.values())

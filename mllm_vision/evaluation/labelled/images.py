@@ -300,6 +300,16 @@ class LabelledEvaluator(Evaluator):
     """
 
     primary_metric = "accuracy"
+    of_encoder = True
+
+    @classmethod
+    def from_flags(cls, name: str, records: Any, flags: Any, sources: Any) -> LabelledEvaluator:
+        return cls.of_images(name, sources.labelled_images(name, records), flags)
+
+    @classmethod
+    @abstractmethod
+    def of_images(cls, name: str, data: LabelledImages, flags: Any) -> LabelledEvaluator:
+        """The evaluator on labelled images, with the settings among `flags`; also while an encoder trains."""
 
     def __init__(self, name: str, data: LabelledImages, *, raw_pixels: bool) -> None:
         super().__init__(name)

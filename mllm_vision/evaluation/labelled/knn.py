@@ -7,6 +7,7 @@ Source: Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instan
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +115,10 @@ class KnnAccuracy(LabelledEvaluator):
     Raises:
         ValueError: k beyond the training images, a temperature that is not positive.
     """
+
+    @classmethod
+    def of_images(cls, name: str, data: LabelledImages, flags: Any) -> KnnAccuracy:
+        return cls(name, data, k=flags.knn_k, temperature=flags.knn_temperature, raw_pixels=flags.raw_pixels)
 
     def __init__(
         self,

@@ -205,6 +205,11 @@ class LinearProbe(LabelledEvaluator):
         ValueError: penalties that are not positive, a share outside (0, 1), too few rows to hold any out.
     """
 
+    @classmethod
+    def of_images(cls, name: str, data: LabelledImages, flags: Any) -> LinearProbe:
+        sweep = getattr(flags, "probe_regularisation", None) or SWEEP
+        return cls(name, data, regularisation=sweep, raw_pixels=flags.raw_pixels, seed=getattr(flags, "seed", 0))
+
     def __init__(
         self,
         name: str,

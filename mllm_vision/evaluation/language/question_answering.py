@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mllm_vision.data import bind_conversations
 from mllm_vision.data.records.columns import image_counts
 from mllm_vision.data.records.forms import Asked, ConversationForm
 from mllm_vision.data.records.sampling import BadRow, BadSamples, judge, only_columns
@@ -127,6 +128,25 @@ class QuestionAnswering(Evaluator):
     """
 
     primary_metric = "accuracy"
+    models = ("vlm",)
+
+    @classmethod
+    def from_flags(cls, name: str, records: Any, flags: Any, sources: Any) -> QuestionAnswering:
+        # As in training: what stands beside an instruction belongs to the question.
+        roles = {role: column for role, column in sources.named.items() if role in ("image", "question", "answer")}
+        return cls(
+            name,
+            records,
+            bind_conversations(records, roles, forms=[("question", "answer")], tell=False),
+            sources.processor,
+            flags.type_column,
+            flags.batch_size,
+            flags.max_new_tokens,
+            limit=flags.max_samples,
+            blind=flags.blind,
+            no_image_baseline=flags.no_image_baseline,
+            training_answers=sources.training(flags.max_samples),
+        )
 
     def __init__(
         self,

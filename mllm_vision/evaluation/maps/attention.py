@@ -118,6 +118,11 @@ class Attention(Evaluator):
     """
 
     primary_metric = "count"
+    of_encoder, has_figures = True, False
+
+    @classmethod
+    def from_flags(cls, name: str, records: Any, flags: Any, sources: Any) -> Attention:
+        return cls(name, records, sources.columns(records, "image"), count=flags.map_count)
 
     def __init__(
         self, name: str, records: Any, columns: dict[str, str] | None = None, *, count: int = 6, layer: int = -1

@@ -7,6 +7,7 @@ colour (on a plain background, that removes what lies there). Source: Zeiler and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,6 +113,20 @@ class Maps(Evaluator):
     """
 
     primary_metric = "count"
+    has_figures = False
+
+    @classmethod
+    def from_flags(cls, name: str, records: Any, flags: Any, sources: Any) -> Maps:
+        if sources.kind == "vlm":
+            columns = sources.columns(records, "image", "question")
+            return cls(name, records, columns, sources.processor, count=flags.map_count)
+        columns = sources.columns(records, "image", "caption?", "label?")
+        names = getattr(records.features.get(columns.get("label", "")), "names", None)
+
+        def texts(row: dict[str, Any]) -> list[str]:
+            return map_texts(row, flags.map_texts, names, columns.get("caption"))
+
+        return cls(name, records, columns, texts=texts, count=flags.map_count)
 
     def __init__(
         self,
@@ -185,3 +200,16 @@ class Maps(Evaluator):
             "image": data_uri(displayed(pixels[0], self.processor.image_processor), IMAGE_SIZE),
             "items": items,
         }
+
+
+def map_texts(row: dict[str, Any], given: list[str], names: list[str] | None, caption: str | None) -> list[str]:
+    """What to look for in one image: the texts given, each object of a generated scene, its class, its captions."""
+    if given:
+        return given
+    if isinstance(row.get("scene"), str):
+        objects = json.loads(row["scene"])
+        return list(dict.fromkeys(f"a {item['colour']} {item['shape']}" for item in objects))
+    label = row.get("label")
+    if names and isinstance(label, int) and 0 <= label < len(names):
+        return [f"a {names[label]}"]
+    return captions_of(row[caption]) if caption else []
