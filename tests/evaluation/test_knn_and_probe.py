@@ -94,6 +94,37 @@ def test_the_fit_is_the_minimum_of_the_penalised_loss(penalty):
     assert again.iterations <= 5 and again.loss == pytest.approx(fit.loss, rel=1e-4)
 
 
+def newton(features, labels, classes, penalty):
+    """The same minimum by Newton's method on all weights at once, in double, on standardised features."""
+    x = features.double()
+    x = (x - x.mean(0)) / x.std(0, correction=0)
+    x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+    decayed = torch.ones(classes, x.shape[1]).double() * penalty
+    decayed[:, -1] = 0
+
+    def loss(flat):
+        weight = flat.view(classes, -1)
+        return F.cross_entropy(x @ weight.T, labels) + (decayed * weight.square()).sum() / 2
+
+    flat = torch.zeros(classes * x.shape[1], dtype=torch.float64)
+    for _ in range(30):
+        gradient = torch.autograd.functional.jacobian(loss, flat)
+        hessian = torch.autograd.functional.hessian(loss, flat)
+        flat = flat - torch.linalg.pinv(hessian) @ gradient  # the biases may all shift: one direction is flat
+    return loss(flat).item(), (x @ flat.view(classes, -1).T).softmax(1)
+
+
+@pytest.mark.parametrize("penalty", [1e-3, 1e-1])
+def test_the_fit_is_that_of_newtons_method(penalty):
+    features, labels = clusters(60, width=5)
+    axes = principal_axes(features)
+    rotated = axes.apply(features)
+    fit = fit_linear(rotated, labels, 3, penalty, axes.variances, tolerance=1e-7)
+    loss, chances = newton(features, labels, 3, penalty)
+    assert fit.loss == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close((rotated @ fit.weight.T + fit.bias).softmax(1), chances.float(), atol=1e-4, rtol=1e-3)
+
+
 def test_scale_shift_and_rotation_of_the_features():
     """Standardised features: scaling and shifting single ones changes nothing, nor does one that never varies."""
     features, labels = clusters(200, noise=3.0)

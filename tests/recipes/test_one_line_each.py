@@ -94,8 +94,8 @@ def test_they_run_end_to_end(dummies, capsys):
     sizes = "hidden_size=24,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32,patch_size=8"
     words = f"""--objective dummy --weight 2 --dataset_name {data} --eval_dataset_name {data} --image_size 32
         --encoder vit --encoder_overrides {sizes} --max_steps 2 --per_device_train_batch_size 4
-        --optim adamw_torch --use_cpu --learning_rate 1e-3 --knn_k 3 --evaluators rows --final_evaluators rows --disable_tqdm --logging_steps 1
-        --output_dir {dummies / "run"}"""
+        --optim adamw_torch --use_cpu --learning_rate 1e-3 --knn_k 3 --evaluators rows --final_evaluators rows
+        --disable_tqdm --logging_steps 1 --output_dir {dummies / "run"}"""
     _load("recipes/pretrain_images.py").main(words.split())
     record = json.loads((dummies / "run" / "run.json").read_text())
     assert record["method"] == {

@@ -136,47 +136,43 @@ def _descend(
     tolerance: float,
 ) -> LinearFit:
     """`fit_linear` in the precision of `rotated`, until converged or as near as that precision comes."""
-    total = _total(rotated)
+    total, wide = _total(rotated), wide_dtype(rotated)
     pace = torch.cat([(variances / 2 + regularisation).rsqrt(), variances.new_full((1,), 2**0.5)])  # last: the bias
-    inputs = torch.cat([rotated, rotated.new_ones(len(rotated), 1)], dim=1)
-    truth = F.one_hot(labels, classes).to(rotated.dtype)
-    decayed = torch.cat([torch.full_like(variances, regularisation), variances.new_zeros(1)])
     scaled = rotated.new_zeros(classes, len(pace))
     if start is not None:
         scaled = torch.cat([start.weight, start.bias[:, None]], dim=1).to(pace) / pace
     scaled.requires_grad_(True)
-    last: dict[str, float] = {}
-
-    def closure() -> Tensor:
-        weight = scaled.detach() * pace
-        chances = (inputs @ weight.T).log_softmax(dim=1)
-        # In double: near the end the line search compares losses that differ by less than a float can say.
-        losses = all_reduce(-chances.gather(1, labels[:, None]).sum(dtype=wide_dtype(rotated))) / total
-        losses = losses + (decayed * weight.square()).sum(dtype=wide_dtype(rotated)) / 2
-        gradient = all_reduce((chances.exp() - truth).T @ inputs) / total + decayed * weight
-        scaled.grad = gradient * pace
-        last["gradient"], last["loss"] = float(gradient.abs().max()), float(losses)
-        return losses
-
     every = 5  # iterations between two looks at the gradient in the features' own coordinates
     optimizer = torch.optim.LBFGS(
         [scaled], max_iter=every, max_eval=4 * every, history_size=20, line_search_fn="strong_wolfe",
         tolerance_grad=0.0, tolerance_change=0.0,
     )  # fmt: skip
+
+    @torch.enable_grad()
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        weight = scaled * pace
+        losses = F.cross_entropy(rotated @ weight[:, :-1].T + weight[:, -1], labels, reduction="none")
+        # in double: near the end the line search compares losses that differ by less than a float can say
+        own = losses.sum(dtype=wide) / total
+        penalty = regularisation / 2 * weight[:, :-1].square().sum(dtype=wide) / world_size()
+        (own + penalty).backward()
+        scaled.grad = all_reduce(scaled.grad)
+        return all_reduce((own + penalty).detach())
+
     iterations, converged, before = 0, False, float("inf")
     while iterations < max_iterations:
-        with torch.enable_grad():
-            optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[arg-type]  # the stub wants a float, the line search takes a tensor
         iterations = int(optimizer.state[scaled]["n_iter"])
-        with torch.no_grad():
-            closure()  # the line search ends with a look at another place
-        converged = last["gradient"] <= tolerance
-        least = torch.finfo(rotated.dtype).eps * abs(last["loss"])  # a smaller fall is rounding
-        if converged or not before - last["loss"] > least:  # that is all that the precision gives
+        loss = float(closure())  # the line search ends with a look at another place
+        gradient = float((scaled.grad / pace).abs().max())
+        converged = gradient <= tolerance
+        # a fall smaller than rounding is all that the precision gives
+        if converged or not before - loss > torch.finfo(rotated.dtype).eps * abs(loss):
             break
-        before = last["loss"]
+        before = loss
     weight = scaled.detach() * pace
-    return LinearFit(weight[:, :-1], weight[:, -1], last["loss"], last["gradient"], iterations, converged)
+    return LinearFit(weight[:, :-1], weight[:, -1], loss, gradient, iterations, converged)
 
 
 class LinearProbe(LabelledEvaluator):
