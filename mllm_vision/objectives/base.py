@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from mllm_vision.encoder.encoder import VisionEncoder
 from mllm_vision.encoder.sources import is_convolutional
 from mllm_vision.encoder.stems import zero_last_norms
 from mllm_vision.functional.geometry import participation_ratio, spread
+from mllm_vision.objectives.base_activation import checkpoint_towers
 
 # names of a transformer's tokens and positions, for `Objective.also_decays`
 TOKENS = ("cls_token", "class_embedding", "mask_token", "register_tokens")
@@ -183,29 +183,8 @@ class Objective(nn.Module, ABC):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **settings: Any
     ) -> None:
-        """Each trained tower computes its layers anew in the backward pass; the Trainer calls this.
-
-        Args:
-            activation_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
-            settings: `every_n_layers` and `offload`, as in `PreTrainedModel.activation_checkpointing_enable`.
-
-        Raises:
-            ValueError: a tower whose layers cannot be computed anew, or whose BatchNorm would then count every batch
-                twice.
-        """
-        models = [module for module in self.modules() if isinstance(module, PreTrainedModel)]
-        inner = {child for model in models for child in model.modules() if child is not model}
-        towers = [model for model in models if model not in inner and any(p.requires_grad for p in model.parameters())]
-        for tower in towers:
-            name = type(tower).__name__
-            norms = any(isinstance(module, _BatchNorm) for module in tower.modules())
-            if norms or not tower.supports_gradient_checkpointing:
-                why = "its BatchNorm would count every batch twice" if norms else "transformers cannot do it there"
-                raise ValueError(
-                    f"activation checkpointing of {name}: {why}; leave --activation_checkpointing out, and where "
-                    "memory is short take a smaller --per_device_train_batch_size, --bf16, or more processes"
-                )
-            tower.activation_checkpointing_enable(activation_checkpointing_kwargs, **settings)
+        """Each trained tower computes its layers again in the backward pass (see `checkpoint_towers`)."""
+        checkpoint_towers(self, activation_checkpointing_kwargs, **settings)
 
     @property
     def scale_limits(self) -> tuple[float, float] | None:
