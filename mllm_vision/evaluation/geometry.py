@@ -234,10 +234,10 @@ class Board(Geometry):
         """Write ``<name>_board.png`` (of ``board``, ``board.png``): the encoder of `result` beside its baselines."""
         from mllm_vision.evaluation.maps.drawing import draw_board
 
-        curves = []
-        for name in ("spectrum", "deviations"):
+        def curves(name: str) -> dict[str, list[float]]:
             array = {key: value for key, value in result.arrays[name].items() if isinstance(value, list)}
-            curves.append({"this model" if key == "values" else key: value for key, value in array.items()})
+            return {"this model" if key == "values" else key: value for key, value in array.items()}
+
         base = self.name.replace("/", "_")
         path = Path(folder) / (f"{base}.png" if base.endswith("board") else f"{base}_board.png")
-        return [draw_board(*curves, result.metrics, path)]
+        return [draw_board(curves("spectrum"), curves("deviations"), result.metrics, path)]

@@ -59,10 +59,10 @@ def encode_records(
     agree_on_error(error)
     merged, found = gather_rows(rows, of)
     if not found:
-        (read,) = total_over_ranks([read])
+        (read_by_all,) = total_over_ranks([read])
         raise ValueError(
             f"none of the {len(indices)} images in column {column!r} "
-            + ("has finite features; look at the model's weights" if read else "could be read")
+            + ("has finite features; look at the model's weights" if read_by_all else "could be read")
         )
     return merged, found
 

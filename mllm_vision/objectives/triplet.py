@@ -23,7 +23,9 @@ class Triplet(LabelledObjective):
     """Triplets mined among all views of the batch, over all ranks; squared distances of unit vectors.
 
     Every view is an anchor, and the views of its class are its positives, its own image's other view included: a row
-    without a label has that one alone. Optimizer, rate and views are SupCon's.
+    without a label has that one alone. Optimizer, rate and views are SupCon's. FaceNet mines semi-hard triplets, which
+    leave pairs without one out: from random weights the rows then end up along one line, and nothing is learnt. All
+    active triplets (Hermans et al.) are the default.
 
     Args:
         encoder: to train; any backbone.
@@ -55,7 +57,7 @@ class Triplet(LabelledObjective):
 
         margin: float = field(default=0.2, metadata={"help": "Between the squared distances."})
         mining: str = field(
-            default="batch_semi_hard",
+            default="batch_all",
             metadata={"help": f"Of the triplets: {', '.join(STRATEGIES)} (FaceNet: semi-hard; Hermans: hard)."},
         )
         normalize: bool = field(default=True, metadata={"help": "Compare unit vectors."})

@@ -136,5 +136,6 @@ class LabelledArguments:
         limits |= {"batch_size": batch_size, "cache_gb": self.eval_cache_gb}
         data = LabelledImages(bank, test, dict(columns), **limits)
         names = dict.fromkeys([*self.evaluators, *self.final_evaluators])
-        made: dict[str, Any] = {name: load_evaluator(name).of_images(name, data, self) for name in names}
+        kinds: dict[str, Any] = {name: load_evaluator(name) for name in names}
+        made = {name: kind.of_images(name, data, self) for name, kind in kinds.items()}
         return [made[name] for name in dict.fromkeys(self.evaluators)], list(made.values())

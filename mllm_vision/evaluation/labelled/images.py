@@ -183,8 +183,8 @@ class LabelledImages:
         except Exception as problem:
             error = problem
         agree_on_error(error)
-        width = torch.tensor([features[0].shape[1] if features else 0], device=device)
-        width = int(all_reduce(width, op="max"))
+        own = torch.tensor([features[0].shape[1] if features else 0], device=device)
+        width = int(all_reduce(own, op="max"))
         if width == 0:
             raise ValueError(f"none of the {len(part.wanted)} images of the {part.name} set could be read")
         if not all_reduce(torch.tensor([len(rows)], device=device)):
@@ -236,14 +236,14 @@ class _Part:
             images, rows = usable_images(self.records, self.columns["image"], chunk, self.refused)
             if not images:
                 continue
-            pixels = transform.pixels(images)
-            if pixels is None:
+            made = transform.pixels(images)
+            if made is None:
                 yield rows, transform(images)
                 continue
-            if pixels.nbytes <= room:
-                kept[number] = (rows, pixels)
-                room -= pixels.nbytes
-            yield rows, transform.normalise(pixels)
+            if made.nbytes <= room:
+                kept[number] = (rows, made)
+                room -= made.nbytes
+            yield rows, transform.normalise(made)
 
 
 def _same_classes(train: _Part, test: _Part) -> tuple[list[str], list[int], list[int]]:

@@ -157,14 +157,16 @@ def _descend(
         own = losses.sum(dtype=wide) / total
         penalty = regularisation / 2 * weight[:, :-1].square().sum(dtype=wide) / world_size()
         (own + penalty).backward()
-        scaled.grad = all_reduce(scaled.grad)
+        assert scaled.grad is not None
+        all_reduce(scaled.grad)  # in place
         return all_reduce((own + penalty).detach())
 
     iterations, converged, before = 0, False, float("inf")
     while iterations < max_iterations:
-        optimizer.step(closure)  # type: ignore[arg-type]  # the stub wants a float, the line search takes a tensor
+        optimizer.step(closure)
         iterations = int(optimizer.state[scaled]["n_iter"])
         loss = float(closure())  # the line search ends with a look at another place
+        assert scaled.grad is not None
         gradient = float((scaled.grad / pace).abs().max())
         converged = gradient <= tolerance
         # a fall smaller than rounding is all that the precision gives
@@ -258,7 +260,7 @@ class LinearProbe(LabelledEvaluator):
     def _fit(
         self, rotated: Tensor, labels: Tensor, penalty: float, variances: Tensor, start: LinearFit | None
     ) -> LinearFit:
-        stop = {"max_iterations": self.max_iterations, "tolerance": self.tolerance}
+        stop: dict[str, Any] = {"max_iterations": self.max_iterations, "tolerance": self.tolerance}
         return fit_linear(rotated, labels, self.data.classes, penalty, variances, start=start, **stop)
 
     def _choose(

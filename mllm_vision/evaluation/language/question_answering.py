@@ -57,7 +57,7 @@ def read_questions(
     total = len(rows)
     bad.examine(total)
     texts = only_columns(records, [*form.columns.values(), *([by] if by else [])])
-    images = image_counts(records, columns["image"]) if columns.get("image") else [0] * len(records)
+    images: Any = image_counts(records, columns["image"]) if columns.get("image") else [0] * len(records)
     for row in rows:
         found = bad.judge_beforehand(f"row {row}", _asked, row, texts[row], form, by, bool(images[row] > 1))
         if isinstance(found, BadRow):

@@ -80,6 +80,7 @@ def patch_components(encoder: Any, pixel_values: Tensor, components: int = 3) ->
     from mllm_vision.encoder.features import extract_features
 
     tokens = extract_features(encoder.backbone, pixel_values, select_layer=-1, select_feature="patch").tokens
+    assert tokens is not None  # asked for
     batch, count, _ = tokens.shape
     height = math.isqrt(count)  # an encoder's images are square
     rows = tokens.flatten(0, 1).to(wide_dtype(tokens))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllm_vision.data.pairs import captions_of
-from mllm_vision.evaluation.base import Evaluation, Evaluator, batches, dual_model, image_model, unwrap
+from mllm_vision.evaluation.base import Evaluation, Evaluator, dual_model, image_model, unwrap
 from mllm_vision.evaluation.images import check_columns, data_uri, displayed, draw_rows, rounded, usable_images
 from mllm_vision.evaluation.language.generation import AnswerGenerator
 from mllm_vision.evaluation.maps.attention import attention_map
@@ -56,7 +56,7 @@ def occlusion_map(pixel_values: Tensor, score: Callable[[Tensor], Tensor], grid:
         ``[K, grid, grid]``; positive where the square speaks for the score.
     """
     base = score(pixel_values[None])[0]
-    rows = [score(chunk) for chunk in batches(occluded(pixel_values, grid), batch_size)]
+    rows = [score(chunk) for chunk in occluded(pixel_values, grid).split(batch_size)]
     return (base - torch.cat(rows)).T.reshape(-1, grid, grid)
 
 
