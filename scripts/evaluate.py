@@ -119,9 +119,9 @@ def read_tasks(words: list[str], default: str | None) -> list[Job]:
         if task not in list_evaluators():
             raise ValueError(unknown_name("task", task, list_evaluators()) + "; a task is [variant/]task[=dataset]")
         if not dataset and not default:
-            raise ValueError(f"--task {word} names no data; write {name}=file.parquet or pass --dataset_name")
+            raise ValueError(f"--task {word} has no data; write {name}=file.parquet or pass --dataset_name")
         if name in (job.name for job in jobs):
-            raise ValueError(f"--task {name} is there twice; give one a variant, such as unseen/{task}")
+            raise ValueError(f"--task {name} is given twice; add a variant, such as unseen/{task}")
         jobs.append(Job(name, task, dataset or str(default)))
     return jobs
 

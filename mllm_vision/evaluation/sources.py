@@ -48,7 +48,7 @@ class Sources:
         """
         flags, training = self.flags, self.training()
         if training is None:
-            raise ValueError(f"--task {name} learns from labelled images: name them with --training_dataset_name")
+            raise ValueError(f"--task {name} needs labelled training images: set --training_dataset_name")
         if id(records) not in self._labelled:
             columns = {role: column for role, column in self.named.items() if role in ("image", "label")}
             limits = {"train_limit": flags.max_training_samples, "test_limit": flags.max_samples, "seed": flags.seed}
