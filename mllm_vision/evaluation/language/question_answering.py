@@ -137,7 +137,7 @@ class QuestionAnswering(Evaluator):
         return cls(
             name,
             records,
-            bind_conversations(records, roles, forms=[("question", "answer")], tell=False),
+            bind_conversations(records, roles, forms=[("question", "answer")], report=False),
             sources.processor,
             flags.type_column,
             flags.batch_size,
