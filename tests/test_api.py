@@ -1,4 +1,4 @@
-"""docs/api.md is the reference of the public names, made from their docstrings. `python tests/test_api.py` writes it."""
+"""docs/api.md is the reference of the public names, made of their docstrings: `python tests/test_api.py` writes it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import mllm_vision
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "api.md"
 HEAD = """# API reference
 
-What `import mllm_vision` offers. Every name is imported when it is first used. Internals keep their module paths and may
-change; these names do not without a line in the changelog.
+What `import mllm_vision` offers. Every name is imported when it is first used. These names do not change without a line in
+the changelog; internals may.
 """
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields):$")
 
