@@ -12,8 +12,8 @@ import mllm_vision
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "api.md"
 HEAD = """# API reference
 
-What `import mllm_vision` offers. Every name is imported when it is first used. These names do not change without a line in
-the changelog; internals may.
+What `import mllm_vision` offers. Every name is imported when it is first used. These names do not change without a
+line in the changelog; internals may.
 """
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields):$")
 
