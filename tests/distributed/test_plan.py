@@ -80,7 +80,7 @@ def test_activations_are_those_that_real_towers_allocate(pair, precision, dtype)
 @pytest.mark.parametrize(
     ("flag", "complaint"),
     [
-        ({"objective": "itc"}, "none of clip, siglip"),
+        ({"objective": "itc"}, "not one of clip, siglip"),
         ({"ranks": [3]}, "4096 is not divisible by --ranks 3"),
         ({"chunk": 0}, "must be positive"),
     ],

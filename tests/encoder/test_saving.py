@@ -283,7 +283,7 @@ def test_an_array_is_one_image_and_a_stack_of_arrays_is_several() -> None:
         assert encoder.encode(np.full(shape, 90, np.uint8), feature="pooled").shape[0] == count
     one = encoder.encode(np.full((20, 24, 3), 0.5, np.float32))
     assert torch.equal(one, encoder.encode([np.full((20, 24, 3), 0.5, np.float32)]))
-    with pytest.raises(ValueError, match=r"shape \[3, 20, 24\] is no image"):
+    with pytest.raises(ValueError, match=r"shape \[3, 20, 24\] is not an image"):
         encoder.encode(np.zeros((3, 20, 24), np.uint8))
 
 

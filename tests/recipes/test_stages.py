@@ -290,7 +290,7 @@ def test_stages_open_no_network_connection(folder, tmp_path, no_network):
     [
         (("--chat_template", "vicunja"), ValueError, "unknown chat template 'vicunja'.*'vicuna'.*nor is it a file"),
         (("--max_length", "4096"), ValueError, "max_length=4096 is beyond the language model's limit of 256"),
-        (("--max_length", "16"), ValueError, "max_length=16 has no room"),
+        (("--max_length", "16"), ValueError, "max_length=16 leaves no room"),
         (("--max_eval_samples", "1"), ValueError, "eval_rows=1 must be at least 2"),
         (("--dataset_name", "no/such/file.parquet"), FileNotFoundError, "does not exist"),
         (("--caption_column", "captain"), ValueError, "'captain'.*does not exist; did you mean 'captions'"),
