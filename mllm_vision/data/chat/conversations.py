@@ -79,8 +79,8 @@ class ConversationDataset(EpochDataset):
             raise ValueError(f"on_truncation={on_truncation!r} is neither 'refuse' nor 'truncate'")
         if max_length <= num_image_tokens:
             raise ValueError(
-                f"max_length={max_length} leaves no room for text beside the {num_image_tokens} tokens of an image (num_image_tokens={num_image_tokens}); "
-                "raise --max_length"
+                f"max_length={max_length} leaves no room for text beside the tokens of an image "
+                f"(num_image_tokens={num_image_tokens}); raise --max_length"
             )
         if max_turns is not None and max_turns < 1:
             raise ValueError(f"max_turns={max_turns} must be at least 1")
