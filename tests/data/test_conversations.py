@@ -216,7 +216,7 @@ def test_impossible_settings(tokenizer, image):
     records = [talk(image, "<image>\nq?", "a")]
     for options, message in (
         ({"num_image_tokens": 0}, "num_image_tokens=0"),
-        ({"max_length": 4}, "max_length=4 leaves no room for text beside num_image_tokens=4"),
+        ({"max_length": 4}, "max_length=4 leaves no room for text beside the tokens of an image"),
         ({"on_truncation": "cut"}, "on_truncation='cut'"),
         ({"max_turns": 0}, "max_turns=0"),
     ):
