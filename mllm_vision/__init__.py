@@ -3,7 +3,9 @@
 Public names are imported on first use: `import mllm_vision` does not import torch (docs/api.md).
 """
 
+from mllm_vision.evaluation.registry import evaluator_homes
 from mllm_vision.lazy import attach
+from mllm_vision.objectives.registry import method_homes
 
 __version__ = "0.2.0"
 
@@ -21,24 +23,7 @@ _SUBJECTS = {
         "list_encoders": "encoder.presets",
     },
     "Methods": {
-        "BYOL": "objectives.byol",
-        "BarlowTwins": "objectives.barlow_twins",
-        "CLIP": "objectives.clip",
-        "Contrastive": "objectives.contrastive",
-        "DINO": "objectives.dino",
-        "DINOv2": "objectives.dinov2",
-        "ITC": "objectives.itc",
-        "MAE": "objectives.mae",
-        "MoCoV1": "objectives.moco_v1",
-        "MoCoV2": "objectives.moco_v2",
-        "MoCoV3": "objectives.moco_v3",
-        "PCL": "objectives.pcl",
-        "SigLIP": "objectives.siglip",
-        "SimCLR": "objectives.simclr",
-        "SimSiam": "objectives.simsiam",
-        "SupCon": "objectives.supcon",
-        "Triplet": "objectives.triplet",
-        "VICReg": "objectives.vicreg",
+        **method_homes(),
         "Objective": "objectives.base",
         "ImageObjective": "objectives.base",
         "ImageTextObjective": "objectives.image_text",
@@ -94,18 +79,13 @@ _SUBJECTS = {
         "list_projectors": "modules.projectors",
     },
     "Evaluators": {
+        **evaluator_homes(),
         "Evaluator": "evaluation.base",
-        "ZeroShot": "evaluation.zero_shot",
-        "Retrieval": "evaluation.retrieval",
         "LabelledImages": "evaluation.labelled.images",
-        "KnnAccuracy": "evaluation.labelled.knn",
-        "LinearProbe": "evaluation.labelled.linear_probe",
         "ClassifierAccuracy": "evaluation.labelled.classifier",
-        "QuestionAnswering": "evaluation.language.question_answering",
         "HeldOutLoss": "vlm.measure",
-        "Geometry": "evaluation.geometry",
-        "Attention": "evaluation.maps.attention",
-        "Maps": "evaluation.maps.maps",
+        "load_evaluator": "evaluation.registry",
+        "list_evaluators": "evaluation.registry",
     },
     "Training": {
         "ObjectiveTrainer": "training.trainer.objective_trainer",

@@ -109,8 +109,10 @@ def _words(flags: Mapping[str, Any]) -> list[str]:
             value = str(value).lower()
         elif isinstance(value, Mapping):
             value = json.dumps(dict(value))
-        several = value if isinstance(value, (list, tuple)) else [value]
-        words += [f"--{name}", *map(str, several)]
+        if isinstance(value, (list, tuple)):
+            words += [f"--{name}", *map(str, value)]
+        else:
+            words += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
     return words
 
 

@@ -63,6 +63,8 @@ def test_flags_become_words():
         "encoder_overrides": {"patch_size": 8},
         "llm": None,
     }
+    # argparse takes "-1e-05" for a flag unless it is joined
+    assert api._words({"initial_logit_bias": -1e-5}) == ["--initial_logit_bias=-1e-05"]
     words = ["--bf16", "false", "--max_steps", "3", "--crop_scale", "0.5", "1.0"]
     assert api._words(flags) == [*words, "--encoder_overrides", '{"patch_size": 8}']
 

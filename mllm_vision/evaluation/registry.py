@@ -26,6 +26,12 @@ EVALUATORS = {
 }
 
 
+def evaluator_homes() -> dict[str, str]:
+    """Class name -> module below `mllm_vision`, of the evaluators of this package."""
+    found = (path[1:].split(":") for path in EVALUATORS.values() if path.startswith("."))
+    return {attribute: f"evaluation.{module}" for module, attribute in found}
+
+
 def list_evaluators() -> list[str]:
     """Names that `load_evaluator` and `--task` of scripts/evaluate.py know."""
     return list(EVALUATORS)

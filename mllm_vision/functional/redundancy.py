@@ -21,7 +21,7 @@ from mllm_vision.distributed import all_gather, all_reduce, row_counts, sum_over
 from mllm_vision.functional.checks import check_rows
 from mllm_vision.functional.precision import at_least_fp32, full_fp32, wide_dtype
 
-__all__ = ["VicRegTerms", "barlow_twins", "covariance_term", "invariance_term", "variance_term", "vicreg"]
+__all__ = ["VICRegTerms", "barlow_twins", "covariance_term", "invariance_term", "variance_term", "vicreg"]
 
 STRIP = 2**22  # products in memory at a time: strips of dimensions or rows by all of them
 
@@ -67,7 +67,7 @@ def barlow_twins(
         return (1 - diagonal).square().sum() + lambd * redundant
 
 
-class VicRegTerms(NamedTuple):
+class VICRegTerms(NamedTuple):
     """The three terms of `vicreg`, without their weights; scalars."""
 
     invariance: Tensor
@@ -100,7 +100,7 @@ def vicreg(
     eps: float = ...,
     group: dist.ProcessGroup | None = ...,
     return_terms: Literal[True],
-) -> tuple[Tensor, VicRegTerms]: ...
+) -> tuple[Tensor, VICRegTerms]: ...
 
 
 def vicreg(
@@ -113,7 +113,7 @@ def vicreg(
     eps: float = 1e-4,
     group: dist.ProcessGroup | None = None,
     return_terms: bool = False,
-) -> Tensor | tuple[Tensor, VicRegTerms]:
+) -> Tensor | tuple[Tensor, VICRegTerms]:
     """VICReg: invariance between views, variance of every dimension, decorrelation of dimensions.
 
     `invariance` * s(z1, z2) + `variance` * (v(z1) + v(z2)) / 2 + `covariance` * (c(z1) + c(z2)), with the terms of
@@ -131,7 +131,7 @@ def vicreg(
         return_terms: also return the three terms without their weights.
 
     Returns:
-        A scalar, the same on every rank; with `return_terms` the scalar and a `VicRegTerms`. Collapsed embeddings give
+        A scalar, the same on every rank; with `return_terms` the scalar and a `VICRegTerms`. Collapsed embeddings give
         `variance` * (1 - sqrt(eps)).
 
     Raises:
@@ -147,7 +147,7 @@ def vicreg(
         >>> round(vicreg(same, same).item(), 4)
         24.75
     """
-    terms = VicRegTerms(
+    terms = VICRegTerms(
         invariance_term(z1, z2, group=group),
         (variance_term(z1, eps=eps, group=group) + variance_term(z2, eps=eps, group=group)) / 2,
         covariance_term(z1, group=group) + covariance_term(z2, group=group),

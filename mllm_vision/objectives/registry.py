@@ -35,6 +35,12 @@ IMAGE_TEXT = {  # recipes/pretrain.py trains them
 }
 
 
+def method_homes() -> dict[str, str]:
+    """Class name -> module below `mllm_vision`, of the methods of this package."""
+    known = {**IMAGES, **IMAGE_TEXT}
+    return {attribute: f"objectives.{name}" for name, attribute in known.items() if ":" not in attribute}
+
+
 def list_objectives(data: str | None = None) -> list[str]:
     """Names that `load_objective` knows.
 

@@ -116,3 +116,25 @@ def named(**parts: nn.Module) -> dict[str, Tensor]:
 def unit(rows: Tensor) -> Tensor:
     """Rows of unit length."""
     return F.normalize(rows, dim=-1)
+
+
+def labelled_loop(start: Start, batches: list[Any], given: dict[str, Any], batch_loss: Any) -> tuple[list[float], Any]:
+    """SGD with momentum on the head's rows of both views: the training of the methods that learn from labels.
+
+    `batch_loss(z, labels, given)` receives `[2 N, D]`, all first views before all second ones.
+    """
+    encoder = start.load(start.backbone, "encoder.backbone.")
+    widths = given["width"], given["head_hidden"], given["head_out"]
+    head = start.load(mlp(*widths, biases=(True, True), norm=False), "head.")
+    weights = [*encoder.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(weights, given["rate"], momentum=0.9, weight_decay=given["weight_decay"])
+    losses = []
+    for step, batch in enumerate(batches):
+        set_rate(optimizer, warm_cosine(step, len(batches), given["warmup"], given["rate"], 0.001 * given["rate"]))
+        z = head(vectors(encoder, torch.cat(batch["views"].unbind(1))))
+        loss = batch_loss(z, batch["labels"], given)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, named(encoder__backbone=encoder, head=head)

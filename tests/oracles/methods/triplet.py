@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from . import mlp, named, unit, vectors, warm_cosine
+from . import labelled_loop, unit
 
 
 def batch_loss(z, labels, given):
+    z, labels = unit(z), labels.tolist()
     classes = [label if label >= 0 else -1 - i for i, label in enumerate(labels)] * 2
     margin, mining, terms = given["margin"], given["mining"], []
     d = ((z[:, None] - z[None]) ** 2).sum(-1)
@@ -27,20 +28,4 @@ def batch_loss(z, labels, given):
 
 
 def train(start, batches, given):
-    width, hidden, out = given["width"], given["head_hidden"], given["head_out"]
-    encoder = start.load(start.backbone, "encoder.backbone.")
-    head = start.load(mlp(width, hidden, out, biases=(True, True), norm=False), "head.")
-    weights = [*encoder.parameters(), *head.parameters()]
-    optimizer = torch.optim.SGD(weights, given["rate"], momentum=0.9, weight_decay=given["weight_decay"])
-    losses = []
-    for step, batch in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = warm_cosine(
-            step, len(batches), given["warmup"], given["rate"], 0.001 * given["rate"]
-        )
-        z = head(vectors(encoder, torch.cat(batch["views"].unbind(1))))
-        loss = batch_loss(unit(z), batch["labels"].tolist(), given)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses, named(encoder__backbone=encoder, head=head)
+    return labelled_loop(start, batches, given, batch_loss)
