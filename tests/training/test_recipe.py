@@ -58,6 +58,8 @@ def test_flags_are_read_as_their_types() -> None:
         [-1, -2],
         "wandb",
     )
+    assert one("--rate", "-1e-3").rate == -1e-3 and one("--folder", "-x").folder == Path("-x")
+    assert one("--layers", "-1", "-2", "--goal", "-a", "b").goal == ["-a", "b"]
     assert one("--sizes", '{"a": 1.5}').sizes == {"a": 1.5}
     assert one("--sizes", "depths=[2,2],stem=cifar").sizes == {"depths": [2, 2], "stem": "cifar"}
     assert one("--goal", "wandb", "tensorboard").goal == ["wandb", "tensorboard"]
@@ -95,6 +97,7 @@ def test_every_way_to_write_a_bool(words: list[str], expected: bool) -> None:
         (["--sizes", "width"], "--sizes: expected mapping, got 'width'"),
         (["--rate"], "--rate: expected one argument"),
         (["--steps", "1", "2"], "unexpected argument '2'"),
+        (["--steps", "1", "-x"], "unexpected argument '-x'"),
         (["stray"], "unexpected argument|expected"),
     ],
 )

@@ -56,12 +56,12 @@ class RecipeParser(HfArgumentParser):
             ValueError: an unknown flag, a flag without its value, a value of the wrong type.
         """
         try:
-            namespace, rest = self.parse_known_args(list(argv))
+            namespace, rest = self.parse_known_args([_as_value(word) for word in argv])
         except argparse.ArgumentError as error:
             raise ValueError(f"{(error.argument_name or '').partition('/')[0]}: {error.message}") from None
         for argument in sorted(rest, key=lambda argument: not argument.startswith("--")):
             if not argument.startswith("--") or argument == "--":
-                raise ValueError(f"unexpected argument {argument!r}; every value follows a --flag")
+                raise ValueError(f"unexpected argument {argument.lstrip()!r}; every value follows a --flag")
             known = [*self.fields, *aliases_of(self.fields), "config", *self.switches]
             name = argument[2:].partition("=")[0].replace("-", "_")
             raise ValueError(unknown_name("flag", name, known, prefix="--"))
@@ -87,6 +87,7 @@ class RecipeParser(HfArgumentParser):
     def _read_flag(self, name: str, text: Any) -> Any:
         if name not in self.fields:
             return text
+        text = [_as_typed(part) for part in text] if isinstance(text, list) else _as_typed(text)
         hint, shown = self.fields[name][1], " ".join(text) if isinstance(text, list) else text
         if isinstance(text, list) and len(text) == 1 and str in members(hint):
             text = text[0]  # a single value is a string where a string is accepted
@@ -98,6 +99,17 @@ def _read(value: Any, hint: Any, where: str, shown: Any) -> Any:
         return convert(value, hint)
     except ValueError:
         raise ValueError(f"{where}: expected {type_name(hint)}, got {shown!r}") from None
+
+
+def _as_value(word: str) -> str:
+    """`-1e-5` and `-x` with a space in front: argparse takes what contains a space for a value, and our flags have two
+    dashes.
+    """
+    return f" {word}" if word.startswith("-") and not word.startswith("--") else word
+
+
+def _as_typed(value: Any) -> Any:
+    return value[1:] if isinstance(value, str) and value.startswith(" -") else value
 
 
 def _suppressed(aliases: Sequence[str] = (), *, listed: bool = False) -> Any:
