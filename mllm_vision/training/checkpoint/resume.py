@@ -204,7 +204,7 @@ class ExactResume(Trainer):
         if done > max_steps:
             raise ValueError(
                 f"{checkpoint} is at step {done}, beyond the {max_steps} steps of this run; give "
-                f" --max_steps {done}, or resume from an earlier checkpoint (--resume_from_checkpoint)"
+                f"--max_steps {done}, or resume from an earlier checkpoint (--resume_from_checkpoint)"
             )
         logger.warning(
             "the run has all its %d steps: nothing is trained, the steps after the training are repeated", done
