@@ -51,7 +51,6 @@ class OptimizerArguments(TrainingArguments):
         default="cosine",
         metadata={"help": "step, exact_cosine, or a name of transformers: cosine, linear, cosine_with_min_lr..."},
     )
-    learning_rate: float | None = field(default=5e-5, metadata={"help": "Peak rate, used as given, never scaled."})  # type: ignore[assignment]
     base_learning_rate: float | None = field(
         default=None, metadata={"help": "In place of learning_rate: the rate at lr_scaling_batch_size rows a step."}
     )
