@@ -2,8 +2,8 @@
 
 An evaluator is a callable ``(model, step) -> dict`` of plain floats with a ``name`` and a ``primary_metric``
 (trainers log the items as ``eval_<name>_<metric>``). `examine` gives the full result, with baselines, tables, sample
-images and small arrays. Nothing of a result stays in the evaluator: what was measured on one model can never be told
-of another.
+images and small arrays. Nothing of a result stays in the evaluator: a figure of one model can never be reported for
+another.
 """
 
 from __future__ import annotations

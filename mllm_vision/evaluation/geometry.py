@@ -57,22 +57,22 @@ def geometry_of(features: torch.Tensor) -> dict[str, float]:
 def warnings_of(figures: Mapping[str, float]) -> list[str]:
     """What the figures of `geometry_of` say of collapse, in words; nothing where they are sound.
 
-    Complete collapse (all features alike), dimensional collapse (few directions used: Jing et al. 2021,
+    Complete collapse (all features equal), dimensional collapse (few directions used: Jing et al. 2021,
     https://arxiv.org/abs/2110.09348), and dimensions that do not vary at all.
     """
-    told = []
+    warnings = []
     possible = min(figures["count"] - 1, figures["dimensions"])
     if figures["std"] < LEAST_STD:
-        told.append(
-            f"collapse: the features of all images are nearly alike (std {figures['std']:.2g}; 1 is evenly spread)"
+        warnings.append(
+            f"collapse: the features of all images are nearly equal (std {figures['std']:.2g}; 1 is evenly spread)"
         )
     elif figures["effective_rank"] < max(1.5, LEAST_RANK_SHARE * possible):
-        told.append(
+        warnings.append(
             f"dimensional collapse: an effective rank of {figures['effective_rank']:.3g} where {possible:g} is possible"
         )
     if figures["dead_dimensions"] > 0.5:
-        told.append(f"{figures['dead_dimensions']:.0%} of the dimensions do not vary")
-    return told
+        warnings.append(f"{figures['dead_dimensions']:.0%} of the dimensions do not vary")
+    return warnings
 
 
 def deviations_of(features: torch.Tensor) -> list[float]:

@@ -69,7 +69,7 @@ def check_columns(records: Any, columns: dict[str, str], roles: Sequence[str], w
 def usable_images(
     records: Any, column: str, indices: Sequence[int], refused: dict[Any, BadRow] | None = None
 ) -> tuple[list[Any], list[int]]:
-    """Load the images of some rows; rows whose image is bad are left out, and told of once.
+    """Load the images of some rows; rows whose image is bad are left out and logged once.
 
     What a training takes is taken here, by the same judgement: of a list of images the first one.
 

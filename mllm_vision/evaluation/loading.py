@@ -70,7 +70,7 @@ def encode_records(
 def finite_rows(features: torch.Tensor, rows: Sequence[int], where: str) -> list[int]:
     """The places of the features ``[n, ...]`` without NaN or infinity; the others are reported and left out.
 
-    A NaN is no neighbour and no score of anything, and what comes out of it looks like any other figure.
+    A NaN is neither a neighbour nor a score, but figures made of it look like others.
     """
     sound = features.flatten(1).isfinite().all(dim=1).tolist()
     if broken := [row for row, fine in zip(rows, sound, strict=True) if not fine]:

@@ -23,7 +23,7 @@ class Loaded(NamedTuple):
 
 
 def model_kind(path_or_id: str) -> str:
-    """ "encoder", "dual" or "vlm", told from the model type in config.json.
+    """ "encoder", "dual" or "vlm", from the model type in config.json.
 
     Raises:
         FileNotFoundError: a folder without config.json.

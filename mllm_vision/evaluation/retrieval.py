@@ -118,8 +118,8 @@ class Retrieval(Evaluator):
         empty = [row for row, texts in enumerate(captions) if not texts]
         self.refused |= dict.fromkeys(empty, BadRow("the caption is empty"))
         if empty:
-            told = "%s: %d of %d rows have no caption with words in column %r and are left out, such as row %d"
-            logger.warning(told, name, len(empty), len(records), column, empty[0])
+            message = "%s: %d of %d rows have no caption with words in column %r and are left out, such as row %d"
+            logger.warning(message, name, len(empty), len(records), column, empty[0])
         if distinct:
             self.rows = distinct_rows(records, column, limit, captions_each)
         else:

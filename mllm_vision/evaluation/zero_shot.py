@@ -79,7 +79,7 @@ class ZeroShot(Evaluator):
         limit: at most so many labelled rows, drawn at random by ``seed``; the classes are those of all rows.
         per_class: also fill ``tables["class"]`` and, for few classes, ``arrays["confusion"]``.
 
-    Rows without a label, or with one that is none (0.5), are left out and told, as are unreadable images.
+    Rows without a label, or with an invalid one (0.5), are left out and reported, as are unreadable images.
 
     Metrics: ``accuracy``, ``top5_accuracy`` (ten classes or more), ``mean_class_accuracy``, ``count``; ``skipped``
     where rows were left out; baselines ``chance`` (one over the classes) and ``most_frequent_class``.

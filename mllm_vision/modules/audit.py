@@ -78,8 +78,8 @@ class ModuleAudit:
         sizes = {row["group"]: row["parameters"] for row in self.rows if row["trainable"]}
         for part, size in sizes.items():
             if size > 10 * sizes.get(name, size):
-                told = "%s is over ten times as large as the %s: the paper's is for wider ones; see --help all"
-                logger.warning(told, part, name)
+                message = "%s is over ten times as large as the %s: the paper's is for wider ones; see --help all"
+                logger.warning(message, part, name)
 
     def close(self, parts: Parts | None = None, steps: Any = None) -> list[dict[str, Any]]:
         """The rows with `sha256_before`, `sha256_after` and `moved`; on other processes than the first as they are.
@@ -151,8 +151,8 @@ class ModuleAudit:
             digests["all"] = digests["frozen"] | digests["trained"]
             found[name] = {kind: combined(part) for kind, part in digests.items()}
         if self._prove:
-            told = "freeze audit: %.2f GB of frozen weights hashed in %.1f s"
-            logger.info(told, size / 1e9, time.monotonic() - began)
+            message = "freeze audit: %.2f GB of frozen weights hashed in %.1f s"
+            logger.info(message, size / 1e9, time.monotonic() - began)
         return found
 
 

@@ -1,4 +1,4 @@
-"""Shuffled BatchNorm: rows are dealt anew into groups, each of which is normalised by its own statistics."""
+"""Shuffled BatchNorm: rows are permuted into groups, each normalised by its own statistics."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def shuffled(
     norms: Sequence[Any] = (),
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """`function` of the rows without gradient, after they were dealt anew over ranks and groups; in the old order.
+    """`function` of the rows without gradient, permuted over ranks and groups; returned in the original order.
 
     A key encoder with BatchNorm then sees each image in other company than the query encoder did, so that the
     statistics of a group do not give away which key belongs to which query.
@@ -64,7 +64,7 @@ def shuffled(
     Args:
         function: `[n, ...]` to `[n, D]`.
         rows: `[N, ...]` of this rank; ranks may hold different N, and each gets as many back.
-        keys: `[N]` numbers drawn for each row; the rows are dealt in their order, which every rank finds alike.
+        keys: `[N]` numbers drawn for each row; the rows are sorted by them, with the same order on every rank.
         groups: how many groups each rank makes of what it was dealt: one rank with eight is eight with one.
         norms: as in `in_groups`.
         group: process group; `None` is the default group when initialised, else this process alone.

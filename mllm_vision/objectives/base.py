@@ -211,9 +211,9 @@ class ImageObjective(Objective):
             `epoch_features` of every row.
         features_due: whether the epoch that begins needs that pass.
         least_views: how many views of a sample a loss needs.
-        progress: share of the training that is done, in [0, 1], told before each step.
-        epoch: epochs done, with their fraction, told before each step.
-        epochs_a_step: how much of an epoch a step is, told likewise; 0 before the first.
+        progress: share of the training that is done, in [0, 1], set before each step.
+        epoch: epochs done, with their fraction, set before each step.
+        epochs_a_step: fraction of an epoch per step, set likewise; 0 before the first.
     """
 
     views: ClassVar[str] = "simclr"
@@ -359,7 +359,7 @@ class ImageObjective(Objective):
         return {}
 
     def before_training(self, rows: int | None, batch_size: int) -> None:
-        """Refuses a batch of one where rows are told apart, and a queue that the data cannot fill."""
+        """Refuses a batch of one where rows are contrasted, and a queue that the data cannot fill."""
         if self.couples_batch and batch_size < 2:
             raise ValueError(
                 f"{type(self).__name__} compares the rows of a batch, and this one has {batch_size}; "

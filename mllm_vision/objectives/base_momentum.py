@@ -49,7 +49,7 @@ class MomentumObjective(ImageObjective):
 
     @abstractmethod
     def build_head(self, width: int) -> nn.Module:
-        """The head behind encoder and copy alike, for vectors of this width."""
+        """The head behind both encoder and copy, for vectors of this width."""
 
     @property
     def student(self) -> nn.ModuleDict:
@@ -82,7 +82,7 @@ class QueueObjective(MomentumObjective):
 
     The order of a step is the paper's: the key encoder follows, keys, loss, enqueue. The queue starts empty, without
     the official code's random vectors; in the very first step the keys of the batch's other images stand in for it.
-    Where the encoder has BatchNorm, the keys' rows are dealt anew over ranks and groups (`modules.shuffle`).
+    Where the encoder has BatchNorm, the keys' rows are permuted over ranks and groups (`modules.shuffle`).
 
     Args:
         encoder: to train; any backbone.
@@ -117,8 +117,8 @@ class QueueObjective(MomentumObjective):
         if not config.temperature > 0:
             raise ValueError(f"temperature={config.temperature} must be positive; MoCo v1 has 0.07, v2 0.2")
         if config.queue_size < 1 or config.batch_norm_groups < 1:
-            told = f"queue_size={config.queue_size} and batch_norm_groups={config.batch_norm_groups}"
-            raise ValueError(f"{told} must be at least 1; without a queue, MoCo v3 compares the rows of a batch")
+            values = f"queue_size={config.queue_size} and batch_norm_groups={config.batch_norm_groups}"
+            raise ValueError(f"{values} must be at least 1; without a queue, MoCo v3 compares the rows of a batch")
         self.queue = FeatureQueue(config.queue_size, config.dim)
         self._pending: Tensor | None = None
         # equal on every rank by itself: DistributedDataParallel need not send it each step

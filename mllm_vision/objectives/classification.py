@@ -17,7 +17,7 @@ from mllm_vision.objectives.base import ImageObjective, ObjectiveOutput
 class Classification(ImageObjective):
     """Cross-entropy of a linear layer on the encoder's pooled vector; every row by itself, so batches may be split.
 
-    It is no method of stage zero (it learns labels), only their measure: `load_objective` does not list it.
+    It is not a method of stage zero (it learns labels) but their measure: `load_objective` does not list it.
 
     Args:
         encoder: to fine-tune.

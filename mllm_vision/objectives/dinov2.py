@@ -227,5 +227,5 @@ def _check(config: DINOv2.Config) -> None:
     if config.mask_shape not in ("block", "random"):
         raise ValueError(f"mask_shape={config.mask_shape!r} must be 'block' or 'random'")
     if config.ibot_weight < 0 or config.koleo_weight < 0:
-        told = f"ibot_weight={config.ibot_weight} and koleo_weight={config.koleo_weight}"
-        raise ValueError(f"{told} must not be negative; the paper's are 1 and 0.1")
+        values = f"ibot_weight={config.ibot_weight} and koleo_weight={config.koleo_weight}"
+        raise ValueError(f"{values} must not be negative; the paper's are 1 and 0.1")

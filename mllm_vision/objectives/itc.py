@@ -112,8 +112,8 @@ class ITC(ImageTextObjective):
         if not 0 <= config.alpha <= 1:
             raise ValueError(f"alpha={config.alpha} is not between 0 and 1; the papers use 0.4")
         if config.alpha_ramp_epochs < 0 or config.queue_size < 0:
-            told = f"alpha_ramp_epochs={config.alpha_ramp_epochs} and queue_size={config.queue_size}"
-            raise ValueError(f"{told} must not be negative; 0 stands for no ramp and no queue")
+            values = f"alpha_ramp_epochs={config.alpha_ramp_epochs} and queue_size={config.queue_size}"
+            raise ValueError(f"{values} must not be negative; 0 stands for no ramp and no queue")
 
     @property
     def momentum_dual(self) -> DualEncoder:
@@ -137,7 +137,7 @@ class ITC(ImageTextObjective):
 
         Returns:
             `image`, `text`, `image_momentum` and `text_momentum` `[B, E]`, and `ids` `[B, 2]` unless duplicates
-            are no positives.
+            are not positives.
         """
         embeddings = super().embed(pixel_values, input_ids, attention_mask)
         if self.replaying:  # gradient caching asks again for what has a gradient, and these have none

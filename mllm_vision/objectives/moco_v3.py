@@ -151,7 +151,7 @@ class MoCoV3(MomentumObjective):
 
 @torch.no_grad()
 def fix_patch_embedding(encoder: VisionEncoder, *, redraw: bool = True, freeze: bool = True) -> list[str]:
-    """Draws the layer that takes a transformer's pixels anew (Xavier, no bias) and freezes it, in place.
+    """Re-initialises the patch embedding of a transformer (Xavier, no bias) and freezes it, in place.
 
     Returns:
         Names of its parameters in the backbone.

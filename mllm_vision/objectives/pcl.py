@@ -151,8 +151,8 @@ class PCL(QueueObjective):
             self.get_buffer(f"prototypes_{number}").copy_(found.centroids)
             self.get_buffer(f"concentration_{number}").copy_(phi)
             self.get_buffer(f"cluster_of_{number}").copy_(all_gather(found.assignments))
-            told = f"{k} clusters of {rows} images, mean cosine {found.similarity:.3f}, temperatures"
-            logger.info("%s %.3f to %.3f", told, phi.min().item(), phi.max().item())
+            summary = f"{k} clusters of {rows} images, mean cosine {found.similarity:.3f}, temperatures"
+            logger.info("%s %.3f to %.3f", summary, phi.min().item(), phi.max().item())
         self.clustered.fill_(True)
         self._clustered = True
 

@@ -73,8 +73,8 @@ def load_objective(name: str) -> type[Objective]:
     known = {**IMAGES, **IMAGE_TEXT}.get(name.lower())
     path = known if known and ":" in known else f"mllm_vision.objectives.{name.lower()}:{known}" if known else name
     if ":" not in path:
-        told = unknown_name("objective", name, list_objectives())
-        raise ValueError(f"{told}. A method of your own is 'package.module:Class'")
+        message = unknown_name("objective", name, list_objectives())
+        raise ValueError(f"{message}. A method of your own is 'package.module:Class'")
     module, _, attribute = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -84,7 +84,7 @@ def load_objective(name: str) -> type[Objective]:
         )
         raise ValueError(f"cannot load objective {name!r}: {error}{where}") from error
     if not (isinstance(found, type) and issubclass(found, Objective)):
-        raise ValueError(f"{name!r} is {found!r}, which is no subclass of mllm_vision.objectives.Objective")
+        raise ValueError(f"{name!r} is {found!r}, not a subclass of mllm_vision.objectives.Objective")
     if not hasattr(found, "Config"):
         raise ValueError(f"objective {name!r} has no Config dataclass; its fields are the method's flags")
     return found

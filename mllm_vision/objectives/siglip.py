@@ -112,7 +112,7 @@ class SigLIP(ImageTextObjective):
     def chance_loss(self, batch_size: int, positives: float = 1.0) -> float:
         """P ln(N / P) + (N - P) ln(N / (N - P)) for P positives an image; for P = 1 about ln N + 1.
 
-        The best that a model can do that answers every pair alike: it says yes with probability P / N.
+        The best that a model can do that gives every pair the same answer: it says yes with probability P / N.
         """
         rest = batch_size - positives
         if rest <= 0:

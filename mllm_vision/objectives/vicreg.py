@@ -88,8 +88,8 @@ class VICReg(ImageObjective):
         config = self.config
         weights = {name: getattr(config, name) for name in ("invariance", "variance", "covariance")}
         if min(weights.values()) < 0:
-            told = ", ".join(f"{name}={value}" for name, value in weights.items())
-            raise ValueError(f"{told}: no weight may be negative; the paper's are 25, 25 and 1")
+            values = ", ".join(f"{name}={value}" for name, value in weights.items())
+            raise ValueError(f"{values}: no weight may be negative; the paper's are 25, 25 and 1")
         self.second_encoder: VisionEncoder | None = None
         if config.second_encoder is not None:
             self.second_encoder = build_encoder(

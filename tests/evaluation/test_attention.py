@@ -210,7 +210,7 @@ def test_the_board(tmp_path, caplog):
     with torch.no_grad():  # a collapsed one: every image the same class token
         encoder.backbone.layernorm.weight.zero_()
     collapsed = board.examine(encoder)
-    assert "collapse: the features of all images are nearly alike" in caplog.text
+    assert "collapse: the features of all images are nearly equal" in caplog.text
     assert collapsed.metrics["view_alignment"] == pytest.approx(0.0, abs=1e-9)
     result.add_baseline("collapsed", collapsed)
     assert len(result.arrays["deviations"]["collapsed"]) == 32

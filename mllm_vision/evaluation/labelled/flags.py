@@ -68,7 +68,9 @@ class LabelledArguments:
         if not self.eval_dataset_name or self.eval_train_dataset_name:
             return
         if streaming:
-            raise ValueError("a stream is no bank for kNN and probe: name labelled images, --eval_train_dataset_name")
+            raise ValueError(
+                "a stream cannot be the bank of kNN and probe: name labelled images, --eval_train_dataset_name"
+            )
         if not labelled:
             raise ValueError(
                 "kNN and the probe learn from labelled images, and the training set has none: name a labelled set, "

@@ -66,11 +66,11 @@ class LabelledImages:
         test_limit: likewise of the test rows.
         seed: of the draws.
         cache: keep the decoded images (one byte a value) so that the next evaluation need not read them again.
-        cache_gb: what each set may keep on each process, in GiB; images beyond it are decoded anew each time.
+        cache_gb: what each set may keep on each process, in GiB; images beyond it are decoded again each time.
 
     Attributes: ``class_names``; ``train_labels`` and ``test_labels``, one index a row of the data.
 
-    Rows without a label (empty or -1), or with one that is none (0.5), are left out, and their number is told.
+    Rows without a label (empty or -1), or with an invalid one (0.5), are left out, and their number is told.
     Images that cannot be read, or whose features are not finite, are left out with a warning. ``refused`` says why,
     by set and row.
 
@@ -159,7 +159,7 @@ class LabelledImages:
         return parts[0], parts[1]
 
     def test_features(self, model: Any) -> Labelled:
-        """The test rows of this rank alone, encoded anew; the same call on every rank."""
+        """The test rows of this rank alone, encoded again; the same call on every rank."""
         encoder = image_model(model)
         with evaluation_mode(encoder), torch.no_grad():
             return self._encode(encoder, self._test, self.feature)
@@ -211,7 +211,7 @@ class _Part:
                 "kNN and the linear probe need labels: name the column with --label_column, or leave them out"
             )
         self.class_names: list[str] = found.names or []
-        self.told = [self.class_names[number] if number >= 0 else "" for number in found.numbers.tolist()]
+        self.label_names = [self.class_names[number] if number >= 0 else "" for number in found.numbers.tolist()]
         self.unlabelled = len(records) - len(self.labelled)
         self.refused: dict[Any, BadRow] = found.refusals(f"the {name} set is the other rows")
         self.labels: list[int] = []  # places in the class names of the training set, -1 for none
@@ -253,12 +253,12 @@ def _same_classes(train: _Part, test: _Part) -> tuple[list[str], list[int], list
         raise ValueError(f"the training set has {len(names)} class ({names}); a classifier needs two or more")
     place = {name: index for index, name in enumerate(names)}
     for part in (train, test):
-        unknown = sorted({part.told[row] for row in part.labelled} - {*place})
+        unknown = sorted({part.label_names[row] for row in part.labelled} - {*place})
         if unknown:
             raise ValueError(
                 f"the {part.name} set has labels that the training set lacks: {unknown[:5]}; it has {names[:8]}"
             )
-        part.labels = [place.get(name, -1) for name in part.told]
+        part.labels = [place.get(name, -1) for name in part.label_names]
     return names, train.labels, test.labels
 
 

@@ -17,7 +17,7 @@ ARTICLES = {"a", "an", "the"}
 _BETWEEN_DIGITS = re.compile(r"(?<=\d),(?=\d)")
 _APOSTROPHES = dict.fromkeys(map(ord, "'’`"))
 _INVISIBLE = dict.fromkeys((0x00AD, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF))  # joiners carry meaning, these do not
-_POINT = re.compile(r"\.(?!\d)|(?<=[^\W\d])\.")  # a full stop that is no decimal point
+_POINT = re.compile(r"\.(?!\d)|(?<=[^\W\d])\.")  # a full stop, not a decimal point
 _DASH = re.compile(r"[-‐‑‒–—−]")
 _SIGN = re.compile(r"(?<!\S)[-‐‑‒–−](?=[.\d])")  # a minus before a number
 _FULL_WIDTH = re.compile(r"[\u3000\uff00-\uffef]+")

@@ -27,7 +27,7 @@ def caption_samples(
         model, processor: a LLaVA model and its processor, with a chat template.
         records: rows with an image and a caption or several, or conversations that begin with the image.
         columns: role to column name, as ``bind_conversations`` gives it.
-        count: rows wanted; those that cannot be used are passed over, counted and told.
+        count: rows wanted; those that cannot be used are skipped, counted and logged.
     """
     samples: list[dict[str, Any]] = []
     reasons: Counter[str] = Counter()
@@ -52,8 +52,8 @@ def caption_samples(
                 }
             )
     if reasons:
-        told = ", ".join(f"{reason} ({number})" for reason, number in reasons.items())
-        logger.warning("%d held-out rows were passed over for the sample captions: %s", reasons.total(), told)
+        counts = ", ".join(f"{reason} ({number})" for reason, number in reasons.items())
+        logger.warning("%d held-out rows were passed over for the sample captions: %s", reasons.total(), counts)
     return samples
 
 

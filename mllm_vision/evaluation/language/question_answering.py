@@ -235,7 +235,7 @@ class QuestionAnswering(Evaluator):
 
     @staticmethod
     def _can_be_asked(generator: AnswerGenerator, question: Question) -> bool:
-        """Whether the question makes a prompt; if not it is told, and counted among those skipped."""
+        """Whether the question makes a prompt; if not, it is logged and counted among those skipped."""
         found = judge(f"row {question.row}", generator.prompt_ids, question.text)
         if isinstance(found, BadRow):
             logger.warning("a question is left out: %s", found)

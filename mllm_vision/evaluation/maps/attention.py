@@ -70,7 +70,7 @@ def attention_map(encoder: Any, pixel_values: Tensor) -> Tensor | None:
 def patch_components(encoder: Any, pixel_values: Tensor, components: int = 3) -> Tensor:
     """The first principal components of the patch features of all images together: ``[B, h, w, components]`` in 0..1.
 
-    Read as red, green and blue: patches of one colour are alike to the encoder, across images too. Each component is
+    Read as red, green and blue: patches of one colour are similar to the encoder, across images too. Each component is
     stretched from its 2nd to its 98th percentile; its sign is the one that makes its skewness positive, so that a
     image does not turn to its negative from one run to the next.
 
@@ -107,7 +107,7 @@ class Attention(Evaluator):
         layer: of the class token's attention; -1 is the last one.
 
     Metrics: ``entropy`` (mean over heads and images of the entropy of a map over its patches, over its greatest
-    value: 1 looks everywhere alike, 0 at a single patch), ``head_similarity`` (mean cosine of two heads' maps, both
+    value: 1 is uniform attention, 0 a single patch), ``head_similarity`` (mean cosine of two heads' maps, both
     less their mean: 1 when all heads look at the same), ``on_patches`` (share of the attention that goes to patches and
     not to class token and registers); ``count``. Encoders without such attention (ResNet) have components alone, and
     say so.

@@ -42,7 +42,7 @@ def draw_patches(images: Sequence[Any], components: Tensor, path: str | Path) ->
         path: a PNG file; its folder is made.
     """
     rows = [[_tile(image), _enlarged(grid.permute(2, 0, 1))] for image, grid in zip(images, components, strict=True)]
-    return _write(rows, ["image", "patches"], path, "one colour: alike to the encoder", "(3 main components as RGB)")
+    return _write(rows, ["image", "patches"], path, "one colour: similar to the encoder", "(3 main components as RGB)")
 
 
 def draw_board(
