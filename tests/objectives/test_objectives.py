@@ -134,6 +134,6 @@ def test_names():
         load_objective("siglp")
     with pytest.raises(ValueError, match="cannot load"):
         load_objective("no_such_package:Thing")
-    with pytest.raises(ValueError, match="no subclass of"):
+    with pytest.raises(ValueError, match="not a subclass of"):
         load_objective("math:sqrt")
     assert issubclass(CLIP, Objective) and CLIP.couples_batch
