@@ -2,7 +2,7 @@
 
 A figure is followed by the key it comes from, `0.881<!-- stage_two/accuracy -->`; docs/results/*.json hold the values
 (quickstart.json is runs/quickstart/results.json). A table between `<!-- results:name -->` and `<!-- /results -->` has a
-key behind each of its figures.
+key behind each of its figures. `python tests/test_figures.py` writes the stored values into the pages.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ def stored() -> dict[str, float]:
     return values
 
 
+def rounded(match: re.Match[str], values: dict[str, float]) -> str:
+    """The stored value of a figure, to the digits that the page shows."""
+    exact = Decimal(str(values[match["key"]])) * (100 if match["percent"] else 1)
+    return str(exact.quantize(Decimal(1).scaleb(-len(match["figure"].partition(".")[2])), ROUND_HALF_EVEN))
+
+
 def stale(text: str, values: dict[str, float]) -> list[str]:
     """Figures that are not the stored value, rounded to the digits that are shown."""
     wrong = []
@@ -39,13 +45,18 @@ def stale(text: str, values: dict[str, float]) -> list[str]:
         line, figure, key = text.count("\n", 0, match.start()) + 1, match["figure"], match["key"]
         if key not in values:
             wrong.append(f"line {line}: {key} is in no file of docs/results")
-            continue
-        shown = Decimal(figure)
-        exact = Decimal(str(values[key])) * (100 if match["percent"] else 1)
-        rounded = exact.quantize(Decimal(1).scaleb(-len(figure.partition(".")[2])), ROUND_HALF_EVEN)
-        if rounded != shown:
-            wrong.append(f"line {line}: {key} is {rounded} in docs/results, and {shown} on the page")
+        elif (exact := rounded(match, values)) != figure:
+            wrong.append(f"line {line}: {key} is {exact} in docs/results, and {figure} on the page")
     return wrong
+
+
+def rewritten(text: str, values: dict[str, float]) -> str:
+    """The page with the stored values."""
+
+    def figure(match: re.Match[str]) -> str:
+        return match[0] if match["key"] not in values else rounded(match, values) + match[0][len(match["figure"]) :]
+
+    return FIGURE.sub(figure, text)
 
 
 def unkeyed(text: str) -> list[str]:
@@ -77,6 +88,12 @@ def test_a_stale_figure_is_seen() -> None:
     assert stale("0.881<!-- a/b --> 88.1 %<!-- a/b --> 156<!-- a/c -->", values) == []
     (wrong,) = stale("\n0.882<!-- a/b -->", values)
     assert wrong == "line 2: a/b is 0.881 in docs/results, and 0.882 on the page"
+    assert rewritten("0.882<!-- a/b --> 88.2 %<!-- a/b -->", values) == "0.881<!-- a/b --> 88.1 %<!-- a/b -->"
     assert "a/d is in no file" in stale("0.1<!-- a/d -->", values)[0]
     table = "<!-- results:x -->\n| a | b |\n| --- | --- |\n| k | 0.5 and 0.25<!-- a/b --> |\n<!-- /results -->"
     assert unkeyed(table) == ["x: 0.5"]
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(rewritten(page.read_text(encoding="utf-8"), stored()), encoding="utf-8")
