@@ -217,7 +217,11 @@ def test_killed_and_resumed_is_uninterrupted(
             {"objective": "pcl", "queue_size": None},
             "PCL iterates over all rows.*leave --streaming out",
         ),
-        ("pretrain_images", {"eval_dataset_name": "test.parquet"}, "a stream cannot be the bank.*--eval_train_dataset_name"),
+        (
+            "pretrain_images",
+            {"eval_dataset_name": "test.parquet"},
+            "a stream cannot be the bank.*--eval_train_dataset_name",
+        ),
     ],
 )
 def test_what_a_stream_cannot_do_is_refused_before_training(
