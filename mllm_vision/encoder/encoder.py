@@ -109,8 +109,10 @@ class VisionEncoder(nn.Module):
         """An encoder from a local directory or a Hub id.
 
         Accepts a checkpoint of this package, a plain transformers vision model (CLIP, SigLIP, SigLIP 2 of fixed size,
-        DINOv2, DINOv3 ViT, ViT, ResNet, EfficientNet), a CLIP or SigLIP dual model (its image tower), or a LLaVA
-        checkpoint (its vision tower; the language model is not read).
+        DINOv2, DINOv3 ViT, ViT, ResNet, EfficientNet), a CLIP or SigLIP dual model (its image tower), or a
+        vision-language checkpoint (LLaVA, LLaVA-NeXT, LLaVA-OneVision, AyaVision, PaliGemma, InternVL, Idefics2,
+        Idefics3, SmolVLM, BLIP-2: its vision tower; the language model is not read). A tower type of one system is
+        converted to a plain one (`encoder.convert.plain_tower`).
 
         Args:
             path_or_id: directory, or `owner/name` on the Hub.

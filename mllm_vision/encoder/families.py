@@ -171,6 +171,29 @@ COMPOSITES: dict[str, tuple[str, ...]] = {
     "siglip": ("vision_model.",),
     "vision-text-dual-encoder": ("vision_model.",),
     "llava": ("model.vision_tower.", "vision_tower."),
+    "llava_next": ("model.vision_tower.", "vision_tower."),
+    "llava_onevision": ("model.vision_tower.", "vision_tower."),
+    "aya_vision": ("model.vision_tower.", "vision_tower."),
+    "paligemma": ("model.vision_tower.", "vision_tower."),
+    "internvl": ("model.vision_tower.", "vision_tower."),
+    "idefics2": ("model.vision_model.",),
+    "idefics3": ("model.vision_model.",),
+    "smolvlm": ("model.vision_model.",),
+    "blip-2": ("vision_model.",),
+}
+
+# The systems among them, with what the language model sees by default: hidden state, and tokens before the patches.
+SYSTEMS: dict[str, tuple[int, str]] = {
+    "llava": (-2, "default"),
+    "llava_next": (-2, "default"),
+    "llava_onevision": (-1, "full"),
+    "aya_vision": (-1, "full"),
+    "paligemma": (-1, "full"),
+    "internvl": (-1, "default"),
+    "idefics2": (-1, "full"),
+    "idefics3": (-1, "full"),
+    "smolvlm": (-1, "full"),
+    "blip-2": (-1, "full"),
 }
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModel, PreTrainedModel, ViTModel
 
 from mllm_vision.encoder.build import build_processor
-from mllm_vision.encoder.families import COMPOSITES, FAMILIES, accepted_types, family_of
+from mllm_vision.encoder.families import COMPOSITES, FAMILIES, SYSTEMS, _side, accepted_types, family_of
 from mllm_vision.encoder.files import Source, read_json
 from mllm_vision.encoder.stems import stem_of, with_stem
 from mllm_vision.errors import reading
@@ -22,6 +22,8 @@ from mllm_vision.errors import reading
 logger = logging.getLogger(__name__)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Image processors that make several tiles or an image's own size; an encoder takes one square.
+TILING = ("LlavaNext", "LlavaOnevision", "GotOcr2", "Idefics2", "Idefics3", "SmolVLM")
 
 
 @dataclass
@@ -69,7 +71,7 @@ def _load_tower(source: Source, processor: Any, dtype: torch.dtype | str) -> Tow
         prefixes = COMPOSITES[model_type]
         # transformers fills in the defaults that composite configs omit (LLaVA 1.5)
         vision = CONFIG_MAPPING[model_type].from_dict(fields).vision_config.to_dict()
-        if vision.get("model_type") not in FAMILIES:
+        if vision.get("model_type") not in FAMILIES and not _converts(vision.get("model_type")):
             raise ValueError(
                 f"{source}: its image tower has model_type={vision.get('model_type')!r}; accepted are "
                 f"{', '.join(FAMILIES)}"
@@ -88,12 +90,18 @@ def _load_backbone(
     source: Source, vision: dict[str, Any], prefixes: tuple[str, ...], dtype: torch.dtype | str
 ) -> PreTrainedModel:
     config = CONFIG_MAPPING[vision["model_type"]].from_dict(vision)
-    family = family_of(config)
-    plain_class = _model_class(config)
+    optional: tuple[str, ...] = ()
+    if config.model_type in FAMILIES:
+        optional = family_of(config).optional_weights
+        plain_class = _model_class(config)
+    else:
+        from mllm_vision.encoder.convert import TOWERS
+
+        plain_class = TOWERS[config.model_type]
     model_class = with_stem(plain_class, stem_of(vision))
     state = _read_weights(source, prefixes)
     # Older files lack BatchNorm's batch counter, which does not affect the results.
-    optional = (*family.optional_weights, ".num_batches_tracked")
+    optional = (*optional, ".num_batches_tracked")
     # ViTs of classifiers or trained here have no pooler, and some SigLIP towers no head: transformers must not replace
     # them by random ones.
     parts = {part for name in state for part in name.split(".")}
@@ -117,7 +125,25 @@ def _load_backbone(
             f"found {len(state)} under {' or '.join(prefix or 'the root' for prefix in prefixes)}"
         )
     model.__class__ = plain_class
+    if config.model_type not in FAMILIES:
+        return _plain_tower(source, model.eval())
     return model.eval()
+
+
+def _converts(model_type: Any) -> bool:
+    """Whether this is a tower type of one system, which `encoder.convert` turns into a plain encoder's."""
+    from mllm_vision.encoder.convert import TOWERS
+
+    return model_type in TOWERS
+
+
+def _plain_tower(source: Source, model: PreTrainedModel) -> PreTrainedModel:
+    from mllm_vision.encoder.convert import plain_tower
+
+    try:
+        return plain_tower(model)
+    except ValueError as error:
+        raise ValueError(f"{source}: its image tower is not a plain encoder: {error}") from error
 
 
 def _model_class(config: Any) -> type[PreTrainedModel]:
@@ -169,8 +195,13 @@ def _load_processor(source: Source, backbone: PreTrainedModel) -> Any:
         )
     settings = read_json(found)
     settings = settings.get("image_processor", settings)
-    if str(settings.get("image_processor_type", "")).startswith("DINOv3ViT"):
-        return _dinov3_processor(source, settings, backbone)
+    kind = str(settings.get("image_processor_type", ""))
+    if kind.startswith("DINOv3ViT"):
+        logger.info("%s: DINOv3's image processor requires torchvision; using a ViT processor of its settings", source)
+        return _plain_processor(settings, backbone, settings["size"]["height"])
+    if kind.startswith(TILING):
+        config: Any = backbone.config
+        return _plain_processor(settings, backbone, _side(config.image_size))
     try:
         return AutoImageProcessor.from_pretrained(source.directory)
     except (OSError, ValueError) as error:
@@ -179,29 +210,30 @@ def _load_processor(source: Source, backbone: PreTrainedModel) -> Any:
         ) from error
 
 
-def _dinov3_processor(source: Source, settings: dict[str, Any], backbone: PreTrainedModel) -> Any:
-    """A ViT processor with the settings of DINOv3's, which requires torchvision."""
-    processor = build_processor(backbone.config, settings["size"]["height"])
-    names = ("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+def _plain_processor(settings: dict[str, Any], backbone: PreTrainedModel, image_size: int) -> Any:
+    """The processor of the backbone's family for one size, with the scaling and normalisation of `settings`."""
+    processor = build_processor(backbone.config, image_size)
+    names = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
     kept = {name: settings[name] for name in names if settings.get(name) is not None}
-    logger.info("%s: DINOv3's image processor requires torchvision; using a ViT processor with its settings", source)
-    return type(processor)(**kept)
+    sizes = {name: getattr(processor, name) for name in ("size", "crop_size") if getattr(processor, name, None)}
+    return type(processor)(**sizes, **kept)
 
 
 def _remembered(
     fields: dict[str, Any], vision: dict[str, Any], backbone: PreTrainedModel
 ) -> tuple[int | None, str | None]:
-    """The selection stored in a checkpoint: this package's key, or a LLaVA's `vision_feature_*`."""
+    """The selection stored in a checkpoint: this package's key, or a system's `vision_feature_*`."""
     own = vision.get("mllm_vision") or {}
     layer, feature = own.get("select_layer"), own.get("select_feature")
-    if fields.get("model_type") == "llava":
-        stored = fields.get("vision_feature_layer", -2)
+    if fields.get("model_type") in SYSTEMS:
+        usual, strategy = SYSTEMS[fields["model_type"]]
+        stored = fields.get("vision_feature_layer", usual)
         if isinstance(stored, int):
             layer = stored  # the language model was trained on it
         else:
             logger.warning("vision_feature_layer=%s is a list; using the default layer, or pass select_layer=", stored)
         if feature is None:
-            full = fields.get("vision_feature_select_strategy", "default") == "full"
+            full = fields.get("vision_feature_select_strategy", strategy) == "full"
             feature = "cls_patch" if full and family_of(backbone).has_cls else "patch"
     return layer, feature
 
