@@ -108,11 +108,11 @@ class _SoftmaxLosses(torch.autograd.Function):
             return *_gradients(ctx, *upstream), None
 
 
-def refuse_double_backward() -> None:
+def refuse_double_backward(subject: str = "the tiled contrastive losses have") -> None:
     """Raises RuntimeError inside a backward pass that is itself recorded."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "the tiled contrastive losses have no second derivative, because their gradient is computed tile by tile "
+            f"{subject} no second derivative, because the gradient is computed part by part in the forward pass "
             "and not recorded. Call backward() or autograd.grad() without create_graph=True, or write the loss in "
             "plain torch for a gradient penalty or a Hessian"
         )
