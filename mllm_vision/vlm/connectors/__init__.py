@@ -1,0 +1,14 @@
+"""Connectors without a class in transformers; importing this package makes their models known to its Auto classes."""
+
+from mllm_vision.vlm.connectors.fused import PrismaticConfig, PrismaticForConditionalGeneration
+from mllm_vision.vlm.connectors.resampler import QwenVLConfig, QwenVLForConditionalGeneration
+from mllm_vision.vlm.connectors.spatial_aggregator import CambrianConfig, CambrianForConditionalGeneration
+
+__all__ = [
+    "CambrianConfig",
+    "CambrianForConditionalGeneration",
+    "PrismaticConfig",
+    "PrismaticForConditionalGeneration",
+    "QwenVLConfig",
+    "QwenVLForConditionalGeneration",
+]
