@@ -17,9 +17,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dinov2_with_registers": {**_VIT, "mlp_ratio": 2, "num_register_tokens": 3},
     "dinov3_vit": {**_MLP, "num_register_tokens": 2},
     "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+    "convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+    "convnextv2": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.1},
 }
-CONVOLUTIONAL = ("resnet", "efficientnet")
+CONVOLUTIONAL = ("resnet", "convnext", "convnextv2", "efficientnet")
 TABLES = ("clip_vision_model", "siglip_vision_model", "vit", "dinov2", "dinov2_with_registers")
 
 

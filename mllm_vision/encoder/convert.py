@@ -182,10 +182,9 @@ def _remedy(source: str, to: str) -> str:
         "clip_vision_model": "CLIP has a norm before its first layer, which the target does not have",
         "dinov2_with_registers": "the target has no register tokens",
         "dinov3_vit": "DINOv3 has rotary positions, the target learned ones",
-        "resnet": "a convolutional network has no patches",
-        "efficientnet": "a convolutional network has no patches",
     }
-    reason = reasons.get(source)
+    convolutional = source in FAMILIES and FAMILIES[source].convolutional
+    reason = "a convolutional network has no patches" if convolutional else reasons.get(source)
     if reason is None:
         reason = (
             "SigLIP has no class token, which the target has; Idefics3 joins SigLIP with a pixel shuffle"

@@ -109,7 +109,7 @@ class VisionEncoder(nn.Module):
         """An encoder from a local directory or a Hub id.
 
         Accepts a checkpoint of this package, a plain transformers vision model (CLIP, SigLIP, SigLIP 2 of fixed size,
-        DINOv2, DINOv3 ViT, ViT, ResNet, EfficientNet), a CLIP or SigLIP dual model (its image tower), or a
+        DINOv2, DINOv3 ViT, ViT, ResNet, ConvNeXt, EfficientNet), a CLIP or SigLIP dual model (its image tower), or a
         vision-language checkpoint (LLaVA, LLaVA-NeXT, LLaVA-OneVision, AyaVision, PaliGemma, InternVL, Idefics2,
         Idefics3, SmolVLM, BLIP-2: its vision tower; the language model is not read). A tower type of one system is
         converted to a plain one (`encoder.convert.plain_tower`).
@@ -179,7 +179,7 @@ class VisionEncoder(nn.Module):
     def pooled_size(self) -> int:
         """Width of the pooled vector: P of `[B, P]` (differs from `hidden_size` in convolutional networks)."""
         config = self.config
-        if config.model_type == "resnet":
+        if config.model_type in ("resnet", "convnext", "convnextv2"):
             return config.hidden_sizes[-1]
         if config.model_type == "efficientnet":
             return config.hidden_dim

@@ -153,6 +153,17 @@ _FAMILIES = (
         processor="ConvNextImageProcessor",
         convolutional=True,
     ),
+    *(
+        Family(
+            name,
+            embed=lambda model, pixel_values: (model.embeddings(pixel_values), {}),
+            layers=lambda model: model.encoder.stages,
+            pool=lambda model, hidden: model.layernorm(hidden.mean(dim=(2, 3))),
+            processor="ConvNextImageProcessor",
+            convolutional=True,
+        )
+        for name in ("convnext", "convnextv2")
+    ),
     Family(
         "efficientnet",
         embed=lambda model, pixel_values: (model.embeddings(pixel_values), {}),

@@ -21,6 +21,10 @@ _ENTRIES = {
                "Sim{\\'e}oni, Oriane and Vo, Huy V. and Seitzer, Maximilian and others", "2025", "2508.10104"),
     "resnet": ("he2015resnet", "Deep Residual Learning for Image Recognition",
                "He, Kaiming and Zhang, Xiangyu and Ren, Shaoqing and Sun, Jian", "2015", "1512.03385"),
+    "convnext": ("liu2022convnext", "A ConvNet for the 2020s",
+                 "Liu, Zhuang and Mao, Hanzi and Wu, Chao-Yuan and others", "2022", "2201.03545"),
+    "convnextv2": ("woo2023convnextv2", "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders",
+                   "Woo, Sanghyun and Debnath, Shoubhik and Hu, Ronghang and others", "2023", "2301.00808"),
     "efficientnet": ("tan2019efficientnet", "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks",
                      "Tan, Mingxing and Le, Quoc V.", "2019", "1905.11946"),
 }  # fmt: skip
@@ -35,6 +39,8 @@ _OF_TYPE = {
     "dinov2_with_registers": ("dinov2", "registers"),
     "dinov3_vit": ("dinov3",),
     "resnet": ("resnet",),
+    "convnext": ("convnext",),
+    "convnextv2": ("convnextv2",),
     "efficientnet": ("efficientnet",),
     "llava": ("llava",),
 }

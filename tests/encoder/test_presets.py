@@ -41,7 +41,7 @@ def test_every_name_builds():
             backbone, _ = build_backbone(name)
         fields = config_fields(name)
         assert {key: getattr(backbone.config, key) for key in fields} == fields
-        assert is_convolutional(name) == (name.startswith(("resnet", "efficientnet")))
+        assert is_convolutional(name) == (name.startswith(("resnet", "convnext", "efficientnet")))
     assert {backbone.config.model_type for backbone, _ in [build_backbone("clip_vit_tiny")]} == {"clip_vision_model"}
 
 

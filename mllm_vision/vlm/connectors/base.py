@@ -51,7 +51,9 @@ class TowersConfig(LlavaConfig):
         for name in ("vision_feature_layers", "vision_widths"):
             given = getattr(self, name)
             if given is not None and len(given) != 1 + len(more):
-                raise ValueError(f"{name}={given} has {len(given)} entries for {1 + len(more)} towers; give one a tower")
+                raise ValueError(
+                    f"{name}={given} has {len(given)} entries for {1 + len(more)} towers; give one a tower"
+                )
 
     @property
     def vision_configs(self) -> list[Any]:
@@ -132,6 +134,12 @@ class ConnectorModel(LlavaModel):
             tokens = extract_features(tower, pixels, select_layer=layer, select_feature="patch").tokens
             assert tokens is not None
             found.append(tokens)
+        widths = [each.shape[-1] for each in found]
+        if widths != self.config.tower_widths:
+            raise ValueError(
+                f"the towers give tokens of {widths} channels at the layers {layers}, but the connector was built for "
+                f"vision_widths={self.config.tower_widths}; set vision_widths in the config, or another layer"
+            )
         return found
 
     def connect(self, features: Sequence[Tensor]) -> ImageOutput:
@@ -139,9 +147,7 @@ class ConnectorModel(LlavaModel):
         tokens = self.multi_modal_projector(features)
         return ImageOutput(pooler_output=list(tokens))  # type: ignore[arg-type]
 
-    def get_image_features(  # type: ignore[override]
-        self, pixel_values: Tensor | Sequence[Tensor], **kwargs: Any
-    ) -> ImageOutput:
+    def get_image_features(self, pixel_values: Tensor | Sequence[Tensor], **kwargs: Any) -> ImageOutput:
         """`connect(tower_features(pixel_values))`; layers and features are those of the config."""
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             if kwargs.get(name) not in (None, getattr(self.config, name)):
@@ -173,9 +179,7 @@ class ConnectorForConditionalGeneration(LlavaForConditionalGeneration):
         """As of `ConnectorModel`."""
         return False
 
-    def get_image_features(  # type: ignore[override]
-        self, pixel_values: Tensor | Sequence[Tensor], **kwargs: Any
-    ) -> ImageOutput:
+    def get_image_features(self, pixel_values: Tensor | Sequence[Tensor], **kwargs: Any) -> ImageOutput:
         """As of `ConnectorModel`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
@@ -208,7 +212,9 @@ def join_pixels(images: Sequence[Tensor]) -> Tensor:
         ValueError: different numbers of images.
     """
     if len({len(each) for each in images}) != 1:
-        raise ValueError(f"the towers have {[len(each) for each in images]} images; every image is given to every tower")
+        raise ValueError(
+            f"the towers have {[len(each) for each in images]} images; every image is given to every tower"
+        )
     return images[0] if len(images) == 1 else torch.cat([each.flatten(1) for each in images], dim=1)
 
 

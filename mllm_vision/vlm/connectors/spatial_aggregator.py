@@ -70,9 +70,7 @@ class AggregatorLayer(nn.Module):
         self.norm_q, self.norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.q_proj, self.o_proj = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.norm_k, self.norm_v = (nn.ModuleList([nn.LayerNorm(dim) for _ in factors]) for _ in range(2))
-        self.k_proj, self.v_proj = (
-            nn.ModuleList([nn.Linear(dim, dim, bias=False) for _ in factors]) for _ in range(2)
-        )
+        self.k_proj, self.v_proj = (nn.ModuleList([nn.Linear(dim, dim, bias=False) for _ in factors]) for _ in range(2))
         # a window of one place needs no position
         sizes = {str(tower): factor**2 for tower, factor in enumerate(factors) if factor > 1}
         self.positions = nn.ParameterDict(
@@ -81,7 +79,7 @@ class AggregatorLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, dim, bias=False), nn.GELU(), nn.Linear(dim, query_dim, bias=False))
 
     def forward(self, queries: Tensor, context: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        """`[W, query_dim]` from queries `[W, query_dim]`, context `[W, dim]` and each tower's windows `[W, m^2, dim]`."""
+        """`[W, query_dim]` from queries `[W, query_dim]`, context `[W, dim]`, each tower's windows `[W, m^2, dim]`."""
         inner = self.proj_in(torch.cat([queries, self.proj_context(context)], dim=-1))
         keys, values = [], []
         for tower, part in enumerate(parts):
@@ -129,7 +127,10 @@ class SpatialAggregator(nn.Module):
         self.initial_std = {"query": text_dim**-0.5}
         self.query = nn.Parameter(torch.randn(dim) * text_dim**-0.5)
         self.tower_projections = nn.ModuleList(
-            [nn.Sequential(nn.Linear(width, dim), nn.GELU(), nn.Linear(dim, dim), nn.LayerNorm(dim)) for width in in_dims]
+            [
+                nn.Sequential(nn.Linear(width, dim), nn.GELU(), nn.Linear(dim, dim), nn.LayerNorm(dim))
+                for width in in_dims
+            ]
         )
         self.layers = nn.ModuleList([AggregatorLayer(dim, dim, factors, num_heads) for _ in range(depth)])
         self.projection = nn.Sequential(nn.Linear(dim, text_dim), nn.GELU(), nn.Linear(text_dim, text_dim))
@@ -196,8 +197,8 @@ class CambrianConfig(TowersConfig):
 
     Args:
         query_side: side of the grid of queries (24: 576 tokens an image).
-        vision_sides: side to which each tower's map is resized, a multiple of `query_side`; None is the multiple
-            nearest to the tower's own.
+        vision_sides: side to which each tower's map is resized, a multiple of `query_side`; required (published: 24
+            for SigLIP, CLIP and DINOv2, 96 for ConvNeXt-XXL at 1024 pixels).
         connector_hidden_size: width of the aggregator.
         connector_depth: cross-attention layers before the language model.
         connector_heads: heads of every cross-attention.
@@ -229,14 +230,16 @@ class CambrianModel(ConnectorModel):
 
     def __init__(self, config: CambrianConfig) -> None:
         super().__init__(config)
-        layers = getattr(self.language_model, "layers", None)
         places = config.inner_places
-        if places and not isinstance(layers, nn.ModuleList):
+        if not places:
+            return
+        layers: Any = getattr(self.language_model, "layers", None)
+        if not isinstance(layers, nn.ModuleList):
             raise ValueError(
-                f"inner_layers={config.inner_layers}: {type(self.language_model).__name__} has no list of decoder layers "
-                "called `layers`; use inner_layers=0, or a language model such as Llama or Qwen"
+                f"inner_layers={config.inner_layers}: {type(self.language_model).__name__} has no list of decoder "
+                "layers called `layers`; use inner_layers=0, or a language model such as Llama or Qwen"
             )
-        if places and not 0 <= places[0] <= places[-1] < len(layers):
+        if not 0 <= places[0] <= places[-1] < len(layers):
             raise ValueError(
                 f"aggregations after the decoder layers {places} do not fit a language model of {len(layers)} layers; "
                 f"lower inner_layers={config.inner_layers}, inner_start={config.inner_start} or "
@@ -256,8 +259,8 @@ class CambrianModel(ConnectorModel):
             raise ValueError("vision_sides=None: give the side of each tower's map, a multiple of query_side")
         if len(sides) != len(config.vision_configs) or any(side % config.query_side or side < 1 for side in sides):
             raise ValueError(
-                f"vision_sides={sides} must have one side for each of {len(config.vision_configs)} towers, all multiples "
-                f"of query_side={config.query_side}"
+                f"vision_sides={sides} must have one side for each of {len(config.vision_configs)} towers, all "
+                f"multiples of query_side={config.query_side}"
             )
         return SpatialAggregator(
             config.tower_widths,
@@ -278,7 +281,7 @@ class CambrianModel(ConnectorModel):
             output.deepstack_features = [list(each) for each in maps]
         return output
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -295,7 +298,8 @@ class CambrianModel(ConnectorModel):
         if pixel_values is not None and mm_encoder_outputs:
             raise ValueError("give pixel_values or mm_encoder_outputs, not both")
         if pixel_values is not None:
-            mm_encoder_outputs = {"image": self.get_image_features(pixel_values)}
+            chosen = {name: kwargs.get(name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
+            mm_encoder_outputs = {"image": self.get_image_features(pixel_values, **chosen)}
         image = (mm_encoder_outputs or {}).get("image")
         seen = None
         if image is not None and self.config.inner_layers:
@@ -309,6 +313,11 @@ class CambrianModel(ConnectorModel):
                 f"{type(self.language_model).__name__} handed the images to {seen.used} of {self.config.inner_layers} "
                 "decoder layers; use inner_layers=0, or a language model such as Llama or Qwen"
             )
+        if seen is None and self.training and self.config.inner_layers:
+            # Without images the inner layers still get a gradient (of zero): other ranks wait for it.
+            weights = self.multi_modal_projector.inner_layers.parameters()
+            nothing = 0.0 * torch.stack([weight.sum() for weight in weights]).sum()
+            output.last_hidden_state = output.last_hidden_state + nothing.to(output.last_hidden_state)
         return output
 
     def _seen(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, image: Any) -> _Seen:
