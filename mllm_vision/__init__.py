@@ -71,12 +71,13 @@ _SUBJECTS = {
         "StreamLoader": "data.streams.loader",
     },
     "Vision-language models": {
-        "VisionLanguageModel": "vlm.model",
+        "LanguageTask": "vlm.task",
+        "System": "vlm.systems.base",
+        "load_system": "vlm.systems.registry",
+        "list_systems": "vlm.systems.registry",
         "build_vlm": "vlm.build",
         "load_vlm": "vlm.export",
         "save_vlm": "vlm.export",
-        "build_projector": "modules.projectors",
-        "list_projectors": "modules.projectors",
     },
     "Evaluators": {
         **evaluator_homes(),

@@ -1,10 +1,10 @@
-"""Stage one: connect a frozen vision encoder to a frozen language model by training a projector on captions.
+"""Stage one: connect a frozen vision encoder to a frozen language model by training a connector on captions.
 
-    python recipes/align.py --encoder runs/encoder --llm runs/language_model/model \\
+    python recipes/align.py --encoder runs/encoder --llm runs/language_model/model --system llava15 \\
         --dataset_name pairs.parquet --output_dir runs/align
 
-Writes <output_dir>/model: a LLaVA directory that plain transformers loads. The loss on held-out captions is compared
-with that of the untrained projector, of shuffled images and of none.
+Writes <output_dir>/model: a folder that plain transformers loads. The loss on held-out captions is compared with that
+of the untrained connector, of shuffled images and of none. Further stages before stage two: the same with --model.
 Next: recipes/instruct.py --model <output_dir>/model
 """
 
@@ -16,29 +16,17 @@ from typing import ClassVar
 from mllm_vision.data.flags import COLUMN
 from mllm_vision.data.streams.flags import StreamArguments
 from mllm_vision.training.recipe.common import CommonArguments
-from mllm_vision.training.recipe.parser import parse_recipe, recipe_dict, run_recipe
-from mllm_vision.vlm.flags import ChatDataArguments
+from mllm_vision.training.recipe.help import show_help
+from mllm_vision.training.recipe.parser import parse_recipe, peek_recipe, recipe_dict, run_recipe
+from mllm_vision.vlm.flags import ChatDataArguments, ModelArguments, TuningArguments
 
 NEXT = "mllm-vision instruct --model {artifact} --dataset_name QUESTIONS --output_dir runs/instruct"
 
 
 @dataclass(kw_only=True)
-class AlignArguments(ChatDataArguments):
-    """Encoder, language model, projector and captions."""
+class AlignArguments(TuningArguments, ModelArguments, ChatDataArguments):
+    """The model, which of its parts train, and the captions."""
 
-    encoder: str = field(metadata={"help": "The vision encoder: a folder or Hub id."})
-    llm: str = field(
-        metadata={"help": "The causal language model: a folder or Hub id.", "aliases": ["model_name_or_path"]}
-    )
-    tokenizer: str | None = field(default=None, metadata={"help": "The tokenizer, if it is not beside the model."})
-    projector: str = field(default="mlp", metadata={"help": "The kind of projector: mlp or linear."})
-    select_layer: int | None = field(default=None, metadata={"help": "The encoder's layer; by default its own choice."})
-    select_feature: str | None = field(
-        default=None, metadata={"help": "patch or cls_patch; by default the encoder's choice.", "rare": True}
-    )
-    image_size: int | None = field(
-        default=None, metadata={"help": "The side of the images; by default the encoder's own."}
-    )
     caption_column: str | None = field(default=None, metadata=COLUMN)
     chat_template: str = "plain"
     sample_count: int = field(default=8, metadata={"help": "Held-out images to caption at the end."})
@@ -57,58 +45,60 @@ class Arguments(CommonArguments):
 
 
 def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> None:
-    own, arguments, streams = parse_recipe(AlignArguments, Arguments, StreamArguments, argv=argv, description=__doc__)
+    show_help(AlignArguments, Arguments, argv=argv, description=__doc__)  # imports no torch
+    from mllm_vision.vlm.systems import load_system
 
-    from mllm_vision.encoder import VisionEncoder
+    settings = load_system(peek_recipe("system", "llava15", argv=argv)).Config
+    flags = parse_recipe(AlignArguments, Arguments, settings, StreamArguments, argv=argv, description=__doc__)
+    own, arguments, settings, streams = flags
+    own.check_model()
+    own.check_train()
+
     from mllm_vision.evaluation.language.captions import caption_samples
     from mllm_vision.modules.audit import audit_table
     from mllm_vision.training.recipe.run import Run
     from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
-    from mllm_vision.vlm import FreezeProof, HeldOutLoss, audit, build_vlm, freeze, save_vlm
-    from mllm_vision.vlm.conversation import chat_template, label_preview
+    from mllm_vision.vlm import FreezeProof, HeldOutLoss, audit, learning_rates, merge_adapters, save_vlm
+    from mllm_vision.vlm.conversation import label_preview, set_chat_template
 
-    template = chat_template(own.chat_template)
-    run = Run("stage_one", arguments, recipe_dict(own, arguments, streams))
+    run = Run("stage_one", arguments, recipe_dict(*flags))
     run.start()
-    run.inherit("encoder", own.encoder)
-    run.inherit("language_model", own.llm)
-    encoder = VisionEncoder.from_pretrained(
-        own.encoder, select_layer=own.select_layer, select_feature=own.select_feature, image_size=own.image_size
-    )
-    model, processor = build_vlm(
-        encoder, own.llm, own.projector, own.tokenizer, template, dtype=own.dtype, blind=own.blind
-    )
+    task, processor = own.open(run, settings, dtype=own.dtype, blind=own.blind)
+    set_chat_template(processor, own.chat_template, task)
 
-    data = own.load_stage_data(model, processor, arguments, streams, roles=("image", "caption"))
+    data = own.load_stage_data(task, processor, arguments, streams, roles=("image", "caption"))
     run.describe_data("train", data.train_records, data.columns)
     refused = dict(data.evaluation.bad_samples.reasons)
     run.describe_data("validation", data.eval_records, data.eval_columns, refused=refused)
 
-    freeze(model, ("projector",))
-    rows = audit(model, arguments.learning_rate)
-    proof = FreezeProof(model, rows)
+    own.prepare(task)
+    rows = audit(task, arguments.learning_rate, own.rates)
+    proof = FreezeProof(task, rows)
     heldout = HeldOutLoss("captions", data.evaluation, data.collator, arguments.per_device_eval_batch_size)
     run.record["label_preview"] = label_preview(data, processor)
     if run.is_main:
         print(f"trained on: {run.record['label_preview']}\n{audit_table(rows)}", flush=True)
 
     trainer = RecipeTrainer(
-        model=model,
+        model=task,
         args=arguments,
         train_dataset=data.train,
         data_collator=data.collator,
         callbacks=callbacks,
         run=run,
+        learning_rates=learning_rates(task, own.rates),
         bad_samples=data.bad_samples,
         evaluators=[heldout],
     )
     trainer.measure_before("untrained")
     trainer.train()
 
-    run.save_artifact(lambda path: save_vlm(model, processor, path), own.artifact_name, "vlm")
-    run.after_training("freeze audit", proof.verify, model, trainer.steps, severe=True)
-    trainer.final_evaluation(model, own.artifact_name)
-    samples = (caption_samples, model, processor, data.eval_records, data.eval_columns, own.sample_count)
+    # before saving, which merges the adapters
+    run.after_training("freeze audit", proof.verify, task, trainer.steps, severe=True)
+    run.save_artifact(lambda path: save_vlm(task, processor, path), own.artifact_name, "vlm")
+    run.after_training("merging of the adapters", merge_adapters, task, everywhere=True)  # as the main process did
+    trainer.final_evaluation(task, own.artifact_name)
+    samples = (caption_samples, task, processor, data.eval_records, data.eval_columns, own.sample_count)
     run.record["samples"] += run.after_training("sample captions", *samples) or []
     run.finish(next=NEXT, freeze_problems=proof.problems, modules=proof.rows)
 

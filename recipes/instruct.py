@@ -1,9 +1,10 @@
-"""Stage two: train the aligned model to answer: projector and language model, and on request the encoder.
+"""Stage two: train the aligned model to answer: connector and language model, and on request the encoder.
 
     python recipes/instruct.py --model runs/align/model --dataset_name questions.parquet --output_dir runs/instruct
 
-Reads question-answer columns, `messages`, or LLaVA's `conversations`. Writes <output_dir>/model: a LLaVA directory that
-plain transformers loads (LoRA merged into it). The answer accuracy by question type is compared with the majority's.
+Reads question-answer columns, `messages`, or LLaVA's `conversations`. Writes <output_dir>/model: a folder that plain
+transformers loads (adapters merged). The answer accuracy by question type is compared with the majority's.
+Without stage one: --encoder and --llm in place of --model.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from typing import Any, ClassVar
 from mllm_vision.data.flags import COLUMN
 from mllm_vision.data.streams.flags import StreamArguments
 from mllm_vision.training.recipe.common import CommonArguments
-from mllm_vision.training.recipe.parser import parse_recipe, recipe_dict, run_recipe
-from mllm_vision.vlm.flags import ChatDataArguments, TuningArguments
+from mllm_vision.training.recipe.help import show_help
+from mllm_vision.training.recipe.parser import parse_recipe, peek_recipe, recipe_dict, run_recipe
+from mllm_vision.vlm.flags import ChatDataArguments, ModelArguments, TuningArguments
 
 NEXT = "mllm-vision chat --model {artifact} --image IMAGE"
 
 
 @dataclass(kw_only=True)
-class InstructArguments(TuningArguments, ChatDataArguments):
+class InstructArguments(TuningArguments, ModelArguments, ChatDataArguments):
     """The model, which of its parts train, and the conversations."""
 
-    model: str = field(
-        metadata={"help": "The model of recipes/align.py, or any LLaVA checkpoint.", "aliases": ["model_name_or_path"]}
+    train: list[str] = field(
+        default_factory=lambda: ["connector", "language_model"],
+        metadata={"help": "Parts that train: encoder, connector, language_model; each in full, or =lora or =dora."},
     )
     question_column: str | None = field(default=None, metadata=COLUMN)
     answer_column: str | None = field(default=None, metadata=COLUMN)
@@ -66,28 +69,28 @@ class Arguments(CommonArguments):
 
 
 def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> None:
-    own, arguments, streams = parse_recipe(
-        InstructArguments, Arguments, StreamArguments, argv=argv, description=__doc__
-    )
+    show_help(InstructArguments, Arguments, argv=argv, description=__doc__)  # imports no torch
+    from mllm_vision.vlm.systems import load_system
+
+    settings = load_system(peek_recipe("system", "llava15", argv=argv)).Config
+    flags = parse_recipe(InstructArguments, Arguments, settings, StreamArguments, argv=argv, description=__doc__)
+    own, arguments, settings, streams = flags
+    own.check_model()
+    own.check_train()
 
     from mllm_vision.modules.audit import audit_table
     from mllm_vision.training.recipe.run import Run
     from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
-    from mllm_vision.vlm import FreezeProof, HeldOutLoss, audit, learning_rates, load_vlm, save_vlm
+    from mllm_vision.vlm import FreezeProof, HeldOutLoss, audit, learning_rates, merge_adapters, save_vlm
     from mllm_vision.vlm.conversation import label_preview, set_chat_template
-    from mllm_vision.vlm.export import merge_lora
-    from mllm_vision.vlm.tokens import settle_ends
 
-    run = Run("stage_two", arguments, recipe_dict(own, arguments, streams))
+    run = Run("stage_two", arguments, recipe_dict(*flags))
     run.start()
-    run.inherit("vlm", own.model)
-    model, processor = load_vlm(own.model, dtype=own.dtype)
-    model.blind = model.blind or own.blind
-    set_chat_template(processor, own.chat_template)
-    settle_ends(model, processor)
+    task, processor = own.open(run, settings, dtype=own.dtype, blind=own.blind)
+    set_chat_template(processor, own.chat_template, task)
 
     turns = {"max_turns": own.max_turns, "shuffle_turns": own.shuffle_turns, "pack_turns": own.pack_turns}
-    data = own.load_stage_data(model, processor, arguments, streams, **turns)
+    data = own.load_stage_data(task, processor, arguments, streams, **turns)
     run.describe_data("train", data.train_records, data.columns)
     refused = dict(data.evaluation.bad_samples.reasons)
     run.describe_data("validation", data.eval_records, data.eval_columns, refused=refused)
@@ -96,21 +99,21 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     if data.asks_single_questions:
         evaluators.append(own.asked(data, processor, arguments.per_device_eval_batch_size, streams.streaming))
 
-    trained = own.prepare(model)
-    rows = audit(trained, arguments.learning_rate, own.rates)
-    proof = FreezeProof(trained, rows)
+    own.prepare(task)
+    rows = audit(task, arguments.learning_rate, own.rates)
+    proof = FreezeProof(task, rows)
     run.record["label_preview"] = label_preview(data, processor)
     if run.is_main:
         print(f"trained on: {run.record['label_preview']}\n{audit_table(rows)}", flush=True)
 
     trainer = RecipeTrainer(
-        model=trained,
+        model=task,
         args=arguments,
         train_dataset=data.train,
         data_collator=data.collator,
         callbacks=callbacks,
         run=run,
-        learning_rates=learning_rates(trained, own.rates),
+        learning_rates=learning_rates(task, own.rates),
         bad_samples=data.bad_samples,
         evaluators=evaluators,
     )
@@ -118,10 +121,10 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     trainer.train()
 
     # before saving, which merges the adapters
-    run.after_training("freeze audit", proof.verify, trained, trainer.steps, severe=True)
-    run.save_artifact(lambda path: save_vlm(trained, processor, path), own.artifact_name, "vlm")
-    run.after_training("merging of the adapters", merge_lora, trained, everywhere=True)  # as the main process did
-    trainer.final_evaluation(model, own.artifact_name)
+    run.after_training("freeze audit", proof.verify, task, trainer.steps, severe=True)
+    run.save_artifact(lambda path: save_vlm(task, processor, path), own.artifact_name, "vlm")
+    run.after_training("merging of the adapters", merge_adapters, task, everywhere=True)  # as the main process did
+    trainer.final_evaluation(task, own.artifact_name)
     run.finish(next=NEXT, freeze_problems=proof.problems, modules=proof.rows)
 
 

@@ -69,7 +69,12 @@ def words(recipe: str, data: Path, output: Path, **changed: Any) -> list[str]:
         "pretrain_images": {**noise, **images, "knn_k": 3, "optim": "adamw_torch", "objective": "simclr"},
         "finetune": noise | images,
         "align": {"encoder": data / "encoder", "llm": data / "llm", "sample_count": 2},
-        "instruct": {"model": data / "vlm", "chat_template": "qa", "max_new_tokens": 2, "train": "lora"},
+        "instruct": {
+            "model": data / "vlm",
+            "chat_template": "qa",
+            "max_new_tokens": 2,
+            "train": ["connector", "language_model=lora"],
+        },
         "language_model": {
             "text_files": data / "corpus.txt",
             "vocab_size": 400,

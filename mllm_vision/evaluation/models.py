@@ -10,6 +10,7 @@ from torch import nn
 
 from mllm_vision.encoder.files import read_json
 from mllm_vision.errors import nearby
+from mllm_vision.vlm.systems.registry import model_types
 
 PAIRS = {"clip", "siglip", "siglip2", "vision-text-dual-encoder", "mllm_vision_dual"}
 
@@ -42,7 +43,7 @@ def model_kind(path_or_id: str) -> str:
 
         file = Path(hf_hub_download(str(path_or_id), "config.json"))
     kind = str(read_json(file).get("model_type", ""))
-    if kind.startswith("llava"):
+    if kind in model_types():
         return "vlm"
     return "dual" if kind in PAIRS else "encoder"
 

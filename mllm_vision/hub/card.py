@@ -33,7 +33,7 @@ def kind_of(config: Mapping[str, Any]) -> str:
         return "encoder"
     if model_type in _DUALS:
         return "dual"
-    return "vlm" if model_type == "llava" else "model"
+    return "vlm" if {"vision_config", "text_config"} <= set(config) else "model"
 
 
 def describe(config: Mapping[str, Any]) -> str:

@@ -1,1 +1,1 @@
-"""Layers of methods: heads, projectors, momentum copies, queues, centring, BatchNorm over all ranks."""
+"""Layers of methods: heads, momentum copies, queues, centring, BatchNorm over all ranks."""

@@ -27,6 +27,7 @@ from mllm_vision.data.records.records import UsualSplit
 from mllm_vision.data.records.sampling import BadRow, judge
 from mllm_vision.errors import unknown_name
 from mllm_vision.vlm.packing import check_packing
+from mllm_vision.vlm.tokens import settle_ends
 
 logger = logging.getLogger(__name__)
 LONGEST = 2048  # the default limit where the language model itself allows more
@@ -52,10 +53,12 @@ def chat_template(name_or_path: str) -> str:
     return text
 
 
-def set_chat_template(processor: Any, name_or_path: str) -> None:
-    """Sets the template (see ``chat_template``) on processor and tokenizer; it is saved with them."""
+def set_chat_template(processor: Any, name_or_path: str, task: Any = None) -> None:
+    """Sets the template (see ``chat_template``) on processor and tokenizer; ``task`` learns where its answers end."""
     template = chat_template(name_or_path)
     processor.chat_template = processor.tokenizer.chat_template = template
+    if task is not None:
+        settle_ends(task.model, processor)
 
 
 @dataclass
@@ -143,7 +146,7 @@ def load_stage_data(
         ValueError: missing columns, an empty set, a length beyond the language model's limit, a language model that
             cannot be trained on packed conversations.
     """
-    limit = getattr(model.config.text_config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if max_length is None:
         max_length = min(limit or LONGEST, LONGEST)
     elif limit and max_length > limit:

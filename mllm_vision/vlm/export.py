@@ -1,153 +1,122 @@
-"""Saving and loading of models of stages one and two as plain LLaVA directories."""
+"""Saving and loading of the models of stages one and two as plain directories of transformers."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from PIL import Image
-from transformers import AutoProcessor, LlavaProcessor
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-from mllm_vision.data.images.transforms import ImageTransform
 from mllm_vision.encoder.files import read_json
 from mllm_vision.errors import nearby, reading
-from mllm_vision.vlm.model import VisionLanguageModel
+from mllm_vision.vlm.systems import system_of
+from mllm_vision.vlm.systems.registry import model_types
+from mllm_vision.vlm.task import LanguageTask
 from mllm_vision.vlm.tokens import check_vocabulary, pad_left, settle_ends
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 ADAPTER = "adapter"
 
 
-def merge_lora(model: Any) -> VisionLanguageModel:
-    """``model`` with its LoRA adapters merged into the weights, in place; a model without adapters is unchanged."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+def merge_adapters(task: LanguageTask) -> LanguageTask:
+    """``task`` with its adapters merged into the weights, in place; without adapters it is unchanged."""
+    if task.adapters is not None:
+        task.adapters.merge_and_unload()
+        object.__setattr__(task, "adapters", None)
+    return task
 
 
-def save_vlm(
-    model: VisionLanguageModel | PeftModel, processor: LlavaProcessor, path: str | Path
-) -> VisionLanguageModel:
-    """Writes a directory that ``LlavaForConditionalGeneration`` and ``AutoProcessor`` load without this package.
+def save_vlm(task: LanguageTask, processor: Any, path: str | Path) -> LanguageTask:
+    """Writes a directory that ``AutoModelForImageTextToText`` and ``AutoProcessor`` load without this package.
 
-    Both projectors are native: the linear one is written as Llava's two layers with a linear activation and an identity
-    as the second layer. LoRA adapters are saved under ``path/adapter`` and then merged.
+    A linear connector is written as Llava's two layers with a linear activation and an identity as the second layer.
+    Adapters are saved under ``path/adapter`` (with what was trained beside them in ``trained.safetensors``) and then
+    merged.
 
     Args:
-        model: the model, or the peft model around it (merged in place; do not train it further).
-        processor: from ``build_vlm`` or ``load_vlm``; its chat template is saved too.
+        task: from ``build_vlm`` or ``load_vlm`` (its adapters are merged in place; do not train it further).
+        processor: from there too; its chat template is saved with it.
         path: the directory to write.
 
     Returns:
-        The merged model.
+        The merged task.
     """
     path = Path(path)
-    if hasattr(model, "merge_and_unload"):
-        model.save_pretrained(str(path / ADAPTER))
-    merged = merge_lora(model)
+    if task.adapters is not None:
+        task.adapters.save_pretrained(str(path / ADAPTER))
+        beside = {name: p for name, p in task.model.named_parameters() if p.requires_grad and "lora_" not in name}
+        if beside:
+            tensors = {name: p.detach().contiguous() for name, p in beside.items()}
+            save_file(tensors, path / ADAPTER / "trained.safetensors", metadata={"format": "pt"})
+    merge_adapters(task)
     pad_left(processor.tokenizer)
-    settle_ends(merged, processor)
-    merged.save_pretrained(path)
+    settle_ends(task.model, processor)
+    task.model.save_pretrained(path)
     processor.save_pretrained(path)
-    return merged
+    return task
 
 
 def load_vlm(
     path: str | Path, *, dtype: torch.dtype | str = torch.float32, token: str | None = None, revision: str | None = None
-) -> tuple[VisionLanguageModel, LlavaProcessor]:
-    """Loads a LLaVA checkpoint, of this package or any other, from disk or the Hub.
+) -> tuple[LanguageTask, Any]:
+    """Loads a checkpoint of any system, of this package or another origin, from disk or the Hub.
 
     Args:
-        path: a directory written by ``save_vlm``, or the path or Hub id of any ``llava`` checkpoint.
+        path: a directory written by ``save_vlm``, or the path or Hub id of any checkpoint of a system's class.
         dtype: of the weights; "auto" keeps the checkpoint's.
         token, revision: for the Hub.
 
     Returns:
-        The model in evaluation mode, and its processor.
+        The task in evaluation mode, and its processor.
 
     Raises:
         FileNotFoundError: no such folder, or no config.json in it.
-        ValueError: not a LLaVA model, missing weights, or a processor that does not fit the model.
+        ValueError: not a model of a system, missing weights, or a processor that does not fit the model.
     """
     folder = Path(path)
     if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
         read_config(folder)
     hub: dict[str, Any] = {"token": token, "revision": revision}
     with reading(path):
-        loaded: Any = VisionLanguageModel.from_pretrained(
+        system = system_of(AutoConfig.from_pretrained(str(path), **hub), str(path))
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             str(path), dtype=dtype, output_loading_info=True, use_safetensors=True, **hub
         )
         model, found = loaded
-        processor = AutoProcessor.from_pretrained(str(path), **hub)
+        processor = system.load_processor(str(path), **hub)
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
-            f"{path} lacks {len(missing)} weights of a LLaVA ({', '.join(missing[:3])}), which would be random; use "
-            "the folder of a complete checkpoint"
+            f"{path} lacks {len(missing)} weights of a {type(model).__name__} ({', '.join(missing[:3])}), which would "
+            "be random; use the folder of a complete checkpoint"
         )
-    fit_processor(model.eval(), processor, str(path))
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, str(path))
+        check_image_token(model, processor, str(path))
+    system.fit(model.eval(), processor, str(path))
     pad_left(processor.tokenizer)
     settle_ends(model, processor)
-    if model.blind:
+    task = LanguageTask(model, system)
+    if task.blind:
         logger.warning("%s was trained blind: images are replaced by zeros", path)
-    return model.eval(), processor
+    return task.eval(), processor
 
 
-def fit_processor(model: VisionLanguageModel, processor: Any, path: str) -> None:
-    """Sets the number of tokens per image in config and processor to that of the tower; logs corrections.
-
-    Older LLaVA checkpoints have an unused ``image_seq_length`` and processors without a patch size.
-
-    Raises:
-        ValueError: not a LLaVA processor; images of a different size than the tower's; an image token without
-            embedding.
-    """
-    if not isinstance(processor, LlavaProcessor):
-        raise ValueError(
-            f"{path} has no LlavaProcessor (found: {type(processor).__name__}); save one into the folder with "
-            "LlavaProcessor(image_processor, tokenizer, patch_size=..., vision_feature_select_strategy=...)"
-        )
-    check_vocabulary(processor.tokenizer, path)
-    config: Any = model.config
-    table: Any = model.get_input_embeddings().weight
-    token, rows = processor.image_token_id, table.shape[0]
+def check_image_token(model: Any, processor: Any, path: str) -> None:
+    """Raises ValueError for an image token without embedding."""
+    token, rows = processor.image_token_id, model.get_input_embeddings().weight.shape[0]
     if token >= rows:
         raise ValueError(
             f"{path}: the processor's image token {processor.image_token!r} has id {token}, beyond the {rows} "
             "embeddings of the language model; use the processor that was saved with the model"
         )
-    blank = ImageTransform(processor.image_processor, train=False)([Image.new("RGB", (64, 64))])
-    size = config.vision_config.image_size
-    if tuple(blank.shape[-2:]) != ((size, size) if isinstance(size, int) else tuple(size)):
-        raise ValueError(
-            f"{path}: the processor gives images of {tuple(blank.shape[-2:])} pixels, but the vision tower takes "
-            f"{size}; correct the size of the image processor in processor_config.json"
-        )
-    tower = next(model.model.vision_tower.parameters())
-    with torch.no_grad():
-        tokens = len(model.get_image_features(blank.to(tower.device, tower.dtype)).pooler_output[0])
-    patch = config.vision_config.patch_size
-    wanted = {
-        "patch_size": patch,
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-        "num_additional_image_tokens": tokens
-        - (blank.shape[-2] // patch) * (blank.shape[-1] // patch)
-        + (config.vision_feature_select_strategy == "default"),
-    }
-    changed = []
-    for holder, values in ((config, {"image_seq_length": tokens, "image_token_id": token}), (processor, wanted)):
-        for name, value in values.items():
-            if (was := getattr(holder, name)) != value:
-                changed.append(f"{name}={was} -> {value}")
-                setattr(holder, name, value)
-    if changed:
-        logger.warning("%s: corrected to the vision tower's output: %s", path, ", ".join(changed))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a LLaVA folder; FileNotFoundError or ValueError naming what the folder contains instead."""
+    """``config.json`` of a model's folder; FileNotFoundError or ValueError naming what the folder contains instead."""
     file = folder / "config.json"
     if not file.is_file():
         if (folder / "adapter_config.json").is_file():
@@ -161,9 +130,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} is not a saved model: no config.json ({inside}); use the folder with one")
     config = read_json(file)
     kind = config.get("model_type")
-    if kind != "llava":
+    if kind not in model_types() and not (config.get("mllm_vision") or {}).get("system"):
         raise ValueError(
-            f"{folder} contains a {kind!r} model, not a vision-language model ('llava'); "
+            f"{folder} contains a {kind!r} model, not a vision-language model ({', '.join(sorted(model_types()))}); "
             "use the folder 'model' saved by recipes/align.py or recipes/instruct.py"
         )
     if method := (config.get("quantization_config") or {}).get("quant_method"):

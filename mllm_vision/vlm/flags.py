@@ -65,15 +65,94 @@ class ChatDataArguments(DataArguments):
 
 
 @dataclass(kw_only=True)
-class TuningArguments:
-    """Which parts of the model are trained, and at which learning rates."""
+class ModelArguments:
+    """The model: one of an earlier stage, or a new one from an encoder and a language model."""
 
-    train: Literal["full", "lora", "projector"] = field(
-        default="full", metadata={"help": "Projector and language model, adapters, or the projector alone."}
+    model: str | None = field(
+        default=None, metadata={"help": "A model of an earlier stage, or any checkpoint of a system's class."}
     )
-    train_encoder: bool = field(default=False, metadata={"help": "Train the vision encoder too."})
+    encoder: str | None = field(
+        default=None, metadata={"help": "Of a new model: the vision encoder, a folder or Hub id."}
+    )
+    llm: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of a new model: the causal language model, a folder or Hub id.",
+            "aliases": ["model_name_or_path"],
+        },
+    )
+    system: str = field(
+        default="llava15",
+        metadata={
+            "help": "Of a new model: the system (see docs/systems.md), or package.module:Class.",
+            "imports": True,
+        },
+    )
+    tokenizer: str | None = field(default=None, metadata={"help": "The tokenizer, if it is not beside the model."})
+    select_layer: int | None = field(default=None, metadata={"help": "The encoder's layer; by default its own choice."})
+    select_feature: str | None = field(
+        default=None, metadata={"help": "patch or cls_patch; by default the encoder's choice.", "rare": True}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "The side of the images; by default the encoder's own."}
+    )
+
+    def check_model(self) -> None:
+        """Raises ValueError unless either a model, or an encoder and a language model are named."""
+        if self.model is None and (self.encoder is None or self.llm is None):
+            missing = "--encoder" if self.encoder is None else "--llm"
+            raise ValueError(
+                f"missing: {missing} (a new model needs --encoder and --llm; --model continues an earlier one)"
+            )
+        given = [name for name in ("encoder", "llm", "tokenizer") if self.model and getattr(self, name) is not None]
+        if given:
+            raise ValueError(
+                f"--model and --{given[0]} are mutually exclusive: {self.model} holds its own; leave one of them out"
+            )
+
+    def open(self, run: Any, settings: Any, *, dtype: str, blind: bool) -> tuple[Any, Any]:
+        """The `LanguageTask` and its processor, with the parents recorded in ``run``.
+
+        Args:
+            run: the started `Run`.
+            settings: the system's `Config`, for a new model.
+            dtype, blind: see `build_vlm`.
+
+        Raises:
+            ValueError: see `build_vlm` and `load_vlm`.
+        """
+        from mllm_vision.encoder import VisionEncoder
+        from mllm_vision.vlm import build_vlm, load_system, load_vlm
+
+        if self.model is not None:
+            run.inherit("vlm", self.model)
+            task, processor = load_vlm(self.model, dtype=dtype)
+            task.blind = task.blind or blind
+            return task, processor
+        run.inherit("encoder", self.encoder)
+        run.inherit("language_model", self.llm)
+        encoder = VisionEncoder.from_pretrained(
+            str(self.encoder),
+            select_layer=self.select_layer,
+            select_feature=self.select_feature,
+            image_size=self.image_size,
+        )
+        system = load_system(self.system)(settings)
+        return build_vlm(encoder, str(self.llm), system, self.tokenizer, dtype=dtype, blind=blind)
+
+
+@dataclass(kw_only=True)
+class TuningArguments:
+    """Which parts of the model are trained, and how."""
+
+    train: list[str] = field(
+        default_factory=lambda: ["connector"],
+        metadata={"help": "Parts that train: encoder, connector, language_model; each in full, or =lora or =dora."},
+    )
     encoder_learning_rate: float | None = field(default=None, metadata={"help": "The rate of that part."})
-    projector_learning_rate: float | None = field(default=None, metadata={"help": "The rate of that part."})
+    connector_learning_rate: float | None = field(
+        default=None, metadata={"help": "The rate of that part.", "aliases": ["projector_learning_rate"]}
+    )
     language_model_learning_rate: float | None = field(default=None, metadata={"help": "The rate of that part."})
     lora_rank: int = field(default=16, metadata={"help": "The rank of the adapters (LLaVA-1.5: 128)."})
     lora_alpha: int = field(default=32, metadata={"help": "Their scale times the rank (LLaVA-1.5: 256).", "rare": True})
@@ -84,16 +163,18 @@ class TuningArguments:
         """Module group -> its learning rate; None is the run's."""
         return {
             "encoder": self.encoder_learning_rate,
-            "projector": self.projector_learning_rate,
+            "connector": self.connector_learning_rate,
             "language_model": self.language_model_learning_rate,
         }
 
-    def prepare(self, model: Any) -> Any:
-        """The model with frozen and trainable parts set; with LoRA the peft model around it."""
-        from mllm_vision.vlm.freezing import add_lora, freeze
+    def check_train(self) -> None:
+        """Raises ValueError for a part or a way that does not exist, before anything is loaded."""
+        from mllm_vision.vlm.freezing import read_groups
 
-        if self.train == "lora":
-            adapters: dict[str, Any] = {"rank": self.lora_rank, "alpha": self.lora_alpha, "dropout": self.lora_dropout}
-            return add_lora(model, **adapters, train_encoder=self.train_encoder)
-        groups = ["projector"] + ["language_model"] * (self.train == "full") + ["encoder"] * self.train_encoder
-        return freeze(model, groups)
+        read_groups(self.train)
+
+    def prepare(self, task: Any) -> Any:
+        """The task with frozen and trainable parts set, and adapters added."""
+        from mllm_vision.vlm.freezing import freeze
+
+        return freeze(task, self.train, rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout)

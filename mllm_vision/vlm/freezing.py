@@ -1,4 +1,4 @@
-"""Freezing, LoRA and learning rates by module group, and the check that frozen weights did not change."""
+"""Which module groups train, in full or by adapters, at which rates, and the proof that frozen weights stay."""
 
 from __future__ import annotations
 
@@ -6,152 +6,179 @@ import logging
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mllm_vision.modules.audit import ModuleAudit, audit_table
-from mllm_vision.vlm.model import VisionLanguageModel
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from mllm_vision.vlm.systems.base import GROUPS
+from mllm_vision.vlm.task import LanguageTask
 
 logger = logging.getLogger(__name__)
-
-GROUPS = ("encoder", "projector", "language_model")
-PROJECTOR = "multi_modal_projector"
+WAYS = ("full", "lora", "dora")
 
 
-def module_group(name: str) -> str:
-    """The group of a parameter, by its name: "encoder", "projector" or "language_model" (its head included)."""
-    if "vision_tower." in name:
-        return "encoder"
-    return "projector" if f"{PROJECTOR}." in name else "language_model"
+def read_groups(train: Iterable[str]) -> dict[str, str]:
+    """What ``--train`` says: module group -> "full", "lora" or "dora".
+
+    Args:
+        train: entries ``group`` (in full) or ``group=way``, as in ``connector language_model=lora``.
+
+    Raises:
+        ValueError: no group at all, an unknown group or way, or a group named twice.
+    """
+    found: dict[str, str] = {}
+    for entry in train:
+        group, _, way = entry.partition("=")
+        if group not in GROUPS or (way or "full") not in WAYS:
+            raise ValueError(
+                f"train={entry}: use GROUP or GROUP=WAY; groups: {', '.join(GROUPS)}; ways: {', '.join(WAYS)}"
+            )
+        if group in found:
+            raise ValueError(f"train={entry}: {group} is named twice")
+        found[group] = way or "full"
+    if not found:
+        raise ValueError(f"train names no module group, so nothing would train; groups: {', '.join(GROUPS)}")
+    return found
 
 
-def freeze(model: VisionLanguageModel, train: Iterable[str] = ("projector",)) -> VisionLanguageModel:
-    """Trains only the groups in ``train``; ``model.train()`` keeps the others in evaluation mode.
+def freeze(
+    task: LanguageTask,
+    train: Iterable[str] = ("connector",),
+    *,
+    rank: int = 16,
+    alpha: int = 32,
+    dropout: float = 0.0,
+) -> LanguageTask:
+    """Trains only the groups in ``train``; ``task.train()`` keeps the others in evaluation mode.
 
     Unused parts of the encoder (layers above the selected one, the pooling head) stay frozen too: without a gradient
     they would make data-parallel training fail.
 
     Args:
-        model: before any LoRA adapters are added.
-        train: some of "encoder", "projector", "language_model".
+        task: before any adapters are added.
+        train: see `read_groups`. LoRA (arXiv:2106.09685) and DoRA (arXiv:2402.09353) adapt every linear layer of a
+            group.
+        rank, alpha, dropout: of the adapters (LLaVA-1.5: 128, 256, 0.05 for 7B).
 
     Raises:
-        ValueError: an unknown group, or none at all.
+        ValueError: see `read_groups`; a rank below 1; adapters for a group without linear layers.
     """
-    wanted = set(train)
-    if not wanted or wanted - set(GROUPS):
-        raise ValueError(f"train={sorted(wanted)}: name one or more of {', '.join(GROUPS)}")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(module_group(name) in wanted)
-    if "encoder" in wanted:
-        _freeze_unused_encoder(model)
-    return model
+    groups = read_groups(train)
+    for name, parameter in task.model.named_parameters():
+        parameter.requires_grad_(groups.get(task.system.group_of(name)) == "full")
+    if groups.get("encoder") == "full":
+        _freeze_unused_encoder(task)
+    adapted = {group: way for group, way in groups.items() if way != "full"}
+    if adapted:
+        _add_adapters(task, adapted, rank, alpha, dropout)
+    return task
 
 
-def _freeze_unused_encoder(model: VisionLanguageModel) -> None:
-    """Freezes the tower's parameters without gradient, found with a blank image."""
-    tower = model.model.vision_tower
-    learning = [parameter for parameter in tower.parameters() if parameter.requires_grad]
-    was_training = model.training
+def _freeze_unused_encoder(task: LanguageTask) -> None:
+    """Freezes the encoder's parameters without gradient, found with a blank image."""
+    parts = task.system.modules(task.model, "encoder")
+    learning = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+    was_training = task.training
     with torch.enable_grad():
-        total = model.eval().blank_image()
-        gradients = torch.autograd.grad(total, learning, allow_unused=True)
-    model.train(was_training)
+        gradients = torch.autograd.grad(task.eval().blank_image(), learning, allow_unused=True)
+    task.train(was_training)
     for parameter, gradient in zip(learning, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
 
 
-def add_lora(
-    model: VisionLanguageModel, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0, train_encoder: bool = False
-) -> PeftModel:
-    """LoRA (arXiv:2106.09685) on every linear layer of the language model; the projector trains in full.
-
-    Args:
-        model: the model; its weights are frozen by peft.
-        rank, alpha, dropout: of the adapters (LLaVA-1.5: 128, 256, 0.05 for 7B).
-        train_encoder: train the vision tower's own weights too.
-
-    Raises:
-        ValueError: a rank below 1, or a language model without linear layers.
-    """
+def _add_adapters(task: LanguageTask, groups: Mapping[str, str], rank: int, alpha: int, dropout: float) -> None:
+    """Puts adapters on the linear layers of the groups, in place; ``task.adapters`` saves and merges them."""
     from peft import LoraConfig, get_peft_model
 
     if rank < 1:
         raise ValueError(f"lora_rank={rank} must be at least 1")
-    # GPT-2 calls its linear layers Conv1D. A plain list of suffixes would also match the vision tower.
-    linear: set[str] = set()
-    other: set[str] = set()  # such as a router subclass of Linear with several outputs
-    for name, module in model.model.language_model.named_modules():
-        plain = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-        (linear if plain else other).add(name.rpartition(".")[2])
-    leaves = linear - other
-    if not leaves:
-        raise ValueError(f"{type(model.model.language_model).__name__} has no linear layers for LoRA; use --train full")
+    if len(set(groups.values())) > 1:
+        named = ", ".join(f"{group}={way}" for group, way in groups.items())
+        raise ValueError(f"train: {named}: use one way, lora or dora, for all adapted groups")
+    trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]  # peft freezes all
+    targets = [name for group in groups for name in _linear_layers(task, group)]
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=rf".*language_model\..*\.({'|'.join(sorted(map(re.escape, leaves)))})",
-        modules_to_save=[PROJECTOR] + (["vision_tower"] if train_encoder else []),
+        use_dora="dora" in groups.values(),
+        target_modules="|".join(sorted({_pattern(name) for name in targets})),
     )
     with warnings.catch_warnings():  # peft 0.21 uses a name that transformers 5.23 deprecates
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        wrapped = get_peft_model(model, config)
-    if train_encoder:
-        _freeze_unused_encoder(model)
-    return wrapped
+        adapters = get_peft_model(task.model, config)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    object.__setattr__(task, "adapters", adapters)
 
 
-def learning_rates(model: nn.Module, rates: Mapping[str, float | None]) -> dict[str, float]:
-    """Parameter-name prefix -> learning rate of trained groups, from group -> rate (None: the run's).
+def _linear_layers(task: LanguageTask, group: str) -> list[str]:
+    """Names of the linear layers of a group, without the output layer.
 
-    Accepts the model or the peft model around it.
+    Raises:
+        ValueError: it has none.
     """
+    output = task.model.get_output_embeddings()
+    found = [
+        name
+        for name, module in task.model.named_modules()
+        # GPT-2 calls its linear layers Conv1D; a subclass of Linear may be a router with several outputs
+        if (type(module) is nn.Linear or type(module).__name__ == "Conv1D")
+        and module is not output
+        and task.system.group_of(name) == group
+    ]
+    if not found:
+        raise ValueError(f"the {group} has no linear layers for adapters; use --train {group}")
+    return found
+
+
+def _pattern(name: str) -> str:
+    """A module's name as a pattern, for all layers at once."""
+    return re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name))
+
+
+def learning_rates(task: LanguageTask, rates: Mapping[str, float | None]) -> dict[str, float]:
+    """Parameter-name prefix -> learning rate of trained groups, from group -> rate (None: the run's)."""
     prefixes: dict[str, float] = {}
-    for name, parameter in model.named_parameters():
-        rate = rates.get(module_group(name))
+    for name, parameter in task.named_parameters():
+        group = task.system.group_of(name.removeprefix("model."))
+        rate = rates.get(group)
         if rate is not None and parameter.requires_grad:
-            parts = name.removeprefix("base_model.model.").split(".")  # peft's prefix
-            prefixes[parts[0] if parts[0] == "lm_head" else ".".join(parts[:2])] = rate
+            paths = (f"model.{path}" for path in task.system.parts[group])
+            prefixes[next((path for path in paths if name == path or name.startswith(f"{path}.")), name)] = rate
     return prefixes
 
 
-def _groups(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+def _groups(task: LanguageTask) -> dict[str, dict[str, Tensor]]:
     """Parameters and saved buffers by group; tied weights count once."""
     groups: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
     seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in task.model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            groups[module_group(name)][name] = tensor
+            groups[task.system.group_of(name)][name] = tensor
     return groups
 
 
 def audit(
-    model: nn.Module, learning_rate: float, rates: Mapping[str, float | None] | None = None
+    task: LanguageTask, learning_rate: float, rates: Mapping[str, float | None] | None = None
 ) -> list[dict[str, Any]]:
     """One row per module group: ``group``, ``parameters``, ``trainable`` (number of parameters), ``learning_rate``.
 
     Args:
-        model: the model, or the peft model around it.
+        task: after `freeze`.
         learning_rate: the run's rate, used by groups without their own.
         rates: group -> learning rate.
     """
     rows = []
     for group in GROUPS:
-        total = trainable = 0
-        for name, parameter in model.named_parameters():
-            # peft keeps a copy of the original projector, which is not part of the model
-            if module_group(name) == group and ".original_module." not in name:
-                total += parameter.numel()
-                trainable += parameter.numel() * parameter.requires_grad
+        parameters = [p for name, p in task.model.named_parameters() if task.system.group_of(name) == group]
+        trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         own = (rates or {}).get(group)
         rate = (learning_rate if own is None else own) if trainable else 0.0
+        total = sum(parameter.numel() for parameter in parameters)
         rows.append({"group": group, "parameters": total, "trainable": trainable, "learning_rate": rate})
     return rows
 
@@ -162,21 +189,21 @@ class FreezeProof(ModuleAudit):
     Frozen and trainable tensors of a group are hashed separately, so that with LoRA the language model's own weights
     are proven unchanged. Hashing a frozen 7B language model (14 GB in bf16) takes 5 to 25 s.
 
-    Example: ``proof = FreezeProof(model, rows)``, train, ``rows = proof.close(model)``, save, ``proof.check()``.
+    Example: ``proof = FreezeProof(task, rows)``, train, ``rows = proof.close(task)``, save, ``proof.check()``.
 
     Args:
-        model: the model, or the peft model around it.
+        task: after `freeze`.
         rows: of `audit`.
     """
 
-    def __init__(self, model: nn.Module, rows: Iterable[Mapping[str, Any]]) -> None:
-        super().__init__(_groups(model), rows=rows, prove=True)
+    def __init__(self, task: LanguageTask, rows: Iterable[Mapping[str, Any]]) -> None:
+        super().__init__(_groups(task), rows=rows, prove=True)
 
-    def close(self, model: Any, steps: Any = None) -> list[dict[str, Any]]:  # type: ignore[override]
-        """As `ModuleAudit.close`, of the model as trained; call before LoRA is merged."""
-        return super().close(_groups(model), steps)
+    def close(self, task: Any, steps: Any = None) -> list[dict[str, Any]]:  # type: ignore[override]
+        """As `ModuleAudit.close`, of the task as trained; call before adapters are merged."""
+        return super().close(_groups(task), steps)
 
-    def verify(self, model: nn.Module, steps: Any = None) -> None:
+    def verify(self, task: LanguageTask, steps: Any = None) -> None:
         """`close`, prints the table, and `check`."""
-        print(audit_table(self.close(model, steps)), flush=True)
+        print(audit_table(self.close(task, steps)), flush=True)
         self.check()

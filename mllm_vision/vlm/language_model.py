@@ -1,7 +1,8 @@
-"""Checks, on the model itself, that a language model fits LLaVA's layout."""
+"""Joining a language model to a system: loading it, numerical checks that it fits, and its embeddings."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 import math
@@ -18,11 +19,131 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
+
+from mllm_vision.errors import reading
+from mllm_vision.vlm.tokens import load_tokenizer
 
 logger = logging.getLogger(__name__)
 OTHER = "use another --llm (Llama, Qwen, Mistral, Gemma 3, Phi-3, OLMo, GPT-2, ...)"
 LOUD = {torch.float16: 1e3}  # logits this large (else 1e4) reveal caps and other nonlinearities
+
+
+@dataclasses.dataclass
+class JoinedLanguageModel:
+    """A language model that fits a system, in parts.
+
+    Attributes:
+        model: the causal language model itself.
+        base: its decoder without the head. head: its output layer.
+        tied: whether input and output embeddings are one tensor.
+        image_token_id: the token that stands for images.
+    """
+
+    model: PreTrainedModel
+    base: Any
+    head: Any
+    tied: bool
+    image_token_id: int
+
+
+def open_language_model(
+    llm: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None,
+    dtype: torch.dtype | str,
+    **hub: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal language model and its tokenizer.
+
+    Raises:
+        ValueError: a model without tokenizer, and what `load_language_model` raises.
+        OSError: a path cannot be read.
+    """
+    if isinstance(llm, PreTrainedModel):
+        model = llm
+        if tokenizer is None:
+            raise ValueError("llm is a model, which carries no tokenizer: pass tokenizer=, or the path of the model")
+    else:
+        source = str(llm)
+        with reading(source):
+            model = load_language_model(source, dtype, **hub)
+            if tokenizer is None:
+                tokenizer = load_tokenizer(source, **hub)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        with reading(tokenizer):
+            tokenizer = load_tokenizer(str(tokenizer))
+    return model, tokenizer
+
+
+def join_language_model(
+    language_model: PreTrainedModel, tokenizer: Any, image_token_id: int, *, softcap: bool = False
+) -> JoinedLanguageModel:
+    """Checks that the language model fits, grows its embeddings to the tokenizer, and settles ties and factors.
+
+    Args:
+        language_model: changed in place.
+        tokenizer: with all tokens of the system.
+        image_token_id: the id of the image token.
+        softcap: the system applies `final_logit_softcapping` itself.
+
+    Raises:
+        ValueError: the language model does not fit (see `decoder_of` and `logit_factor`).
+    """
+    base = decoder_of(language_model)
+    factor = logit_factor(language_model, base, softcap)
+    warn_of_vocabulary(language_model, tokenizer)
+    grow_embeddings(language_model, len(tokenizer))
+    if factor != 1:
+        fold_factor(language_model, factor)
+    tied = _settle_tying(language_model, base)
+    base.config.pad_token_id = tokenizer.pad_token_id
+    return JoinedLanguageModel(language_model, base, language_model.get_output_embeddings(), tied, image_token_id)
+
+
+def warn_of_vocabulary(language_model: PreTrainedModel, tokenizer: Any) -> None:
+    """A warning for a tokenizer with many more tokens than the language model has embeddings."""
+    table: Any = language_model.get_input_embeddings().weight
+    known = len(tokenizer) - len(getattr(tokenizer, "added_tokens_decoder", {}))
+    if known > table.shape[0]:
+        logger.warning(
+            "the tokenizer has %d tokens, but %s has embeddings for only %d: is it the tokenizer of this model? The "
+            "others are initialised to the mean",
+            len(tokenizer),
+            type(language_model).__name__,
+            table.shape[0],
+        )
+
+
+@torch.no_grad()
+def grow_embeddings(language_model: PreTrainedModel, size: int) -> int:
+    """Grows the embeddings to ``size`` tokens; new input and output rows are the mean. Returns the rows added."""
+    table: Any = language_model.get_input_embeddings().weight
+    old = table.shape[0]
+    if size <= old:
+        return 0
+    # transformers' mean_resizing samples around the mean, so equal runs would differ by the random state.
+    language_model.resize_token_embeddings(size, mean_resizing=False)
+    for layer in {language_model.get_input_embeddings(), language_model.get_output_embeddings()}:
+        layer.weight[old:] = layer.weight[:old].mean(dim=0)
+    logger.info("embeddings grown from %d to %d rows (new rows: the mean)", old, size)
+    return size - old
+
+
+def _settle_tying(language_model: PreTrainedModel, base: PreTrainedModel) -> bool:
+    """Whether input and output embeddings stay tied, which transformers' systems support only for ``embed_tokens``.
+
+    For other layouts (GPT-2's ``wte``) the output layer becomes a copy, so that the checkpoint stays loadable.
+    """
+    embeddings, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
+    tied = head.weight is embeddings.weight
+    if tied and getattr(base, "embed_tokens", None) is not embeddings:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        tied = False
+        logger.info("%s: output embeddings untied, as the system's class cannot tie them", type(base).__name__)
+    for config in (language_model.config, base.config):
+        config.tie_word_embeddings = tied
+    return tied
 
 
 def load_language_model(source: str, dtype: torch.dtype | str, **hub: Any) -> PreTrainedModel:
@@ -143,11 +264,12 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def logit_factor(language_model: PreTrainedModel, base: PreTrainedModel) -> float:
+def logit_factor(language_model: PreTrainedModel, base: PreTrainedModel, softcap: bool = False) -> float:
     """The factor between the model's own logits and ``head(base(embeddings))``, which is all that LLaVA computes.
 
     1.0 for most; Granite and Cohere scale their logits. The comparison is the model's own forward on token ids
     against the decoder on their embeddings, with logits made large, so that caps show in untrained models as well.
+    With ``softcap`` the cap of the config is part of what the system computes.
 
     Raises:
         ValueError: the logits differ by more than a factor, or a token sees later ones.
@@ -175,6 +297,9 @@ def logit_factor(language_model: PreTrainedModel, base: PreTrainedModel) -> floa
     with _Amplified(head, 2.0 ** max(0, math.ceil(math.log2(LOUD.get(joined.dtype, 1e4) / largest)))) as amplified:
         own = language_model(input_ids=ids, use_cache=False).logits.double()
     joined = joined.double() * (amplified.factor if amplified.calls else 1.0)
+    cap = getattr(base.config, "final_logit_softcapping", None) if softcap else None
+    if cap:
+        joined = cap * torch.tanh(joined / cap)
     own = own[..., : joined.shape[-1]]
     factor = float((own * joined).sum() / joined.square().sum())
     if own.shape != joined.shape or not (own - factor * joined).abs().max() <= tolerance * own.abs().max():

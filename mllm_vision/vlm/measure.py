@@ -12,13 +12,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import GenerationConfig
 
 from mllm_vision.data.chat.prompts import prompt_ids
-from mllm_vision.data.images.transforms import ImageTransform
 from mllm_vision.data.records.sampling import BadRow, EpochDataset, OwnRows
 from mllm_vision.distributed import agree_on_error, rank, total_over_ranks, world_size
 from mllm_vision.vlm.tokens import stop_ids
 
 logger = logging.getLogger(__name__)
-INPUTS = ("input_ids", "attention_mask", "position_ids", "labels", "pixel_values")
 IMAGES = ("own", "shuffled", "blank")
 
 
@@ -27,7 +25,7 @@ def supervised_loss(model: Any, batches: Iterable[Mapping[str, Tensor]], images:
     """Mean loss over all supervised tokens, in nats a token.
 
     Args:
-        model: a ``VisionLanguageModel`` (or the peft model around it), already in evaluation mode.
+        model: a ``LanguageTask``, already in evaluation mode.
         batches: from ``ConversationCollator``; on several ranks each rank's share.
         images: "own"; "shuffled": each text with the image of another row of its batch; "blank": zeros. The
             difference between "own" and "shuffled" shows how much the model uses the image.
@@ -57,11 +55,11 @@ def _own_loss(model: Any, batches: Iterable[Mapping[str, Tensor]], images: str) 
     total, count = torch.zeros((), dtype=kind, device=device), 0
     for batch in batches:
         tokens = int((batch["labels"][:, 1:] != -100).sum())  # on the CPU
-        inputs = {name: batch[name].to(device, non_blocking=True) for name in INPUTS if name in batch}
-        if "pixel_values" in inputs and images != "own":
-            values = inputs["pixel_values"]
-            shuffled = images == "shuffled"
-            inputs["pixel_values"] = values.roll(1, dims=0) if shuffled else torch.zeros_like(values)
+        inputs = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        for name in inputs:
+            if name.endswith("pixel_values") and images != "own":
+                shuffled = images == "shuffled"
+                inputs[name] = inputs[name].roll(1, dims=0) if shuffled else torch.zeros_like(inputs[name])
         if tokens:
             total += model(**inputs).loss.to(kind) * tokens
             count += tokens
@@ -126,7 +124,7 @@ def answer(
     """The model's next turn, decoded greedily.
 
     Args:
-        model: a LLaVA model in evaluation mode.
+        model: a `LanguageTask` in evaluation mode.
         processor: its processor, with a chat template.
         messages: the dialogue so far in the ``messages`` format, ending with the user's turn.
         images: PIL images, as many as the messages have image parts.
@@ -140,23 +138,32 @@ def answer(
     places = int((ids == image_token).sum())
     if places != len(images):
         raise ValueError(f"the dialogue contains {places} images ({processor.image_token}), {len(images)} were given")
-    inputs = {}
+    tokens = None
     if images:
-        pixels = ImageTransform(processor.image_processor, train=False)(list(images))
-        dtype = next(weight.dtype for name, weight in model.named_parameters() if "vision_tower." in name)
-        inputs["pixel_values"] = pixels.to(model.device, dtype)
-        repeats = torch.where(ids[0] == image_token, model.config.image_seq_length, 1)
-        ids = ids.repeat_interleave(repeats, dim=1)
+        layout = model.system.layout(model.model, processor)
+        pixels = {name: value.to(model.device) for name, value in layout(list(images)).items()}
+        tokens = model.image_tokens(pixels)
+        ids = spell_out(layout, ids[0], images)[None]
     check_room(model, ids.shape[1], max_new_tokens)
-    inputs |= {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids, device=model.device)}
-    ends = stop_ids(model, processor)
-    output = model.generate(**inputs, generation_config=greedy(processor.tokenizer, ends, max_new_tokens))
+    ends = stop_ids(model.model, processor)
+    config = greedy(processor.tokenizer, ends, max_new_tokens)
+    output = model.generate(ids.to(model.device), image_tokens=tokens, generation_config=config)
     return said(processor.tokenizer, output[0, ids.shape[1] :].tolist(), ends)
+
+
+def spell_out(layout: Any, ids: Tensor, images: Sequence[Any]) -> Tensor:
+    """``ids [T]`` with each image token replaced by the tokens of its image."""
+    sizes = iter([(image.height, image.width) for image in images])
+    pieces = [
+        torch.from_numpy(layout.tokens(*next(sizes))) if token == layout.image_token_id else torch.tensor([token])
+        for token in ids.tolist()
+    ]
+    return torch.cat(pieces)
 
 
 def check_room(model: Any, tokens: int, max_new_tokens: int) -> None:
     """Raises ValueError (a `BadRow`) if prompt and answer exceed the language model's positions."""
-    limit = getattr(model.config.text_config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and tokens + max_new_tokens > limit:
         raise BadRow(
             "the prompt leaves no room for the answer",

@@ -22,14 +22,14 @@ def check_packing(model: Any, longest: int, row: int | None = None) -> None:
     conversation), ALiBi, recurrent and convolutional layers and an active cache are not.
 
     Args:
-        model: a ``VisionLanguageModel``.
+        model: a ``LanguageTask``.
         longest: tokens of the longest conversation to be packed.
         row: maximal tokens of a packed row; None: no more than the trial's.
 
     Raises:
         ValueError: the logits differ, or the language model does not accept the mask.
     """
-    windows = _windows(model.config.text_config)
+    windows = _windows(model.config.get_text_config())
     size = max([_TRIED, *(window + _TRIED // 2 for window in windows if window < longest)])
     size = max(min(longest, size), 6)
     tail = size - size // 3
@@ -56,7 +56,7 @@ def check_packing(model: Any, longest: int, row: int | None = None) -> None:
 
 
 def _refusal(model: Any, why: str) -> ValueError:
-    kind = getattr(model.config.text_config, "model_type", "the language model")
+    kind = getattr(model.config.get_text_config(), "model_type", "the language model")
     return ValueError(
         f"pack_turns: packed conversations are not equivalent to separate ones with {kind!r}: {why}. Its layers depend "
         "on neighbours in the sequence regardless of the attention mask (a sliding window, ALiBi, recurrent or "
@@ -73,11 +73,11 @@ def _windows(config: Any) -> list[int]:
 
 def _trial(model: Any, size: int, count: int) -> tuple[Tensor, Tensor]:
     """Logits ``[S, V]`` of the same tokens, packed and separate."""
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     shared = size // 3
     tail = size - shared
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.text_config.vocab_size - 1, (shared + count * tail,), generator=draw)
+    ids = torch.randint(model.config.get_text_config().vocab_size - 1, (shared + count * tail,), generator=draw)
     ids += ids >= model.config.image_token_id  # any token but the image's
     labels = ids.clone()
     # A conversation's first token is not predicted, in the data as here.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -26,6 +26,27 @@ def pad_left(tokenizer: Any) -> None:
     ``tokenizer_config.json`` contains only the initial settings (transformers 5.23).
     """
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, image_token: str, others: Sequence[str] = ()) -> int:
+    """Adds missing special tokens and a padding token to ``tokenizer``; returns the image token's id.
+
+    Padding is on the left, as generation needs it (training collates its own batches). The end-of-sequence token is
+    never used for padding, because the model must learn it.
+
+    Raises:
+        ValueError: no end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos_token, so no answer could end; set one before building")
+    missing = [token for token in (image_token, *others) if token not in tokenizer.all_special_tokens]
+    if missing:
+        # Even if the vocabulary contains it (the id stays): only special tokens are never split.
+        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    pad_left(tokenizer)
+    return tokenizer.convert_tokens_to_ids(image_token)  # type: ignore[return-value]
 
 
 def special_ids(tokenizer: Any) -> set[int]:

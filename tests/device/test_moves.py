@@ -84,7 +84,7 @@ def test_the_freeze_audit_hashes_what_is_frozen_once_each_time_and_samples_what_
             value.mul_(1.5).add_(1e-3)
     assert [row["group"] for row in proof.close(model) if row["moved"]] == ["language_model"] and not proof.problems
     with torch.no_grad():  # one byte of what is frozen
-        next(iter(model.model.vision_tower.parameters())).view(-1)[-1] += 1e-3
+        next(iter(model.model.model.vision_tower.parameters())).view(-1)[-1] += 1e-3
     proof.close(model)
     assert "encoder: frozen weights moved" in proof.problems[0]
 

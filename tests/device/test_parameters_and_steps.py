@@ -47,14 +47,18 @@ def test_whatever_of_a_pair_trains_has_a_gradient(method):
     assert not without_gradient(made)
 
 
-@pytest.mark.parametrize("how", ["projector", "projector language_model", "encoder projector language_model", "lora"])
+@pytest.mark.parametrize("how", ["connector", "connector language_model", "encoder connector language_model", "lora"])
 @pytest.mark.parametrize("images", [True, False])
 def test_whatever_of_a_stage_trains_has_a_gradient_with_images_and_without(how, images):
-    from mllm_vision.vlm import add_lora, freeze
+    from mllm_vision.vlm import freeze
 
     model, _ = cases._language_model()
     batch = cases._conversations(model, images=images)
-    model = add_lora(model, rank=2, train_encoder=True) if how == "lora" else freeze(model, how.split())
+    model = (
+        freeze(model, ("encoder", "connector", "language_model=lora"), rank=2)
+        if how == "lora"
+        else freeze(model, how.split())
+    )
     model.train()(**batch).loss.backward()
     assert not without_gradient(model)
 

@@ -67,7 +67,7 @@ def test_a_step_of_a_method_reads_back_one_value_at_most(lines):
 def test_the_counter_counts_and_the_device_refuses(lines):
     """Where a value is known to be read it is seen: the padding of texts, and the language stage's own questions."""
     reads = {line["name"]: line["reads"] for line in lines if line.get("kind") == "alone"}
-    assert sum(reads["method clip"].values()) == 1 and sum(reads["language projector"].values()) >= 2
+    assert sum(reads["method clip"].values()) == 1 and sum(reads["language connector"].values()) >= 2
     code = (
         "import torch, stand_in; device = stand_in.register()\n"
         "with stand_in.Machine():\n"

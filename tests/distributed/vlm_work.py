@@ -55,7 +55,7 @@ def held_out(folder: str, count: int) -> dict:
     """The held-out loss of rows of which every rank measures its share."""
     from mllm_vision.vlm import HeldOutLoss
 
-    model = small_model(folder, ("projector",)).eval()
+    model = small_model(folder, ("connector",)).eval()
     items = rows(model, [True] * count)
 
     def collate(chunk):

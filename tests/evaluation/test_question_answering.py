@@ -21,7 +21,7 @@ def plain_answer(model, processor, messages, image, max_new_tokens: int) -> str:
     """transformers' own way: the processor's prompt, image tokens and pixels, generate from input ids."""
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     inputs = processor(text=text, images=image, return_tensors="pt", add_special_tokens=False)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    output = model.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
@@ -37,7 +37,7 @@ def pair(tmp_path_factory):
     language_model = tiny.tiny_llama(len(tokenizer), initializer_range=0.4)
     model, processor = build_vlm(encoder, language_model, tokenizer=tokenizer, chat_template=CHAT_TEMPLATES["qa"])
     with torch.no_grad():
-        for parameter in model.model.multi_modal_projector.parameters():
+        for parameter in model.model.model.multi_modal_projector.parameters():
             parameter.mul_(20)
     return model.eval(), processor
 
@@ -84,7 +84,7 @@ def test_blind_answers_do_not_depend_on_the_image(pair, records) -> None:
     assert len(set(answers)) == 1
     pixels = torch.zeros(1, 3, 32, 32)
     assert torch.equal(
-        generator.image_features(images)[1], model.get_image_features(pixel_values=pixels).pooler_output[0]
+        generator.image_features(images)[1], model.model.get_image_features(pixel_values=pixels).pooler_output[0]
     )
 
 
@@ -137,7 +137,7 @@ def test_batched_answers_of_other_families(family, records, tmp_path) -> None:
     llm = tiny_causal_lm(family, initializer_range=0.4, tie_word_embeddings=False)
     model, processor = build_vlm(encoder, llm, tokenizer=tokenizer, chat_template=CHAT_TEMPLATES["qa"])
     with torch.no_grad():
-        for parameter in model.model.multi_modal_projector.parameters():
+        for parameter in model.model.model.multi_modal_projector.parameters():
             parameter.mul_(20)
     images = [load_image(records[row]["image"]) for row in range(3)]
     asked = [(row, text) for row in range(3) for text in ("what?", "how many big red circles are there in it?")]

@@ -173,7 +173,7 @@ def saved_only(function: Any) -> Any:
 
 
 def second_only(function: Any) -> Any:
-    """`merge_lora` that works while the model is saved."""
+    """`merge_adapters` that works while the model is saved."""
     calls: list[Any] = []
 
     def merged(model: Any) -> Any:
@@ -189,7 +189,7 @@ STEPS = {
     "captions": ("mllm_vision.evaluation.language.captions", "caption_samples", lambda _: fails),
     "continuations": ("mllm_vision.data.documents", "continuations", lambda _: fails),
     "tokenizer": ("mllm_vision.data.documents", "check_tokenizer", lambda check: saved_only(check)),
-    "adapters": ("mllm_vision.vlm.export", "merge_lora", lambda merge: second_only(merge)),
+    "adapters": ("mllm_vision.vlm.export", "merge_adapters", lambda merge: second_only(merge)),
     "drawing": ("mllm_vision.evaluation.maps.views", "view_samples", lambda _: fails),
     "audit": ("mllm_vision.modules.audit.ModuleAudit", "close", lambda _: fails),
     "freeze audit": ("mllm_vision.vlm.freezing.FreezeProof", "close", lambda _: fails),

@@ -78,13 +78,13 @@ def aligned(folder):
 
 @pytest.fixture(scope="module")
 def instructed(folder, aligned):
-    more = ("--eval_dataset_name", folder / "validation.parquet", "--projector_learning_rate", "4e-3")
+    more = ("--eval_dataset_name", folder / "validation.parquet", "--connector_learning_rate", "4e-3")
     return run_instruct(folder, folder / "instructed", *more, steps=80)
 
 
 def test_stage_one_moves_the_projector_only_and_learns(folder, aligned):
     moved = {row["group"]: row["moved"] for row in aligned["modules"]}
-    assert moved == {"encoder": False, "projector": True, "language_model": False}
+    assert moved == {"encoder": False, "connector": True, "language_model": False}
     assert all((row["sha256_before"] != row["sha256_after"]) == row["moved"] for row in aligned["modules"])
     assert {row["group"]: bool(row["trainable"]) for row in aligned["modules"]} == moved
     captions = aligned["evaluations"]["captions"]
@@ -108,9 +108,9 @@ def test_stage_two_answers_from_the_image(folder, instructed):
     said = instructed["evaluations"]["conversations"]
     assert said["loss"] < min(said["baselines"].values())
     moved = {row["group"]: row["moved"] for row in instructed["modules"]}
-    assert moved == {"encoder": False, "projector": True, "language_model": True}
+    assert moved == {"encoder": False, "connector": True, "language_model": True}
     rates = {row["group"]: row["learning_rate"] for row in instructed["modules"]}
-    assert rates == {"encoder": 0.0, "projector": 4e-3, "language_model": 5e-3}
+    assert rates == {"encoder": 0.0, "connector": 4e-3, "language_model": 5e-3}
     assert any(sample.get("correct") for sample in instructed["samples"])
 
 
@@ -160,9 +160,9 @@ def test_prompt_is_how_training_sequences_begin(folder, aligned, template):
     assert list(prompt) == list(row["input_ids"][:first])
 
 
-@pytest.mark.parametrize("train", ["full", "lora"])
+@pytest.mark.parametrize("train", ["language_model", "language_model=lora"])
 def test_resumed_run_equals_an_uninterrupted_one(folder, aligned, tmp_path, train):
-    more = ("--train", train, "--lora_dropout", "0.1", "--save_strategy", "steps", "--save_steps", "3")
+    more = ("--train", "connector", train, "--lora_dropout", "0.1", "--save_strategy", "steps", "--save_steps", "3")
     whole = run_instruct(folder, tmp_path / "whole", *more, steps=6)
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     for gone in ("checkpoint-6", "model"):
@@ -171,9 +171,9 @@ def test_resumed_run_equals_an_uninterrupted_one(folder, aligned, tmp_path, trai
     resumed = run_instruct(folder, tmp_path / "broken", *more, "--resume", steps=6)
     assert resumed["artifacts"][0]["weights_sha256"] == whole["artifacts"][0]["weights_sha256"]
     assert [row["sha256_after"] for row in resumed["modules"]] == [row["sha256_after"] for row in whole["modules"]]
-    if train == "lora":
+    if train.endswith("lora"):
         moved = {row["group"]: row["moved"] for row in whole["modules"]}
-        assert moved == {"encoder": False, "projector": True, "language_model": True}
+        assert moved == {"encoder": False, "connector": True, "language_model": True}
         assert (tmp_path / "whole" / "model" / "adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -190,15 +190,13 @@ def test_accumulated_batches_are_the_whole_batch(folder, aligned, tmp_path):
 
 
 def test_encoder_learns_when_asked_to_and_projector_alone_too(folder, aligned, tmp_path):
-    record = run_instruct(
-        folder, tmp_path / "a", "--train", "projector", "--train_encoder", "--encoder_learning_rate", "1e-4"
-    )
+    record = run_instruct(folder, tmp_path / "a", "--train", "encoder", "connector", "--encoder_learning_rate", "1e-4")
     assert {row["group"]: row["moved"] for row in record["modules"]} == {
         "encoder": True,
-        "projector": True,
+        "connector": True,
         "language_model": False,
     }
-    record = run_instruct(folder, tmp_path / "b", "--train", "lora", "--train_encoder")
+    record = run_instruct(folder, tmp_path / "b", "--train", "encoder", "connector", "language_model=lora")
     assert all(row["moved"] for row in record["modules"])
 
 
@@ -220,13 +218,13 @@ def test_conversations_without_a_image_train_too(folder, aligned, tmp_path):
             said.append({"role": "assistant", "content": [{"type": "text", "text": "blue"}]})
             stream.write(json.dumps({"image": None, "messages": said}) + "\n")
     options = ("--dataset_name", tmp_path / "mixed.jsonl", "--per_device_train_batch_size", "2")
-    record = run_instruct(folder, tmp_path / "run", *options, "--train", "projector", steps=12)
+    record = run_instruct(folder, tmp_path / "run", *options, "--train", "connector", steps=12)
     assert record["bad_samples"]["count"] == 0
-    assert {row["group"]: row["moved"] for row in record["modules"]}["projector"]
+    assert {row["group"]: row["moved"] for row in record["modules"]}["connector"]
 
 
 def test_failed_proof_is_an_error_after_saving(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"freeze audit does not hold: projector: .* did not move"):
+    with pytest.raises(ValueError, match=r"freeze audit does not hold: connector: .* did not move"):
         run_align(folder, tmp_path / "still", "--learning_rate", "0", steps=2)
     assert (tmp_path / "still" / "model" / "config.json").is_file()
     record = json.loads((tmp_path / "still" / "run.json").read_text())
@@ -281,7 +279,15 @@ def test_the_figures_told_are_those_of_the_checkpoint_that_is_saved(folder, alig
 
 def test_stages_open_no_network_connection(folder, tmp_path, no_network):
     run_align(folder, tmp_path / "one", steps=2)
-    run_instruct(folder, tmp_path / "two", "--train", "lora", model=tmp_path / "one" / "model", steps=2)
+    run_instruct(
+        folder,
+        tmp_path / "two",
+        "--train",
+        "connector",
+        "language_model=lora",
+        model=tmp_path / "one" / "model",
+        steps=2,
+    )
     run_instruct(folder, tmp_path / "three", model=tmp_path / "two" / "model", data="llava.jsonl", steps=2)
 
 
@@ -294,8 +300,8 @@ def test_stages_open_no_network_connection(folder, tmp_path, no_network):
         (("--max_eval_samples", "1"), ValueError, "eval_rows=1 must be at least 2"),
         (("--dataset_name", "no/such/file.parquet"), FileNotFoundError, "does not exist"),
         (("--caption_column", "captain"), ValueError, "'captain'.*does not exist; did you mean 'captions'"),
-        (("--projector", "mpl"), ValueError, "unknown projector 'mpl'; the nearest known one is 'mlp'"),
-        (("--projecter", "mlp"), ValueError, "unknown flag '--projecter'; the nearest known one is '--projector'"),
+        (("--system", "lava"), ValueError, "unknown system 'lava'; the nearest known one is 'llava'"),
+        (("--sistem", "llava"), ValueError, "unknown flag '--sistem'; the nearest known one is '--system'"),
     ],
 )
 def test_bad_input_is_named_before_training(folder, tmp_path, more, kind, message):

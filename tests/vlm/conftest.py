@@ -18,7 +18,7 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture
 def build(tokenizer_folder):
-    """`build(kind="clip", projector="mlp", llm=None, **encoder options)` -> (model, processor)."""
+    """`build(kind="clip", system="llava15", llm=None, **encoder options)` -> (model, processor)."""
     from transformers import AutoTokenizer
 
     from mllm_vision.encoder import VisionEncoder
@@ -31,7 +31,7 @@ def build(tokenizer_folder):
         "vit": tiny.tiny_vit,
     }
 
-    def make(kind="clip", projector="mlp", llm=None, layers=3, select_layer=None, select_feature=None, **options):
+    def make(kind="clip", system="llava15", llm=None, layers=3, select_layer=None, select_feature=None, **options):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
         encoder = VisionEncoder.from_backbone(
             towers[kind](num_hidden_layers=layers),
@@ -40,7 +40,7 @@ def build(tokenizer_folder):
             select_feature=select_feature,
         )
         torch.manual_seed(1)
-        return build_vlm(encoder, llm or tiny.tiny_llama(len(tokenizer)), projector, tokenizer, **options)
+        return build_vlm(encoder, llm or tiny.tiny_llama(len(tokenizer)), system, tokenizer, **options)
 
     return make
 

@@ -44,7 +44,7 @@ def test_missing_tokens_are_added_and_their_embeddings_are_the_mean(gpt2_folder)
     assert tokenizer.pad_token == "<pad>" and tokenizer.pad_token_id != tokenizer.eos_token_id
     assert tokenizer.encode("a <image> b").count(model.config.image_token_id) == 1
     assert model.config.image_token_id == processor.image_token_id == tokenizer.convert_tokens_to_ids("<image>")
-    for layer in (model.get_input_embeddings(), model.lm_head):
+    for layer in (model.model.get_input_embeddings(), model.model.lm_head):
         assert layer.weight.shape[0] == len(tokenizer)
         assert torch.equal(layer.weight[: len(old)], old)
         assert torch.allclose(layer.weight[len(old) :], old.mean(0).expand(2, -1), atol=1e-7)
@@ -72,7 +72,7 @@ def test_image_word_in_the_vocabulary_keeps_its_id_and_nothing_grows(tokenizer_f
     known, size = tokenizer.convert_tokens_to_ids("<image>"), len(tokenizer)
     model, processor = build_vlm(encoder(), tiny.tiny_llama(size), tokenizer=tokenizer)
     assert model.config.image_token_id == processor.image_token_id == known
-    assert len(tokenizer) == size == model.lm_head.weight.shape[0]
+    assert len(tokenizer) == size == model.model.lm_head.weight.shape[0]
     assert tokenizer.encode("a<image><image>star", add_special_tokens=False).count(known) == 2
 
 
@@ -84,11 +84,11 @@ def test_tied_embeddings_stay_tied_in_llama(tokenizer_folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     llm = tiny.tiny_llama(len(tokenizer), tie_word_embeddings=True)
     model, processor = build_vlm(encoder(), llm, tokenizer=tokenizer)
-    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.model.lm_head.weight is model.model.get_input_embeddings().weight
     save_vlm(model, processor, tmp_path / "tied")
     again, _ = load_vlm(tmp_path / "tied")
-    assert again.lm_head.weight is again.get_input_embeddings().weight
-    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert again.model.lm_head.weight is again.model.get_input_embeddings().weight
+    assert torch.equal(again.model.lm_head.weight, model.model.lm_head.weight)
 
 
 def test_real_pretrained_llama(data_dir):
@@ -97,7 +97,7 @@ def test_real_pretrained_llama(data_dir):
 
     model, processor = build_vlm(encoder("siglip"), data_dir / "stories260K_hf")
     assert model.config.image_token_id == 512 == processor.image_token_id
-    assert model.lm_head.weight.shape[0] == len(processor.tokenizer) == 513
+    assert model.model.lm_head.weight.shape[0] == len(processor.tokenizer) == 513
     ids = processor.tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
     words = model.generate(input_ids=ids, max_new_tokens=10, do_sample=False)
     assert "there was a" in processor.tokenizer.decode(words[0])
@@ -146,7 +146,7 @@ def test_register_tokens_are_kept_or_refused(tokenizer_folder):
     inputs = processor(text="<image>", images=tiny.random_image(), return_tensors="pt", add_special_tokens=False)
     assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 16 + 4
     twin = LlavaForConditionalGeneration(model.config).eval()
-    twin.load_state_dict(model.state_dict())
+    twin.load_state_dict(model.model.state_dict())
     with torch.no_grad():
         assert torch.allclose(model(**inputs).logits, twin(**inputs).logits, atol=1e-5)
 
@@ -163,5 +163,5 @@ def test_impossible_language_models_are_refused(tokenizer_folder, tmp_path):
         build_vlm(encoder(), tiny.tiny_llama(400))
     with pytest.raises(ValueError, match=r"has no config\.json"):
         build_vlm(encoder(), tmp_path)
-    with pytest.raises(ValueError, match="unknown projector 'resampler'"):
-        build_vlm(encoder(), tiny.tiny_llama(400), "resampler", tokenizer_folder)
+    with pytest.raises(ValueError, match="unknown system 'resample'"):
+        build_vlm(encoder(), tiny.tiny_llama(400), "resample", tokenizer_folder)

@@ -55,7 +55,7 @@ def test_plain_transformers_loads_what_was_trained(build, make_batch, dialogue, 
     """CLIP and SigLIP towers, both projectors, LoRA, GPT-2 and Qwen2: equal logits, equal words."""
     from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
-    from mllm_vision.vlm import add_lora, freeze, load_vlm, save_vlm
+    from mllm_vision.vlm import freeze, load_vlm, save_vlm
 
     sizes = {"vocab_size": 300, "bos_token_id": 2, "eos_token_id": 3}
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=128, **sizes))
@@ -72,16 +72,20 @@ def test_plain_transformers_loads_what_was_trained(build, make_batch, dialogue, 
     )
     cases = {
         "clip-mlp": {"kind": "clip"},
-        "clip-linear-lora": {"kind": "clip", "projector": "linear"},
+        "clip-linear-lora": {"kind": "clip", "system": "llava"},
         "siglip-mlp": {"kind": "siglip"},
-        "siglip-linear-gpt2": {"kind": "siglip", "projector": "linear", "llm": gpt2},
+        "siglip-linear-gpt2": {"kind": "siglip", "system": "llava", "llm": gpt2},
         "clip-qwen2": {"kind": "clip", "llm": qwen},
     }
     dialogue.image.save(tmp_path / "image.png")
     trained = {}
     for name, case in cases.items():
         model, processor = build(**case)
-        train = add_lora(model, rank=2) if "lora" in name else freeze(model, ("projector", "language_model"))
+        train = (
+            freeze(model, ("connector", "language_model=lora"), rank=2)
+            if "lora" in name
+            else freeze(model, ("connector", "language_model"))
+        )
         optimizer = torch.optim.AdamW([p for p in train.parameters() if p.requires_grad], lr=1e-2)
         train.train()
         train(**make_batch(model)).loss.backward()  # so that what is compared is no initial value
@@ -133,14 +137,14 @@ def test_saving_again_gives_the_same_weights(build, tmp_path):
     from mllm_vision.hub.lineage import hash_weights
     from mllm_vision.vlm import load_vlm, save_vlm
 
-    for projector in ("mlp", "linear"):
-        model, processor = build(projector=projector)
+    for projector in ("llava15", "llava"):
+        model, processor = build(system=projector)
         save_vlm(model, processor, tmp_path / projector)
         again, processor = load_vlm(tmp_path / projector)
-        assert type(again.model.multi_modal_projector) is type(model.model.multi_modal_projector)
+        assert type(again.model.model.multi_modal_projector) is type(model.model.model.multi_modal_projector)
         save_vlm(again, processor, tmp_path / f"{projector}-again")
         hashes = {hash_weights(tmp_path / projector), hash_weights(tmp_path / f"{projector}-again")}
-        assert len(hashes) == 1 and hash_weights(model) in hashes
+        assert len(hashes) == 1 and hash_weights(model.model) in hashes
 
 
 def test_checkpoint_gives_back_its_tower(build, tmp_path):
@@ -155,8 +159,8 @@ def test_checkpoint_gives_back_its_tower(build, tmp_path):
     image = tiny.random_image(5)
     pixels = encoder.processor(images=[image], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        projected = model.model.multi_modal_projector(encoder(pixels, pooled=False).tokens)[0]
-        theirs = model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output[0]
+        projected = model.model.model.multi_modal_projector(encoder(pixels, pooled=False).tokens)[0]
+        theirs = model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output[0]
         assert torch.allclose(projected, theirs, atol=1e-6)
 
 

@@ -16,7 +16,7 @@ def train_steps(model, batch, steps=2, rate=1e-2):
     return model.eval()
 
 
-@pytest.mark.parametrize("train", [("projector",), ("projector", "language_model"), ("encoder", "projector")])
+@pytest.mark.parametrize("train", [("connector",), ("connector", "language_model"), ("encoder", "connector")])
 def test_only_what_was_named_moves(build, make_batch, train):
     from mllm_vision.vlm import FreezeProof, audit, freeze
 
@@ -39,11 +39,15 @@ def test_only_what_was_named_moves(build, make_batch, train):
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "vit"])
 def test_every_trainable_parameter_gets_a_gradient(build, make_batch, kind):
     """Layers above the selected one and pooling heads must not pose as trained (and would stall DDP)."""
-    from mllm_vision.vlm import add_lora, freeze
+    from mllm_vision.vlm import freeze
 
     for lora in (False, True):
         model, _ = build(kind, select_layer=-2)
-        wrapped = add_lora(model, rank=2, train_encoder=True) if lora else freeze(model, ("encoder", "projector"))
+        wrapped = (
+            freeze(model, ("encoder", "connector", "language_model=lora"), rank=2)
+            if lora
+            else freeze(model, ("encoder", "connector"))
+        )
         wrapped.train()
         wrapped(**make_batch(model)).loss.backward()
         without = [n for n, p in wrapped.named_parameters() if p.requires_grad and p.grad is None]
@@ -64,7 +68,7 @@ def test_proof_fails_when_frozen_weights_move(build, make_batch):
     proof = FreezeProof(model, audit(model, 1e-3))
     train_steps(model, make_batch(model))
     with torch.no_grad():
-        next(model.model.vision_tower.parameters())[0] += 1e-6
+        next(model.model.model.vision_tower.parameters())[0] += 1e-6
     proof.close(model)
     with pytest.raises(ValueError, match="encoder: frozen weights moved"):
         proof.check()
@@ -77,7 +81,7 @@ def test_proof_fails_when_nothing_was_learnt(build):
     freeze(model)
     proof = FreezeProof(model, audit(model, 0.0))
     proof.close(model)
-    with pytest.raises(ValueError, match=r"projector: 2,112 trainable parameters did not move"):
+    with pytest.raises(ValueError, match=r"connector: 2,112 trainable parameters did not move"):
         proof.check()
 
 
@@ -93,39 +97,39 @@ def test_a_single_step_proves_what_it_could_move(build, make_batch):
     from mllm_vision.vlm import FreezeProof, audit, freeze
 
     model, _ = build()
-    freeze(model, ("encoder", "projector"))
+    freeze(model, ("encoder", "connector"))
     proof = FreezeProof(model, audit(model, 1e-3))
     rows = {row["group"]: row for row in proof.close(model, Steps(1, 0))}
     proof.check()
-    assert "learning rate of 0" in rows["projector"]["still"] and not rows["projector"]["moved"]
+    assert "learning rate of 0" in rows["connector"]["still"] and not rows["connector"]["moved"]
     for steps in (None, Steps(1, 1), Steps(2, 0), Steps(2, 1)):  # it could move, or never left the warm-up
         proof.close(model, steps)
-        with pytest.raises(ValueError, match="projector: .* did not move"):
+        with pytest.raises(ValueError, match="connector: .* did not move"):
             proof.check()
 
     with torch.no_grad():  # a projector whose last layer starts at zero
-        model.model.multi_modal_projector.linear_2.weight.zero_()
+        model.model.model.multi_modal_projector.linear_2.weight.zero_()
     proof = FreezeProof(model, audit(model, 1e-3))
     model.train()(**make_batch(model)).loss.backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
     rows = {row["group"]: row for row in proof.close(model, Steps(1, 1))}
     proof.check()
-    assert rows["projector"]["moved"] and not rows["encoder"]["moved"] and "start at zero" in rows["encoder"]["still"]
+    assert rows["connector"]["moved"] and not rows["encoder"]["moved"] and "start at zero" in rows["encoder"]["still"]
     proof.close(model, Steps(2, 2))  # a second step would have reached it
     with pytest.raises(ValueError, match="encoder: .* did not move"):
         proof.check()
 
 
 def test_proof_notices_frozen_base_weights_under_lora(build, make_batch):
-    from mllm_vision.vlm import FreezeProof, add_lora, audit
+    from mllm_vision.vlm import FreezeProof, audit, freeze
 
     model, _ = build()
-    lora = add_lora(model, rank=2)
+    lora = freeze(model, ("connector", "language_model=lora"), rank=2)
     proof = FreezeProof(lora, audit(lora, 1e-3))
     train_steps(lora, make_batch(model))
     rows = {row["group"]: row for row in proof.close(lora)}
     proof.check()
-    assert rows["language_model"]["moved"] and rows["projector"]["moved"] and not rows["encoder"]["moved"]
+    assert rows["language_model"]["moved"] and rows["connector"]["moved"] and not rows["encoder"]["moved"]
     with torch.no_grad():
         next(p for n, p in lora.named_parameters() if "q_proj.base_layer.weight" in n)[0] += 1e-6
     proof.close(lora)
@@ -134,27 +138,30 @@ def test_proof_notices_frozen_base_weights_under_lora(build, make_batch):
 
 
 def test_lora_reaches_the_language_model_only_and_the_projector_trains_in_full(build):
-    from mllm_vision.vlm import add_lora, audit
+    from mllm_vision.vlm import audit, freeze
 
     model, _ = build()
     plain = {row["group"]: row["parameters"] for row in audit(model, 1e-3)}
-    lora = add_lora(model, rank=2)
+    lora = freeze(model, ("connector", "language_model=lora"), rank=2)
     trained = [name for name, p in lora.named_parameters() if p.requires_grad]
-    assert trained and all(("lora_" in n and "language_model" in n) or "modules_to_save" in n for n in trained)
+    assert trained and all(("lora_" in n and "language_model" in n) or "multi_modal_projector" in n for n in trained)
     assert not any("vision_tower" in n for n in trained)
     assert sum("lora_A" in n for n in trained) == 2 * 7  # two layers of q, k, v, o, gate, up, down
     rows = {row["group"]: row for row in audit(lora, 1e-3)}
-    assert rows["projector"]["trainable"] == rows["projector"]["parameters"] == plain["projector"]
+    assert rows["connector"]["trainable"] == rows["connector"]["parameters"] == plain["connector"]
     assert rows["encoder"]["parameters"] == plain["encoder"] and rows["encoder"]["trainable"] == 0
 
 
 def test_learning_rate_prefixes_fit_the_trainers_groups(build):
     from mllm_vision.training import parameter_groups
-    from mllm_vision.vlm import add_lora, freeze, learning_rates
+    from mllm_vision.vlm import freeze, learning_rates
 
-    rates = {"encoder": 1e-5, "projector": 1e-3, "language_model": 1e-4}
+    rates = {"encoder": 1e-5, "connector": 1e-3, "language_model": 1e-4}
     model, _ = build()
-    for wrapped in (freeze(model, ("projector", "language_model")), add_lora(model, rank=2)):
+    for wrapped in (
+        freeze(model, ("connector", "language_model")),
+        freeze(model, ("connector", "language_model=lora"), rank=2),
+    ):
         prefixes = learning_rates(wrapped, rates)
         groups = parameter_groups(wrapped, weight_decay=0.1, learning_rate=1.0, learning_rates=prefixes)
         rate_of = {id(p): group["lr"] for group in groups for p in group["params"]}
@@ -169,12 +176,12 @@ def test_learning_rate_prefixes_fit_the_trainers_groups(build):
 def test_unknown_groups_are_refused(build, train):
     from mllm_vision.vlm import freeze
 
-    with pytest.raises(ValueError, match="encoder, projector, language_model"):
+    with pytest.raises(ValueError, match="encoder, connector, language_model"):
         freeze(build()[0], train)
 
 
 def test_rank_below_one_is_refused(build):
-    from mllm_vision.vlm import add_lora
+    from mllm_vision.vlm import freeze
 
     with pytest.raises(ValueError, match="lora_rank=0"):
-        add_lora(build()[0], rank=0)
+        freeze(build()[0], ("connector", "language_model=lora"), rank=0)

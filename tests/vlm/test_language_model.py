@@ -14,7 +14,8 @@ FAMILIES = ["bloom", "cohere", "falcon", "gemma", "gemma3_text", "gpt_neox", "gr
 
 def own_logits(model, ids):
     with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits
+        plain = model.model if hasattr(model, "system") else model
+        return plain(input_ids=ids, use_cache=False).logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -140,11 +141,11 @@ def test_tokenizers_that_are_missing_or_of_another_model(build, tmp_path, caplog
 
 def test_lora_leaves_routers_alone(build, make_batch):
     """A router is a linear layer with several outputs: the mixture trains, and its router keeps to itself."""
-    from mllm_vision.vlm import add_lora
+    from mllm_vision.vlm import freeze
 
     for family in ("phimoe", "granitemoe"):
         model, _ = build(llm=tiny_causal_lm(family))
-        wrapped = add_lora(model, rank=2).train()
+        wrapped = freeze(model, ("connector", "language_model=lora"), rank=2).train()
         wrapped(**make_batch(model)).loss.backward()
         learnt = {name for name, weight in wrapped.named_parameters() if "lora_B" in name and weight.grad is not None}
         assert any("q_proj" in name for name in learnt) and not any("router" in name for name in learnt)
@@ -153,12 +154,12 @@ def test_lora_leaves_routers_alone(build, make_batch):
 @pytest.mark.parametrize("tied", [True, False])
 def test_lora_and_padded_vocabularies_survive_saving(tied, build, make_batch, dialogue, tmp_path):
     """The vocabulary is padded to a multiple of 64 beyond the tokenizer's; adapters are merged on saving."""
-    from mllm_vision.vlm import add_lora, answer, load_vlm, save_vlm
+    from mllm_vision.vlm import answer, freeze, load_vlm, save_vlm
 
     llm = tiny.tiny_llama(448, tie_word_embeddings=tied, initializer_range=0.3)
     model, processor = build(llm=llm)
-    assert model.lm_head.weight.shape[0] == 448 > len(processor.tokenizer)
-    wrapped = add_lora(model, rank=4).train()
+    assert model.model.lm_head.weight.shape[0] == 448 > len(processor.tokenizer)
+    wrapped = freeze(model, ("connector", "language_model=lora"), rank=4).train()
     optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=1.0)
     for _ in range(2):  # LoRA's B is zero at first: after two steps both of its matrices have moved
         optimizer.zero_grad()
@@ -172,7 +173,7 @@ def test_lora_and_padded_vocabularies_survive_saving(tied, build, make_batch, di
         logits, words = wrapped(**inputs).logits, wrapped.generate(**inputs, **few)
     save_vlm(wrapped, processor, tmp_path)
     again, processor = load_vlm(tmp_path)
-    assert (again.lm_head.weight is again.get_input_embeddings().weight) is tied
+    assert (again.model.lm_head.weight is again.model.get_input_embeddings().weight) is tied
     with torch.no_grad():
         assert torch.allclose(again(**inputs).logits, logits, atol=1e-4)
     assert torch.equal(again.generate(**inputs, **few), words)
@@ -219,9 +220,9 @@ def test_every_family_is_exact_or_refused_in_a_line(build, make_batch, tmp_path)
         few = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         alone = plain.generate(input_ids=ids[:, :6], attention_mask=torch.ones(1, 6, dtype=torch.long), **few)
         assert torch.equal(plain.generate(input_ids=padded, attention_mask=mask, **few)[0, 10:], alone[0, 6:]), family
-        freeze(model, ("projector",))
+        freeze(model, ("connector",))
         try:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         except ValueError as error:
             assert "cannot be checkpointed" in str(error), family
         model.train()(**make_batch(model, rows=2)).loss.backward()

@@ -13,15 +13,15 @@ def plain_twin(model):
     from transformers import LlavaForConditionalGeneration
 
     twin = LlavaForConditionalGeneration(model.config).eval()
-    state = model.state_dict()
+    state = model.model.state_dict()
     twin.load_state_dict(state)
     return twin
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "vit"])
-@pytest.mark.parametrize("projector", ["mlp", "linear"])
-def test_logits_and_words_equal_plain_llava(build, make_batch, kind, projector):
-    model, _ = build(kind, projector)
+@pytest.mark.parametrize("system", ["llava15", "llava"])
+def test_logits_and_words_equal_plain_llava(build, make_batch, kind, system):
+    model, _ = build(kind, system)
     twin, batch = plain_twin(model), make_batch(model, rows=2)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_loss_and_gradients_equal_the_full_computation(build, make_batch):
     output.loss.backward()
     whole.backward()
     theirs = dict(twin.named_parameters())
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.model.named_parameters():
         other = theirs[name].grad
         if other is None:  # layers above the selected one do not run here, and have no gradient there
             assert parameter.grad is None, name
@@ -107,7 +107,7 @@ def test_trainer_leaves_smoothing_to_the_model(build, make_batch, tmp_path):
     from transformers import TrainingArguments
 
     from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
-    from mllm_vision.vlm import add_lora
+    from mllm_vision.vlm import freeze
 
     model, _ = build()
     batch = make_batch(model)
@@ -115,7 +115,7 @@ def test_trainer_leaves_smoothing_to_the_model(build, make_batch, tmp_path):
     RecipeTrainer(model=model, args=arguments, train_dataset=[{}] * 8)
     model.train()
     expected = model(**batch).loss
-    wrapped = add_lora(build()[0], rank=1)
+    wrapped = freeze(build()[0], ("connector", "language_model=lora"), rank=1)
     trainer = RecipeTrainer(model=wrapped, args=arguments, train_dataset=[{}] * 8)
     wrapped.train()
     assert torch.allclose(trainer.compute_loss(wrapped, dict(batch)), expected, atol=1e-6)
@@ -134,22 +134,22 @@ def test_frozen_language_model_is_checkpointed_and_computes_as_in_evaluation(bui
     if family == "opt":
         llm = OPTForCausalLM(OPTConfig(vocab_size=400, word_embed_proj_dim=32, max_position_embeddings=128, **sizes))
     model, _ = build(llm=llm)
-    freeze(model, ("projector",)).train()
-    batch, weight = make_batch(model), model.model.multi_modal_projector.linear_1.weight
+    freeze(model, ("connector",)).train()
+    batch, weight = make_batch(model), model.model.model.multi_modal_projector.linear_1.weight
     runs = []
-    decoder = getattr(model.model.language_model, "decoder", model.model.language_model)
+    decoder = getattr(model.model.model.language_model, "decoder", model.model.model.language_model)
     for layer in decoder.layers:
         layer.self_attn.register_forward_hook(lambda *_: runs.append(1))
     model(**batch).loss.backward()
     expected, once = weight.grad.clone(), len(runs)
     model.zero_grad()
     runs.clear()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.train()
     model(**batch).loss.backward()
     assert len(runs) == 2 * once == 4  # every layer's attention runs again in the backward pass
     assert torch.allclose(weight.grad, expected, atol=1e-6)
-    freeze(model, ("projector", "language_model")).train()
+    freeze(model, ("connector", "language_model")).train()
     assert all(layer.training for layer in decoder.layers)
     if family == "opt":  # what trains has its dropout
         first, second = (model(**batch).loss.item() for _ in range(2))
@@ -162,20 +162,20 @@ def test_layers_that_cannot_be_checkpointed_are_told(build):
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     model, _ = build()
-    layers = model.model.language_model.layers
+    layers = model.model.model.language_model.layers
     for number, layer in enumerate(layers):  # the same modules under a class that transformers does not checkpoint
         plain = torch.nn.Module()
         plain.parts = torch.nn.ModuleList(layer.children())
         layers[number] = plain
     assert not any(isinstance(module, GradientCheckpointingLayer) for module in layers.modules())
     with pytest.raises(ValueError, match="the layers of LlamaModel cannot be checkpointed"):
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
 
 
 def test_no_layer_above_the_selected_one_runs(build, make_batch):
     model, _ = build(layers=3)
     calls = []
-    for index, layer in enumerate(model.model.vision_tower.encoder.layers):
+    for index, layer in enumerate(model.model.model.vision_tower.encoder.layers):
         layer.register_forward_hook(lambda *_, index=index: calls.append(index))
     model(**make_batch(model))
     assert calls == [0, 1]  # -2 of three layers
@@ -185,14 +185,14 @@ def test_frozen_tower_runs_without_gradient_and_in_evaluation_mode(build, make_b
     from mllm_vision.vlm import freeze
 
     model, _ = build()
-    freeze(model, ("projector",)).train()
+    freeze(model, ("connector",)).train()
     seen = []
-    model.model.vision_tower.encoder.layers[0].register_forward_hook(
+    model.model.model.vision_tower.encoder.layers[0].register_forward_hook(
         lambda module, _, output: seen.append((torch.is_grad_enabled(), module.training))
     )
     model(**make_batch(model)).loss.backward()
     assert seen == [(False, False)]
-    assert not model.model.language_model.training and model.model.multi_modal_projector.training
+    assert not model.model.model.language_model.training and model.model.model.multi_modal_projector.training
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {
         name for name, _ in model.named_parameters() if "multi_modal_projector" in name
     }
@@ -226,11 +226,11 @@ def test_text_only_batch_trains_and_reaches_the_projector(build, make_batch):
     batch = make_batch(model, images=False)
     with torch.no_grad():
         expected = plain_twin(model)(**batch).loss
-    freeze(model, ("projector", "language_model")).train()
+    freeze(model, ("connector", "language_model")).train()
     loss = model(**batch).loss
     loss.backward()
     assert torch.allclose(loss.detach(), expected, atol=1e-6)
-    gradients = [p.grad for p in model.model.multi_modal_projector.parameters()]
+    gradients = [p.grad for p in model.model.model.multi_modal_projector.parameters()]
     assert all(g is not None and not g.any() for g in gradients)
     model.eval()
     with torch.no_grad():
@@ -240,7 +240,7 @@ def test_text_only_batch_trains_and_reaches_the_projector(build, make_batch):
 def test_more_image_tokens_than_images_and_the_reverse(build, make_batch):
     model, _ = build()
     batch = make_batch(model)
-    with pytest.raises(ValueError, match=r"48 image tokens, but pixel_values is None"):
+    with pytest.raises(ValueError, match=r"48 image tokens, but no images were given"):
         model(**{name: value for name, value in batch.items() if name != "pixel_values"})
     with pytest.raises(ValueError, match="do not match"):
         model(**{**batch, "pixel_values": batch["pixel_values"][:2]})
@@ -252,14 +252,14 @@ def test_foreign_llava_layers_and_several_layers_take_transformers_way(build, ma
     """A LLaVA not made here has no `mllm_vision` in its config, and may concatenate several layers."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    from mllm_vision.vlm import VisionLanguageModel
+    from mllm_vision.vlm import LanguageTask
+    from mllm_vision.vlm.systems import system_of
 
     model, _ = build()
     config = LlavaConfig.from_dict({**model.config.to_dict(), "vision_feature_layer": [-1, -2]})
     del config.mllm_vision
     foreign = LlavaForConditionalGeneration(config).eval()
-    ours = VisionLanguageModel(config).eval()
-    ours.load_state_dict(foreign.state_dict())
+    ours = LanguageTask(foreign, system_of(config)).eval()
     batch = make_batch(model, rows=1)
     with torch.no_grad():
         assert torch.allclose(ours(**batch).loss, foreign(**batch).loss, atol=1e-6)

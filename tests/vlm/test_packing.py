@@ -75,13 +75,13 @@ def test_the_trial_finds_what_is_not_exact(tokenizer, name, longest, exact) -> N
     else:
         with pytest.raises(ValueError, match=f"pack_turns.*{name}.*train without --pack_turns"):
             check_packing(model, longest, row)
-    assert model.packing_checked is exact and model.training and model.model.language_model.training
+    assert model.packing_checked is exact and model.training and model.model.model.language_model.training
     assert torch.equal(before, torch.get_rng_state()), "the run's random numbers stay its own"
 
 
 def test_a_packed_batch_is_tried_before_it_is_learnt(tokenizer) -> None:
     model = built("bloom", tokenizer)
-    ids = torch.arange(20)[None]
+    ids = torch.arange(20, 40)[None]
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()}
     with pytest.raises(ValueError, match="pack_turns"):
         model(**batch, position_ids=ids)
@@ -90,11 +90,11 @@ def test_a_packed_batch_is_tried_before_it_is_learnt(tokenizer) -> None:
 def test_a_cache_that_is_kept_is_found(tokenizer, monkeypatch) -> None:
     """The Trainer sets `config.use_cache`, the language model reads `text_config.use_cache`."""
     model = built("llama", tokenizer)
-    forward = model.model.language_model.forward
+    forward = model.model.model.language_model.forward
 
     def leaking(*args, attention_mask=None, **kwargs):
         return forward(*args, attention_mask=None, **kwargs)  # what a cache does to a packed row
 
-    monkeypatch.setattr(model.model.language_model, "forward", leaking)
+    monkeypatch.setattr(model.model.model.language_model, "forward", leaking)
     with pytest.raises(ValueError, match="the logits differ by up to"):
         check_packing(model, 60)

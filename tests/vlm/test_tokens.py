@@ -54,7 +54,7 @@ def test_the_end_of_a_turn_stops_generation_here_and_in_the_export(join, tmp_pat
     own, turn = tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>"])
     assert own == 400 and tokenizer.decode([77]).strip().isprintable()
     # the tokenizer's, the language model's, the template's; 77 is an ordinary word, which ends nothing
-    assert model.generation_config.eos_token_id == [3, own, turn]
+    assert model.model.generation_config.eos_token_id == [3, own, turn]
     save_vlm(model, processor, tmp_path)
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [3, own, turn]
     plain = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
@@ -65,8 +65,8 @@ def test_the_end_of_a_turn_stops_generation_here_and_in_the_export(join, tmp_pat
         logits[..., next(said)] = 1e4
         return logits
 
-    for each in (model, plain):
-        each.lm_head.register_forward_hook(say)
+    for each in (model.model, plain):
+        each.get_output_embeddings().register_forward_hook(say)
     ids = torch.randint(100, 200, (1, 9))
     assert plain.generate(input_ids=ids, max_new_tokens=9, do_sample=False)[0, 9:].tolist() == [60, turn]
     question = [{"role": "user", "content": "what is it"}]
@@ -92,7 +92,7 @@ def test_templates_that_say_little_of_ends(join, caplog, tmp_path):
         model, processor = join(UNLEARNT)
     end = processor.tokenizer.convert_tokens_to_ids("<|end|>")
     assert (
-        model.generation_config.eos_token_id == [3, end]
+        model.model.generation_config.eos_token_id == [3, end]
         and "do not end with a special token that is trained on" in caplog.text
     )
     caplog.clear()
@@ -103,7 +103,7 @@ def test_templates_that_say_little_of_ends(join, caplog, tmp_path):
             model, processor = join(template)
             save_vlm(model, processor, tmp_path / str(number))
             model, processor = load_vlm(tmp_path / str(number))
-        assert model.generation_config.eos_token_id == 3 and not caplog.text
+        assert model.model.generation_config.eos_token_id == 3 and not caplog.text
         question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it"}]}]
         assert isinstance(answer(model, processor, question, [tiny.random_image()], max_new_tokens=2), str)
 
@@ -111,7 +111,7 @@ def test_templates_that_say_little_of_ends(join, caplog, tmp_path):
 def test_a_template_without_an_end_is_warned_about(join, caplog):
     with caplog.at_level(logging.WARNING, logger="mllm_vision"):
         model, _ = join(with_end("' ###'"))
-    assert "do not end with a special token" in caplog.text and model.generation_config.eos_token_id == 3
+    assert "do not end with a special token" in caplog.text and model.model.generation_config.eos_token_id == 3
 
 
 def _imaged(content):
@@ -149,9 +149,9 @@ def test_one_prompt_for_training_evaluation_and_chat(join, name, bos, monkeypatc
     asked = [("what colour is the star?", "blue"), ("how many stars are there?", "3")]
     seen, place = [], model.config.image_token_id
 
-    def spy(**inputs):
-        seen.append([int(token) for token in inputs["input_ids"][0]])
-        return torch.cat([inputs["input_ids"], torch.tensor([[3]])], dim=1)
+    def spy(input_ids, *more, **options):
+        seen.append([int(token) for token in input_ids[0]])
+        return torch.cat([input_ids, torch.tensor([[3]])], dim=1)
 
     monkeypatch.setattr(model, "generate", spy)
     # plain has no words between two answers; with a space before it "3" begins otherwise than words do

@@ -285,7 +285,9 @@ class RecipeTrainer(Evaluating):
                 model.save_pretrained(output_dir, save_original_format=False)
             else:
                 weights = Path(output_dir) / "model.safetensors"
-                save_file(_without_copies(model.state_dict()), weights, metadata={"format": "pt"})
+                kept = self._in_checkpoints()
+                state = {name: value for name, value in model.state_dict().items() if kept is None or name in kept}
+                save_file(_without_copies(state), weights, metadata={"format": "pt"})
             tokens = self.processing_class or getattr(self.data_collator, "tokenizer", None)
             if tokens is not None:
                 tokens.save_pretrained(output_dir)
@@ -293,13 +295,19 @@ class RecipeTrainer(Evaluating):
         if self.average is not None and _internal_call and output_dir is not None and self.args.should_save:
             self.average.save(output_dir)
 
+    def _in_checkpoints(self) -> set[str] | None:
+        """Names of the weights that checkpoints hold; None: all. See `LanguageTask.in_checkpoints`."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model.in_checkpoints() if hasattr(model, "in_checkpoints") else None
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Replaces the warnings of `Trainer._issue_warnings_after_load` (5.23): only tied weights may be missing."""
         tied = set(self.model.state_dict()) - set(_without_copies(self.model.state_dict()))
         if isinstance(self.model, PreTrainedModel):
             tied |= {*(getattr(self.model, "all_tied_weights_keys", None) or ())}
             tied |= {*(self.model._keys_to_ignore_on_save or ())}
-        missing = [name for name in load_result.missing_keys if name not in tied]
+        kept = self._in_checkpoints()
+        missing = [name for name in load_result.missing_keys if name not in tied and (kept is None or name in kept)]
         unexpected = list(load_result.unexpected_keys)
         if missing or unexpected:
             raise ValueError(

@@ -1,0 +1,193 @@
+"""``System``: what a multimodal LLM of the literature consists of, and how its parts run in training."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mllm_vision.data.images.layouts import ImageLayout
+from mllm_vision.encoder import VisionEncoder
+from mllm_vision.vlm.language_model import JoinedLanguageModel
+
+GROUPS = ("encoder", "connector", "language_model")
+IMAGE_TOKEN = "<image>"
+
+
+class System(ABC):
+    """One multimodal LLM: a class of transformers, how it is built, and how its parts are run.
+
+    A system holds settings only; the weights are in the native model, which every method takes.
+
+    Attributes:
+        name: as `load_system` takes it.
+        parts: module group -> attribute paths in the native model (modules or parameters). What no path names belongs
+            to the language model.
+        tokens: special tokens beside the image's that the tokenizer needs.
+        image_token: stands for an image in the output of the chat template.
+        softcap: the native class applies the language model's `final_logit_softcapping`.
+        bidirectional: the prompt's tokens attend to each other, so that the padding mask is needed in training.
+    """
+
+    @dataclasses.dataclass
+    class Config:
+        """Settings; the fields are flags of recipes/align.py."""
+
+    name: ClassVar[str]
+    parts: ClassVar[Mapping[str, tuple[str, ...]]]
+    tokens: ClassVar[tuple[str, ...]] = ()
+    image_token: ClassVar[str] = IMAGE_TOKEN
+    softcap: ClassVar[bool] = False
+    bidirectional: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "name" not in vars(cls):  # of one's own: how `load_system` finds it again
+            cls.name = f"{cls.__module__}:{cls.__qualname__}"
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = self.Config() if config is None else config
+
+    # -- settings in config.json -------------------------------------------------------------------------------
+
+    @classmethod
+    def recognises(cls, config: Any) -> bool:
+        """Whether a checkpoint of another origin, of this system's model type, belongs to this system."""
+        return False
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> System:
+        """A system with the settings of ``config.mllm_vision``; unknown ones are ignored."""
+        names = {field.name for field in dataclasses.fields(cls.Config)}
+        return cls(cls.Config(**{name: value for name, value in settings.items() if name in names}))
+
+    # -- building ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def processor(self, encoder: VisionEncoder, tokenizer: Any) -> Any:
+        """The native processor around the encoder's image processor and the language model's tokenizer.
+
+        It may add tokens of its own to the tokenizer; embeddings grow afterwards.
+
+        Raises:
+            ValueError: an encoder that does not fit the system, with the remedy.
+        """
+
+    @abstractmethod
+    def build(self, encoder: VisionEncoder, language: JoinedLanguageModel, processor: Any) -> PreTrainedModel:
+        """The native model over the given tower and language model (not copied), with a new connector.
+
+        Raises:
+            ValueError: an encoder or a language model that does not fit the system, with the remedy.
+        """
+
+    @abstractmethod
+    def layout(self, model: Any, processor: Any) -> ImageLayout:
+        """How images become token ids and tensors, for the native model and its processor."""
+
+    def blank(self, model: Any) -> dict[str, Tensor]:
+        """The layout's tensors of one black image, made without its processor."""
+        vision = self.tower(model).config
+        size = vision.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        weight = next(self.tower(model).parameters())
+        return {"pixel_values": weight.new_zeros(1, getattr(vision, "num_channels", 3), height, width)}
+
+    def load_processor(self, path: str, **hub: Any) -> Any:
+        """The processor of a saved model."""
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(path, **hub)
+
+    def fit(self, model: Any, processor: Any, path: str) -> None:  # noqa: B027
+        """Checks or corrects a loaded model and its processor against each other.
+
+        Raises:
+            ValueError: they do not fit, with the remedy.
+        """
+
+    # -- running -----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def features(self, model: Any, images: Mapping[str, Tensor]) -> Tensor:
+        """The tower's output for the layout's tensors: all that depends on tower and images, and nothing else.
+
+        Shape: ``[images or tiles, N, D]``. This is what a feature cache holds.
+        """
+
+    @abstractmethod
+    def connect(self, model: Any, features: Tensor, images: Mapping[str, Tensor]) -> Tensor:
+        """The connector's output for all images in reading order, ``[tokens, D_text]``.
+
+        Args:
+            model: the native model.
+            features: from ``features``.
+            images: the layout's tensors; of these only sizes and counts, not the pixels.
+        """
+
+    def image_output(self, tokens: Tensor) -> dict[str, Any]:
+        """``mm_encoder_outputs`` of the native forward and of ``generate`` for the connector's output."""
+        return {"image": BaseModelOutputWithPooling(pooler_output=[tokens])}  # type: ignore[arg-type]
+
+    def decode(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        image_tokens: Tensor | None,
+        answers: Tensor | None,
+    ) -> Tensor:
+        """The language model's last hidden states ``[B, T, D]``.
+
+        Args:
+            model: the native model.
+            input_ids: ``[B, T]``.
+            attention_mask: ``[B, T]``, additive ``[B, 1, T, T]``, or None (causal, padded on the right).
+            position_ids: ``[B, T]`` or None.
+            image_tokens: from ``connect``, or None for text only.
+            answers: bool ``[B, T]``, where the supervised tokens are; for systems whose prompts attend in both
+                directions.
+        """
+        images = {} if image_tokens is None else {"mm_encoder_outputs": self.image_output(image_tokens)}
+        return model.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **images
+        ).last_hidden_state
+
+    def head(self, model: Any) -> tuple[Tensor, Tensor | None, float | None]:
+        """(weight ``[V, D]``, bias ``[V]`` or None, softcap or None) of the output layer, for the loss."""
+        layer = model.get_output_embeddings()
+        return layer.weight, layer.bias, None
+
+    def prompt_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Further inputs of ``generate`` for a batch of prompts ``[B, T]``."""
+        return {}
+
+    # -- module groups -----------------------------------------------------------------------------------------
+
+    def group_of(self, name: str) -> str:
+        """The module group ("encoder", "connector" or "language_model") of a native parameter's name."""
+        for group, paths in self.parts.items():
+            if any(name == path or name.startswith(f"{path}.") for path in paths):
+                return group
+        return "language_model"
+
+    def modules(self, model: Any, group: str) -> list[nn.Module]:
+        """The native modules of a group, outermost ones only."""
+        found = (_at(model, path) for path in self.parts.get(group, ()))
+        return [part for part in found if isinstance(part, nn.Module)]
+
+    def tower(self, model: Any) -> Any:
+        """The vision tower (of several, the first)."""
+        return self.modules(model, "encoder")[0]
+
+
+def _at(model: Any, path: str) -> Any:
+    for name in path.split("."):
+        model = getattr(model, name, None)
+    return model
