@@ -53,6 +53,7 @@ class LanguageTask(nn.Module):
     Source: LLaVA (arXiv:2304.08485), LLaVA-1.5 (arXiv:2310.03744).
     """
 
+    adapters: Any
     accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch, so accumulation weights every token equally
     label_smoothing: float = 0.0
     packing_checked = False
@@ -169,10 +170,11 @@ class LanguageTask(nn.Module):
         images = {name: options.pop(name) for name in IMAGE_INPUTS if name in options}
         if image_tokens is None and images:
             image_tokens = self.image_tokens(images)
-        more = {} if image_tokens is None else {"mm_encoder_outputs": self.system.image_output(image_tokens)}
+        more: dict[str, Any] = dict(self.system.prompt_inputs(input_ids))
+        if image_tokens is not None:
+            more["mm_encoder_outputs"] = self.system.image_output(image_tokens)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        more |= self.system.prompt_inputs(input_ids)
         return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, **more, **options)
 
     # -- the loss ----------------------------------------------------------------------------------------------

@@ -46,8 +46,8 @@ RECIPES: dict[str, list[str]] = {
             "--max_text_length", "24", "--tokenizer", "{llm}"],
     "align": ["align.py", "--encoder", "{encoder}", "--llm", "{llm}", "--max_eval_samples", "8"],
     "instruct": ["instruct.py", "--model", "{vlm}", "--chat_template", "qa", "--max_eval_samples", "8"],
-    "instruct, lora": ["instruct.py", "--model", "{vlm}", "--chat_template", "qa", "--train", "connector", "language_model=lora",
-                       "--train_encoder", "true", "--max_eval_samples", "8"],
+    "instruct, lora": ["instruct.py", "--model", "{vlm}", "--chat_template", "qa", "--train", "encoder", "connector",
+                       "language_model=lora", "--max_eval_samples", "8"],
 }  # fmt: skip
 # of every recipe one precision on one GPU and the other on two; sharded what is large in earnest
 RUNS = [

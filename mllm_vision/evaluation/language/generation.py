@@ -12,7 +12,7 @@ from mllm_vision.data.chat.prompts import chat_template_of, prompt_ids
 from mllm_vision.data.records.sampling import BadRow
 from mllm_vision.errors import short
 from mllm_vision.evaluation.base import batches, unwrap
-from mllm_vision.vlm.measure import check_room, greedy, said, spell_out
+from mllm_vision.vlm.measure import check_room, greedy, said
 from mllm_vision.vlm.tokens import stop_ids
 
 
@@ -62,6 +62,12 @@ class AnswerGenerator:
             self._prompts[question] = ids
         return self._prompts[question]
 
+    def spelt(self, question: str, image: Any) -> list[int]:
+        """The prompt with the tokens of an image in place of its one token."""
+        ids = self.prompt_ids(question)
+        place = ids.index(self.image_token_id)
+        return [*ids[:place], *image.tolist(), *ids[place + 1 :]]
+
     def image_features(self, images: Sequence[Any]) -> list[Tensor]:
         """The connector's output, one ``[n, D]`` an image."""
         if self.blind and self.layout.fixed:  # one blank image stands for all of them
@@ -81,10 +87,8 @@ class AnswerGenerator:
         if not questions:
             return []
         features = self.image_features(images)
-        prompts = [
-            spell_out(self.layout, torch.tensor(self.prompt_ids(question)), [images[place]])
-            for place, question in questions
-        ]
+        spelt = [self.layout.tokens(image.height, image.width) for image in images]
+        prompts = [torch.tensor(self.spelt(question, spelt[place])) for place, question in questions]
         answers = [""] * len(questions)
         # Prompts of one length share a batch as far as possible: less padding, fewer wasted steps.
         order = sorted(range(len(questions)), key=lambda i: len(prompts[i]))

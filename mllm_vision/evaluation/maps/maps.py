@@ -74,17 +74,15 @@ def text_maps(dual: Any, pixel_values: Tensor, texts: Sequence[str], grid: int) 
 
 def answer_maps(generator: AnswerGenerator, pixel_values: Tensor, question: str, answer: str, grid: int) -> Tensor:
     """How much the log-probability of ``answer`` falls when a square is painted over: ``[grid, grid]``."""
-    model = generator.model
     words = generator.tokenizer(answer, add_special_tokens=False)["input_ids"]
-    prompt = generator.prompt_ids(question)
-    targets = torch.tensor(words, device=model.device)
+    spelt = generator.layout.tokens(*pixel_values.shape[-2:])
+    ids = torch.tensor([*generator.spelt(question, spelt), *words], device=pixel_values.device)
+    targets = torch.tensor(words, device=pixel_values.device)
 
     def score(pixels: Tensor) -> Tensor:
-        features = generator._encode(pixels)
-        embeds, mask = generator.embed(features, [prompt + words] * len(features))
-        logits = model(inputs_embeds=embeds, attention_mask=mask, logits_to_keep=len(words) + 1).logits
-        chances = logits[:, :-1].float().log_softmax(dim=-1)
-        return chances.gather(2, targets.expand(len(features), -1)[..., None]).sum(dim=(1, 2))[:, None]
+        logits = generator.task(input_ids=ids.expand(len(pixels), -1), pixel_values=pixels).logits
+        chances = logits[:, -len(words) - 1 : -1].float().log_softmax(dim=-1)
+        return chances.gather(2, targets.expand(len(pixels), -1)[..., None]).sum(dim=(1, 2))[:, None]
 
     return occlusion_map(pixel_values, score, grid)[0]
 
@@ -189,7 +187,10 @@ class Maps(Evaluator):
         column = self.columns.get("question")
         questions = captions_of(row[column])[: self.texts_each] if column else []
         vision = generator.model.config.vision_config
-        pixels = generator.transform([image]).to(generator.model.device)
+        tensors = generator.layout([image])
+        if set(tensors) != {"pixel_values"} or not generator.layout.fixed:
+            raise ValueError(f"maps of answers need one square image; {generator.system.name} cuts images into several")
+        pixels = tensors["pixel_values"].to(generator.task.device)
         grid = self._grid_for(pixels.shape[-1], getattr(vision, "patch_size", pixels.shape[-1] // 8))
         items = []
         for question, answer in zip(questions, generator.answer([image], [(0, q) for q in questions]), strict=True):

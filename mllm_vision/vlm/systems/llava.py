@@ -52,9 +52,7 @@ class LLaVA15(System):
         )
 
     def build(self, encoder: VisionEncoder, language: JoinedLanguageModel, processor: Any) -> PreTrainedModel:
-        config = LlavaConfig(  # type: ignore[call-arg]
-            projector_hidden_act=self.activation, **llava_fields(encoder, language)
-        )
+        config = LlavaConfig(projector_hidden_act=self.activation, **llava_fields(encoder, language))
         with torch.device("meta"):  # every part is replaced below, so nothing is allocated twice
             model: Any = LlavaForConditionalGeneration(config)
         model.config.vision_config, model.config.text_config = encoder.backbone.config, language.base.config
