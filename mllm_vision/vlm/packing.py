@@ -85,8 +85,8 @@ def _trial(model: Any, size: int, count: int) -> tuple[Tensor, Tensor]:
     turns = torch.cat([torch.zeros(shared, dtype=torch.int64), torch.arange(1, count + 1).repeat_interleave(tail)])
     inputs = ConversationCollator.separate([{"input_ids": ids, "turns": turns}], len(ids))
     inputs |= {"input_ids": ids[None], "labels": labels[None]}
-    packed = model(**{name: value.to(device) for name, value in inputs.items()}).logits
+    packed = model(**{name: value.to(device) for name, value in inputs.items()}, return_logits=True).logits
     rows = [torch.cat([torch.arange(shared), torch.arange(shared, shared + tail) + tail * k]) for k in range(count)]
     apart = {"input_ids": torch.stack([ids[row] for row in rows]), "labels": torch.stack([labels[row] for row in rows])}
     apart["attention_mask"] = torch.ones_like(apart["input_ids"])
-    return packed, model(**{name: value.to(device) for name, value in apart.items()}).logits
+    return packed, model(**{name: value.to(device) for name, value in apart.items()}, return_logits=True).logits

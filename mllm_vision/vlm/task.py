@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+from mllm_vision.functional.engine.linear_cross_entropy import linear_cross_entropy
 from mllm_vision.vlm.packing import check_packing
 from mllm_vision.vlm.systems import System
 from mllm_vision.vlm.systems.base import GROUPS
@@ -31,7 +32,8 @@ class TaskOutput(ModelOutput):
 
     Attributes:
         loss: mean cross-entropy of the supervised tokens, or None without labels.
-        logits: ``[S, V]`` at the S supervised positions, row by row of the batch, or ``[B, T, V]`` without labels.
+        logits: ``[B, T, V]`` without labels; with them, where they are asked for, ``[S, V]`` at the S supervised
+            positions, row by row of the batch.
     """
 
     loss: Tensor | None = None
@@ -193,6 +195,7 @@ class LanguageTask(nn.Module):
         image_features: Tensor | None = None,
         token_weights: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool = False,
     ) -> TaskOutput:
         """One pass through tower, connector and language model.
 
@@ -207,6 +210,7 @@ class LanguageTask(nn.Module):
             token_weights: ``[B, T]`` float, the weight of each label's loss; None: 1.
             num_items_in_batch: supervised tokens of the whole accumulated batch; the loss is then the (weighted) sum
                 divided by it, otherwise by the supervised tokens here.
+            return_logits: also give the logits ``[S, V]`` of the supervised positions.
 
         Raises:
             ValueError: image tokens and image features differ in number; packed conversations that this language
@@ -232,7 +236,7 @@ class LanguageTask(nn.Module):
         if labels is None:
             weight, bias, softcap = self.system.head(self.model)
             return TaskOutput(logits=_capped(F.linear(hidden, weight, bias), softcap))
-        return self._loss(hidden, labels, token_weights, num_items_in_batch, blank)
+        return self._loss(hidden, labels, token_weights, num_items_in_batch, blank, return_logits)
 
     def _loss(
         self,
@@ -241,6 +245,7 @@ class LanguageTask(nn.Module):
         token_weights: Tensor | None,
         num_items_in_batch: Tensor | int | None,
         blank: Tensor | None,
+        return_logits: bool,
     ) -> TaskOutput:
         """The loss of the tokens that follow ``hidden [B, T, D]``."""
         targets = labels[:, 1:].flatten()
@@ -249,16 +254,18 @@ class LanguageTask(nn.Module):
         rows = hidden[:, :-1].flatten(0, 1).index_select(0, supervised)
         targets = targets.index_select(0, supervised)
         weight, bias, softcap = self.system.head(self.model)
-        logits = _capped(F.linear(rows, weight, bias), softcap)
-        smoothing = self.label_smoothing if self.training else 0.0
-        if token_weights is None:
-            total = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
-        else:
-            each = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
-            total = (each * token_weights[:, 1:].flatten().index_select(0, supervised)).sum()
+        settings: dict[str, Any] = {
+            "label_smoothing": self.label_smoothing if self.training else 0.0,
+            "softcap": softcap,
+            "bias": bias,
+        }
+        if token_weights is not None:
+            settings["token_weights"] = token_weights[:, 1:].flatten().index_select(0, supervised)
+        total = linear_cross_entropy(rows, weight, targets, **settings)
         if blank is not None:
             total = total + blank
         count = max(targets.numel(), 1) if num_items_in_batch is None else num_items_in_batch
+        logits = _capped(F.linear(rows, weight, bias), softcap) if return_logits else None
         return TaskOutput(loss=total / count, logits=logits)
 
     def _mask(self, attention_mask: Tensor | None, position_ids: Tensor | None, training: bool) -> Tensor | None:

@@ -55,7 +55,7 @@ def test_loss_and_gradients_equal_the_full_computation(build, make_batch):
     """Supervised positions only, no padding mask: against plain Llava's whole logits and textbook cross-entropy."""
     model, _ = build()
     twin, batch = plain_twin(model), make_batch(model)
-    output = model(**batch)
+    output = model(**batch, return_logits=True)
     logits = twin(**{name: batch[name] for name in batch if name != "labels"}).logits
     whole = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
     assert torch.allclose(output.loss, whole, atol=1e-6)
