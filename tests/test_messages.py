@@ -60,7 +60,7 @@ ELSEWHERE = {  # file -> flags that its messages name for another script, which 
     "mllm_vision/training/checkpoint/resume.py": {"streaming"},
     "mllm_vision/distributed.py": {"device"},
     "mllm_vision/vlm/conversation.py": {"pack_turns"},
-    "mllm_vision/vlm/model.py": {"pack_turns"},
+    "mllm_vision/vlm/task.py": {"pack_turns"},
     "mllm_vision/vlm/tokens.py": {"tokenizer"},
     "mllm_vision/vlm/freezing.py": {"train"},
     "mllm_vision/training/recipe/parser.py": {"allow_import"},
@@ -236,7 +236,7 @@ def test_a_damaged_folder_is_one_line_that_names_it(name, kind, folders, tmp_pat
         if kind == "encoder":
             VisionEncoder.from_pretrained(folder)
         else:
-            build_vlm(VisionEncoder.from_pretrained(folders / "encoder"), folder, "linear")
+            build_vlm(VisionEncoder.from_pretrained(folders / "encoder"), folder, "llava")
     told = explain(raised.value)
     assert "broken" in told and "\n" not in told.strip() and len(told) < 1500
 
@@ -305,7 +305,7 @@ def test_no_pickle_is_read(folders, tmp_path):
             (folder / name).write_bytes(armed)
             for load in (
                 VisionEncoder.from_pretrained, DualEncoder.from_pretrained, load_vlm,
-                lambda path: build_vlm(VisionEncoder.from_pretrained(folders / "encoder"), path, "linear"),
+                lambda path: build_vlm(VisionEncoder.from_pretrained(folders / "encoder"), path, "llava"),
             ):  # fmt: skip
                 with pytest.raises((ValueError, OSError)):
                     load(folder)

@@ -86,33 +86,20 @@ def load_vlm(
             str(path), dtype=dtype, output_loading_info=True, use_safetensors=True, **hub
         )
         model, found = loaded
-        processor = system.load_processor(str(path), **hub)
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"{path} lacks {len(missing)} weights of a {type(model).__name__} ({', '.join(missing[:3])}), which would "
             "be random; use the folder of a complete checkpoint"
         )
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is not None:
-        check_vocabulary(tokenizer, str(path))
-        check_image_token(model, processor, str(path))
-    system.fit(model.eval(), processor, str(path))
+    with reading(path):
+        processor = system.load_processor(model.eval(), str(path), **hub)
+    check_vocabulary(processor.tokenizer, str(path))
     pad_left(processor.tokenizer)
     settle_ends(model, processor)
     task = LanguageTask(model, system)
     if task.blind:
         logger.warning("%s was trained blind: images are replaced by zeros", path)
     return task.eval(), processor
-
-
-def check_image_token(model: Any, processor: Any, path: str) -> None:
-    """Raises ValueError for an image token without embedding."""
-    token, rows = processor.image_token_id, model.get_input_embeddings().weight.shape[0]
-    if token >= rows:
-        raise ValueError(
-            f"{path}: the processor's image token {processor.image_token!r} has id {token}, beyond the {rows} "
-            "embeddings of the language model; use the processor that was saved with the model"
-        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

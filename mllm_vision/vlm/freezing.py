@@ -67,7 +67,7 @@ def freeze(
     """
     groups = read_groups(train)
     for name, parameter in task.model.named_parameters():
-        parameter.requires_grad_(groups.get(task.system.group_of(name)) == "full")
+        parameter.requires_grad_(groups.get(task.system.parts.group_of(name)) == "full")
     if groups.get("encoder") == "full":
         _freeze_unused_encoder(task)
     adapted = {group: way for group, way in groups.items() if way != "full"}
@@ -78,7 +78,7 @@ def freeze(
 
 def _freeze_unused_encoder(task: LanguageTask) -> None:
     """Freezes the encoder's parameters without gradient, found with a blank image."""
-    parts = task.system.modules(task.model, "encoder")
+    parts = task.system.parts.modules(task.model, "encoder")
     learning = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
     was_training = task.training
     with torch.enable_grad():
@@ -127,7 +127,7 @@ def _linear_layers(task: LanguageTask, group: str) -> list[str]:
         # GPT-2 calls its linear layers Conv1D; a subclass of Linear may be a router with several outputs
         if (type(module) is nn.Linear or type(module).__name__ == "Conv1D")
         and module is not output
-        and task.system.group_of(name) == group
+        and task.system.parts.group_of(name) == group
     ]
     if not found:
         raise ValueError(f"the {group} has no linear layers for adapters; use --train {group}")
@@ -143,11 +143,10 @@ def learning_rates(task: LanguageTask, rates: Mapping[str, float | None]) -> dic
     """Parameter-name prefix -> learning rate of trained groups, from group -> rate (None: the run's)."""
     prefixes: dict[str, float] = {}
     for name, parameter in task.named_parameters():
-        group = task.system.group_of(name.removeprefix("model."))
+        group, path = task.system.parts.path_of(name.removeprefix("model."))
         rate = rates.get(group)
         if rate is not None and parameter.requires_grad:
-            paths = (f"model.{path}" for path in task.system.parts[group])
-            prefixes[next((path for path in paths if name == path or name.startswith(f"{path}.")), name)] = rate
+            prefixes[f"model.{path}"] = rate
     return prefixes
 
 
@@ -158,7 +157,7 @@ def _groups(task: LanguageTask) -> dict[str, dict[str, Tensor]]:
     for name, tensor in task.model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            groups[task.system.group_of(name)][name] = tensor
+            groups[task.system.parts.group_of(name)][name] = tensor
     return groups
 
 
@@ -174,7 +173,7 @@ def audit(
     """
     rows = []
     for group in GROUPS:
-        parameters = [p for name, p in task.model.named_parameters() if task.system.group_of(name) == group]
+        parameters = [p for name, p in task.model.named_parameters() if task.system.parts.group_of(name) == group]
         trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         own = (rates or {}).get(group)
         rate = (learning_rate if own is None else own) if trainable else 0.0

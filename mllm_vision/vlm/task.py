@@ -99,10 +99,10 @@ class LanguageTask(nn.Module):
         super().train(mode)
         if mode:
             for group in GROUPS:
-                for part in self.system.modules(self.model, group):
+                for part in self.system.parts.modules(self.model, group):
                     if is_frozen(part):
                         part.eval()
-            for part in self.system.modules(self.model, "language_model"):
+            for part in self.system.parts.modules(self.model, "language_model"):
                 if is_frozen(part):
                     _let_checkpoint(part)  # the connector's gradients pass through it
         return self
@@ -117,7 +117,7 @@ class LanguageTask(nn.Module):
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers; ValueError where the language model's layers cannot be checkpointed."""
-        parts = self.system.modules(self.model, "language_model")
+        parts = self.system.parts.modules(self.model, "language_model")
         if not any(isinstance(layer, GradientCheckpointingLayer) for part in parts for layer in part.modules()):
             raise ValueError(
                 f"the layers of {type(parts[0]).__name__} cannot be checkpointed; train without "
@@ -135,7 +135,7 @@ class LanguageTask(nn.Module):
             features: the tower's output where it was computed before.
         """
         if features is None:
-            frozen = all(is_frozen(part) for part in self.system.modules(self.model, "encoder"))
+            frozen = all(is_frozen(part) for part in self.system.parts.modules(self.model, "encoder"))
             with torch.no_grad() if frozen else nullcontext():
                 features = self.system.features(self.model, self.seen(images))
         return self.system.connect(self.model, features, images)

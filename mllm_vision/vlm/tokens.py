@@ -63,6 +63,16 @@ def check_vocabulary(tokenizer: Any, source: str) -> None:
         )
 
 
+def check_image_token(model: Any, processor: Any, path: str) -> None:
+    """Raises ValueError for an image token without embedding."""
+    token, rows = processor.image_token_id, model.get_input_embeddings().weight.shape[0]
+    if token >= rows:
+        raise ValueError(
+            f"{path}: the processor's image token {processor.image_token!r} has id {token}, beyond the {rows} "
+            "embeddings of the language model; use the processor that was saved with the model"
+        )
+
+
 def load_tokenizer(source: str, **hub: Any) -> PreTrainedTokenizerBase:
     """The tokenizer at ``source`` (folder or Hub id), with a vocabulary.
 

@@ -15,7 +15,7 @@ def tokenizer(tmp_path_factory) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("train", [("projector",), ("encoder", "projector", "language_model")])
+@pytest.mark.parametrize("train", [("connector",), ("encoder", "connector", "language_model")])
 @pytest.mark.parametrize("images", [[True, False], [False, False], [True, True]])
 def test_a_rank_without_images_neither_hangs_nor_bends_the_gradient(gloo, tokenizer, train, images):
     expected = work.gradients(tokenizer, train, images)

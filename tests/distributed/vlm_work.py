@@ -16,7 +16,7 @@ def small_model(folder: str, train: tuple[str, ...]):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoder = VisionEncoder.from_backbone(tiny.tiny_clip_vision(), tiny.tiny_image_processor("clip"))
     torch.manual_seed(0)
-    model, _ = build_vlm(encoder, tiny.tiny_llama(len(tokenizer)), "mlp", tokenizer)
+    model, _ = build_vlm(encoder, tiny.tiny_llama(len(tokenizer)), "llava15", tokenizer)
     return freeze(model, train).train()
 
 

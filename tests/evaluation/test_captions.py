@@ -18,7 +18,7 @@ def built(tmp_path_factory):
     tokenizer = tiny.tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     encoder = VisionEncoder.from_backbone(tiny.tiny_clip_vision(), tiny.tiny_image_processor("clip"))
     llm = tiny.tiny_llama(len(tokenizer))
-    return build_vlm(encoder, llm, "mlp", tokenizer, CHAT_TEMPLATES["plain"])
+    return build_vlm(encoder, llm, "llava15", tokenizer, CHAT_TEMPLATES["plain"])
 
 
 def test_captions_and_conversations_give_the_same_samples(built, caplog):

@@ -108,7 +108,7 @@ def test_the_stages_after_it_take_them_too(tmp_path, monkeypatch, caplog) -> Non
         monkeypatch, "align.py", tmp_path / "align",
         f"{parts} --optim lamb --base_learning_rate 0.1 --lr_scaling sqrt --lr_scaling_batch_size 32 --ema_decay 0.5",
     )  # fmt: skip
-    assert {row["group"]: row["learning_rate"] for row in first["modules"] if row["moved"]} == {"projector": 0.05}
+    assert {row["group"]: row["learning_rate"] for row in first["modules"] if row["moved"]} == {"connector": 0.05}
     second = f"{data} --model {tmp_path / 'align' / 'model'} --chat_template qa --learning_rate 1e-3"
     full = program(
         monkeypatch, "instruct.py", tmp_path / "full",
@@ -123,7 +123,7 @@ def test_the_stages_after_it_take_them_too(tmp_path, monkeypatch, caplog) -> Non
         tmp_path / "lora",
         f"{second} --train lora --optim lars --layer_decay 0.9 --ema_decay 0.5",
     )
-    assert [row["group"] for row in lora["modules"] if row["trainable"]] == ["projector", "language_model"]
+    assert [row["group"] for row in lora["modules"] if row["trainable"]] == ["connector", "language_model"]
 
 
 def test_a_mistake_is_told_before_anything_is_read(tmp_path, monkeypatch, capsys) -> None:

@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.tiny_llama(len(tokenizer), attention_dropout=0.2, num_hidden_layers=1).save_pretrained(folder / "llm")
     encoder = VisionEncoder.from_backbone(tiny.tiny_clip_vision(), tiny.tiny_image_processor("clip"))
     encoder.save_pretrained(folder / "encoder")
-    model, processor = build_vlm(encoder, folder / "llm", "mlp", folder / "llm", chat_template("plain"))
+    model, processor = build_vlm(encoder, folder / "llm", "llava15", folder / "llm", chat_template("plain"))
     save_vlm(model, processor, folder / "aligned")
     return folder
 

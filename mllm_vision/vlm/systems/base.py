@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -19,6 +19,39 @@ GROUPS = ("encoder", "connector", "language_model")
 IMAGE_TOKEN = "<image>"
 
 
+class Parts:
+    """The module groups of a native model.
+
+    Args:
+        encoder, connector, language_model: attribute paths in the native model (of modules or parameters). What no path
+            names belongs to the language model.
+    """
+
+    def __init__(self, encoder: Sequence[str], connector: Sequence[str], language_model: Sequence[str]) -> None:
+        self.paths = dict(zip(GROUPS, (tuple(encoder), tuple(connector), tuple(language_model)), strict=True))
+
+    def group_of(self, name: str) -> str:
+        """The module group of a native parameter's name."""
+        return self.path_of(name)[0]
+
+    def path_of(self, name: str) -> tuple[str, str]:
+        """(group, path) of a native parameter's name; its own name where no path names it."""
+        for group, paths in self.paths.items():
+            for path in paths:
+                if name == path or name.startswith(f"{path}."):
+                    return group, path
+        return "language_model", name
+
+    def modules(self, model: Any, group: str) -> list[nn.Module]:
+        """The native modules of a group, outermost ones only."""
+        found = (_at(model, path) for path in self.paths[group])
+        return [part for part in found if isinstance(part, nn.Module)]
+
+    def tower(self, model: Any) -> Any:
+        """The vision tower (of several, the first)."""
+        return self.modules(model, "encoder")[0]
+
+
 class System(ABC):
     """One multimodal LLM: a class of transformers, how it is built, and how its parts are run.
 
@@ -26,8 +59,7 @@ class System(ABC):
 
     Attributes:
         name: as `load_system` takes it.
-        parts: module group -> attribute paths in the native model (modules or parameters). What no path names belongs
-            to the language model.
+        parts: the module groups of the native model.
         tokens: special tokens beside the image's that the tokenizer needs.
         image_token: stands for an image in the output of the chat template.
         softcap: the native class applies the language model's `final_logit_softcapping`.
@@ -39,7 +71,7 @@ class System(ABC):
         """Settings; the fields are flags of recipes/align.py."""
 
     name: ClassVar[str]
-    parts: ClassVar[Mapping[str, tuple[str, ...]]]
+    parts: ClassVar[Parts]
     tokens: ClassVar[tuple[str, ...]] = ()
     image_token: ClassVar[str] = IMAGE_TOKEN
     softcap: ClassVar[bool] = False
@@ -59,12 +91,6 @@ class System(ABC):
     def recognises(cls, config: Any) -> bool:
         """Whether a checkpoint of another origin, of this system's model type, belongs to this system."""
         return False
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> System:
-        """A system with the settings of ``config.mllm_vision``; unknown ones are ignored."""
-        names = {field.name for field in dataclasses.fields(cls.Config)}
-        return cls(cls.Config(**{name: value for name, value in settings.items() if name in names}))
 
     # -- building ----------------------------------------------------------------------------------------------
 
@@ -92,24 +118,22 @@ class System(ABC):
 
     def blank(self, model: Any) -> dict[str, Tensor]:
         """The layout's tensors of one black image, made without its processor."""
-        vision = self.tower(model).config
+        vision = self.parts.tower(model).config
         size = vision.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        weight = next(self.tower(model).parameters())
+        weight = next(self.parts.tower(model).parameters())
         return {"pixel_values": weight.new_zeros(1, getattr(vision, "num_channels", 3), height, width)}
 
-    def load_processor(self, path: str, **hub: Any) -> Any:
-        """The processor of a saved model."""
-        from transformers import AutoProcessor
-
-        return AutoProcessor.from_pretrained(path, **hub)
-
-    def fit(self, model: Any, processor: Any, path: str) -> None:  # noqa: B027
-        """Checks or corrects a loaded model and its processor against each other.
+    def load_processor(self, model: Any, path: str, **hub: Any) -> Any:
+        """The processor of a loaded model, checked or corrected against it.
 
         Raises:
             ValueError: they do not fit, with the remedy.
+            OSError: it cannot be read.
         """
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(path, **hub)
 
     # -- running -----------------------------------------------------------------------------------------------
 
@@ -167,24 +191,6 @@ class System(ABC):
     def prompt_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
         """Further inputs of ``generate`` for a batch of prompts ``[B, T]``."""
         return {}
-
-    # -- module groups -----------------------------------------------------------------------------------------
-
-    def group_of(self, name: str) -> str:
-        """The module group ("encoder", "connector" or "language_model") of a native parameter's name."""
-        for group, paths in self.parts.items():
-            if any(name == path or name.startswith(f"{path}.") for path in paths):
-                return group
-        return "language_model"
-
-    def modules(self, model: Any, group: str) -> list[nn.Module]:
-        """The native modules of a group, outermost ones only."""
-        found = (_at(model, path) for path in self.parts.get(group, ()))
-        return [part for part in found if isinstance(part, nn.Module)]
-
-    def tower(self, model: Any) -> Any:
-        """The vision tower (of several, the first)."""
-        return self.modules(model, "encoder")[0]
 
 
 def _at(model: Any, path: str) -> Any:

@@ -23,7 +23,8 @@ from mllm_vision.encoder.families import FAMILIES, family_of
 from mllm_vision.encoder.features import extract_features, num_layers
 from mllm_vision.vlm.connectors.linear import LinearConnector
 from mllm_vision.vlm.language_model import JoinedLanguageModel
-from mllm_vision.vlm.systems.base import System
+from mllm_vision.vlm.systems.base import Parts, System
+from mllm_vision.vlm.tokens import check_image_token
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +34,11 @@ class LLaVA15(System):
 
     name: ClassVar[str] = "llava15"
     activation: ClassVar[str] = "gelu"
-    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "encoder": ("model.vision_tower",),
-        "connector": ("model.multi_modal_projector",),
-        "language_model": ("model.language_model", "lm_head"),
-    }
+    parts: ClassVar[Parts] = Parts(
+        encoder=["model.vision_tower"],
+        connector=["model.multi_modal_projector"],
+        language_model=["model.language_model", "lm_head"],
+    )
 
     def processor(self, encoder: VisionEncoder, tokenizer: Any) -> LlavaProcessor:
         layout = tower_layout(encoder)
@@ -75,13 +76,16 @@ class LLaVA15(System):
         projector = model.model.multi_modal_projector
         return projector(features.to(projector.linear_1.weight.dtype)).flatten(0, 1)
 
-    def fit(self, model: Any, processor: Any, path: str) -> None:
+    def load_processor(self, model: Any, path: str, **hub: Any) -> Any:
+        processor = super().load_processor(model, path, **hub)
         if not isinstance(processor, LlavaProcessor):
             raise ValueError(
                 f"{path} has no LlavaProcessor (found: {type(processor).__name__}); save one into the folder with "
                 "LlavaProcessor(image_processor, tokenizer, patch_size=..., vision_feature_select_strategy=...)"
             )
+        check_image_token(model, processor, path)
         fit_processor(model, processor, path)
+        return processor
 
 
 class LLaVA(LLaVA15):
@@ -97,7 +101,7 @@ class LLaVA(LLaVA15):
     def recognises(cls, config: Any) -> bool:
         return config.projector_hidden_act == "linear"
 
-    def fit(self, model: Any, processor: Any, path: str) -> None:
+    def load_processor(self, model: Any, path: str, **hub: Any) -> Any:
         stored = model.model.multi_modal_projector
         linear = LinearConnector(stored.linear_1.in_features, stored.linear_1.out_features)
         second = stored.linear_2
@@ -109,7 +113,7 @@ class LLaVA(LLaVA15):
             )
         linear.linear_1 = stored.linear_1
         model.model.multi_modal_projector = linear.to(second.weight)
-        super().fit(model, processor, path)
+        return super().load_processor(model, path, **hub)
 
 
 def llava_fields(encoder: VisionEncoder, language: JoinedLanguageModel) -> dict[str, Any]:

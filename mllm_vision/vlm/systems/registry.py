@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from mllm_vision.errors import unknown_name
@@ -57,7 +59,7 @@ def system_of(config: Any, path: str = "the model") -> System:
     """
     settings = dict(getattr(config, "mllm_vision", None) or {})
     if named := settings.pop("system", None):
-        return load_system(named).from_settings(settings)
+        return _with_settings(load_system(named), settings)
     found = [name for name, (_, _, model_type) in SYSTEMS.items() if model_type == config.model_type]
     if not found:
         raise ValueError(
@@ -65,4 +67,10 @@ def system_of(config: Any, path: str = "the model") -> System:
             "the folder 'model' saved by recipes/align.py or recipes/instruct.py"
         )
     chosen = next((name for name in found if load_system(name).recognises(config)), found[-1])
-    return load_system(chosen).from_settings(settings)
+    return _with_settings(load_system(chosen), settings)
+
+
+def _with_settings(kind: type[System], settings: Mapping[str, Any]) -> System:
+    """A system with what ``config.mllm_vision`` says of its settings."""
+    names = {field.name for field in dataclasses.fields(kind.Config)}
+    return kind(kind.Config(**{name: value for name, value in settings.items() if name in names}))
