@@ -12,15 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FUNCTION, METHODS, RECIPE, FILE = 60, 12, 150, 400
 # Room -> its lines at most. Lower a number when the room has shrunk; raise none without saying why.
 ROOMS: dict[str, int] = {
-<<<<<<< HEAD
     "package without vlm": 35340,
     "report and hub": 2027,
-    "training": 7297,
-=======
-    "package without vlm": 34730,
-    "report and hub": 2021,
     "training": 7305,
->>>>>>> a245b1a (Parts of a system, names of the connector)
 }
 # What is still longer, with its length: these only shrink, and an entry that is kept goes.
 LONG_FUNCTIONS: dict[str, int] = {
