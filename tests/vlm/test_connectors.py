@@ -10,18 +10,21 @@ import tiny
 import torch
 import torch.nn.functional as F
 from families import small
-from transformers import AutoConfig, AutoModelForImageTextToText, ConvNextConfig, GPT2Config
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ConvNextConfig, GPT2Config
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mllm_vision.encoder.features import extract_features
 from mllm_vision.vlm.connectors import (
     CambrianConfig,
     CambrianForConditionalGeneration,
+    ConnectorProcessor,
+    JoinedImageProcessor,
     PrismaticConfig,
     PrismaticForConditionalGeneration,
     QwenVLConfig,
     QwenVLForConditionalGeneration,
 )
-from mllm_vision.vlm.connectors.base import ImageOutput, join_pixels, split_pixels
+from mllm_vision.vlm.connectors.base import join_pixels, split_pixels
 from mllm_vision.vlm.connectors.resampler import Resampler, resize_positions, sincos_positions
 from mllm_vision.vlm.connectors.spatial_aggregator import resize_map, windows
 
@@ -189,7 +192,7 @@ def test_the_aggregator_is_windows_by_loops():
             for layer in aggregator.layers:
                 query = attend(layer, query, context, parts)
             wanted[image, place] = aggregator.projection(query)
-    torch.testing.assert_close(torch.stack(model.model.connect(features).pooler_output), wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.model.connect(features)[..., :32], wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_each_query_sees_its_own_window_only():
@@ -222,7 +225,7 @@ def test_inside_the_language_model_the_image_tokens_meet_the_towers_again():
     positions = torch.arange(ids.shape[1])[None]
     rotary = text.rotary_emb(hidden, positions)
     for row in range(2):
-        hidden[row, ids[row] == IMAGE] = found.pooler_output[row]
+        hidden[row, ids[row] == IMAGE] = found.pooler_output[row][:, :32]
     mask = torch.full((ids.shape[1],) * 2, -torch.inf).triu(1)[None, None]
     for number, layer in enumerate(text.layers):
         # the layer's own parts, so that the hook under test does not run
@@ -281,8 +284,8 @@ def test_language_models_without_a_place_for_inner_layers_are_refused():
 
 def test_tokens_alone_do_not_suffice_with_inner_layers():
     model, tokens = make("cambrian")
-    output = ImageOutput(pooler_output=[torch.randn(tokens, 32)])
-    with pytest.raises(ValueError, match="no deepstack_features"):
+    output = BaseModelOutputWithPooling(pooler_output=[torch.randn(tokens, 32)])
+    with pytest.raises(ValueError, match="have 32 channels; with inner_layers=2 they have 512"):
         model(input_ids=words(tokens), mm_encoder_outputs={"image": output})
 
 
@@ -356,8 +359,9 @@ def test_features_and_connection_apart_are_the_whole(kind):
     with torch.no_grad():
         wanted = model(input_ids=ids, pixel_values=images).logits
         features = [each.clone() for each in model.model.tower_features(images)]
-        found = model(input_ids=ids, mm_encoder_outputs={"image": model.model.connect(features)}).logits
-        assert torch.equal(found, wanted)
+        flat = model.model.connect(features).flatten(0, 1)
+        output = BaseModelOutputWithPooling(pooler_output=[flat])
+        assert torch.equal(model(input_ids=ids, mm_encoder_outputs={"image": output}).logits, wanted)
         swapped = model(input_ids=ids, pixel_values=images.flip(0)).logits
         assert largest(swapped, wanted) > 1e-3  # the image matters
 
@@ -459,3 +463,25 @@ def test_a_convolutional_tower_under_the_resampler(tmp_path):
         # the same weights; the convolution's sums depend on where they lie in memory
         torch.testing.assert_close(again.get_image_features(images).pooler_output[1], found[1], atol=1e-5, rtol=1e-4)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_the_processor_gives_every_tower_its_own_pixels(tmp_path):
+    parts = [tiny.tiny_image_processor("siglip"), tiny.tiny_image_processor("dinov2", 64)]
+    tokenizer = tiny.tiny_tokenizer(tmp_path / "words")
+    joined = JoinedImageProcessor(parts)
+    processor = ConnectorProcessor(joined, tokenizer, num_image_tokens=5, image_prefix="a", image_suffix="b")
+    images = [tiny.random_image(3, (40, 50)), tiny.random_image(4, (64, 30))]
+    text = ["<image> a red circle", "a blue square <image>"]
+    found = processor(images=images, text=text, return_tensors="pt", padding=True)
+    for each, part in zip(split_pixels(found["pixel_values"], [SIGLIP, DINO]), parts, strict=True):
+        assert torch.equal(each, part(images=images, return_tensors="pt")["pixel_values"])
+    assert (found["input_ids"] == tokenizer.convert_tokens_to_ids("<image>")).sum(1).tolist() == [5, 5]
+    longer = text[0].replace("<image>", "a" + "<image>" * 5 + "b")
+    alone = processor(images=images[:1], text=text[:1], return_tensors="pt")["input_ids"]
+    assert torch.equal(alone, tokenizer(longer, return_tensors="pt")["input_ids"])
+    assert processor._get_num_multimodal_tokens(image_sizes=[(9, 9)] * 2).num_image_tokens == [5, 5]
+    processor.save_pretrained(tmp_path / "saved")
+    again = AutoProcessor.from_pretrained(tmp_path / "saved")
+    assert type(again) is ConnectorProcessor
+    same = again(images=images, text=text, return_tensors="pt", padding=True)
+    assert all(torch.equal(same[name], found[name]) for name in found)

@@ -6,7 +6,6 @@ Everything else is transformers' own: the loss, `logits_to_keep`, generation, ca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,19 +64,6 @@ class TowersConfig(LlavaConfig):
     def tower_widths(self) -> list[int]:
         """The width of each tower's tokens."""
         return self.vision_widths or [each.hidden_size for each in self.vision_configs]
-
-
-@dataclass
-class ImageOutput(BaseModelOutputWithPooling):
-    """Output of `get_image_features` and `connect`.
-
-    Attributes:
-        pooler_output: for each image its tokens `[N, D]`, which replace the image tokens of the text.
-        deepstack_features: for each tower, for each image, its map `[S * S, C]`, for connectors that also work inside
-            the language model; None for others. (transformers' name: `generate` repeats it for beams.)
-    """
-
-    deepstack_features: list[list[Tensor]] | None = None
 
 
 class ConnectorModel(LlavaModel):
@@ -142,17 +128,25 @@ class ConnectorModel(LlavaModel):
             )
         return found
 
-    def connect(self, features: Sequence[Tensor]) -> ImageOutput:
-        """The tokens of every image for the language model, from `tower_features` (which may come from a cache)."""
-        tokens = self.multi_modal_projector(features)
-        return ImageOutput(pooler_output=list(tokens))  # type: ignore[arg-type]
+    def connect(self, features: Sequence[Tensor]) -> Tensor:
+        """The tokens of every image for the language model, `[n, N, D]`.
 
-    def get_image_features(self, pixel_values: Tensor | Sequence[Tensor], **kwargs: Any) -> ImageOutput:
-        """`connect(tower_features(pixel_values))`; layers and features are those of the config."""
+        Args:
+            features: from `tower_features`, or a cache of them.
+        """
+        return self.multi_modal_projector(features)
+
+    def get_image_features(self, pixel_values: Tensor | Sequence[Tensor], **kwargs: Any) -> BaseModelOutputWithPooling:
+        """`connect(tower_features(pixel_values))` as `pooler_output`, a list with one tensor an image.
+
+        Raises:
+            ValueError: another layer or selection than the config's.
+        """
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             if kwargs.get(name) not in (None, getattr(self.config, name)):
                 raise ValueError(f"{name}={kwargs[name]!r}: the connector was built for the config's; leave it out")
-        return self.connect(self.tower_features(pixel_values))
+        tokens = self.connect(self.tower_features(pixel_values))
+        return BaseModelOutputWithPooling(pooler_output=list(tokens))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -179,7 +173,7 @@ class ConnectorForConditionalGeneration(LlavaForConditionalGeneration):
         """As of `ConnectorModel`."""
         return False
 
-    def get_image_features(self, pixel_values: Tensor | Sequence[Tensor], **kwargs: Any) -> ImageOutput:
+    def get_image_features(self, pixel_values: Tensor | Sequence[Tensor], **kwargs: Any) -> BaseModelOutputWithPooling:
         """As of `ConnectorModel`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 

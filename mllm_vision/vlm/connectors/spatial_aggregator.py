@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mllm_vision.vlm.connectors.base import (
     ConnectorForConditionalGeneration,
     ConnectorModel,
-    ImageOutput,
     TowersConfig,
     grid_side,
     register,
@@ -273,13 +273,28 @@ class CambrianModel(ConnectorModel):
             num_heads=config.connector_heads,
         )
 
-    def connect(self, features: Sequence[Tensor]) -> ImageOutput:
-        """As of `ConnectorModel`; with the maps of the towers, which the inner layers attend to."""
-        maps = self.multi_modal_projector.maps(features)
-        output = ImageOutput(pooler_output=list(self.multi_modal_projector(maps)))  # type: ignore[arg-type]
-        if self.config.inner_layers:
-            output.deepstack_features = [list(each) for each in maps]
-        return output
+    @property
+    def _widths(self) -> list[int]:
+        """Channels of the parts of a token: the language model's, the context's, each tower's window."""
+        config: Any = self.config
+        dim = config.connector_hidden_size
+        factors = [side // config.query_side for side in config.vision_sides]
+        return [config.text_config.hidden_size, dim, *(factor**2 * dim for factor in factors)]
+
+    def connect(self, features: Sequence[Tensor]) -> Tensor:
+        """As of `ConnectorModel`; with inner layers, each token is followed by what these attend to at its place.
+
+        That is the context and the window of each tower, in one row `[D + dim + sum of m^2 * dim]`. `forward` takes
+        the rows apart. So whatever is done to the tokens of an image (chosen, repeated for beams) is done to both.
+        """
+        projector = self.multi_modal_projector
+        maps = projector.maps(features)
+        tokens = projector(maps)
+        if not self.config.inner_layers:
+            return tokens
+        context, parts = projector.surroundings(maps)
+        seen = torch.cat([context, *(part.flatten(1) for part in parts)], dim=-1)
+        return torch.cat([tokens, seen.unflatten(0, tokens.shape[:2]).to(tokens.dtype)], dim=-1)
 
     def forward(
         self,
@@ -292,7 +307,7 @@ class CambrianModel(ConnectorModel):
         """As of `LlavaModel`; the image tokens meet the towers again after the chosen layers.
 
         Raises:
-            ValueError: image outputs without the towers' maps, or a language model that does not hand keyword
+            ValueError: image outputs that are not from `connect`, or a language model that does not hand keyword
                 arguments to its layers.
         """
         if pixel_values is not None and mm_encoder_outputs:
@@ -303,7 +318,8 @@ class CambrianModel(ConnectorModel):
         image = (mm_encoder_outputs or {}).get("image")
         seen = None
         if image is not None and self.config.inner_layers:
-            seen = self._seen(input_ids, inputs_embeds, image)
+            tokens, seen = self._taken_apart(input_ids, inputs_embeds, image.pooler_output)
+            mm_encoder_outputs = {"image": BaseModelOutputWithPooling(pooler_output=[tokens])}  # type: ignore[arg-type]
             kwargs["seen_images"] = seen
         output = super().forward(
             input_ids=input_ids, inputs_embeds=inputs_embeds, mm_encoder_outputs=mm_encoder_outputs, **kwargs
@@ -320,20 +336,25 @@ class CambrianModel(ConnectorModel):
             output.last_hidden_state = output.last_hidden_state + nothing.to(output.last_hidden_state)
         return output
 
-    def _seen(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, image: Any) -> _Seen:
-        maps = getattr(image, "deepstack_features", None)
-        if maps is None:
+    def _taken_apart(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, rows: Sequence[Tensor]
+    ) -> tuple[Tensor, _Seen]:
+        """The tokens for the language model, and what the inner layers attend to."""
+        joined = torch.cat([each.flatten(0, -2) for each in rows])
+        widths = self._widths
+        if joined.shape[-1] != sum(widths):
             raise ValueError(
-                "the image outputs have no deepstack_features: layers inside the language model attend to the towers' "
-                "maps; use the output of get_image_features or connect"
+                f"the image outputs have {joined.shape[-1]} channels; with inner_layers={self.config.inner_layers} "
+                f"they have {sum(widths)}, the towers' windows behind each token: use get_image_features or connect"
             )
+        tokens, context, *parts = joined.split(widths, dim=-1)
         if input_ids is not None:
             mask = input_ids == self.config.image_token_id
         else:
             assert inputs_embeds is not None
             token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-        return _Seen(mask, *self.multi_modal_projector.surroundings([torch.stack(each) for each in maps]))
+        return tokens, _Seen(mask, context, [part.unflatten(1, (-1, context.shape[-1])) for part in parts])
 
 
 class CambrianForConditionalGeneration(ConnectorForConditionalGeneration):
