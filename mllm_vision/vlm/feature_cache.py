@@ -229,13 +229,13 @@ def _check_room(cache: FeatureCache, count: int, size: int) -> None:
     """Logs what the missing features take; ValueError if the disk has not that much room."""
     needed, free = count * size, shutil.disk_usage(cache.folder).free
     if rank() == 0:
-        logger.warning(
+        logger.info(
             "features in %s: %d images are there, %d are computed now (%s of %s free)",
-            *(cache.folder, len(cache), count, _gib(needed), _gib(free)),
+            *(cache.folder, len(cache), count, _size(needed), _size(free)),
         )
     if needed > 0.95 * free:
         raise ValueError(
-            f"the features of {count} images take {_gib(needed)}, but {cache.folder} has {_gib(free)} free; name a "
+            f"the features of {count} images take {_size(needed)}, but {cache.folder} has {_size(free)} free; name a "
             "folder on a larger disk with --features_dir, store them rounded with --features_dtype bfloat16, or leave "
             "--cache_features out"
         )
@@ -258,8 +258,8 @@ def _share(folder: Path) -> tuple[int, int]:
     return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _name(dtype: torch.dtype) -> str:

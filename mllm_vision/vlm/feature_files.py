@@ -28,13 +28,14 @@ _DESCRIPTION = "cache.json"
 _PART_BYTES = 2**30  # of one part: what an interrupted run computes again, at most
 _PLAIN = {torch.float32: np.float32, torch.float16: np.float16, torch.float64: np.float64, torch.bfloat16: np.int16}
 _WORDS = {
-    "weights": "the weights of the vision tower",
-    "tower": "the configuration of the vision tower or its selected layer",
-    "system": "the system or its settings",
-    "images": "the image processor or the image layout",
-    "precision": "the precision that the tower runs in",
-    "dtype": "the type of the stored features",
+    "weights": "vision tower, by the hash of its weights",
+    "tower": "vision tower or selected layer",
+    "system": "system or settings of it",
+    "images": "image processor or layout",
+    "precision": "precision of the tower",
+    "dtype": "type of the features",
 }
+_LONG = ("tower", "system", "images")  # values that are not shown
 
 
 def content_key(value: Any) -> bytes:
@@ -110,14 +111,10 @@ class FeatureCache:
         found = json.loads(file.read_text(encoding="utf-8"))
         for name, words in _WORDS.items():
             if (was := found.get(name)) != (now := self.description[name]):
-                values = (
-                    f": {str(was)[:12]} there, {str(now)[:12]} here"
-                    if name in ("weights", "precision", "dtype")
-                    else ""
-                )
+                values = f" ({str(was)[:40]} there, {str(now)[:40]} here)" if name not in _LONG else ""
                 raise ValueError(
-                    f"the features in {self.folder} are of another run: {words} differ{values}. Name another folder "
-                    "with --features_dir, or delete this one"
+                    f"the features in {self.folder} are of another run, which had another {words}{values}; name "
+                    "another folder with --features_dir, or delete this one"
                 )
 
     def reload(self) -> None:
