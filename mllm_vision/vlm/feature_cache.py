@@ -88,7 +88,7 @@ def describe_features(task: Any, layout: Any, dtype: torch.dtype, autocast: torc
         autocast: the type that autocast runs the tower in, or None.
     """
     model, system = task.model, task.system
-    weights = {name: value for name, value in model.state_dict().items() if system.group_of(name) == "encoder"}
+    weights = {name: value for name, value in model.state_dict().items() if system.parts.group_of(name) == "encoder"}
     config = model.config.vision_config.to_dict()
     ignored = ("_", "transformers_version", "dtype", "torch_dtype")
     settings: dict[str, Any] = {name: value for name, value in config.items() if not name.startswith(ignored)}
@@ -129,7 +129,7 @@ class _Tower:
         trained = [
             name
             for name, value in model.named_parameters()
-            if value.requires_grad and system.group_of(name) == "encoder"
+            if value.requires_grad and system.parts.group_of(name) == "encoder"
         ]
         if trained:
             raise ValueError(

@@ -190,7 +190,7 @@ class FeatureCache:
                     features = features.detach().to("cpu", self.dtype).contiguous()
                     shape = features.shape[1:]
                     plain = features.view(torch.int16) if self.dtype is torch.bfloat16 else features
-                    file.write(memoryview(plain.numpy()).cast("B"))
+                    plain.numpy().tofile(file)
                     keys.append(key)
                     rows.append(rows[-1] + len(features))
                     sizes.append(size)
