@@ -37,6 +37,7 @@ from mllm_vision.data import (
     load_image,
     load_records,
 )
+from mllm_vision.data.images.decoding import image_size
 from mllm_vision.data.records.labels import column_labels
 from mllm_vision.data.records.sampling import BadRow, judge
 from mllm_vision.evaluation.images import usable_images
@@ -313,6 +314,7 @@ def test_damaged_bytes_are_an_image_or_a_refusal(data: bytes) -> None:
         in_words(error)
     else:
         assert image.mode == "RGB" and image.width * image.height * 4 <= 2**22
+        assert image_size(data, max_bytes=2**22) == (image.height, image.width)
 
 
 # ---- many more ---------------------------------------------------------------------------------------------------

@@ -10,9 +10,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mllm_vision.data.images.files import ORIENTED, BadImage, describe, eight_bits, open_image, orientation_of
+from mllm_vision.data.images.files import (
+    ORIENTED,
+    BadImage,
+    describe,
+    eight_bits,
+    late_orientation,
+    open_image,
+    orientation_of,
+)
 
-__all__ = ["MAX_BYTES", "BadImage", "in_threads", "load_image"]
+__all__ = ["MAX_BYTES", "BadImage", "image_size", "in_threads", "load_image"]
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -62,34 +70,64 @@ def load_image(
         BadImage: naming the image and what is wrong with it.
     """
     try:
-        image = open_image(value)
-        width, height = image.size
-        if width < 1 or height < 1:
-            raise BadImage(f"{describe(value)} is {width}x{height}: it has no pixels", "the image is empty")
-        turned = orientation_of(image)
-        cost = _Cost(image, turned in _TRANSPOSE) if width * height * _DEAREST > max_bytes else None
-        if image is not value and image.format in ("JPEG", "MPO"):
-            if callable(draft):
-                draft = draft(height, width) if turned >= 5 else draft(width, height)
-            if draft is not None and turned >= 5:  # the file's rows are the image's columns
-                draft = draft[::-1]
-            _scale_jpeg(image, draft, cost, max_bytes)
-        factor = 1
-        if cost is not None:
-            factor = next((each for each in _FACTORS if cost.bytes(image.size, each) <= max_bytes), 0)
-        if cost is not None and not factor:
-            raise BadImage(
-                f"{describe(value)} is {width}x{height} = {width * height} pixels of mode {image.mode}: decoding takes "
-                f"{cost.bytes(image.size) / 2**20:.3g} MiB, above the limit of {max_bytes / 2**20:.3g}; shrink it "
-                "beforehand or leave it out",
-                "the image is too large",
-            )
+        image, factor = _scaled(value, draft, max_bytes)
         image.load()
         return _upright(_to_rgb(image, factor))
     except BadImage:
         raise
     except Exception as error:  # the decoders raise nearly anything on broken files (struct.error, SyntaxError...)
-        raise BadImage(f"{describe(value)} cannot be decoded: {type(error).__name__}: {str(error)[:200]}") from error
+        raise _undecodable(value, error) from error
+
+
+def image_size(value: Any, *, max_bytes: int = MAX_BYTES) -> tuple[int, int]:
+    """(height, width) of what `load_image(value)` gives, from the file's header: no pixels are decoded.
+
+    Raises:
+        BadImage: as `load_image`, but not for damage behind the header.
+    """
+    try:
+        image, factor = _scaled(value, None, max_bytes)
+        if late_orientation(image):
+            image.load()
+        width, height = (-(-side // factor) for side in image.size)
+        return (width, height) if orientation_of(image) >= 5 else (height, width)
+    except BadImage:
+        raise
+    except Exception as error:
+        raise _undecodable(value, error) from error
+
+
+def _undecodable(value: Any, error: Exception) -> BadImage:
+    return BadImage(f"{describe(value)} cannot be decoded: {type(error).__name__}: {str(error)[:200]}")
+
+
+def _scaled(
+    value: Any, draft: tuple[int, int] | Callable[[int, int], tuple[int, int]] | None, max_bytes: int
+) -> tuple[Image.Image, int]:
+    """(the opened image, a JPEG at the scale it is decoded at; the factor by which a grey one is reduced then)."""
+    image = open_image(value)
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise BadImage(f"{describe(value)} is {width}x{height}: it has no pixels", "the image is empty")
+    turned = orientation_of(image)
+    cost = _Cost(image, turned in _TRANSPOSE) if width * height * _DEAREST > max_bytes else None
+    if image is not value and image.format in ("JPEG", "MPO"):
+        if callable(draft):
+            draft = draft(height, width) if turned >= 5 else draft(width, height)
+        if draft is not None and turned >= 5:  # the file's rows are the image's columns
+            draft = draft[::-1]
+        _scale_jpeg(image, draft, cost, max_bytes)
+    factor = 1
+    if cost is not None:
+        factor = next((each for each in _FACTORS if cost.bytes(image.size, each) <= max_bytes), 0)
+    if cost is not None and not factor:
+        raise BadImage(
+            f"{describe(value)} is {width}x{height} = {width * height} pixels of mode {image.mode}: decoding takes "
+            f"{cost.bytes(image.size) / 2**20:.3g} MiB, above the limit of {max_bytes / 2**20:.3g}; shrink it "
+            "beforehand or leave it out",
+            "the image is too large",
+        )
+    return image, factor
 
 
 def in_threads(function: Callable[[_T], _R], values: Sequence[_T]) -> list[_R]:

@@ -27,6 +27,7 @@ from mllm_vision.data.records.sampling import BadRow
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # MPO comes with JPEG
 _BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[\w+/]{80}")  # how JPEG, PNG, GIF and WebP begin
 ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where the orientation may stand
+_LATE = (b"XML:com.adobe.xmp", b"Raw profile type exif")  # of the texts in a PNG
 _FIELD_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _ORIENTATION = 0x0112
 _SLACK = 2**20  # bytes that metadata may claim beyond what there is: cameras write wrong offsets
@@ -270,6 +271,26 @@ def orientation_of(image: Image.Image) -> int:
     xmp = next((info[name] for name in ("xmp", "XML:com.adobe.xmp") if info.get(name)), b"")
     found = re.search(rb'tiff:Orientation(?:="|>)([1-8])', xmp if isinstance(xmp, bytes) else str(xmp).encode())
     return int(found[1]) if found else 1
+
+
+def late_orientation(image: Image.Image) -> bool:
+    """Whether the orientation of an opened image may only be known when its pixels are decoded: it is in a chunk of a
+    PNG behind them, or a TIFF has two that may contradict each other."""
+    if image.format == "TIFF":
+        return "xmp" in image.info
+    file = getattr(image, "fp", None)
+    if image.format != "PNG" or file is None:
+        return False
+    place, pixels, found = file.tell(), False, False
+    file.seek(8)
+    while not found and len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        end = file.tell() + length + 4  # its checksum is behind it
+        found = pixels and (kind == b"eXIf" or (kind[1:] in (b"EXt", b"TXt") and file.read(24).startswith(_LATE)))
+        pixels |= kind == b"IDAT"
+        file.seek(end)
+    file.seek(place)
+    return found
 
 
 def _bare(exif: bytes) -> bytes:
