@@ -13,7 +13,6 @@ from mllm_vision.data import (
     BadSamples,
     ConversationCollator,
     ConversationDataset,
-    ImageTransform,
     PackedConversations,
     StreamArguments,
     StreamDataset,
@@ -21,6 +20,7 @@ from mllm_vision.data import (
     load_records,
     preview_labels,
 )
+from mllm_vision.data.images.layouts import FixedLayout
 from mllm_vision.data.records.columns import image_counts
 from mllm_vision.data.records.forms import FORMS
 from mllm_vision.data.records.records import UsualSplit
@@ -177,16 +177,14 @@ def load_stage_data(
     columns, eval_columns = (
         bind_conversations(each, dict(overrides or {}), forms=forms, report=each is records) for each in (records, held)
     )
-    # Questions and captions depend on positions, so training images are not cropped at random.
-    transform = ImageTransform(processor.image_processor, train=False)
+    layout = FixedLayout(model.config.image_token_id, model.config.image_seq_length, processor.image_processor)
     options: dict[str, Any] = {
-        "num_image_tokens": model.config.image_seq_length,
+        "layout": layout,
         "image_token": processor.image_token,
         "max_length": max_length,
         "chat_template": processor.chat_template,
         "on_truncation": on_truncation,
         "max_turns": max_turns,
-        "transform": transform,
         "seed": seed,
     }
     tokenizer = processor.tokenizer
@@ -205,7 +203,7 @@ def load_stage_data(
     return StageData(
         train=train,
         evaluation=evaluation,
-        collator=ConversationCollator(tokenizer, transform),
+        collator=ConversationCollator(tokenizer, layout),
         columns=columns,
         train_records=records if stream is None else stream,
         eval_records=held,

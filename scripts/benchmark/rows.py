@@ -99,10 +99,12 @@ def measure(kind: str, path: Path) -> dict[str, float]:
         PairDataset,
         load_records,
     )
+    from mllm_vision.data.images.layouts import FixedLayout
 
     tokenizer = tokenizer_of(path.parent)
     tokenizer("warm up")
     transform = ImageTransform(CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32))
+    layout = FixedLayout(tokenizer.convert_tokens_to_ids("<image>"), 16, transform)
     before, start, worked = held(), time.perf_counter(), sum(os.times()[:4])
     records = load_records(path)
     if kind == "conversations":
@@ -110,13 +112,12 @@ def measure(kind: str, path: Path) -> dict[str, float]:
             records,
             None,
             tokenizer,
-            num_image_tokens=16,
+            layout=layout,
             max_length=1024,
             chat_template="vicuna",
-            transform=transform,
             progress=False,
         )
-        collate: Any = ConversationCollator(tokenizer, transform)
+        collate: Any = ConversationCollator(tokenizer, layout)
     elif kind == "pairs":
         data, collate = PairDataset(records, transform=transform), PairCollator(transform, tokenizer, 77)
     else:

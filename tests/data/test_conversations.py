@@ -26,6 +26,7 @@ from mllm_vision.data import (
     preview_labels,
 )
 from mllm_vision.data.chat.templates import ChatTokenizer
+from mllm_vision.data.images.layouts import FixedLayout
 
 IMAGE = {"type": "image"}
 QA = {"image": "image", "question": "questions", "answer": "answers"}
@@ -52,8 +53,12 @@ def talk(image, *turns):
     return {"image": image, "conversations": said}
 
 
+def four_tokens(tokenizer, count=4):
+    return FixedLayout(tokenizer.convert_tokens_to_ids("<image>"), count, tiny_image_processor())
+
+
 def build(records, columns, tokenizer, **options):
-    options = {"num_image_tokens": 4, "chat_template": "qa", "max_length": 128, **options}
+    options = {"layout": four_tokens(tokenizer), "chat_template": "qa", "max_length": 128, **options}
     return ConversationDataset(records, columns, tokenizer, progress=False, **options)
 
 
@@ -129,7 +134,7 @@ def test_labels_are_the_answers_and_nothing_else(tokenizer, image):
 
 def test_a_preview_shows_what_is_learnt(tokenizer, image):
     dataset = build([talk(image, "<image>\nwhat colour?", "red")], TALK, tokenizer, chat_template="vicuna")
-    batch = ConversationCollator(tokenizer, ImageTransform(tiny_image_processor()))([dataset[0]])
+    batch = ConversationCollator(tokenizer, four_tokens(tokenizer))([dataset[0]])
     text = preview_labels(batch, tokenizer)
     assert text == "<s>USER: <image>×4\nwhat colour? ASSISTANT:«red</s>»"
 
@@ -215,8 +220,8 @@ def test_samples_without_supervised_words_are_refused(tokenizer, image):
 def test_impossible_settings(tokenizer, image):
     records = [talk(image, "<image>\nq?", "a")]
     for options, message in (
-        ({"num_image_tokens": 0}, "num_image_tokens=0"),
-        ({"max_length": 4}, "max_length=4 leaves no room for text beside the tokens of an image"),
+        ({"max_length": 4}, "max_length=4 leaves no room for text beside the 4 tokens of an image"),
+        ({"layout": FixedLayout(77, 4, tiny_image_processor())}, "image token has the id 77, but '<image>' is 4 in"),
         ({"on_truncation": "cut"}, "on_truncation='cut'"),
         ({"max_turns": 0}, "max_turns=0"),
     ):
@@ -308,7 +313,7 @@ def test_batches(tokenizer, image):
     ]
     dataset = build(records, TALK, tokenizer)
     transform = ImageTransform(tiny_image_processor())
-    batch = ConversationCollator(tokenizer, transform)([dataset[i] for i in range(3)])
+    batch = ConversationCollator(tokenizer, dataset.layout)([dataset[i] for i in range(3)])
     assert set(batch) == {"input_ids", "attention_mask", "labels", "pixel_values"}
     assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["labels"].shape
     assert torch.equal(batch["pixel_values"], transform([image, other, other])), "in the order of their tokens"
@@ -317,7 +322,7 @@ def test_batches(tokenizer, image):
     padding = batch["attention_mask"] == 0
     assert (batch["input_ids"][padding] == tokenizer.pad_token_id).all() and (batch["labels"][padding] == -100).all()
     assert batch["attention_mask"].sum(1).tolist() == dataset.lengths.tolist()
-    text_only = ConversationCollator(tokenizer, transform, pad_to_multiple_of=16)([dataset[0]])
+    text_only = ConversationCollator(tokenizer, dataset.layout, pad_to_multiple_of=16)([dataset[0]])
     assert "pixel_values" not in text_only and text_only["input_ids"].shape[1] % 16 == 0
 
 
@@ -366,10 +371,10 @@ def cache(tmp_path, monkeypatch):
     """Every arrow data set is tokenised through a cache of its own."""
     import datasets
 
-    from mllm_vision.data.chat import tokenise
+    from mllm_vision.data.chat import token_cache
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tokenise, "_IN_MEMORY", 0)
+    monkeypatch.setattr(token_cache, "_IN_MEMORY", 0)
     return tmp_path / "cache" / "mllm_vision"
 
 
@@ -417,7 +422,7 @@ def test_what_is_cached_is_never_stale(tokenizer, image, cache):
         ([rows[1], rows[0]], {}),
         ([rows[0], talk([image, image], "<image>\nq?", "b")], {}),  # the same text, other images
         (rows, {"max_length": 127}),
-        (rows, {"num_image_tokens": 5}),
+        (rows, {"layout": four_tokens(tokenizer, 5)}),
         (rows, {"on_truncation": "truncate"}),
         (rows, {"chat_template": "vicuna"}),
     ):
@@ -440,8 +445,10 @@ def test_processes_tokenise_once(tmp_path, tokenizer, image, run_python):
     code = f"""
 from transformers import AutoTokenizer
 from mllm_vision.data import ConversationDataset, load_records
-from mllm_vision.data.chat import tokenise
-tokenise._IN_MEMORY = 0
+from mllm_vision.data.chat import token_cache, tokenise
+from mllm_vision.data.images.layouts import FixedLayout
+from transformers import CLIPImageProcessorPil
+token_cache._IN_MEMORY = 0
 count = [0]
 original = tokenise.Tokeniser.__call__
 def counted(self, records, first):
@@ -449,8 +456,8 @@ def counted(self, records, first):
     return original(self, records, first)
 tokenise.Tokeniser.__call__ = counted
 data = ConversationDataset(load_records({str(tmp_path / "t.parquet")!r}), None,
-    AutoTokenizer.from_pretrained({str(tmp_path / "tokenizer")!r}), num_image_tokens=4, max_length=128,
-    chat_template="qa", progress=False)
+    AutoTokenizer.from_pretrained({str(tmp_path / "tokenizer")!r}), layout=FixedLayout(4, 4, CLIPImageProcessorPil()),
+    max_length=128, chat_template="qa", progress=False)
 print("found", count[0], len(data), int(data.lengths.sum()))
 """
     environment = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
@@ -467,5 +474,5 @@ def test_real_questions(data_dir, tokenizer):
     row = records[0]
     said = [text.strip() for text in supervised(dataset[0], tokenizer).split("</s>") if text.strip()]
     assert sorted(said) == sorted(row["answers"]) and len(said) > 3
-    batch = ConversationCollator(tokenizer, ImageTransform(tiny_image_processor()))([dataset[i] for i in range(8)])
+    batch = ConversationCollator(tokenizer, dataset.layout)([dataset[i] for i in range(8)])
     assert batch["pixel_values"].shape[0] == 8 and (batch["labels"] != -100).any(1).all()

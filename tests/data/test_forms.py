@@ -10,10 +10,11 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import image_bytes, random_image, tiny_tokenizer
+from tiny import image_bytes, random_image, tiny_image_processor, tiny_tokenizer
 
 from mllm_vision.data import ConversationDataset, bind_conversations
 from mllm_vision.data.chat.messages import BadConversation, from_turns, words
+from mllm_vision.data.images.layouts import FixedLayout
 from mllm_vision.data.records.forms import ConversationForm
 from mllm_vision.data.records.sampling import judge
 
@@ -63,7 +64,8 @@ def tokenizer(tmp_path_factory):
 
 
 def build(records, tokenizer, columns=None, **options):
-    options = {"num_image_tokens": 4, "chat_template": "vicuna", "max_length": 128, **options}
+    layout = FixedLayout(tokenizer.convert_tokens_to_ids("<image>"), 4, tiny_image_processor())
+    options = {"layout": layout, "chat_template": "vicuna", "max_length": 128, **options}
     return ConversationDataset(records, columns, tokenizer, progress=False, **options)
 
 

@@ -38,6 +38,7 @@ from mllm_vision.data import (
     load_records,
 )
 from mllm_vision.data.images.decoding import image_size
+from mllm_vision.data.images.layouts import FixedLayout
 from mllm_vision.data.records.labels import column_labels
 from mllm_vision.data.records.sampling import BadRow, judge
 from mllm_vision.evaluation.images import usable_images
@@ -243,10 +244,10 @@ def llava() -> Any:
 
 def check_conversations(found: tuple[str, list[dict[str, Any]]]) -> None:
     model, processor = llava()
-    transform = ImageTransform(processor.image_processor)
+    layout = FixedLayout(model.config.image_token_id, model.config.image_seq_length, processor.image_processor)
     options = {"image_token": processor.image_token, "chat_template": processor.chat_template, "max_length": 512}
-    options |= {"num_image_tokens": model.config.image_seq_length, "transform": transform, "progress": False}
-    collate = ConversationCollator(processor.tokenizer, transform)
+    options |= {"layout": layout, "progress": False}
+    collate = ConversationCollator(processor.tokenizer, layout)
     with tempfile.TemporaryDirectory() as folder:
         source, records = opened(found, Path(folder))
         if records is None:

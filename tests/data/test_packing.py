@@ -7,8 +7,9 @@ import pytest
 import tiny
 import torch
 
-from mllm_vision.data import ConversationCollator, ConversationDataset, ImageTransform, PackedConversations
+from mllm_vision.data import ConversationCollator, ConversationDataset, PackedConversations
 from mllm_vision.data.chat.templates import CHAT_TEMPLATES
+from mllm_vision.data.images.layouts import FixedLayout
 from mllm_vision.encoder import VisionEncoder
 from mllm_vision.vlm import build_vlm
 
@@ -30,10 +31,13 @@ def built(tmp_path_factory):
     return build_vlm(encoder, tiny.tiny_llama(len(tokenizer)), tokenizer=tokenizer)
 
 
+def layout_of(model, processor):
+    return FixedLayout(model.config.image_token_id, model.config.image_seq_length, processor.image_processor)
+
+
 def datasets(model, processor, template: str, max_length: int = 512):
     samples = ConversationDataset(
-        RECORDS, None, processor.tokenizer, num_image_tokens=model.config.image_seq_length, max_turns=1,
-        shuffle_turns=False,
+        RECORDS, None, processor.tokenizer, layout=layout_of(model, processor), max_turns=1, shuffle_turns=False,
         chat_template=CHAT_TEMPLATES[template],
     )  # fmt: skip
     return samples, PackedConversations(samples, max_length=max_length)
@@ -46,7 +50,7 @@ def test_loss_and_gradients_equal_those_of_separate_samples(built, template, att
     model.set_attn_implementation({"text_config": attention})
     samples, packed = datasets(model, processor, template)
     assert len(samples) == 10 and len(packed) == 4
-    collate = ConversationCollator(processor.tokenizer, ImageTransform(processor.image_processor))
+    collate = ConversationCollator(processor.tokenizer, layout_of(model, processor))
     found = {}
     for name, dataset in (("separate", samples), ("packed", packed)):
         model.zero_grad()
@@ -65,7 +69,7 @@ def test_loss_and_gradients_equal_those_of_separate_samples(built, template, att
 def test_one_conversation_does_not_see_another(built) -> None:
     model, processor = built
     _, packed = datasets(model, processor, "qa")
-    batch = ConversationCollator(processor.tokenizer, ImageTransform(processor.image_processor))([packed[3]])
+    batch = ConversationCollator(processor.tokenizer, layout_of(model, processor))([packed[3]])
     turns = np.asarray(packed[3]["turns"])
     model.eval()
     with torch.no_grad():

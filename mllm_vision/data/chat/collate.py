@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_vision.data.images.transforms import ImageTransform
+from mllm_vision.data.images.layouts import ImageLayout
 
 IGNORED = -100  # the label of tokens without supervision
 
@@ -18,19 +18,19 @@ class ConversationCollator:
 
     Args:
         tokenizer: gives the padding id (the end token's where it has none; padding is masked anyway).
-        transform: images to pixel values.
+        layout: images to tensors.
         pad_to_multiple_of: round the length up.
 
-    Gives "input_ids", "attention_mask" and "labels" `[B, T]`, and "pixel_values" `[images, 3, H, W]` in the order
-    of their tokens; a batch of text alone has no "pixel_values". With rows of `PackedConversations` the
-    "attention_mask" is `[B, 1, T, T]` (True: the row's token attends to the column's), and "position_ids" `[B, T]`
-    start at every conversation.
+    Gives "input_ids", "attention_mask" and "labels" `[B, T]`, and the layout's tensors of all images in the order of
+    their tokens ("pixel_values" and, for some, more); a batch of text alone has none of these. With rows of
+    `PackedConversations` the "attention_mask" is `[B, 1, T, T]` (True: the row's token attends to the column's), and
+    "position_ids" `[B, T]` start at every conversation.
     """
 
-    def __init__(self, tokenizer: Any, transform: ImageTransform, *, pad_to_multiple_of: int = 1) -> None:
+    def __init__(self, tokenizer: Any, layout: ImageLayout, *, pad_to_multiple_of: int = 1) -> None:
         pad = tokenizer.pad_token_id
         self.pad_id = int(pad if pad is not None else tokenizer.eos_token_id)
-        self.transform, self.multiple = transform, max(1, int(pad_to_multiple_of))
+        self.layout, self.multiple = layout, max(1, int(pad_to_multiple_of))
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         length = -(-max(len(row["input_ids"]) for row in rows) // self.multiple) * self.multiple
@@ -47,7 +47,7 @@ class ConversationCollator:
             batch |= self.separate(rows, length)
         images = [image for row in rows for image in row["images"]]
         if images:
-            batch["pixel_values"] = self.transform(images, keys=[key for row in rows for key in row["keys"]])
+            batch |= self.layout(images, keys=[key for row in rows for key in row["keys"]])
         return batch
 
     @staticmethod

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from mllm_vision.data.chat.collate import IGNORED
-from mllm_vision.data.chat.messages import image_parts
+from mllm_vision.data.chat.messages import BadConversation, image_parts
 from mllm_vision.data.chat.templates import ChatTokenizer
-from mllm_vision.data.chat.tokenise import Tokeniser, tokenised
-from mllm_vision.data.images.transforms import ImageTransform, load_image
+from mllm_vision.data.chat.token_cache import tokenised
+from mllm_vision.data.chat.tokenise import Sizes, Tokeniser
+from mllm_vision.data.images.layouts import ImageLayout
 from mllm_vision.data.records.forms import ConversationForm
 from mllm_vision.data.records.sampling import BadSamples, EpochDataset, draw_key, only_columns, rows_of
 
@@ -23,13 +24,14 @@ class ConversationDataset(EpochDataset):
     """Conversations, tokenised before training, so that what is refused is known then.
 
     A `datasets.Dataset` of many rows is tokenised once, by one process of a machine, into the cache of `datasets`;
-    every process maps that file (see `tokenise.tokenised`).
+    every process maps that file (see `token_cache.tokenised`).
 
     Args:
         records: a `datasets.Dataset` (or a list of dicts) with undecoded images, see `load_records`.
         columns: role -> column, as `bind_conversations` gives it (or bind_columns); None binds by name and type.
         tokenizer: the language model's; holds the image token.
-        num_image_tokens: how many tokens an image takes; the image token is repeated as often.
+        layout: the model's tokens and tensors of an image, see `layouts`. Unless it is fixed, the sizes of all images
+            are read from their headers beforehand; a conversation with an image that has none is refused.
         image_token: represents an image in the chat template's output.
         max_length: in tokens, image tokens included.
         on_truncation: "refuse" leaves out a longer conversation; "truncate" cuts it at the end, but refuses it
@@ -38,15 +40,14 @@ class ConversationDataset(EpochDataset):
         max_turns: rows with more questions than this become several samples that share the image.
         shuffle_turns: several questions on an image come in an order drawn from (seed, epoch, row), since they
             are asked one by one in use. Conversations proper keep theirs.
-        transform: decodes images with its own settings; optional.
         seed, bad_samples: as for `PairDataset`.
         progress: show a bar while tokenising.
         streamed: `records` are the first rows of a stream and only say what its rows are like: they are not tokenised,
             and `read_record` is what reads.
 
     A row is {"input_ids", "labels" (int64 arrays [T], -100 outside the assistant's text), "images": [PIL],
-    "keys", "index"}. `refused` counts what was left out by reason, `lengths` holds the samples' tokens, `has_images`
-    is False where no sample has an image.
+    "keys", "index"}, which `ConversationCollator` takes. `refused` counts what was left out by reason, `lengths` holds
+    the samples' tokens, `has_images` is False where no sample has an image.
 
     Raises:
         ValueError: an empty data set, nothing left after refusals (with the reasons), an impossible setting, and
@@ -59,28 +60,25 @@ class ConversationDataset(EpochDataset):
         columns: dict[str, str] | None,
         tokenizer: Any,
         *,
-        num_image_tokens: int,
+        layout: ImageLayout,
         image_token: str = "<image>",
         max_length: int = 1024,
         on_truncation: str = "refuse",
         chat_template: str | None = None,
         max_turns: int | None = None,
         shuffle_turns: bool = True,
-        transform: ImageTransform | None = None,
         seed: int = 0,
         bad_samples: BadSamples | None = None,
         progress: bool = True,
         streamed: bool = False,
     ) -> None:
         total = rows_of(records)
-        if num_image_tokens < 1:
-            raise ValueError(f"num_image_tokens={num_image_tokens} must be at least 1")
         if on_truncation not in ("refuse", "truncate"):
             raise ValueError(f"on_truncation={on_truncation!r} is neither 'refuse' nor 'truncate'")
-        if max_length <= num_image_tokens:
+        if layout.fixed and max_length <= layout.longest:
             raise ValueError(
-                f"max_length={max_length} leaves no room for text beside the tokens of an image "
-                f"(num_image_tokens={num_image_tokens}); raise --max_length"
+                f"max_length={max_length} leaves no room for text beside the {layout.longest} tokens of an image; "
+                "raise --max_length"
             )
         if max_turns is not None and max_turns < 1:
             raise ValueError(f"max_turns={max_turns} must be at least 1")
@@ -88,13 +86,15 @@ class ConversationDataset(EpochDataset):
         self.form = ConversationForm(records, columns)
         self.columns = self.form.columns
         self.chat = ChatTokenizer(tokenizer, chat_template, image_token)
-        self.num_image_tokens, self.max_length = int(num_image_tokens), int(max_length)
-        self.max_turns, self.transform = max_turns, transform
+        if layout.image_token_id != self.chat.image_token_id:
+            raise ValueError(
+                f"the layout's image token has the id {layout.image_token_id}, but {image_token!r} is "
+                f"{self.chat.image_token_id} in this tokenizer; build the layout with the model's tokenizer"
+            )
+        self.layout, self.max_length, self.max_turns = layout, int(max_length), max_turns
         self.shuffle_turns = shuffle_turns and self.form.by_question
         self.records = only_columns(records, list(self.columns.values()))
-        self.tokeniser = Tokeniser(
-            self.form, self.chat, self.num_image_tokens, self.max_length, on_truncation, max_turns
-        )
+        self.tokeniser = Tokeniser(self.form, self.chat, layout, self.max_length, on_truncation, max_turns)
         if not streamed:
             self._images = only_columns(self.records, [self.columns["image"]] if "image" in self.columns else [])
             self._take(tokenised(self.records, self.tokeniser, progress), total)
@@ -195,7 +195,8 @@ class ConversationDataset(EpochDataset):
             tokens, mask = self._tokenise_again(row, order)
         else:
             tokens, mask = (np.concatenate([start[each], *(found[turn][each] for turn in order)]) for each in (0, 1))
-        return self.tokeniser.checked(tokens, mask, int((tokens == self.chat.image_token_id).sum()))[:2]
+        images = int((tokens == self.chat.image_token_id).sum())
+        return self.tokeniser.checked(tokens, mask, images, self.sizes_of(index))[:2]
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -216,6 +217,10 @@ class ConversationDataset(EpochDataset):
     def record_of(self, index: int) -> int:
         """The row of the records that a sample comes from."""
         return self._cells(index, "row")[0]
+
+    def sizes_of(self, index: int) -> np.ndarray | None:
+        """(height, width) of a sample's images `[images, 2]`; None for a fixed layout."""
+        return None if self.layout.fixed else np.asarray(self._cells(index, "sizes")[0], dtype=np.int64).reshape(-1, 2)
 
     def tokens_of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """A sample's first wording: ids `[T]`, one image token an image, and the mask of the assistant's tokens."""
@@ -239,7 +244,7 @@ class ConversationDataset(EpochDataset):
             images = self.form(self.records[row]).images
         else:
             images = self.form.images(self._images[row])
-        return self._sample(images, tokens, mask, key, row)
+        return self._sample(images, self.sizes_of(index), tokens, mask, key, row)
 
     def read_record(self, record: dict[str, Any], key: int, index: int) -> dict[str, Any]:
         """A record that is met for the first time (of a stream) as a row; ValueError when it cannot be used.
@@ -257,17 +262,23 @@ class ConversationDataset(EpochDataset):
             messages = variants[key // len(parts) % len(variants)]
         rendered = self.chat.render(messages, self.max_length)
         [encoded] = self.chat.encode([rendered])
-        tokens, mask, _ = self.tokeniser.fitting(encoded, rendered, len(image_parts(messages)))
-        return self._sample(dialogue.images, tokens, mask, key, index)
+        sizes = self.tokeniser.sizes(dialogue.images)
+        tokens, mask, _ = self.tokeniser.fitting(encoded, rendered, len(image_parts(messages)), sizes)
+        return self._sample(dialogue.images, sizes, tokens, mask, key, index)
 
     def _sample(
-        self, values: Sequence[Any], tokens: np.ndarray, mask: np.ndarray, key: int, index: int
+        self, values: Sequence[Any], sizes: Sizes, tokens: np.ndarray, mask: np.ndarray, key: int, index: int
     ) -> dict[str, Any]:
         """Unexpanded ids with their mask, and the images of their image tokens, as a row."""
-        load = self.transform.load if self.transform is not None else load_image
-        images = [load(value) for value in values]
-        repeat = np.where(tokens == self.chat.image_token_id, self.num_image_tokens, 1)
-        ids = np.repeat(tokens, repeat).astype(np.int64)
+        images = [self.layout.load(value) for value in values]
+        for image, size in zip(images, [] if sizes is None else sizes, strict=sizes is not None):
+            if (image.height, image.width) != tuple(size):
+                raise BadConversation(
+                    "an image is not the one whose size was read",
+                    f"{image.height}x{image.width} pixels, {size[0]}x{size[1]} when the data was opened (height, "
+                    "width); do not change images while they are trained on",
+                )
+        ids, repeat = self.layout.expand(tokens, sizes)
         return {
             "input_ids": ids,
             "labels": np.where(np.repeat(mask, repeat), ids, IGNORED),

@@ -1,31 +1,35 @@
-"""Conversations tokenised once for all processes of a machine, into an Arrow file that each of them maps."""
+"""Rows of conversations to token ids with the assistant's tokens marked, and to refusals."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mllm_vision.data.chat.messages import BadConversation, image_parts
 from mllm_vision.data.chat.templates import CHAT_TEMPLATES, ChatTokenizer, Rendered
-from mllm_vision.data.records.cache import cached
-from mllm_vision.data.records.columns import image_counts
+from mllm_vision.data.images.decoding import image_size
+from mllm_vision.data.images.layouts import ImageLayout
 from mllm_vision.data.records.forms import ConversationForm, Dialogue
-from mllm_vision.data.records.sampling import BadRow, bytes_id, judge, only_columns
+from mllm_vision.data.records.sampling import BadRow, bytes_id, judge
 
-_IN_MEMORY = 2000  # rows; fewer are tokenised in every process, which takes a second or two
-_BATCH = 256  # rows that are tokenised at once
-_WORKERS = 16  # processes, at most
 _NUMBERS = ("row", "part", "parts", "variants", "length", "images", "prefix", "prefix_id", "truncated", "left_out")
+_LISTS = ("ids", "mask", "ends", "sizes")
 _MARKS = ("own_images", "free", "without_image")
-_MODULES = ("chat", "records", "text_length.py")  # of mllm_vision.data: what the tokens depend on
+
+# (height, width) of every image; None where the layout does not depend on them
+Sizes = Sequence[Sequence[int]] | np.ndarray | None
+
+
+class Placed(NamedTuple):
+    """An image of the image column while its row is tokenised."""
+
+    number: int
+    height: int = 0
+    width: int = 0
+    unreadable: BadRow | None = None
 
 
 @dataclass
@@ -33,6 +37,7 @@ class _Part:
     """One sample of a row while it is tokenised: alternatives with their number of images."""
 
     texts: list[tuple[Rendered, int]] = field(default_factory=list)
+    sizes: Sizes = None
     refused: BadRow | None = None
     own_images: bool = False
     free: bool = False
@@ -44,12 +49,12 @@ class Tokeniser:
 
     Args:
         form: reads a row. chat: messages to ids.
-        num_image_tokens, max_length, on_truncation, max_turns: see `ConversationDataset`.
+        layout, max_length, on_truncation, max_turns: see `ConversationDataset`.
     """
 
     form: ConversationForm
     chat: ChatTokenizer
-    num_image_tokens: int
+    layout: ImageLayout
     max_length: int
     on_truncation: str
     max_turns: int | None
@@ -77,9 +82,12 @@ class Tokeniser:
         if isinstance(dialogue, BadRow):
             return [_Part(refused=dialogue)], 0, False
         own = dialogue.images != self.form.images(record)  # inside the messages, or in an order of their own
+        sizes = judge(f"row {row}", self.sizes, dialogue.images)
+        if isinstance(sizes, BadRow):
+            return [_Part(refused=sizes)], 0, False
         parts = []
         for variants in dialogue.samples(self.max_turns):
-            part = _Part(own_images=own, free=dialogue.free)
+            part = _Part(sizes=sizes, own_images=own, free=dialogue.free)
             for messages in variants:
                 rendered = judge(f"row {row}", self.chat.render, messages, self.max_length)
                 if isinstance(rendered, BadRow):
@@ -94,17 +102,19 @@ class Tokeniser:
         good: list[tuple[np.ndarray, np.ndarray, bool]] = []
         last = part.refused
         for rendered, count in part.texts:
-            found = judge(f"row {row}", self.fitting, next(encoded), rendered, count)
+            found = judge(f"row {row}", self.fitting, next(encoded), rendered, count, part.sizes)
             if isinstance(found, BadRow):
                 last = found
             else:
                 good.append(found)
-        entry: dict[str, Any] = {"row": row, "reason": None, "example": None, "ids": [], "mask": [], "ends": []}
+        entry: dict[str, Any] = {"row": row, "reason": None, "example": None}
+        entry |= {name: [] for name in _LISTS}
         if not good:
             assert last is not None
             return entry | {"reason": last.reason, "example": str(last)}
         first, mask = good[0][:2]
         prefix, _ = self.chat.turns(first, mask)
+        _, repeat = self.layout.expand(first, part.sizes)
         ids = np.concatenate([tokens for tokens, *_ in good])
         images = [int((tokens == self.chat.image_token_id).sum()) for tokens, *_ in good]
         return entry | {
@@ -112,11 +122,12 @@ class Tokeniser:
             "mask": np.concatenate([mask for _, mask, _ in good]),
             "ends": np.cumsum([len(tokens) for tokens, *_ in good]),
             "variants": len(good),
+            "sizes": np.asarray([] if part.sizes is None else part.sizes, dtype=np.int32).reshape(-1),
             "own_images": part.own_images,
             "free": part.free,
-            "length": len(first) + images[0] * (self.num_image_tokens - 1),
+            "length": repeat.sum(),
             "images": sum(images),
-            "prefix": prefix + images[0] * (self.num_image_tokens - 1),
+            "prefix": repeat[:prefix].sum(),
             "prefix_id": bytes_id(first[:prefix].tobytes()),
             "truncated": sum(cut for *_, cut in good),
         }
@@ -134,8 +145,26 @@ class Tokeniser:
                 )
         return dialogue
 
+    def sizes(self, images: Sequence[Any]) -> Sizes:
+        """(height, width) of a row's images, from their headers unless they are known; None for a fixed layout.
+
+        Raises:
+            BadRow: one of them cannot be read.
+        """
+        if self.layout.fixed:
+            return None
+        found = []
+        for image in images:
+            if not isinstance(image, Placed):
+                found.append(image_size(image))
+            elif image.unreadable is not None:
+                raise image.unreadable
+            else:
+                found.append((image.height, image.width))
+        return found
+
     def fitting(
-        self, encoded: tuple[np.ndarray, np.ndarray] | BadConversation, rendered: Rendered, images: int
+        self, encoded: tuple[np.ndarray, np.ndarray] | BadConversation, rendered: Rendered, images: int, sizes: Sizes
     ) -> tuple[np.ndarray, np.ndarray, bool]:
         """(unexpanded ids, mask, whether they were cut) within `max_length`, or BadConversation."""
         if isinstance(encoded, BadConversation):
@@ -149,9 +178,11 @@ class Tokeniser:
                 raise BadConversation("truncation would cut image tokens", f"{whole} characters")
             if not mask.any():
                 raise BadConversation("truncation leaves no supervised token", f"{whole} characters")
-        return self.checked(tokens, mask, images)
+        return self.checked(tokens, mask, images, sizes)
 
-    def checked(self, tokens: np.ndarray, mask: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray, bool]:
+    def checked(
+        self, tokens: np.ndarray, mask: np.ndarray, images: int, sizes: Sizes
+    ) -> tuple[np.ndarray, np.ndarray, bool]:
         """(unexpanded ids, mask, whether they were cut) within `max_length`, or BadConversation."""
         is_image = tokens == self.chat.image_token_id
         if int(is_image.sum()) != images:
@@ -161,24 +192,29 @@ class Tokeniser:
             )
         if not mask.any():
             raise BadConversation("no supervised token", "the assistant says nothing")
-        ends = np.cumsum(np.where(is_image, self.num_image_tokens, 1))
+        ends = np.cumsum(self.layout.expand(tokens, sizes)[1])
         if ends[-1] <= self.max_length:
             return tokens, mask, False
+        text = int((~is_image).sum())
         if self.on_truncation == "refuse":
-            raise self._too_long(f"{ends[-1]} tokens")
+            parts = f"{ends[-1] - text} of {images} images and {text} of text" if images else ""
+            raise self._too_long(f"{ends[-1]} tokens", parts)
         keep = int((ends <= self.max_length).sum())
         if is_image[keep:].any():
             raise BadConversation(
-                "truncation would cut image tokens", f"{ends[-1]} tokens, max_length={self.max_length}"
+                "truncation would cut image tokens",
+                f"{ends[-1]} tokens, {ends[-1] - text} of {images} images, max_length={self.max_length}",
             )
         if not mask[:keep].any():
             raise BadConversation("truncation leaves no supervised token", f"max_length={self.max_length}")
         return tokens[:keep], mask[:keep], True
 
-    def _too_long(self, size: str) -> BadConversation:
+    def _too_long(self, size: str, parts: str = "") -> BadConversation:
+        fewer = "" if self.layout.fixed or not parts else ", let an image take fewer tiles"
         return BadConversation(
             "longer than max_length",
-            f"{size}, max_length={self.max_length}; raise --max_length, or cut it with --on_truncation truncate",
+            f"{size}, max_length={self.max_length}{f' ({parts})' if parts else ''}; raise --max_length{fewer}, or cut "
+            "it with --on_truncation truncate",
         )
 
 
@@ -186,134 +222,12 @@ def features() -> Any:
     """The columns of tokenised data: a sample, or the `reason` and `example` of a refusal.
 
     `ids`, `mask` and `ends` hold all alternative wordings, one behind the other; `part` and `parts` number the kept
-    samples of a row; `length` and `prefix` (up to the last image) count the first wording's tokens with its images'.
+    samples of a row; `length` and `prefix` (up to the last image) count the first wording's tokens with its images';
+    `sizes` are (height, width) of one image after the other, where the layout depends on them.
     """
     from datasets import Features, List, Value
 
     kinds = {name: Value("int64") for name in _NUMBERS} | {name: Value("bool") for name in _MARKS}
     kinds |= {"reason": Value("string"), "example": Value("string")}
-    lists = {"ids": List(Value("int32")), "mask": List(Value("bool")), "ends": List(Value("int32"))}
+    lists = {name: List(Value("bool" if name == "mask" else "int32")) for name in _LISTS}
     return Features(kinds | lists)
-
-
-def tokenised(records: Any, tokeniser: Tokeniser, progress: bool = True) -> Any:
-    """The table of `features()` of all rows.
-
-    A `datasets.Dataset` of more than 2,000 rows is tokenised once by several processes and kept in the folder
-    `mllm_vision` of the cache of `datasets`, under a hash of the texts, the tokenizer, the template, the settings and
-    this code; other processes of the machine wait and then map the file.
-
-    Raises:
-        OSError: the cache cannot be written.
-    """
-    import pyarrow as pa
-    from datasets import Dataset
-
-    image = tokeniser.form.columns.get("image")
-    names = [name for role, name in tokeniser.form.columns.items() if role != "image"]
-    counts = image_counts(records, image).astype(np.int32) if image is not None else None
-    texts = only_columns(records, names)
-
-    schema = features().arrow_schema
-
-    def batch(columns: Any, rows: list[int]) -> pa.Table:
-        found = [{name: columns[name][place] for name in names} for place in range(len(rows))]
-        if image is not None and counts is not None:  # as many placeholders as there are images
-            for row, record in zip(rows, found, strict=True):
-                record[image] = list(range(int(counts[row])))
-        return pa.table(tokeniser(found, rows[0]), schema=schema)
-
-    total = len(texts)
-    if not isinstance(texts, Dataset) or total <= _IN_MEMORY:
-        pieces = []
-        for start in range(0, total, _BATCH):
-            rows = list(range(start, min(start + _BATCH, total)))
-            if isinstance(texts, Dataset):
-                columns = texts[start : rows[-1] + 1]
-            else:
-                columns = {name: [texts[row][name] for row in rows] for name in names}
-            pieces.append(batch(columns, rows))
-        return Dataset(pa.concat_tables(pieces).combine_chunks())
-
-    return cached(
-        f"tokens-{_key(texts, counts, tokeniser)}",
-        lambda stem: _map(texts, batch, stem, progress),
-        "the tokens of the conversations",
-    )
-
-
-def _map(texts: Any, batch: Callable[..., Any], stem: Path, progress: bool) -> Any:
-    """`texts.map`, which finds what it or another process wrote before."""
-    import datasets
-
-    workers = min(_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, len(texts) // 5000)
-    quiet = not progress and not datasets.are_progress_bars_disabled()
-    if quiet:
-        datasets.disable_progress_bars()
-    aside = stem.with_name(f"texts-{stem.name}.arrow")
-    options: dict[str, Any] = {"batched": True, "load_from_cache_file": True}
-    try:
-        if workers > 1 and not any(stem.parent.glob(f"{stem.name}*.arrow")):
-            # Workers map a file; of a table in memory each of them would receive a copy.
-            texts = texts.with_format("arrow").map(
-                _unchanged, batch_size=10_000, cache_file_name=str(aside), new_fingerprint=aside.stem, **options
-            )
-            texts = texts.with_format(None)
-        return texts.map(
-            batch,
-            with_indices=True,
-            batch_size=_BATCH,
-            writer_batch_size=10_000,
-            remove_columns=texts.column_names,
-            features=features(),
-            num_proc=workers if workers > 1 else None,
-            cache_file_name=f"{stem}.arrow",
-            new_fingerprint=stem.name,
-            desc="tokenising conversations",
-            **options,
-        )
-    finally:
-        aside.unlink(missing_ok=True)
-        if quiet:
-            datasets.enable_progress_bars()
-
-
-def _unchanged(table: Any) -> Any:
-    return table
-
-
-def _key(texts: Any, counts: np.ndarray | None, tokeniser: Tokeniser) -> str:
-    """A hash of everything the tokens depend on: the texts themselves, not their file's name, size or time."""
-    import pyarrow as pa
-
-    mark = hashlib.blake2b(digest_size=16)
-    chat, tokenizer = tokeniser.chat, tokeniser.chat.tokenizer
-    settings = (tokeniser.num_image_tokens, tokeniser.max_length, tokeniser.on_truncation, tokeniser.max_turns)
-    said = (tokeniser.form.columns, texts.features, settings, chat.template, chat.image_token)
-    vocabulary = (type(tokenizer), tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map)
-    releases = [version(name) for name in ("transformers", "tokenizers", "jinja2", "datasets")]
-    mark.update(repr((said, vocabulary, releases)).encode())
-    data = Path(__file__).parents[1]
-    for name in _MODULES:
-        for file in [data / name] if (data / name).is_file() else sorted((data / name).glob("*.py")):
-            mark.update(file.read_bytes())
-    mark.update(b"" if counts is None else counts.tobytes())
-    plain = texts.with_format("arrow")
-    with pa.ipc.new_stream(pa.PythonFile(_Hashing(mark), "w"), plain[:1].schema) as stream:
-        for table in plain.iter(batch_size=10_000):
-            stream.write_table(table)
-    return mark.hexdigest()
-
-
-class _Hashing(io.RawIOBase):
-    """A file whose bytes are hashed and kept nowhere."""
-
-    def __init__(self, mark: Any) -> None:
-        self.mark = mark
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.mark.update(data)
-        return len(data)

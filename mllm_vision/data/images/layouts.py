@@ -64,7 +64,9 @@ class ImageLayout(ABC):
         """The tensors of one constant image, for batches without images and for blind runs."""
         return self([Image.new("RGB", (32, 32), _GREY)])
 
-    def expand(self, tokens: np.ndarray, sizes: Sequence[Sequence[int]] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def expand(
+        self, tokens: np.ndarray, sizes: Sequence[Sequence[int]] | np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(ids int64 with every image token replaced, how many of these each of `tokens` became, int64 `[T]`).
 
         Args:
