@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FUNCTION, METHODS, RECIPE, FILE = 60, 12, 150, 400
 # Room -> its lines at most. Lower a number when the room has shrunk; raise none without saying why.
 ROOMS: dict[str, int] = {
-    "package without vlm": 35340,
+    "package without vlm": 35700,
     "report and hub": 2027,
     "training": 7305,
 }

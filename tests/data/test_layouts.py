@@ -7,30 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts_for_tests import FAKE, GRIDS, SQUARE, any_resolution, image_of, native_aspect, split_layout, tiles_layout
 from PIL import Image
 from tiny import random_image, tiny_image_processor, tiny_tokenizer
-from transformers import Idefics2Processor, Idefics3Processor, LlavaNextConfig, LlavaNextProcessor
+from transformers import LlavaNextConfig
 from transformers.image_processing_utils import select_best_resolution
-from transformers.models.got_ocr2 import GotOcr2ImageProcessorPil
-from transformers.models.idefics2 import Idefics2ImageProcessorPil
-from transformers.models.idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava import LlavaImageProcessorPil
 from transformers.models.llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
-from mllm_vision.data.images.layouts import (
-    AnyResolutionLayout,
-    FixedLayout,
-    NativeAspectLayout,
-    PaddedLayout,
-    SplitLayout,
-    TilesLayout,
-)
+from mllm_vision.data.images.layouts import AnyResolutionLayout, FixedLayout, PaddedLayout
 from mllm_vision.data.images.transforms import ImageTransform
 
-GRIDS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
-SQUARE = {"height": 32, "width": 32}
-FAKE = "<fake_token_around_image>"
 ODD = [(1, 1), (1, 90), (90, 1), (3, 50), (50, 3), (32, 32), (31, 33), (64, 64), (45, 200), (200, 45), (5, 400)]
 SIDES = st.integers(1, 160)
 SIZES = st.tuples(st.one_of(SIDES, st.integers(1, 6000)), st.one_of(SIDES, st.integers(1, 6000)))
@@ -50,10 +38,6 @@ def shared_tokenizer(tmp_path_factory):
     marks = ["<global-img>", FAKE, *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7))]
     tokenizer.add_special_tokens({"additional_special_tokens": marks}, replace_extra_special_tokens=False)
     return tokenizer
-
-
-def image_of(height, width):
-    return random_image(height * 7 + width, (width, height))
 
 
 def expanded(layout, tokenizer, text, images):
@@ -106,12 +90,6 @@ def test_a_processor_that_does_not_pad_is_refused():
 
 
 # -- LLaVA-NeXT -------------------------------------------------------------------------------------------------------
-
-
-def any_resolution(tokenizer):
-    images = LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=SQUARE, image_grid_pinpoints=GRIDS)
-    native = LlavaNextProcessor(images, tokenizer, patch_size=8, vision_feature_select_strategy="full")
-    return AnyResolutionLayout(tokenizer.convert_tokens_to_ids("<image>"), 4, images), native
 
 
 def test_any_resolution_by_hand(shared_tokenizer):
@@ -167,11 +145,6 @@ def test_any_resolution_texts_and_tensors_are_the_processors(shared_tokenizer, s
 # -- InternVL ---------------------------------------------------------------------------------------------------------
 
 
-def tiles_layout(most=6, least=1):
-    processor = GotOcr2ImageProcessorPil(size=SQUARE, min_patches=least, max_patches=most)
-    return TilesLayout(7, 4, processor, start=1, end=2), processor
-
-
 def test_tiles_by_hand():
     layout, _ = tiles_layout()
     image = [7] * 4
@@ -208,13 +181,6 @@ def test_tiles_of_odd_images(most, least):
 # -- Idefics2 ---------------------------------------------------------------------------------------------------------
 
 
-def native_aspect(tokenizer, splitting=False):
-    images = Idefics2ImageProcessorPil(size={"shortest_edge": 16, "longest_edge": 48}, do_image_splitting=splitting)
-    native = Idefics2Processor(images, tokenizer, image_seq_len=4)
-    around = tokenizer.convert_tokens_to_ids(FAKE)
-    return NativeAspectLayout(tokenizer.convert_tokens_to_ids("<image>"), 4, images, around), native
-
-
 @pytest.mark.parametrize("splitting", [False, True])
 @pytest.mark.parametrize(
     "text", ["<image><image> a star <image>", "a <image>\n<image>", "<image><image><image> b", "two <image> <image>"]
@@ -244,14 +210,6 @@ def test_native_aspect_by_hand(tokenizer):
 
 
 # -- Idefics3 ---------------------------------------------------------------------------------------------------------
-
-
-def split_layout(tokenizer, longest=64, splitting=True):
-    images = Idefics3ImageProcessorPil(
-        size={"longest_edge": longest}, max_image_size={"longest_edge": 16}, do_image_splitting=splitting
-    )
-    native = Idefics3Processor(images, tokenizer, image_seq_len=4)
-    return SplitLayout(tokenizer.convert_tokens_to_ids("<image>"), 4, images, tokenizer), native
 
 
 def test_split_by_hand(shared_tokenizer):
