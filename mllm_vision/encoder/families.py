@@ -176,6 +176,8 @@ _FAMILIES = (
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _FAMILIES}
 
+# Of this package (vlm.connectors): their first tower.
+OWN = ("mllm_vision_qwen_vl", "mllm_vision_cambrian", "mllm_vision_prismatic")
 COMPOSITES: dict[str, tuple[str, ...]] = {
     # model type -> prefixes its image tower's weights carry in files, longest first
     "clip": ("vision_model.",),
@@ -191,6 +193,7 @@ COMPOSITES: dict[str, tuple[str, ...]] = {
     "idefics3": ("model.vision_model.",),
     "smolvlm": ("model.vision_model.",),
     "blip-2": ("vision_model.",),
+    **dict.fromkeys(OWN, ("model.vision_tower.",)),
 }
 
 # The systems among them, with what the language model sees by default: hidden state, and tokens before the patches.
@@ -205,6 +208,7 @@ SYSTEMS: dict[str, tuple[int, str]] = {
     "idefics3": (-1, "full"),
     "smolvlm": (-1, "full"),
     "blip-2": (-1, "full"),
+    **dict.fromkeys(OWN, (-2, "default")),
 }
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModel, PreTrainedModel, ViTModel
 
 from mllm_vision.encoder.build import build_processor
-from mllm_vision.encoder.families import COMPOSITES, FAMILIES, SYSTEMS, _side, accepted_types, family_of
+from mllm_vision.encoder.families import COMPOSITES, FAMILIES, OWN, SYSTEMS, _side, accepted_types, family_of
 from mllm_vision.encoder.files import Source, read_json
 from mllm_vision.encoder.stems import stem_of, with_stem
 from mllm_vision.errors import reading
@@ -70,7 +71,10 @@ def _load_tower(source: Source, processor: Any, dtype: torch.dtype | str) -> Tow
     if model_type in COMPOSITES:
         prefixes = COMPOSITES[model_type]
         # transformers fills in the defaults that composite configs omit (LLaVA 1.5)
-        vision = CONFIG_MAPPING[model_type].from_dict(fields).vision_config.to_dict()
+        known = model_type not in OWN  # those of this package are written in full
+        vision = (
+            CONFIG_MAPPING[model_type].from_dict(fields).vision_config.to_dict() if known else fields["vision_config"]
+        )
         if vision.get("model_type") not in FAMILIES and not _converts(vision.get("model_type")):
             raise ValueError(
                 f"{source}: its image tower has model_type={vision.get('model_type')!r}; accepted are "
@@ -195,6 +199,8 @@ def _load_processor(source: Source, backbone: PreTrainedModel) -> Any:
         )
     settings = read_json(found)
     settings = settings.get("image_processor", settings)
+    if settings.get("image_processor_type") == "JoinedImageProcessor":  # of several towers (vlm.connectors)
+        return processor_of(settings["processors"][0])
     kind = str(settings.get("image_processor_type", ""))
     if kind.startswith("DINOv3ViT"):
         logger.info("%s: DINOv3's image processor requires torchvision; using a ViT processor of its settings", source)
@@ -208,6 +214,13 @@ def _load_processor(source: Source, backbone: PreTrainedModel) -> Any:
         raise ValueError(
             f"{source}: {found.name} does not describe an image processor; pass processor= ({error})"
         ) from error
+
+
+def processor_of(settings: dict[str, Any]) -> Any:
+    """The image processor that a dict from its `to_dict` describes, on the PIL backend (which needs no torchvision)."""
+    fields = dict(settings)
+    name = str(fields.pop("image_processor_type")).removesuffix("Fast").removesuffix("Pil")
+    return getattr(transformers, f"{name}Pil" if hasattr(transformers, f"{name}Pil") else name).from_dict(fields)
 
 
 def _plain_processor(settings: dict[str, Any], backbone: PreTrainedModel, image_size: int) -> Any:
@@ -227,7 +240,7 @@ def _remembered(
     layer, feature = own.get("select_layer"), own.get("select_feature")
     if fields.get("model_type") in SYSTEMS:
         usual, strategy = SYSTEMS[fields["model_type"]]
-        stored = fields.get("vision_feature_layer", usual)
+        stored = (fields.get("vision_feature_layers") or [fields.get("vision_feature_layer", usual)])[0]
         if isinstance(stored, int):
             layer = stored  # the language model was trained on it
         else:

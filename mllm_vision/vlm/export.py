@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+import mllm_vision.vlm.connectors  # noqa: F401  (makes their model types known to transformers)
 from mllm_vision.encoder.files import read_json
 from mllm_vision.errors import nearby, reading
 from mllm_vision.vlm.systems import system_of

@@ -130,6 +130,8 @@ class ModelArguments:
             task.blind = task.blind or blind
             return task, processor
         run.inherit("encoder", self.encoder)
+        for path in getattr(settings, "more_encoders", ()):
+            run.inherit("encoder", path)
         run.inherit("language_model", self.llm)
         encoder = VisionEncoder.from_pretrained(
             str(self.encoder),

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import transformers
+import torch
+from PIL import Image
+from torch import Tensor
 from transformers import AutoImageProcessor, AutoProcessor, BatchFeature, LlavaProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import MultiModalData
 
+from mllm_vision.data.images.decoding import load_image
+from mllm_vision.data.images.layouts import FixedLayout
+from mllm_vision.data.images.transforms import ImageTransform
+from mllm_vision.encoder.loading import processor_of
 from mllm_vision.vlm.connectors.base import join_pixels
 from mllm_vision.vlm.connectors.fused import PrismaticConfig
 from mllm_vision.vlm.connectors.resampler import QwenVLConfig
@@ -32,20 +38,15 @@ class JoinedImageProcessor(BaseImageProcessor):
     @property
     def parts(self) -> list[Any]:
         """The image processors themselves."""
-        return [_built(settings) for settings in self.processors]
+        return [processor_of(settings) for settings in self.processors]
 
-    def __call__(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
+    def __call__(  # type: ignore[override]  # the parts have settings of their own
+        self, images: Any, *args: Any, **kwargs: Any
+    ) -> BatchFeature:
         """`pixel_values` `[n, sum of 3 * H * W]`, see `join_pixels`."""
+        return_tensors = kwargs.pop("return_tensors", None)
         found = [part(images=images, return_tensors="pt", **kwargs)["pixel_values"] for part in self.parts]
         return BatchFeature({"pixel_values": join_pixels(found)}, tensor_type=return_tensors)
-
-
-def _built(settings: dict[str, Any]) -> Any:
-    fields = dict(settings)
-    name = str(fields.pop("image_processor_type"))
-    plain = name.removesuffix("Fast").removesuffix("Pil")
-    pil = getattr(transformers, f"{plain}Pil", None)  # the PIL backend needs no torchvision
-    return (pil or getattr(transformers, plain)).from_dict(fields)
 
 
 class ConnectorProcessor(LlavaProcessor):
@@ -82,6 +83,38 @@ class ConnectorProcessor(LlavaProcessor):
             return MultiModalData()
         number = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * number, num_image_patches=[1] * number)
+
+
+class JoinedLayout(FixedLayout):
+    """As `FixedLayout`, for the pixels of several towers.
+
+    Args:
+        image_processor: a `JoinedImageProcessor`.
+
+    Gives "pixel_values" `[images, sum of 3 * H * W]`.
+    """
+
+    def __init__(
+        self,
+        image_token_id: int,
+        num_tokens: int,
+        image_processor: Any,
+        before: Sequence[int] = (),
+        after: Sequence[int] = (),
+    ) -> None:
+        first, *others = image_processor.parts
+        super().__init__(image_token_id, num_tokens, first, before, after)
+        self.processor = image_processor
+        self.transforms = [self.transform, *(ImageTransform(each, train=False) for each in others)]
+
+    def load(self, value: Any) -> Image.Image:
+        return load_image(value)  # in full: the towers' sizes differ
+
+    def __call__(self, images: Sequence[Image.Image], keys: Sequence[int] | None = None) -> dict[str, Tensor]:
+        return {"pixel_values": join_pixels([transform(images, keys=keys) for transform in self.transforms])}
+
+    def blank(self) -> dict[str, Tensor]:
+        return {"pixel_values": join_pixels([torch.zeros(1, 3, *each.size) for each in self.transforms])}
 
 
 class _JoinedImages:

@@ -85,6 +85,11 @@ class Resampler(nn.Module):
         self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(dim, eps=1e-6) for _ in range(3))
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
         self.proj = nn.Parameter(torch.randn(dim, dim) * dim**-0.5)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """`[n, num_queries, dim]` from the tokens `[n, N, in_dim]` of one tower (a list of one)."""

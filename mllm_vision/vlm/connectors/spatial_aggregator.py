@@ -74,7 +74,7 @@ class AggregatorLayer(nn.Module):
         # a window of one place needs no position
         sizes = {str(tower): factor**2 for tower, factor in enumerate(factors) if factor > 1}
         self.positions = nn.ParameterDict(
-            {tower: nn.Parameter(torch.randn(size, dim) * 0.02) for tower, size in sizes.items()}
+            {tower: nn.Parameter(torch.randn(size, dim)) for tower, size in sizes.items()}
         )
         self.mlp = nn.Sequential(nn.Linear(dim, dim, bias=False), nn.GELU(), nn.Linear(dim, query_dim, bias=False))
 
@@ -197,6 +197,7 @@ class CambrianConfig(TowersConfig):
 
     Args:
         query_side: side of the grid of queries (24: 576 tokens an image).
+        vision_tokens: tokens of each tower's own map, for caches of them.
         vision_sides: side to which each tower's map is resized, a multiple of `query_side`; required (published: 24
             for SigLIP, CLIP and DINOv2, 96 for ConvNeXt-XXL at 1024 pixels).
         connector_hidden_size: width of the aggregator.
@@ -209,6 +210,7 @@ class CambrianConfig(TowersConfig):
 
     model_type = "mllm_vision_cambrian"
     query_side: int = 24
+    vision_tokens: list[int] | None = None
     vision_sides: list[int] | None = None
     connector_hidden_size: int = 1024
     connector_depth: int = 3
@@ -230,6 +232,15 @@ class CambrianModel(ConnectorModel):
 
     def __init__(self, config: CambrianConfig) -> None:
         super().__init__(config)
+        self.place_inner_layers()
+
+    def place_inner_layers(self) -> None:
+        """Lets the inner layers follow their decoder layers; again where the language model was replaced.
+
+        Raises:
+            ValueError: a language model without such layers.
+        """
+        config = self.config
         places = config.inner_places
         if not places:
             return

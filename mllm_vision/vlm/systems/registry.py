@@ -12,8 +12,11 @@ from mllm_vision.vlm.systems.base import System
 
 # name -> (module of this folder, class, model_type of its checkpoints)
 SYSTEMS: dict[str, tuple[str, str, str]] = {
+    "cambrian": ("cambrian", "Cambrian", "mllm_vision_cambrian"),
     "llava": ("llava", "LLaVA", "llava"),
     "llava15": ("llava", "LLaVA15", "llava"),
+    "prismatic": ("prismatic", "Prismatic", "mllm_vision_prismatic"),
+    "qwen_vl": ("qwen_vl", "QwenVL", "mllm_vision_qwen_vl"),
 }
 
 
