@@ -20,7 +20,6 @@ from mllm_vision.data import (
     load_records,
     preview_labels,
 )
-from mllm_vision.data.images.layouts import FixedLayout
 from mllm_vision.data.records.columns import image_counts
 from mllm_vision.data.records.forms import FORMS
 from mllm_vision.data.records.records import UsualSplit
@@ -177,7 +176,7 @@ def load_stage_data(
     columns, eval_columns = (
         bind_conversations(each, dict(overrides or {}), forms=forms, report=each is records) for each in (records, held)
     )
-    layout = FixedLayout(model.config.image_token_id, model.config.image_seq_length, processor.image_processor)
+    layout = model.system.layout(model.model, processor)
     options: dict[str, Any] = {
         "layout": layout,
         "image_token": processor.image_token,
