@@ -11,7 +11,7 @@ Next: recipes/instruct.py --model <output_dir>/model
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mllm_vision.data.flags import COLUMN
 from mllm_vision.data.streams.flags import StreamArguments
@@ -29,7 +29,21 @@ class AlignArguments(TuningArguments, ModelArguments, ChatDataArguments):
 
     caption_column: str | None = field(default=None, metadata=COLUMN)
     chat_template: str = "plain"
-    sample_count: int = field(default=8, metadata={"help": "Held-out images to caption at the end."})
+    sample_count: int = field(
+        default=100, metadata={"help": "Held-out images to caption at the end, for BLEU-4 and CIDEr; 0: none."}
+    )
+    max_new_tokens: int = field(default=40, metadata={"help": "The length limit of these captions."})
+
+    def captioning(self, data: Any, processor: Any, batch_size: int) -> list[Any]:
+        """The evaluator that captions held-out images, or none."""
+        from mllm_vision.evaluation.language.captions import Captioning
+
+        limits: dict[str, Any] = {"limit": self.sample_count, "max_new_tokens": self.max_new_tokens}
+        if not self.sample_count:
+            return []
+        return [
+            Captioning("captioning", data.eval_records, data.eval_columns, processor, batch_size=batch_size, **limits)
+        ]
 
 
 @dataclass
@@ -54,7 +68,6 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     own.check_model()
     own.check_train()
 
-    from mllm_vision.evaluation.language.captions import caption_samples
     from mllm_vision.modules.audit import audit_table
     from mllm_vision.training.recipe.run import Run
     from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
@@ -97,9 +110,8 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     run.after_training("freeze audit", proof.verify, task, trainer.steps, severe=True)
     run.save_artifact(lambda path: save_vlm(task, processor, path), own.artifact_name, "vlm")
     run.after_training("merging of the adapters", merge_adapters, task, everywhere=True)  # as the main process did
-    trainer.final_evaluation(task, own.artifact_name)
-    samples = (caption_samples, task, processor, data.eval_records, data.eval_columns, own.sample_count)
-    run.record["samples"] += run.after_training("sample captions", *samples) or []
+    captions = own.captioning(data, processor, arguments.per_device_eval_batch_size)
+    trainer.final_evaluation(task, own.artifact_name, [heldout, *captions])
     run.finish(next=NEXT, freeze_problems=proof.problems, modules=proof.rows)
 
 

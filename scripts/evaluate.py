@@ -82,14 +82,16 @@ class EvaluateArguments:
     map_count: int = field(default=6, metadata={"help": "Maps, attention: images."})
     map_texts: list[str] = field(default_factory=list, metadata={"help": "Maps: texts; default: what each row says."})
     untrained: bool = field(default=False, metadata={"help": "The same model with fresh random weights as baseline."})
-    blind: bool = field(default=False, metadata={"help": "vqa: zeros in place of every image."})
-    no_image_baseline: bool = field(default=False, metadata={"help": "vqa: also the same model without images."})
+    blind: bool = field(default=False, metadata={"help": "vqa, yes_no, captioning: zeros in place of every image."})
+    no_image_baseline: bool = field(default=False, metadata={"help": "Likewise: also the same model without images."})
     training_dataset_name: str | None = field(
         default=None,
         metadata={"help": "knn, probe: what they learn from. vqa: the majority answers' source; default: the test's."},
     )
     training_split: str = field(default="train", metadata={"help": "Its split."})
-    max_new_tokens: int = field(default=16, metadata={"help": "Longest answer."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "The length limit of an answer (default: 16) or a caption (default: 40)."}
+    )
     batch_size: int = field(default=64, metadata={"help": "Images or questions at once, on each process."})
     device: str | None = field(
         default=None, metadata={"help": "cpu, cuda, ...; default: the accelerator where there is one."}

@@ -34,7 +34,8 @@ class Evaluation:
     ``metrics`` are floats; ``baselines`` maps a baseline's name ("chance", "majority", ...) to the same
     metrics as far as they make sense for it; ``tables`` are rows by class or question type; ``samples`` and
     ``arrays`` hold thumbnails and small nested lists for the report; ``parts`` are tensors and images that an
-    evaluator's own ``draw`` needs, and no record holds; ``refused`` says how many rows were left out, by reason.
+    evaluator's own ``draw`` needs, and no record holds; ``refused`` says how many rows were left out, by reason;
+    ``errors`` are standard errors of metrics that are not a share of ``count`` cases.
     """
 
     primary_metric: str
@@ -45,6 +46,7 @@ class Evaluation:
     arrays: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """The JSON entry of ``run.json["evaluations"][name]``: metrics at the top, ``baselines`` as one float
@@ -59,6 +61,8 @@ class Evaluation:
         entry["details"] = {"baselines": self.baselines, "tables": self.tables}
         if self.refused:
             entry["details"]["refused"] = dict(self.refused)
+        if self.errors:
+            entry["details"]["errors"] = dict(self.errors)
         return entry
 
     def add_baseline(self, name: str, other: Evaluation) -> None:

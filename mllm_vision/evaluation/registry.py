@@ -20,6 +20,8 @@ EVALUATORS = {
     "geometry": ".geometry:Geometry",
     "maps": ".maps.maps:Maps",
     "vqa": ".language.question_answering:QuestionAnswering",
+    "yes_no": ".language.yes_no:YesNo",
+    "captioning": ".language.captions:Captioning",
     **LABELLED,
     "board": ".geometry:Board",
     "attention": ".maps.attention:Attention",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -69,8 +70,9 @@ def _own_loss(model: Any, batches: Iterable[Mapping[str, Tensor]], images: str) 
 class HeldOutLoss:
     """Evaluator: the loss on held-out texts, and on the same texts with another image and without image.
 
-    A callable ``(model, step) -> dict`` for ``RecipeTrainer``: ``loss``, and under ``baselines`` the primary metric
-    with shuffled images ("shuffled") and with zeros in their place ("no_image").
+    A callable ``(model, step) -> dict`` for ``RecipeTrainer``: ``loss`` (nats a supervised token) and ``perplexity``,
+    its exponential, and under ``baselines`` both with shuffled images ("shuffled") and with zeros in their place
+    ("no_image").
 
     Args:
         name: of the evaluator; keys become ``eval_<name>_loss``...
@@ -106,10 +108,11 @@ class HeldOutLoss:
                 yield self.collator(kept)
 
     def __call__(self, model: Any, step: int = 0) -> dict[str, Any]:
-        own, shuffled, blank = (supervised_loss(model, self.batches(), images) for images in IMAGES)
+        losses = [supervised_loss(model, self.batches(), images) for images in IMAGES]
+        own, shuffled, blank = ({"loss": loss, "perplexity": math.exp(min(loss, 700.0))} for loss in losses)
         (skipped,) = total_over_ranks([len(self.refused)])
         counts = {"skipped": float(skipped)} if skipped else {}
-        return {"loss": own, **counts, "baselines": {"shuffled": shuffled, "no_image": blank}}
+        return {**own, **counts, "baselines": {"shuffled": shuffled, "no_image": blank}}
 
 
 @torch.inference_mode()

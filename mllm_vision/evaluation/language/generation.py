@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mllm_vision.data.chat.prompts import chat_template_of, prompt_ids
+from mllm_vision.data.images.layouts import FixedLayout
 from mllm_vision.data.records.sampling import BadRow
 from mllm_vision.errors import short
 from mllm_vision.evaluation.base import batches, unwrap
 from mllm_vision.vlm.measure import check_room, greedy, said
 from mllm_vision.vlm.tokens import stop_ids
+
+Dialogue = str | Sequence[Mapping[str, Any]]
+Asked = tuple[int | Sequence[int], Dialogue]
 
 
 class AnswerGenerator:
@@ -39,38 +44,49 @@ class AnswerGenerator:
         if not chat_template_of(processor):
             raise ValueError("the processor has no chat template; set processor.chat_template (see CHAT_TEMPLATES)")
         self.layout = self.system.layout(self.model, processor)
-        self.image_token_id = self.model.config.image_token_id
+        self.image_token_id = self.layout.image_token_id
         self.ends = stop_ids(self.model, processor)
-        self._prompts: dict[str, list[int]] = {}
+        self._prompts: dict[tuple[str, int], np.ndarray] = {}
+        # One image of zeros stands for all, where what a model sees of it does not depend on the image's size.
+        self._one_blank = blind and isinstance(self.layout, FixedLayout)
 
-    def prompt_ids(self, question: str) -> list[int]:
-        """Token ids of the prompt, with one image token.
+    def prompt(self, question: Dialogue, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
+        """Token ids of the prompt, each image spelt as its tokens.
+
+        Args:
+            question: about the images, or a dialogue in the ``messages`` format that ends with the user's turn.
+            sizes: (height, width) of the images in reading order.
 
         Raises:
-            BadRow: it has another number of them (the word <image> in the question), or leaves no room for an answer.
+            BadRow: the prompt has another number of image tokens (the word <image> in the question), or leaves no room
+                for an answer.
         """
+        ids, _ = self.layout.expand(self._unspelt(question, len(sizes)), sizes)
+        check_room(self.model, len(ids), self.max_new_tokens)
+        return ids
+
+    def _unspelt(self, question: Dialogue, images: int) -> np.ndarray:
+        """The prompt with one token an image."""
         from mllm_vision.data.chat.messages import from_pairs
 
-        if question not in self._prompts:
-            # Put together as training conversations are, so that no token differs between the two.
-            ids = prompt_ids(self.processor, from_pairs([(question, "")], 1)[:1])
-            found = ids.count(self.image_token_id)
-            if found != 1:
-                text = short(self.tokenizer.decode(ids))
-                raise BadRow("the prompt holds not one image token", f"{found} (id {self.image_token_id}) in {text}")
-            check_room(self.model, len(ids) - 1 + self.layout.longest, self.max_new_tokens)
-            self._prompts[question] = ids
-        return self._prompts[question]
-
-    def spelt(self, question: str, image: Any) -> list[int]:
-        """The prompt with the tokens of an image in place of its one token."""
-        ids = self.prompt_ids(question)
-        place = ids.index(self.image_token_id)
-        return [*ids[:place], *image.tolist(), *ids[place + 1 :]]
+        key = (question, images) if isinstance(question, str) else None
+        if key in self._prompts:
+            return self._prompts[key]
+        # Put together as training conversations are, so that no token differs between the two.
+        messages = from_pairs([(question, "")], images)[:1] if isinstance(question, str) else question
+        ids = np.asarray(prompt_ids(self.processor, messages))
+        found = int((ids == self.image_token_id).sum())
+        if found != images:
+            text = short(self.tokenizer.decode(ids))
+            wanted = "one image token" if images == 1 else f"{images} image tokens"
+            raise BadRow(f"the prompt holds not {wanted}", f"{found} (id {self.image_token_id}) in {text}")
+        if key is not None:
+            self._prompts[key] = ids
+        return ids
 
     def image_features(self, images: Sequence[Any]) -> list[Tensor]:
         """The connector's output, one ``[n, D]`` an image."""
-        if self.blind and self.layout.fixed:  # one blank image stands for all of them
+        if self._one_blank:
             return self._encode(images[:1]) * len(images)
         return [tokens for chunk in batches(list(images), self.batch_size) for tokens in self._encode(chunk)]
 
@@ -82,29 +98,43 @@ class AnswerGenerator:
         counts = [int((tokens == self.image_token_id).sum()) for tokens in spelt]
         return list(self.task.image_tokens(pixels).split(counts))
 
-    def answer(self, images: Sequence[Any], questions: Sequence[tuple[int, str]]) -> list[str]:
-        """Answers to ``(image's place, question)`` pairs, in the order asked."""
-        if not questions:
-            return []
-        features = self.image_features(images)
-        spelt = [self.layout.tokens(image.height, image.width) for image in images]
-        prompts = [torch.tensor(self.spelt(question, spelt[place])) for place, question in questions]
+    @torch.inference_mode()
+    def answer(self, images: Sequence[Any], questions: Sequence[Asked]) -> list[str]:
+        """Answers in the order asked.
+
+        Args:
+            images: PIL images; each is encoded once.
+            questions: (the image's place among ``images``, or several in reading order; a question, or a dialogue in
+                the ``messages`` format that ends with the user's turn).
+
+        Raises:
+            BadRow: see `prompt`.
+        """
+        features = self.image_features(images) if images and questions else []
+        places = [[each] if isinstance(each, int) else list(each) for each, _ in questions]
+        asked = zip(places, questions, strict=True)
+        sizes = [(image.height, image.width) for image in images]
+        prompts = [self.prompt(question, [sizes[place] for place in own]) for own, (_, question) in asked]
+        same: dict[Any, list[int]] = {}  # without images the prompt alone decides: it is answered once
+        for number, ids in enumerate(prompts):
+            same.setdefault(ids.tobytes() if self._one_blank else number, []).append(number)
         answers = [""] * len(questions)
         # Prompts of one length share a batch as far as possible: less padding, fewer wasted steps.
-        order = sorted(range(len(questions)), key=lambda i: len(prompts[i]))
-        for chunk in batches(order, self.batch_size):
-            tokens = torch.cat([features[questions[i][0]] for i in chunk])
-            for i, text in zip(chunk, self._generate([prompts[i] for i in chunk], tokens), strict=True):
-                answers[i] = text
+        for chunk in batches(sorted(same.values(), key=lambda group: len(prompts[group[0]])), self.batch_size):
+            seen = [features[place] for first, *_ in chunk for place in places[first]]
+            texts = self._generate([prompts[first] for first, *_ in chunk], torch.cat(seen) if seen else None)
+            for group, text in zip(chunk, texts, strict=True):
+                for number in group:
+                    answers[number] = text
         return answers
 
-    def _generate(self, prompts: Sequence[Tensor], image_tokens: Tensor) -> list[str]:
+    def _generate(self, prompts: Sequence[np.ndarray], image_tokens: Tensor | None) -> list[str]:
         longest = max(map(len, prompts))
         padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         ids = torch.full((len(prompts), longest), padding)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = prompt
+            ids[row, longest - len(prompt) :] = torch.from_numpy(prompt)
             mask[row, longest - len(prompt) :] = 1
         ids, mask = ids.to(self.task.device), mask.to(self.task.device)
         config = greedy(self.tokenizer, self.ends, self.max_new_tokens)

@@ -141,7 +141,7 @@ class QuestionAnswering(Evaluator):
             sources.processor,
             flags.type_column,
             flags.batch_size,
-            flags.max_new_tokens,
+            flags.max_new_tokens or 16,
             limit=flags.max_samples,
             blind=flags.blind,
             no_image_baseline=flags.no_image_baseline,
@@ -175,7 +175,7 @@ class QuestionAnswering(Evaluator):
         self.by = next((column for column in candidates if column and column in found), None)
         self.batch_size, self.max_new_tokens, self.sample_count = batch_size, max_new_tokens, sample_count
         self.blind, self.no_image_baseline = blind, no_image_baseline
-        self.questions = read_questions(records, self.columns, self.by, limit, self.refused)
+        self.questions = self._chosen(read_questions(records, self.columns, self.by, limit, self.refused))
         self.majority = MajorityBaseline(self._training_pairs(training_answers))
 
     def _training_pairs(self, given: Any) -> list[tuple[str, str]]:
@@ -184,8 +184,16 @@ class QuestionAnswering(Evaluator):
             return [(question.kind, answer) for question in self.questions for answer in question.answers]
         if hasattr(given, "column_names"):
             by = self.by if self.by in given.column_names else None
-            return [(q.kind, answer) for q in read_questions(given, self.columns, by) for answer in q.answers]
+            questions = self._chosen(read_questions(given, self.columns, by))
+            return [(question.kind, answer) for question in questions for answer in question.answers]
         return [(str(kind), str(answer)) for kind, answer in given]
+
+    def _chosen(self, questions: list[Question]) -> list[Question]:
+        """Those of the questions that are asked."""
+        return questions
+
+    def _right(self, text: str, question: Question) -> bool:
+        return bool(exact_match(text, question.answers))
 
     def evaluate(self, model: Any) -> Evaluation:
         answers = self._answers(model, self.blind)
@@ -222,7 +230,7 @@ class QuestionAnswering(Evaluator):
                 wanted = [rows[place] for place in chunk]
                 images, kept = usable_images(self.records, self.columns["image"], wanted, self.refused)
                 asked = [(place, *item) for place, row in enumerate(kept) for item in by_row[row]]
-                asked = [item for item in asked if self._can_be_asked(generator, item[2])]
+                asked = [item for item in asked if self._can_be_asked(generator, item[2], images[item[0]])]
                 texts = generator.answer(images, [(place, question.text) for place, _, question in asked])
                 pairs += [(number, (question, text)) for (_, number, question), text in zip(asked, texts, strict=True)]
         except Exception as problem:
@@ -234,15 +242,15 @@ class QuestionAnswering(Evaluator):
         return merged
 
     @staticmethod
-    def _can_be_asked(generator: AnswerGenerator, question: Question) -> bool:
+    def _can_be_asked(generator: AnswerGenerator, question: Question, image: Any) -> bool:
         """Whether the question makes a prompt; if not, it is logged and counted among those skipped."""
-        found = judge(f"row {question.row}", generator.prompt_ids, question.text)
+        found = judge(f"row {question.row}", generator.prompt, question.text, [(image.height, image.width)])
         if isinstance(found, BadRow):
             logger.warning("a question is left out: %s", found)
         return not isinstance(found, BadRow)
 
     def _summary(self, answers: Sequence[tuple[Question, str]]) -> Evaluation:
-        right = [exact_match(text, question.answers) for question, text in answers]
+        right = [self._right(text, question) for question, text in answers]
         metrics = {"accuracy": sum(right) / len(right), "count": float(len(right))}
         if any(question.annotated for question, _ in answers):
             metrics["consensus"] = sum(consensus(text, question.answers) for question, text in answers) / len(answers)
@@ -275,8 +283,8 @@ class QuestionAnswering(Evaluator):
                 {
                     "name": kind,
                     "count": len(items),
-                    "accuracy": sum(exact_match(text, q.answers) for q, text in items) / len(items),
-                    "majority": sum(exact_match(guess, q.answers) for q, _ in items) / len(items),
+                    "accuracy": sum(self._right(text, question) for question, text in items) / len(items),
+                    "majority": sum(self._right(guess, question) for question, _ in items) / len(items),
                     "majority_answer": guess,
                 }
             )
@@ -289,7 +297,7 @@ class QuestionAnswering(Evaluator):
             groups: dict[str, list[tuple[Question, str]]] = defaultdict(list)
             used: set[int] = set()
             for question, text in answers:
-                if bool(exact_match(text, question.answers)) is wanted and question.row not in used:
+                if self._right(text, question) is wanted and question.row not in used:
                     groups[question.kind].append((question, text))
                     used.add(question.row)
             depth = max((len(items) for items in groups.values()), default=0)

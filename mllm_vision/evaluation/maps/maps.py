@@ -75,8 +75,8 @@ def text_maps(dual: Any, pixel_values: Tensor, texts: Sequence[str], grid: int) 
 def answer_maps(generator: AnswerGenerator, pixel_values: Tensor, question: str, answer: str, grid: int) -> Tensor:
     """How much the log-probability of ``answer`` falls when a square is painted over: ``[grid, grid]``."""
     words = generator.tokenizer(answer, add_special_tokens=False)["input_ids"]
-    spelt = generator.layout.tokens(*pixel_values.shape[-2:])
-    ids = torch.tensor([*generator.spelt(question, spelt), *words], device=pixel_values.device)
+    height, width = pixel_values.shape[-2:]
+    ids = torch.tensor([*generator.prompt(question, [(height, width)]), *words], device=pixel_values.device)
     targets = torch.tensor(words, device=pixel_values.device)
 
     def score(pixels: Tensor) -> Tensor:

@@ -96,15 +96,19 @@ def verdict(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
                 value = value.get(metric)
             if not _is_number(value):
                 continue
-            word = compare(metric, evaluation[metric], value, evaluation.get("count"))
+            word = compare(metric, evaluation[metric], value, evaluation.get("count"), _own_error(evaluation, metric))
             lines.append(f"{name} {metric} {evaluation[metric]:.4g} against {against} {value:.4g}: {word}")
     return "\n".join(lines)
 
 
-def compare(metric: str, value: float, baseline: float, count: float | None = None) -> str:
-    """ "better", "within noise" or "worse"; losses and perplexities are better when lower."""
+def compare(metric: str, value: float, baseline: float, count: float | None = None, error: float | None = None) -> str:
+    """ "better", "within noise" or "worse"; losses and perplexities are better when lower.
+
+    `error` is the standard error of a metric that is not a fraction of `count`, taken for the baseline's as well.
+    """
     gain = baseline - value if metric == "perplexity" or metric.endswith("loss") else value - baseline
-    errors = [error for of in (value, baseline) if (error := standard_error(of, count)) is not None]
+    errors = [each for of in (value, baseline) if (each := standard_error(of, count)) is not None]
+    errors = errors if error is None else [error, error]
     noise = 2 * math.hypot(*errors) if len(errors) == 2 else abs(baseline) / 100
     return "within noise" if abs(gain) <= noise else ("better" if gain > 0 else "worse")
 
@@ -112,6 +116,11 @@ def compare(metric: str, value: float, baseline: float, count: float | None = No
 def standard_error(value: float, count: float | None) -> float | None:
     """Of a fraction of `count` independent cases; None for other numbers."""
     return math.sqrt(value * (1 - value) / count) if count and 0 <= value <= 1 else None
+
+
+def _own_error(evaluation: Mapping[str, Any], metric: str) -> float | None:
+    """The standard error that an evaluator gives itself."""
+    return ((evaluation.get("details") or {}).get("errors") or {}).get(metric)
 
 
 def metric_table(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -125,7 +134,9 @@ def metric_table(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 continue
             known = {key: of.get(metric) if isinstance(of, Mapping) else of for key, of in baselines.items()}
             beside = [f"{key} {of:.4g}" for key, of in known.items() if _is_number(of)] if metric == chief else []
-            error = standard_error(value, evaluation.get("count") if metric == chief else None)
+            error = _own_error(evaluation, metric)
+            if error is None and metric == chief:
+                error = standard_error(value, evaluation.get("count"))
             rows.append(
                 (f"{name} {metric}", f"{value:.4g}", "" if error is None else f"{error:.2g}", ", ".join(beside))
             )
