@@ -12,7 +12,8 @@ curves. --evaluations accepts NAME=file or NAME/VARIANT=file as scripts/evaluate
 results.json holds stage_zero/zero_shot_accuracy, stage_zero/untrained_zero_shot_accuracy, stage_zero/retrieval_r1,
 stage_zero/retrieval_r1_chance, stage_zero/unseen_zero_shot_accuracy, stage_two/accuracy, stage_two/accuracy_<type>,
 stage_two/unseen_accuracy, stage_two/majority_accuracy, stage_two/blind_accuracy,
-stage_two/untrained_encoder_accuracy and more of the same form, as far as the files hold them.
+stage_two/untrained_encoder_accuracy, stage_two/yes_no_f1, stage_two/captioning_cider and more of the same form, as far
+as the files hold them.
 
 A missing or broken file is reported and left out.
 """

@@ -23,6 +23,8 @@ TINTS = {
     "majority": "majority",
     "majority_by_type": "majority",
     "most_frequent_class": "majority",
+    "always_yes": "majority",
+    "shuffled": "chance",
     "chance": "chance",
 }
 NAMES = {
@@ -36,12 +38,19 @@ NAMES = {
     "rankme": "RankMe",
     "knn": "kNN",
     "vqa": "questions",
+    "yes_no": "yes/no questions",
+    "shuffled": "images shuffled",
+    "cider": "CIDEr-D",
+    "bleu4": "BLEU-4",
+    "f1": "F1",
+    "neither": "neither yes nor no",
     "top5_accuracy": "top-5 accuracy",
     "image_to_text": "image to text",
     "text_to_image": "text to image",
 }
 _RECALL = re.compile(r"^(?:(.*?)_)?r(\d+)$")
-_FRACTION = re.compile(r"(^|_)(accuracy|r\d+|consensus|f1|precision|recall|dead_dimensions|fraction)($|_)")
+_FRACTIONS = r"accuracy|r\d+|consensus|bleu4|f1|precision|recall|yes_ratio|neither|dead_dimensions|fraction"
+_FRACTION = re.compile(rf"(^|_)({_FRACTIONS})($|_)")
 _IMAGE = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/=]+")
 
 

@@ -69,10 +69,11 @@ def _judged(sample: dict[str, Any]) -> bool | None:
 
 def _card(sample: dict[str, Any], before: str) -> dict[str, Any]:
     answer = sample.get("answer") or sample.get("reference") or ""
+    truths = [clipped(each, 100) for each in as_list(sample.get("references"))[:3]]
     return {
         "image": embedded(sample.get("image")),
         "question": sample.get("question") or sample.get("prompt") or "",
         "said": clipped(sample.get("prediction") or sample.get("continuation") or "") or "(nothing)",
-        "truth": f"{before}{clipped(answer)}" if before and answer else "",
+        "truth": before + " / ".join(truths or [clipped(answer)]) if before and (truths or answer) else "",
         "tag": str(sample.get("question_type") or "").replace("_", " "),
     }

@@ -28,6 +28,7 @@ HEADLINES = (
     ("stage_zero", "knn", "accuracy", "Nearest neighbours, accuracy"),
     ("stage_zero", "probe", "accuracy", "Linear probe, accuracy"),
     ("stage_two", "vqa", "accuracy", "Questions about images, accuracy"),
+    ("stage_two", "yes_no", "f1", "Yes/no questions, F1"),
 )
 WHAT = {
     "stage_zero": "vision encoder",

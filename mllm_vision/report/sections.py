@@ -18,6 +18,8 @@ TASKS = {
     "zero_shot": "Zero-shot classification",
     "retrieval": "Retrieval",
     "vqa": "Questions about images",
+    "yes_no": "Yes/no questions",
+    "captioning": "Captions",
     "geometry": "Geometry of the embeddings",
     "board": "Geometry of the embeddings",
     "knn": "Nearest neighbours",

@@ -266,8 +266,10 @@ def test_samples_of_text_and_captions() -> None:
         {"prompt": "a large", "continuation": "red circle", "reference": "blue square"},
         {"image": "https://example.com/a.png", "question": "", "prediction": "word " * 100, "answer": "a ring"},
         {"question": "what?", "prediction": "", "answer": "red", "correct": False},
+        {"prediction": "a dog", "answer": "one hound", "references": ["one hound", "two hounds"]},
     ]
     page = draw("parts.samples", sample_cards, samples)
+    assert "reference: one hound / two hounds" in page
     text = "".join(check(page).text)
     assert "Outputs" in text and "red circle" in text and "reference: blue square" in text
     assert "(nothing)" in text and "correct: red" in text and "example.com" not in page
