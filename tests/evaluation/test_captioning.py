@@ -7,7 +7,7 @@ import tiny
 import torch
 from datasets import Dataset
 
-from mllm_vision.data import CHAT_TEMPLATES, load_image, load_records
+from mllm_vision.data import CHAT_TEMPLATES, bind_conversations, load_image, load_records
 from mllm_vision.encoder import VisionEncoder
 from mllm_vision.evaluation import Captioning
 from mllm_vision.evaluation.language.caption_scores import bleu, cider_d
@@ -126,3 +126,21 @@ def test_rows_that_cannot_be_captioned_are_counted(pair, caplog) -> None:
     nothing = Dataset.from_dict({"image": cells[1:2], "captions": [["b"]]})
     with pytest.raises(ValueError, match="none of 1 rows can be captioned .the image cannot be decoded"):
         Captioning("c", nothing, COLUMNS, processor).examine(model)
+
+
+def test_captions_and_conversations_give_the_same_figures(pair) -> None:
+    """Stage one's template writes the image alone, whatever a conversation asks."""
+    image = tiny.image_bytes(tiny.random_image(3))
+    ask = {"from": "human", "value": "Describe it.\n<image>"}
+    captions = [{"image": image, "caption": text} for text in (["a star"], "a circle", None)]
+    talks = [
+        {"image": [image], "conversations": [ask, {"from": "gpt", "value": text}]}
+        for text in ("a star", "a circle", "")
+    ]
+    found = [
+        Captioning("c", records, bind_conversations(records), pair[1], max_new_tokens=4).examine(pair[0])
+        for records in (captions, talks)
+    ]
+    assert found[0].metrics == found[1].metrics and found[0].samples == found[1].samples
+    assert [sample["answer"] for sample in found[0].samples] == ["a star", "a circle"]
+    assert sum(found[0].refused.values()) == sum(found[1].refused.values()) == 1

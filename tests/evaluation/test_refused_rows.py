@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 import torch
@@ -115,5 +116,5 @@ def test_a_held_out_row_that_cannot_be_used_is_left_out_and_none_counts_twice(ca
 
     with caplog.at_level(logging.WARNING):
         result = examine(HeldOutLoss("loss", Rows(0, 5, None), collate, 2), Model(1, 1))
-    assert result.metrics == {"loss": pytest.approx((0 + 1 + 3 + 4) / 4), "skipped": 1.0}
+    assert result.metrics == pytest.approx({"loss": (0 + 1 + 3 + 4) / 4, "perplexity": math.exp(2), "skipped": 1.0})
     assert caplog.text.count("row 2") == 1

@@ -19,6 +19,7 @@ from mllm_vision.encoder import DualEncoder, VisionEncoder
 from mllm_vision.errors import IncompleteRun
 from mllm_vision.evaluation import Geometry, KnnAccuracy, LabelledImages, LinearProbe, Retrieval, ZeroShot
 from mllm_vision.evaluation.base import examine
+from mllm_vision.evaluation.language.captions import Captioning
 from mllm_vision.evaluation.language.question_answering import QuestionAnswering
 from mllm_vision.hub.lineage import check_lineage, hash_weights
 from mllm_vision.vlm import HeldOutLoss, load_vlm
@@ -29,7 +30,7 @@ EVALUATIONS = {
     "pretrain": {"retrieval", "zero_shot", "geometry"},
     "pretrain_images": {"knn", "probe", "geometry"},
     "finetune": {"test"},
-    "align": {"captions"},
+    "align": {"captions", "captioning"},
     "instruct": {"conversations", "answers"},
     "language_model": {"heldout"},
 }
@@ -99,7 +100,9 @@ def stage(folder: Path, data: Path, name: str, **options: Any) -> tuple[Any, Any
 
 
 def align(folder: Path, data: Path) -> dict[str, Any]:
-    return stage(folder, data, "captions", roles=("image", "caption"))[-1]
+    model, processor, loaded, found = stage(folder, data, "captions", roles=("image", "caption"))
+    captioning = Captioning("captioning", loaded.eval_records, loaded.eval_columns, processor, limit=2)
+    return found | {"captioning": captioning(model, 0)}
 
 
 def instruct(folder: Path, data: Path) -> dict[str, Any]:
@@ -186,7 +189,6 @@ def second_only(function: Any) -> Any:
 STEPS = {
     "evaluation": ("mllm_vision.training.trainer.evaluating", "examine", after_training_only),
     "log": ("mllm_vision.training.trainer.evaluating.Evaluating", "_log_final", lambda _: fails),
-    "captions": ("mllm_vision.evaluation.language.captions", "caption_samples", lambda _: fails),
     "continuations": ("mllm_vision.data.documents", "continuations", lambda _: fails),
     "tokenizer": ("mllm_vision.data.documents", "check_tokenizer", lambda check: saved_only(check)),
     "adapters": ("mllm_vision.vlm.export", "merge_adapters", lambda merge: second_only(merge)),
@@ -197,12 +199,12 @@ STEPS = {
     "card and push": ("mllm_vision.hub.push", "model_card", lambda _: fails),
 }
 NAMES = {  # of the steps in run.json
-    "log": "log of the evaluation", "captions": "sample captions", "continuations": "sample continuations",
+    "log": "log of the evaluation", "continuations": "sample continuations",
     "drawing": "drawing of the views", "audit": "audit of the parts", "freeze audit": "freeze audit",
     "lineage": "verdict and lineage", "tokenizer": "check of the saved tokenizer",
     "adapters": "merging of the adapters",
 }  # fmt: skip
-OWN = {"align": ["captions", "freeze audit"], "instruct": ["freeze audit", "adapters"],
+OWN = {"align": ["freeze audit"], "instruct": ["freeze audit", "adapters"],
        "language_model": ["continuations", "tokenizer"],
        "pretrain_images": ["drawing", "audit"], "pretrain": ["audit"], "finetune": ["audit"]}  # fmt: skip
 SEVERE = ("audit", "freeze audit", "tokenizer")

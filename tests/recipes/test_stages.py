@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -92,6 +93,9 @@ def test_stage_one_moves_the_projector_only_and_learns(folder, aligned):
     assert captions["loss"] < captions["baselines"]["shuffled"]
     assert {"no_image", "shuffled", "untrained"} <= set(captions["baselines"])
     assert len(aligned["samples"]) == 8
+    captioning = aligned["evaluations"]["captioning"]
+    assert captioning["count"] == 32 and captioning["cider"] > captioning["baselines"]["shuffled"]
+    assert captions["perplexity"] == pytest.approx(math.exp(captions["loss"]))
     for sample in aligned["samples"]:
         assert sample["image"].startswith("data:image") and sample["answer"] and isinstance(sample["prediction"], str)
     assert "<image>×16«" in aligned["label_preview"] and aligned["label_preview"].endswith("</s>»")
