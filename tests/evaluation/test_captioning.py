@@ -27,7 +27,7 @@ def pair(tmp_path_factory):
     language_model = tiny.tiny_llama(len(tokenizer), initializer_range=0.4)
     model, processor = build_vlm(encoder, language_model, tokenizer=tokenizer, chat_template=CHAT_TEMPLATES["plain"])
     with torch.no_grad():
-        for parameter in model.model.multi_modal_projector.parameters():
+        for parameter in model.model.model.multi_modal_projector.parameters():
             parameter.mul_(20)
     return model.eval(), processor
 

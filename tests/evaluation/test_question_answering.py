@@ -66,12 +66,8 @@ def test_batched_answers_equal_one_by_one(pair, records) -> None:
 def test_every_image_is_encoded_once(pair, records, monkeypatch) -> None:
     model, processor = pair
     seen = []
-    inner = model.get_image_features
-    monkeypatch.setattr(
-        model,
-        "get_image_features",
-        lambda pixel_values, **kw: seen.append(len(pixel_values)) or inner(pixel_values=pixel_values, **kw),
-    )
+    inner = model.image_tokens
+    monkeypatch.setattr(model, "image_tokens", lambda pixels: seen.append(len(pixels["pixel_values"])) or inner(pixels))
     QuestionAnswering("vqa", records, COLUMNS, processor, batch_size=3, max_new_tokens=2)(model, 0)
     assert sum(seen) == len(records)
 
