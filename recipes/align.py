@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     own, arguments, settings, streams = flags
     own.check_model()
     own.check_train()
+    own.check_cache(streams.streaming)
 
     from mllm_vision.modules.audit import audit_table
     from mllm_vision.training.recipe.run import Run
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     run.describe_data("validation", data.eval_records, data.eval_columns, refused=refused)
 
     own.prepare(task)
+    own.cache(task, processor, data, arguments)
     rows = audit(task, arguments.learning_rate, own.rates)
     proof = FreezeProof(task, rows)
     heldout = HeldOutLoss("captions", data.evaluation, data.collator, arguments.per_device_eval_batch_size)
@@ -96,7 +98,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
         model=task,
         args=arguments,
         train_dataset=data.train,
-        data_collator=data.collator,
+        data_collator=data.train_collator,
         callbacks=callbacks,
         run=run,
         learning_rates=learning_rates(task, own.rates),

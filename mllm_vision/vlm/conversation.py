@@ -67,6 +67,7 @@ class StageData:
     train: ConversationDataset | PackedConversations | StreamDataset
     evaluation: ConversationDataset | PackedConversations
     collator: ConversationCollator
+    train_collator: ConversationCollator
     columns: dict[str, str]
     train_records: Any
     eval_records: Any
@@ -87,6 +88,23 @@ class StageData:
         if not single:
             logger.warning("answers are not evaluated: no held-out row asks about exactly one image")
         return single
+
+    @property
+    def samples(self) -> ConversationDataset:
+        """The training conversations themselves, which may be packed.
+
+        Raises:
+            ValueError: they are read as a stream.
+        """
+        found = self.train.samples if isinstance(self.train, PackedConversations) else self.train
+        if isinstance(found, StreamDataset):
+            raise ValueError("--cache_features and --streaming are mutually exclusive: a stream's images are read once")
+        return found
+
+    def use_layout(self, layout: Any, tokenizer: Any) -> None:
+        """Gives the training images another form, as `CachedLayout` does; the held-out images keep theirs."""
+        self.samples.layout = layout
+        self.train_collator = ConversationCollator(tokenizer, layout)
 
     def check(self, max_bad_fraction: float) -> None:
         """Raises ValueError if too many rows of the training or held-out data were refused."""
@@ -203,6 +221,7 @@ def load_stage_data(
         train=train,
         evaluation=evaluation,
         collator=ConversationCollator(tokenizer, layout),
+        train_collator=ConversationCollator(tokenizer, layout),
         columns=columns,
         train_records=records if stream is None else stream,
         eval_records=held,
@@ -244,7 +263,7 @@ def _check_use(
 def label_preview(data: StageData, processor: Any) -> str:
     """The first valid training sample, the text that is trained on between « and »; "" without one."""
     if not isinstance(data.train, StreamDataset):
-        return preview_labels(data.collator([data.train[0]]), processor.tokenizer)
+        return preview_labels(data.train_collator([data.train[0]]), processor.tokenizer)
     for number, row in enumerate(data.train.stream.head()):
         first = judge(f"row {number}", data.train.reader.read_record, row, 0, number)
         if not isinstance(first, BadRow):

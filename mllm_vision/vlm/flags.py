@@ -28,7 +28,56 @@ class ChatDataArguments(DataArguments):
     )
     dtype: str = field(default="float32", metadata={"help": "The weights' type: float32, bfloat16 or auto."})
     blind: bool = field(default=False, metadata={"help": "Train on zeros instead of images.", "rare": True})
+    cache_features: bool = field(
+        default=False, metadata={"help": "Compute a frozen encoder's features of each training image once, on disk."}
+    )
+    features_dir: str | None = field(
+        default=None, metadata={"help": "Their folder; by default in the cache of datasets.", "rare": True}
+    )
+    features_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Their type; auto is the encoder's own, without rounding.", "rare": True}
+    )
     artifact_name: str = field(default="model", metadata={"help": "The result's folder in output_dir.", "rare": True})
+
+    def check_cache(self, streaming: bool) -> None:
+        """Raises ValueError for flags that exclude `--cache_features`, before anything is loaded."""
+        unused = [
+            name for name, plain in (("features_dir", None), ("features_dtype", "auto")) if getattr(self, name) != plain
+        ]
+        if unused and not self.cache_features:
+            raise ValueError(f"--{unused[0]} has no effect without --cache_features; add it, or leave {unused[0]} out")
+        for flag, given in {"blind": self.blind, "streaming": streaming}.items():
+            if self.cache_features and given:
+                raise ValueError(f"--cache_features and --{flag} are mutually exclusive; leave one of them out")
+
+    def cache(self, task: Any, processor: Any, data: Any, arguments: Any) -> None:
+        """With `--cache_features`, computes what is missing of the training images' features and reads them from disk.
+
+        Args:
+            task, processor: what is trained, its parts already frozen.
+            data: the `StageData`.
+            arguments: the `RecipeArguments`.
+
+        Raises:
+            ValueError: see `cache_features`.
+        """
+        if not self.cache_features:
+            return
+        import torch
+
+        from mllm_vision.vlm.feature_cache import cache_features
+
+        task.to(arguments.device)  # the Trainer would move it later
+        layout = cache_features(
+            task,
+            task.system.layout(task.model, processor),
+            data.samples.image_cells(),
+            folder=self.features_dir,
+            dtype=None if self.features_dtype == "auto" else getattr(torch, self.features_dtype),
+            autocast=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
+            batch_size=arguments.per_device_train_batch_size,
+        )
+        data.use_layout(layout, processor.tokenizer)
 
     def load_stage_data(self, model: Any, processor: Any, arguments: Any, streams: Any, **more: Any) -> Any:
         """The `StageData` of these flags; too many bad rows are refused.

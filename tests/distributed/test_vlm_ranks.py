@@ -30,3 +30,14 @@ def test_held_out_loss_is_shared_out(gloo, tokenizer):
     for found in gloo.run(2, work.held_out, tokenizer, 8):
         assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
         assert found["baselines"]["no_image"] == pytest.approx(expected["baselines"]["no_image"], abs=1e-6)
+
+
+def test_ranks_share_the_computation_of_cached_features(gloo, tokenizer, tmp_path):
+    count, seen, expected = work.cached(tokenizer, str(tmp_path / "one"))
+    assert (count, seen) == (9, 9)
+    found = gloo.run(2, work.cached, tokenizer, str(tmp_path / "two"))
+    assert [(each[0], each[1]) for each in found] == [(9, 5), (9, 4)]
+    for _, _, features in found:
+        torch.testing.assert_close(features, expected, rtol=0, atol=1e-6)
+    again = gloo.run(2, work.cached, tokenizer, str(tmp_path / "two"))
+    assert [(each[0], each[1]) for each in again] == [(9, 0), (9, 0)]

@@ -62,3 +62,27 @@ def held_out(folder: str, count: int) -> dict:
         return {name: torch.cat([row[name] for row in chunk]) for name in chunk[0]}
 
     return HeldOutLoss("captions", items, collate, batch_size=2)(model)
+
+
+def cached(folder: str, features: str) -> tuple[int, int, torch.Tensor]:
+    """(images in the cache, images that this rank's tower saw, all features) of nine images, one of them twice."""
+    from mllm_vision.vlm.feature_cache import cache_features
+
+    model = small_model(folder, ("connector",))
+    images = [[tiny.random_image(seed)] for seed in (*range(9), 0)]
+    layout = model.system.layout(model.model, _Processor())
+    seen: list[int] = []
+    features_of = model.system.features
+
+    def counting(native, tensors):
+        seen.append(len(tensors["pixel_values"]))
+        return features_of(native, tensors)
+
+    model.system.features = counting
+    found = cache_features(model, layout, images, folder=features, batch_size=2)
+    every = found([found.load(row[0]) for row in images])["image_features"]
+    return len(found.cache), sum(seen) - 3, every
+
+
+class _Processor:
+    image_processor = tiny.tiny_image_processor("clip")

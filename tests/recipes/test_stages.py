@@ -349,3 +349,51 @@ def test_chat_answers_once_and_in_a_dialogue(folder, instructed, capsys, monkeyp
 def test_chat_says_what_is_missing(folder, instructed, model, image, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         chat.main(["--model", str(folder / model), "--image", str(folder / image), "--question", "what?"])
+
+
+def weights(record):
+    return record["artifacts"][0]["weights_sha256"]
+
+
+def test_cached_features_train_the_same_weights_and_resume(folder, tmp_path):
+    """`--cache_features`: from images, from features computed now, and from those of an earlier run."""
+    plain = run_align(folder, tmp_path / "plain", "--seed", "3", steps=6)
+    more = ("--seed", "3", "--cache_features", "--features_dir", tmp_path / "features")
+    saved = ("--save_strategy", "steps", "--save_steps", "3")
+    first = run_align(folder, tmp_path / "first", *more, *saved, steps=6)
+    assert weights(first) == weights(plain)
+    assert first["label_preview"] == plain["label_preview"]
+    assert first["evaluations"]["captions"] == plain["evaluations"]["captions"]
+    assert len(list((tmp_path / "features").glob("*.features"))) == 1
+
+    shutil.rmtree(tmp_path / "first" / "checkpoint-6")
+    shutil.rmtree(tmp_path / "first" / "model")
+    (tmp_path / "first" / "run.json").unlink()
+    resumed = run_align(folder, tmp_path / "first", *more, *saved, "--resume", steps=6)
+    assert weights(resumed) == weights(plain)
+    assert len(list((tmp_path / "features").glob("*.features"))) == 1  # nothing was computed again
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_cached_features_train_the_same_weights_in_stage_two(folder, aligned, tmp_path, packed):
+    more = ("--pack_turns",) if packed else ()
+    without, cached = (
+        run_instruct(folder, tmp_path / str(len(extra)), *more, *extra, steps=3)
+        for extra in ((), ("--cache_features", "--features_dir", tmp_path / "features"))
+    )
+    assert weights(without) == weights(cached)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--features_dir", "x"), "--features_dir has no effect without --cache_features"),
+        (("--features_dtype", "float16"), "--features_dtype has no effect"),
+        (("--cache_features", "--blind"), "--cache_features and --blind are mutually exclusive"),
+        (("--cache_features", "--streaming"), "--cache_features and --streaming are mutually exclusive"),
+        (("--cache_features", "--train", "encoder", "connector"), "frozen encoder, but .* train"),
+    ],
+)
+def test_flags_that_exclude_each_other(folder, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        run_align(folder, tmp_path / "run", *more)

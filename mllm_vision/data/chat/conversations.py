@@ -235,15 +235,22 @@ class ConversationDataset(EpochDataset):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def image_cells(self) -> RowImages:
+        """The undecoded images of every row of the records that has a sample, row by row."""
+        return RowImages(self)
+
+    def images_of(self, index: int) -> list[Any]:
+        """A sample's images, undecoded."""
+        row, own_images = self._cells(index, "row", "own_images")
+        return self.form(self.records[row]).images if own_images else self.form.images(self._images[row])
+
     def _read(self, index: int, key: int) -> dict[str, Any]:
-        row, own_images, variants = self._cells(index, "row", "own_images", "variants")
+        row, variants = self._cells(index, "row", "variants")
         tokens, mask = self._shuffled(index) or self._wording(index, key % variants)
         if not (tokens == self.chat.image_token_id).any():
             images = []  # a text-only conversation has no image to read
-        elif own_images:
-            images = self.form(self.records[row]).images
         else:
-            images = self.form.images(self._images[row])
+            images = self.images_of(index)
         return self._sample(images, self.sizes_of(index), tokens, mask, key, row)
 
     def read_record(self, record: dict[str, Any], key: int, index: int) -> dict[str, Any]:
@@ -286,3 +293,17 @@ class ConversationDataset(EpochDataset):
             "keys": [draw_key(key, 1, number) for number in range(len(images))],
             "index": index,
         }
+
+
+class RowImages(Sequence):
+    """The undecoded images of a data set's records, each record once, read when they are asked for."""
+
+    def __init__(self, samples: ConversationDataset) -> None:
+        self.samples = samples
+        self._first = np.unique(samples.beginnings()[0], return_index=True)[1]  # the first sample of every row
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.samples.images_of(int(self._first[number]))

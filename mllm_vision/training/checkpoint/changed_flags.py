@@ -31,7 +31,7 @@ _REFUSED = {
 _APPLIED = re.compile(
     r"(eval_|max_eval_|zero_shot_|knn_).*|.*learning_rate|"
     r"evaluators|final_evaluators|raw_pixels|templates|sample_count|max_new_tokens|artifact_name|"
-    r"dataset_name|image_root|mix_datasets|eval_cache_gb"  # the trainer compares the rows
+    r"dataset_name|image_root|mix_datasets|eval_cache_gb|cache_features|features_dir"  # the trainer compares the rows
 )
 _NOTE = re.compile(r"# from step (\d+) on ")
 _WHY = "The checkpoint was made with the other value"
