@@ -195,8 +195,13 @@ def test_convolutional_towers(make, system, kind, tmp_path):
 
 def test_what_does_not_fit_is_refused(make, tmp_path):
     other = VisionEncoder.from_backbone(tiny.tiny_dinov2(), tiny.tiny_image_processor("dinov2", 64))
-    with pytest.raises(ValueError, match=r"patch by patch, but they give \[16, 64\] patches.*image_size="):
+    with pytest.raises(ValueError, match=r"patch by patch, but they give \[16, 64\] patches.*--more_image_sizes"):
         make("prismatic", more=[other])
+    task, _ = make("prismatic", more=[other], more_image_sizes=[32], more_select_layers=[1])
+    assert task.config.vision_feature_layers == [-2, 1]
+    assert task.config.vision_configs[1].image_size == 32
+    with pytest.raises(ValueError, match=r"more_image_sizes=\[32, 32\] has 2 entries for 1 more_encoders"):
+        make("prismatic", more=[other], more_image_sizes=[32, 32])
     clip = tiny.tiny_clip_vision()
     pooled = VisionEncoder.from_backbone(clip, tiny.tiny_image_processor("clip"), select_feature="cls_patch")
     with pytest.raises(ValueError, match="system=qwen_vl takes the patches.*--select_feature patch"):

@@ -14,20 +14,16 @@ from mllm_vision.encoder import VisionEncoder
 from mllm_vision.vlm.connectors.base import grid_side
 from mllm_vision.vlm.connectors.spatial_aggregator import CambrianForConditionalGeneration
 from mllm_vision.vlm.language_model import JoinedLanguageModel
-from mllm_vision.vlm.systems.own import OwnSystem
+from mllm_vision.vlm.systems.own import OwnSystem, SeveralTowers
 
 
 class Cambrian(OwnSystem):
     """Cambrian-1: a grid of queries, each attending to its own window in the map of every tower."""
 
     @dataclasses.dataclass
-    class Config:
+    class Config(SeveralTowers):
         """Settings of the aggregator (section 4; the defaults are Cambrian-1-8B's)."""
 
-        more_encoders: list[str] = dataclasses.field(
-            default_factory=list,
-            metadata={"help": "Further encoders of any kind and size, convolutional ones too: folders or Hub ids."},
-        )
         query_side: int = dataclasses.field(default=24, metadata={"help": "Side of the grid of queries: 576 tokens."})
         vision_sides: list[int] = dataclasses.field(
             default_factory=list,
@@ -58,9 +54,8 @@ class Cambrian(OwnSystem):
         query = self.config.query_side
         tokens = [each.num_tokens for each in encoders]
         nearest = [max(1, round(grid_side(each) / query)) * query for each in tokens]
-        settings = {
-            name: value for name, value in vars(self.config).items() if name not in ("more_encoders", "vision_sides")
-        }
+        towers = {each.name for each in dataclasses.fields(SeveralTowers)} | {"vision_sides"}
+        settings = {name: value for name, value in vars(self.config).items() if name not in towers}
         return {**settings, "vision_tokens": tokens, "vision_sides": self.config.vision_sides or nearest}
 
     def build(self, encoder: VisionEncoder, language: JoinedLanguageModel, processor: Any) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -19,6 +20,40 @@ from mllm_vision.vlm.connectors.processing import ConnectorProcessor, JoinedImag
 from mllm_vision.vlm.language_model import JoinedLanguageModel
 from mllm_vision.vlm.systems.base import Parts, System
 from mllm_vision.vlm.tokens import check_image_token
+
+
+@dataclasses.dataclass
+class SeveralTowers:
+    """Settings of systems with several towers, the first of which is `--encoder`."""
+
+    more_encoders: list[str] = dataclasses.field(
+        default_factory=list, metadata={"help": "Further encoders: folders or Hub ids."}
+    )
+    more_image_sizes: list[int] = dataclasses.field(
+        default_factory=list, metadata={"help": "The sides of their images; by default their own.", "rare": True}
+    )
+    more_select_layers: list[int] = dataclasses.field(
+        default_factory=list, metadata={"help": "Their layers; by default their own choice.", "rare": True}
+    )
+
+    def load(self) -> list[VisionEncoder]:
+        """The further encoders.
+
+        Raises:
+            ValueError: sizes or layers for another number of encoders, and see `VisionEncoder.from_pretrained`.
+            OSError: one cannot be read.
+        """
+        count = len(self.more_encoders)
+        for name in ("more_image_sizes", "more_select_layers"):
+            if (given := getattr(self, name)) and len(given) != count:
+                raise ValueError(
+                    f"{name}={given} has {len(given)} entries for {count} more_encoders; give one for each"
+                )
+        sizes, layers = (each or [None] * count for each in (self.more_image_sizes, self.more_select_layers))
+        return [
+            VisionEncoder.from_pretrained(path, image_size=size, select_layer=layer)
+            for path, size, layer in zip(self.more_encoders, sizes, layers, strict=True)
+        ]
 
 
 class OwnSystem(System):
@@ -63,7 +98,7 @@ class OwnSystem(System):
             ValueError: one whose tokens are not the patches of a square grid.
         """
         if self._others is None:
-            self._others = [VisionEncoder.from_pretrained(path) for path in getattr(self.config, "more_encoders", ())]
+            self._others = self.config.load() if isinstance(self.config, SeveralTowers) else []
         found = [encoder, *self._others]
         for each in found:
             if each.select_feature != "patch":

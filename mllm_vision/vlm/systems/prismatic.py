@@ -9,20 +9,15 @@ from typing import Any, ClassVar
 from mllm_vision.encoder import VisionEncoder
 from mllm_vision.vlm.connectors.fused import PrismaticForConditionalGeneration
 from mllm_vision.vlm.language_model import JoinedLanguageModel
-from mllm_vision.vlm.systems.own import OwnSystem
+from mllm_vision.vlm.systems.own import OwnSystem, SeveralTowers
 
 
 class Prismatic(OwnSystem):
     """Prismatic: one token for each patch, with the channels of every tower (published: SigLIP and DINOv2)."""
 
     @dataclasses.dataclass
-    class Config:
+    class Config(SeveralTowers):
         """Settings: the towers."""
-
-        more_encoders: list[str] = dataclasses.field(
-            default_factory=list,
-            metadata={"help": "Further encoders with the same grid of patches: folders or Hub ids."},
-        )
 
     name: ClassVar[str] = "prismatic"
     model_class: ClassVar[type] = PrismaticForConditionalGeneration
@@ -33,7 +28,7 @@ class Prismatic(OwnSystem):
             sizes = [f"{each.image_size} pixels by {each.patch_size}" for each in encoders]
             raise ValueError(
                 f"system=prismatic joins towers patch by patch, but they give {tokens} patches ({', '.join(sizes)}); "
-                "save the encoders at sizes with one grid (VisionEncoder.from_pretrained(path, image_size=...))"
+                "choose sizes with one grid (--image_size, --more_image_sizes)"
             )
         return tokens[0]
 
