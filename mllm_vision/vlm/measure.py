@@ -156,12 +156,7 @@ def answer(
 
 def spell_out(layout: Any, ids: Tensor, images: Sequence[Any]) -> Tensor:
     """``ids [T]`` with each image token replaced by the tokens of its image."""
-    sizes = iter([(image.height, image.width) for image in images])
-    pieces = [
-        torch.from_numpy(layout.tokens(*next(sizes))) if token == layout.image_token_id else torch.tensor([token])
-        for token in ids.tolist()
-    ]
-    return torch.cat(pieces)
+    return torch.from_numpy(layout.expand(ids.numpy(), [(image.height, image.width) for image in images])[0])
 
 
 def check_room(model: Any, tokens: int, max_new_tokens: int) -> None:

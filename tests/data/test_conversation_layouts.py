@@ -105,10 +105,10 @@ def test_samples_are_what_the_native_processor_makes(tokenizer, native, layout):
         assert sample["input_ids"].tolist() == np.asarray(given["input_ids"]).reshape(-1).tolist()
         assert supervised(sample, tokenizer).replace("</s>", "").split() == [["a"], ["b"], ["c", "d"], ["e"]][index]
     batch = ConversationCollator(tokenizer, layout)([dataset[i] for i in range(4)])
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "pixel_values", "image_sizes"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "pixel_values", "image_sizes", "tiles"}
     assert batch["image_sizes"].tolist() == [list(size) for sizes in of_each for size in sizes]
-    together = native.image_processor([image_of(*size) for size in SIZES], return_tensors="pt")
-    assert torch.equal(batch["pixel_values"], together["pixel_values"])
+    each = [native.image_processor(image_of(*size), return_tensors="pt")["pixel_values"][0] for size in SIZES]
+    assert torch.equal(batch["pixel_values"], torch.cat(each))
     assert set(ConversationCollator(tokenizer, layout)([dataset[1]])) == {"input_ids", "attention_mask", "labels"}
 
 

@@ -135,11 +135,14 @@ def test_any_resolution_texts_and_tensors_are_the_processors(shared_tokenizer, s
     given = native(text=text, images=images, return_tensors="pt")
     assert expanded(layout, shared_tokenizer, text, images) == given["input_ids"][0].tolist()
     ours = layout(images)
-    assert set(ours) == {"pixel_values", "image_sizes"}
-    assert torch.equal(ours["pixel_values"], given["pixel_values"])
+    assert set(ours) == {"pixel_values", "image_sizes", "tiles"}
+    tiles = [pixels[:count] for pixels, count in zip(given["pixel_values"], ours["tiles"].tolist(), strict=True)]
+    assert torch.equal(ours["pixel_values"], torch.cat(tiles))
+    padding = [pixels[count:] for pixels, count in zip(given["pixel_values"], ours["tiles"].tolist(), strict=True)]
+    assert not any(each.any() for each in padding), "all others are the processor's padding"
     assert torch.equal(ours["image_sizes"], given["image_sizes"])
     blank = layout.blank()
-    assert blank["pixel_values"].shape[0] == 1 and blank["image_sizes"].shape == (1, 2)
+    assert blank["pixel_values"].shape[0] == int(blank["tiles"]) and blank["image_sizes"].shape == (1, 2)
 
 
 # -- InternVL ---------------------------------------------------------------------------------------------------------

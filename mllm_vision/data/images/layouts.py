@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from mllm_vision.data.images.decoding import in_threads, load_image
 from mllm_vision.data.images.preprocessing import three
@@ -200,8 +199,8 @@ class AnyResolutionLayout(ImageLayout):
         side: tokens along a side of a tile, the tower's image size over its patch size.
         image_processor: a `LlavaNextImageProcessor`.
 
-    Gives "pixel_values" `[images, tiles + 1, 3, H, W]`, padded with tiles of zeros, and "image_sizes" `[images, 2]`
-    (height, width).
+    Gives "pixel_values" `[all tiles, 3, H, W]`, of each image the whole one first (the native class takes them so or
+    padded), "image_sizes" `[images, 2]` (height, width), and "tiles" `[images]` int64, how many each has.
 
     Raises:
         ValueError: pinpoints that are not multiples of the tile.
@@ -235,8 +234,8 @@ class AnyResolutionLayout(ImageLayout):
     def __call__(self, images: Sequence[Image.Image], keys: Sequence[int] | None = None) -> dict[str, Tensor]:
         found = _of_each(self.processor, images)
         sizes = torch.tensor([(image.height, image.width) for image in images], dtype=torch.int64)
-        pixels = pad_sequence([each["pixel_values"][0] for each in found], batch_first=True)
-        return {"pixel_values": pixels, "image_sizes": sizes}
+        pixels = [each["pixel_values"][0] for each in found]
+        return {"pixel_values": torch.cat(pixels), "image_sizes": sizes, "tiles": _counts(pixels)}
 
 
 class TilesLayout(ImageLayout):
@@ -262,7 +261,7 @@ class TilesLayout(ImageLayout):
 
     def __call__(self, images: Sequence[Image.Image], keys: Sequence[int] | None = None) -> dict[str, Tensor]:
         found = [each["pixel_values"] for each in _of_each(self.processor, images, crop_to_patches=True)]
-        return {"pixel_values": torch.cat(found), "tiles": torch.tensor([len(each) for each in found])}
+        return {"pixel_values": torch.cat(found), "tiles": _counts(found)}
 
 
 class NativeAspectLayout(ImageLayout):
@@ -356,12 +355,16 @@ class SplitLayout(ImageLayout):
 
     def __call__(self, images: Sequence[Image.Image], keys: Sequence[int] | None = None) -> dict[str, Tensor]:
         found = [each["pixel_values"][0] for each in _of_each(self.processor, images)]
-        return {"pixel_values": torch.cat(found), "tiles": torch.tensor([len(each) for each in found])}
+        return {"pixel_values": torch.cat(found), "tiles": _counts(found)}
 
 
 def _of_each(processor: Any, images: Sequence[Image.Image], **options: Any) -> list[Any]:
     """What the processor gives for each image by itself, on several threads."""
     return in_threads(lambda image: processor(images=[image], return_tensors="pt", **options), list(images))
+
+
+def _counts(tiles: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([len(each) for each in tiles], dtype=torch.int64)
 
 
 def _square(size: Any) -> int:

@@ -17,6 +17,9 @@ SYSTEMS: dict[str, tuple[str, str, str]] = {
     "llava15": ("llava", "LLaVA15", "llava"),
     "prismatic": ("prismatic", "Prismatic", "mllm_vision_prismatic"),
     "qwen_vl": ("qwen_vl", "QwenVL", "mllm_vision_qwen_vl"),
+    "llava_next": ("llava_next", "LLaVANeXT", "llava_next"),
+    "internvl": ("internvl", "InternVL", "internvl"),
+    "idefics2": ("idefics2", "Idefics2", "idefics2"),
 }
 
 
