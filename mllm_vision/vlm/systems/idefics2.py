@@ -61,7 +61,7 @@ class Idefics2(System):
 
     def processor(self, encoder: VisionEncoder, tokenizer: Any) -> Idefics2Processor:
         check_tower(encoder.backbone, "idefics2_vision")
-        settings = self.config
+        settings: Any = self.config
         longest = settings.longest_edge or square_side(encoder, "Idefics2")
         shortest = settings.shortest_edge or round(longest * 378 / 980)
         if not encoder.patch_size <= shortest <= longest:
@@ -86,7 +86,8 @@ class Idefics2(System):
                 f"Idefics2's connector takes {' and '.join(missing)} of the language model's config, which a "
                 f"{text.model_type} does not have; use a Llama, Mistral or Qwen model"
             )
-        tower, settings = convert_tower(encoder.backbone, "idefics2_vision"), self.config
+        settings: Any = self.config
+        tower = convert_tower(encoder.backbone, "idefics2_vision")
         perceiver = Idefics2PerceiverConfig(
             hidden_size=text.hidden_size,
             rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),

@@ -127,7 +127,8 @@ class InternVL(System):
 
     def processor(self, encoder: VisionEncoder, tokenizer: Any) -> InternVLFiles:
         check_tower(encoder.backbone, "internvl_vision")
-        side, patch, settings = square_side(encoder, "InternVL"), encoder.patch_size, self.config
+        side, patch = square_side(encoder, "InternVL"), encoder.patch_size
+        settings: Any = self.config
         if side // patch % _SHUFFLE:
             raise ValueError(
                 f"InternVL joins 2 x 2 patches, but the tower has {side // patch} patches along a side of {side} px; "

@@ -50,10 +50,11 @@ class LLaVANeXT(System):
                 "LLaVA-NeXT cuts the grid of patches, so no other token may be kept: load the encoder with "
                 "select_feature='patch', or choose a tower without register tokens"
             )
+        settings: Any = self.config
         image_processor = LlavaNextImageProcessorPil(
             size={"shortest_edge": side},
             crop_size={"height": side, "width": side},
-            image_grid_pinpoints=[[rows * side, columns * side] for rows, columns in map(_grid, self.config.grids)],
+            image_grid_pinpoints=[[rows * side, columns * side] for rows, columns in map(_grid, settings.grids)],
             **pixels_of(encoder.processor),
         )
         return LlavaNextProcessor(
