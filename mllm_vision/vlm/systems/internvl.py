@@ -64,7 +64,10 @@ class InternVLFiles:
         for name, token in names.items():  # `InternVLProcessor` reads them from the tokenizer, which saves them
             setattr(tokenizer, name, token)
         self.image_token_id = tokenizer.context_image_token_id
-        self.start_image_token_id, self.end_image_token_id = tokenizer.start_image_token_id, tokenizer.end_image_token_id
+        self.start_image_token_id, self.end_image_token_id = (
+            tokenizer.start_image_token_id,
+            tokenizer.end_image_token_id,
+        )
 
     def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **options: Any) -> BatchFeature:
         """Texts with one image token an image, and the images in their order, as the model's inputs.
@@ -198,4 +201,4 @@ class InternVL(System):
         return inner.multi_modal_projector(joined).flatten(0, 1)
 
     def image_output(self, tokens: Tensor) -> dict[str, Any]:
-        return {"image": BaseModelOutputWithPooling(pooler_output=tokens)}  # type: ignore[arg-type]
+        return {"image": BaseModelOutputWithPooling(pooler_output=tokens)}
