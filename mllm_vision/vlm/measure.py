@@ -156,7 +156,8 @@ def answer(
 
 def spell_out(layout: Any, ids: Tensor, images: Sequence[Any]) -> Tensor:
     """``ids [T]`` with each image token replaced by the tokens of its image."""
-    return torch.from_numpy(layout.expand(ids.numpy(), [(image.height, image.width) for image in images])[0])
+    spelt, _ = layout.expand(ids.numpy(), [(image.height, image.width) for image in images])
+    return torch.from_numpy(spelt)
 
 
 def check_room(model: Any, tokens: int, max_new_tokens: int) -> None:
