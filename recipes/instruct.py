@@ -32,7 +32,7 @@ class InstructArguments(TuningArguments, ModelArguments, ChatDataArguments):
     )
     question_column: str | None = field(default=None, metadata=COLUMN)
     answer_column: str | None = field(default=None, metadata=COLUMN)
-    max_turns: int | None = field(default=None, metadata={"help": "Maximum questions in a sample."})
+    max_turns: int | None = field(default=None, metadata={"help": "Maximum questions in a sample.", "rare": True})
     shuffle_turns: bool = field(default=True, metadata={"help": "Ask an image's questions in a new order each epoch."})
     pack_turns: bool = field(
         default=False, metadata={"help": "Train an image's questions as separate samples at the cost of one."}

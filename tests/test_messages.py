@@ -68,6 +68,7 @@ ELSEWHERE = {  # file -> flags that its messages name for another script, which 
     "mllm_vision/errors.py": set(),
     "recipes/pretrain_images.py": {"model", "task"},
     "scripts/push_to_hub.py": set(),
+    "scripts/pretrained_parts.py": {"wheels", "no"},  # of itself and of pip
 }
 
 

@@ -16,7 +16,7 @@ class ChatDataArguments(DataArguments):
         default=None, metadata={"help": "Held-out data; by default rows of the training data."}
     )
     eval_split: str | None = field(
-        default=None, metadata={"help": "Its split; by default validation, or the only one."}
+        default=None, metadata={"help": "Its split; by default validation, or the only one.", "rare": True}
     )
     max_eval_samples: int = field(default=200, metadata={"help": "Rows of the held-out data, at most."})
     conversations_column: str | None = field(default=None, metadata=COLUMN)
@@ -137,13 +137,17 @@ class ModelArguments:
             "imports": True,
         },
     )
-    tokenizer: str | None = field(default=None, metadata={"help": "The tokenizer, if it is not beside the model."})
-    select_layer: int | None = field(default=None, metadata={"help": "The encoder's layer; by default its own choice."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "The tokenizer, if it is not beside the model.", "rare": True}
+    )
+    select_layer: int | None = field(
+        default=None, metadata={"help": "The encoder's layer; by default its own choice.", "rare": True}
+    )
     select_feature: str | None = field(
         default=None, metadata={"help": "patch or cls_patch; by default the encoder's choice.", "rare": True}
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "The side of the images; by default the encoder's own."}
+        default=None, metadata={"help": "The side of the images; by default the encoder's own.", "rare": True}
     )
 
     def check_model(self) -> None:
@@ -201,9 +205,7 @@ class TuningArguments:
         metadata={"help": "Parts that train: encoder, connector, language_model; each in full, or =lora or =dora."},
     )
     encoder_learning_rate: float | None = field(default=None, metadata={"help": "The rate of that part."})
-    connector_learning_rate: float | None = field(
-        default=None, metadata={"help": "The rate of that part.", "aliases": ["projector_learning_rate"]}
-    )
+    connector_learning_rate: float | None = field(default=None, metadata={"help": "The rate of that part."})
     language_model_learning_rate: float | None = field(default=None, metadata={"help": "The rate of that part."})
     lora_rank: int = field(default=16, metadata={"help": "The rank of the adapters (LLaVA-1.5: 128)."})
     lora_alpha: int = field(default=32, metadata={"help": "Their scale times the rank (LLaVA-1.5: 256).", "rare": True})

@@ -112,7 +112,7 @@ def test_the_stages_after_it_take_them_too(tmp_path, monkeypatch, caplog) -> Non
     second = f"{data} --model {tmp_path / 'align' / 'model'} --chat_template qa --learning_rate 1e-3"
     full = program(
         monkeypatch, "instruct.py", tmp_path / "full",
-        f"{second} --train full --train_encoder --layer_decay vision_tower=0.5,language_model=0.9 "
+        f"{second} --train encoder connector language_model --layer_decay vision_tower=0.5,language_model=0.9 "
         "--gradient_clipping per_parameter --encoder_learning_rate 2e-4 --ema_decay 0.5",
     )  # fmt: skip
     assert all(row["moved"] for row in full["modules"])
@@ -121,7 +121,7 @@ def test_the_stages_after_it_take_them_too(tmp_path, monkeypatch, caplog) -> Non
         monkeypatch,
         "instruct.py",
         tmp_path / "lora",
-        f"{second} --train lora --optim lars --layer_decay 0.9 --ema_decay 0.5",
+        f"{second} --train connector language_model=lora --optim lars --layer_decay 0.9 --ema_decay 0.5",
     )
     assert [row["group"] for row in lora["modules"] if row["trainable"]] == ["connector", "language_model"]
 
