@@ -73,7 +73,7 @@ def build_vlm(
     # The language model's sampling settings are dropped: a system answers greedily by default.
     model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
     settle_ends(model, processor, ends)
-    check_generation(model.eval(), type(language_model).__name__)
     task = LanguageTask(model, system).eval()
+    check_generation(task, type(language_model).__name__)
     task.blind = blind
     return task, processor

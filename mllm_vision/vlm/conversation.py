@@ -197,7 +197,7 @@ def load_stage_data(
     layout = model.system.layout(model.model, processor)
     options: dict[str, Any] = {
         "layout": layout,
-        "image_token": processor.image_token,
+        "image_token": str(processor.image_token),
         "max_length": max_length,
         "chat_template": processor.chat_template,
         "on_truncation": on_truncation,

@@ -39,6 +39,7 @@ class JoinedLanguageModel:
         base: its decoder without the head. head: its output layer.
         tied: whether input and output embeddings are one tensor.
         image_token_id: the token that stands for images.
+        factor: of its logits, which is folded into the head.
     """
 
     model: PreTrainedModel
@@ -46,6 +47,7 @@ class JoinedLanguageModel:
     head: Any
     tied: bool
     image_token_id: int
+    factor: float = 1.0
 
 
 def open_language_model(
@@ -98,7 +100,9 @@ def join_language_model(
         fold_factor(language_model, factor)
     tied = _settle_tying(language_model, base)
     base.config.pad_token_id = tokenizer.pad_token_id
-    return JoinedLanguageModel(language_model, base, language_model.get_output_embeddings(), tied, image_token_id)
+    return JoinedLanguageModel(
+        language_model, base, language_model.get_output_embeddings(), tied, image_token_id, factor
+    )
 
 
 def warn_of_vocabulary(language_model: PreTrainedModel, tokenizer: Any) -> None:
@@ -344,27 +348,29 @@ def fold_factor(language_model: PreTrainedModel, factor: float) -> None:
 
 
 @torch.no_grad()
-def check_generation(model: Any, name: str) -> None:
-    """Compares the logits of three generated tokens (with cache) with those of one forward pass.
+def check_generation(task: Any, name: str) -> None:
+    """Compares the logits of three tokens that a `LanguageTask` generates (with cache) with those of one forward pass.
 
     Raises:
         ValueError: it does not generate, or the two differ.
     """
+    model = task.model
     ids = _sample_ids(model)
     few = GenerationConfig(max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True)
     few.pad_token_id = model.generation_config.pad_token_id
     kept, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        said = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=few)
-        whole = model(input_ids=said.sequences, use_cache=False).logits
+        said = task.generate(ids, generation_config=few)
+        labels = said.sequences.clone()
+        labels[:, : ids.shape[1]] = -100
+        whole = task(said.sequences, labels, return_logits=True).logits[None]
     except Exception as error:
-        raise ValueError(f"{name} does not generate inside LLaVA ({_line(error)}); {OTHER}") from error
+        raise ValueError(f"{name} does not generate inside {task.system.name} ({_line(error)}); {OTHER}") from error
     finally:
         model.generation_config = kept
     steps = torch.stack(said.logits, dim=1).to(whole)
-    expected = whole[:, ids.shape[1] - 1 : -1]
-    if not (steps - expected).abs().max() <= _tolerance(whole.dtype) * expected.abs().max():
-        raise ValueError(f"{name} computes other logits with its cache than without inside LLaVA; {OTHER}")
+    if not (steps - whole).abs().max() <= _tolerance(whole.dtype) * whole.abs().max():
+        raise ValueError(f"{name} computes other logits with its cache than without inside {task.system.name}; {OTHER}")
 
 
 def _line(error: Exception) -> str:

@@ -172,12 +172,9 @@ class LanguageTask(nn.Module):
         images = {name: options.pop(name) for name in IMAGE_INPUTS if name in options}
         if image_tokens is None and images:
             image_tokens = self.image_tokens(images)
-        more: dict[str, Any] = dict(self.system.prompt_inputs(input_ids))
-        if image_tokens is not None:
-            more["mm_encoder_outputs"] = self.system.image_output(image_tokens)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, **more, **options)
+        return self.system.generate(self.model, input_ids, attention_mask, image_tokens, **options)
 
     # -- the loss ----------------------------------------------------------------------------------------------
 

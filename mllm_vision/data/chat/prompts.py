@@ -15,10 +15,11 @@ _SAID = ("probe-one", "probe-two", "probe-three", "probe-four")
 def beginning(tokenizer: Any, text: str) -> list[int]:
     """What goes before the ids of a rendered conversation: the beginning-of-text token where it is missing.
 
-    As LlavaProcessor does: a beginning the template leaves out is added where the tokenizer adds one by itself.
+    As LlavaProcessor does: a beginning the template leaves out is added where the tokenizer adds one by itself. Some
+    templates put it after the images (PaliGemma, BLIP-2).
     """
     bos = tokenizer.bos_token_id
-    if bos is None or text.startswith(tokenizer.bos_token):
+    if bos is None or tokenizer.bos_token in text:
         return []
     return [bos] if tokenizer("")["input_ids"][:1] == [bos] else []
 
@@ -114,7 +115,7 @@ def prompt_text(processor: Any, messages: Sequence[Mapping[str, Any]]) -> str:
     template = chat_template_of(processor)
     if not template:
         raise ValueError("the processor has no chat template, so a prompt cannot be built; see CHAT_TEMPLATES")
-    image_token = getattr(processor, "image_token", "<image>")
+    image_token = str(getattr(processor, "image_token", "<image>"))
     return render(template, messages, processor.tokenizer, image_token, add_generation_prompt=True)[0]
 
 

@@ -49,6 +49,22 @@ CHAT_TEMPLATES: dict[str, str] = {
     + "{{ ' ' }}{% else %}{{ 'USER: ' }}"
     + _ORDERED
     + "{{ ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+    # As PaliGemmaProcessor writes a prompt; the answer follows the line break.
+    "paligemma": "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}"
+    + _TEXT
+    + "{{ eos_token }}{% endgeneration %}{% else %}"
+    + _IMAGES
+    + "{% if loop.first %}{{ bos_token }}{% endif %}"
+    + _TEXT
+    + "{{ '\n' }}{% endif %}{% endfor %}",
+    # As Blip2Processor writes a prompt, with the words of BLIP-2's question answering; captions have no question.
+    "blip2": "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    + _ANSWER
+    + "{% else %}"
+    + _IMAGES
+    + "{% if loop.first %}{{ bos_token }}{% endif %}{% set text %}"
+    + _TEXT
+    + "{% endset %}{% if text %}{{ 'Question: ' + text + ' Answer:' }}{% endif %}{% endif %}{% endfor %}",
     # Short, for small language models with lower-case vocabularies.
     "qa": _START
     + "{% if m['role'] == 'assistant' %}{{ 'answer:' }}"

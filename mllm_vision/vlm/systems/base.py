@@ -83,7 +83,7 @@ class System(ABC):
             cls.name = f"{cls.__module__}:{cls.__qualname__}"
 
     def __init__(self, config: Any = None) -> None:
-        self.config = self.Config() if config is None else config
+        self.config: Any = self.Config() if config is None else config
 
     # -- settings in config.json -------------------------------------------------------------------------------
 
@@ -188,9 +188,12 @@ class System(ABC):
         layer = model.get_output_embeddings()
         return layer.weight, layer.bias, None
 
-    def prompt_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Further inputs of ``generate`` for a batch of prompts ``[B, T]``."""
-        return {}
+    def generate(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, image_tokens: Tensor | None, **options: Any
+    ) -> Tensor:
+        """Token ids ``[B, T + new]`` by the native ``generate``, of prompts padded on the left."""
+        images = {} if image_tokens is None else {"mm_encoder_outputs": self.image_output(image_tokens)}
+        return model.generate(input_ids=input_ids, attention_mask=attention_mask, **images, **options)
 
 
 def _at(model: Any, path: str) -> Any:

@@ -12,9 +12,11 @@ from mllm_vision.vlm.systems.base import System
 
 # name -> (module of this folder, class, model_type of its checkpoints)
 SYSTEMS: dict[str, tuple[str, str, str]] = {
+    "blip2": ("blip2", "BLIP2", "blip-2"),
     "cambrian": ("cambrian", "Cambrian", "mllm_vision_cambrian"),
     "llava": ("llava", "LLaVA", "llava"),
     "llava15": ("llava", "LLaVA15", "llava"),
+    "paligemma": ("paligemma", "PaliGemma", "paligemma"),
     "prismatic": ("prismatic", "Prismatic", "mllm_vision_prismatic"),
     "qwen_vl": ("qwen_vl", "QwenVL", "mllm_vision_qwen_vl"),
     "llava_next": ("llava_next", "LLaVANeXT", "llava_next"),
