@@ -49,7 +49,8 @@ class SeveralTowers:
                 raise ValueError(
                     f"{name}={given} has {len(given)} entries for {count} more_encoders; give one for each"
                 )
-        sizes, layers = (each or [None] * count for each in (self.more_image_sizes, self.more_select_layers))
+        unset: list[Any] = [None] * count
+        sizes, layers = (each or unset for each in (self.more_image_sizes, self.more_select_layers))
         return [
             VisionEncoder.from_pretrained(path, image_size=size, select_layer=layer)
             for path, size, layer in zip(self.more_encoders, sizes, layers, strict=True)

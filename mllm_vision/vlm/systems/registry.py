@@ -14,14 +14,14 @@ from mllm_vision.vlm.systems.base import System
 SYSTEMS: dict[str, tuple[str, str, str]] = {
     "blip2": ("blip2", "BLIP2", "blip-2"),
     "cambrian": ("cambrian", "Cambrian", "mllm_vision_cambrian"),
+    "idefics2": ("idefics2", "Idefics2", "idefics2"),
+    "internvl": ("internvl", "InternVL", "internvl"),
     "llava": ("llava", "LLaVA", "llava"),
     "llava15": ("llava", "LLaVA15", "llava"),
+    "llava_next": ("llava_next", "LLaVANeXT", "llava_next"),
     "paligemma": ("paligemma", "PaliGemma", "paligemma"),
     "prismatic": ("prismatic", "Prismatic", "mllm_vision_prismatic"),
     "qwen_vl": ("qwen_vl", "QwenVL", "mllm_vision_qwen_vl"),
-    "llava_next": ("llava_next", "LLaVANeXT", "llava_next"),
-    "internvl": ("internvl", "InternVL", "internvl"),
-    "idefics2": ("idefics2", "Idefics2", "idefics2"),
 }
 
 
