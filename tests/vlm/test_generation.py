@@ -106,6 +106,22 @@ def test_answers_are_those_of_the_native_generate_on_pixels(pair) -> None:
         assert processor.tokenizer.decode(new, skip_special_tokens=True).strip() == said
 
 
+def test_beams_keep_the_images_of_their_row(pair) -> None:
+    task, processor = pair
+    generator = AnswerGenerator(task, processor, batch_size=4, max_new_tokens=6)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2, "eos_token_id": None}
+    options["pad_token_id"] = 0
+    rows = [torch.from_numpy(generator.prompt("what?", [(image.height, image.width)])) for image in IMAGES]
+    longest = max(map(len, rows))
+    ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows])
+    tokens = generator.image_features(IMAGES)
+    together = task.generate(ids, mask, torch.cat(tokens), **options)[:, -6:]
+    alone = [task.generate(row[None], None, each, **options)[0, -6:] for row, each in zip(rows, tokens, strict=True)]
+    assert torch.equal(together, torch.stack(alone))
+    assert len({tuple(row.tolist()) for row in alone}) > 1
+
+
 def test_images_are_encoded_once_and_blind_answers_ignore_them(pair, monkeypatch) -> None:
     task, processor = pair
     counts = []

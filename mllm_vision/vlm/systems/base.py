@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -192,8 +193,25 @@ class System(ABC):
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, image_tokens: Tensor | None, **options: Any
     ) -> Tensor:
         """Token ids ``[B, T + new]`` by the native ``generate``, of prompts padded on the left."""
-        images = {} if image_tokens is None else {"mm_encoder_outputs": self.image_output(image_tokens)}
+        images: dict[str, Any] = {}
+        if image_tokens is not None:
+            images["mm_encoder_outputs"] = by_row(self.image_output(image_tokens), input_ids, model.config.image_token_id)
         return model.generate(input_ids=input_ids, attention_mask=attention_mask, **images, **options)
+
+
+def by_row(outputs: dict[str, Any], input_ids: Tensor, image_token_id: int) -> dict[str, Any]:
+    """``image_output`` in entries that end where the rows of ``input_ids`` do.
+
+    ``generate`` of transformers 5.23 assigns the entries to rows by their lengths, and repeats them for beams.
+    """
+    counts = [count for count in (input_ids == image_token_id).sum(1).tolist() if count]
+    for output in outputs.values():
+        found = output.pooler_output
+        if isinstance(found, list) and len(found) == 1:
+            output.pooler_output = list(found[0].split(counts))
+        elif isinstance(found, Tensor) and found.ndim == 2:  # entries of one size
+            output.pooler_output = found.unflatten(0, (-1, math.gcd(*counts)))
+    return outputs
 
 
 def _at(model: Any, path: str) -> Any:
