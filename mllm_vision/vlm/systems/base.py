@@ -195,7 +195,9 @@ class System(ABC):
         """Token ids ``[B, T + new]`` by the native ``generate``, of prompts padded on the left."""
         images: dict[str, Any] = {}
         if image_tokens is not None:
-            images["mm_encoder_outputs"] = by_row(self.image_output(image_tokens), input_ids, model.config.image_token_id)
+            images["mm_encoder_outputs"] = by_row(
+                self.image_output(image_tokens), input_ids, model.config.image_token_id
+            )
         return model.generate(input_ids=input_ids, attention_mask=attention_mask, **images, **options)
 
 
