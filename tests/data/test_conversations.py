@@ -152,7 +152,7 @@ def test_templates_and_tokenizers_that_cannot_work(tokenizer, image):
     class Without:
         chat_template = None
 
-    with pytest.raises(ValueError, match="Without has no chat template; choose one of 'plain', 'vicuna', 'qa'"):
+    with pytest.raises(ValueError, match="Without has no chat template; choose one of 'plain', 'vicuna'"):
         ChatTokenizer(Without())
     own = build(records, TALK, tokenizer, chat_template=None)  # the tokenizer's own template
     assert supervised(own[0], tokenizer) == "a</s>"

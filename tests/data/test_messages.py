@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny import image_bytes, random_image
 
-from mllm_vision.data import to_messages
+from mllm_vision.data import CHAT_TEMPLATES, to_messages
 from mllm_vision.data.chat.messages import BadConversation
 
 IMAGE = {"type": "image"}
@@ -98,3 +98,17 @@ def test_captions_system_turns_two_images_and_answers_by_vote(image):
 def test_malformed_conversations(record, columns, message):
     with pytest.raises(BadConversation, match=message):
         to_messages(record, columns)
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_an_image_written_into_a_string_is_an_image_part(name) -> None:
+    """lmms-eval gives templates the string "<image>\\nquestion"."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    question = {"type": "text", "text": "which is red?"}
+    texts = []
+    for content in ("<image>\n<image>\nwhich is red?", [{"type": "image"}, {"type": "image"}, question]):
+        turns = [[{"role": "user", "content": content}]]
+        options = {"add_generation_prompt": True, "bos_token": "<s>", "eos_token": "</s>"}
+        texts += render_jinja_template(conversations=turns, chat_template=CHAT_TEMPLATES[name], **options)[0]
+    assert texts[0] == texts[1] and texts[0].count("<image>") == 2

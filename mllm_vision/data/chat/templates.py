@@ -14,15 +14,18 @@ from mllm_vision.errors import short
 
 _OTHER = "choose another --chat_template, or leave the row out"
 
-# The images of a message in their order; templates differ in the text around them.
+# The images of a message in their order; templates differ in the text around them. In a string, which is what
+# lmms-eval gives ("<image>\nquestion"), they are marks.
 _IMAGES = (
-    "{% if m['content'] is not string %}{% for part in m['content'] %}{% if part['type'] == 'image' %}"
+    "{% if m['content'] is string %}{{ '<image>' * (m['content'].split('<image>') | length - 1) }}{% else %}"
+    "{% for part in m['content'] %}{% if part['type'] == 'image' %}"
     "{{ '<image>' }}{% endif %}{% endfor %}{% endif %}"
 )
 _TEXT = (
     "{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}{% for part in m['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endif %}"
 )
+_ASKED = _TEXT.replace("m['content'] | trim", "m['content'] | replace('<image>', '') | trim")  # without these marks
 _ORDERED = (
     "{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}{% for part in m['content'] %}"
     "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] | trim }}"
@@ -55,7 +58,7 @@ CHAT_TEMPLATES: dict[str, str] = {
     + "{{ eos_token }}{% endgeneration %}{% else %}"
     + _IMAGES
     + "{% if loop.first %}{{ bos_token }}{% endif %}"
-    + _TEXT
+    + _ASKED
     + "{{ '\n' }}{% endif %}{% endfor %}",
     # As Blip2Processor writes a prompt, with the words of BLIP-2's question answering; captions have no question.
     "blip2": "{% for m in messages %}{% if m['role'] == 'assistant' %}"
@@ -63,7 +66,7 @@ CHAT_TEMPLATES: dict[str, str] = {
     + "{% else %}"
     + _IMAGES
     + "{% if loop.first %}{{ bos_token }}{% endif %}{% set text %}"
-    + _TEXT
+    + _ASKED
     + "{% endset %}{% if text %}{{ 'Question: ' + text + ' Answer:' }}{% endif %}{% endif %}{% endfor %}",
     # Short, for small language models with lower-case vocabularies.
     "qa": _START
@@ -74,7 +77,7 @@ CHAT_TEMPLATES: dict[str, str] = {
     + "{{ ' ' }}{% else %}"
     + _IMAGES
     + "{% set text %}"
-    + _TEXT
+    + _ASKED
     + "{% endset %}{% if text %}{{ ' question: ' + text + ' ' }}{% endif %}"
     + "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'answer:' }}{% endif %}",
 }
