@@ -24,6 +24,8 @@ TOWERS = {
     "vit": tiny.tiny_vit,
 }
 SMALL_QFORMER = {"num_query_tokens": 4, "qformer_layers": 2, "qformer_width": 64, "qformer_dropout": 0.0}
+SMALL_PERCEIVER = {"num_latents": 4, "perceiver_layers": 2, "perceiver_heads": 2, "perceiver_head_dim": 16}
+SMALL_PERCEIVER |= {"perceiver_key_value_heads": 1}
 
 
 @dataclass
@@ -57,6 +59,9 @@ SYSTEMS = {
     "paligemma-clip": Case("paligemma", "clip", "paligemma", "<image>what is it?"),
     "blip2-vit": Case("blip2", "vit", "blip2", "<s>Question: what is it? Answer:", SMALL_QFORMER, special=True),
     "blip2-dinov2": Case("blip2", "dinov2", "blip2", "<s>Question: what is it? Answer:", SMALL_QFORMER, special=True),
+    "llava_next-clip": Case("llava_next", "clip"),
+    "internvl-dinov2": Case("internvl", "dinov2", native=False),
+    "idefics2-siglip": Case("idefics2", "siglip", settings=SMALL_PERCEIVER),
 }
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}]
 
@@ -102,7 +107,7 @@ def our_inputs(task: Any, processor: Any, image: Any) -> dict[str, torch.Tensor]
 
 
 def test_every_system_is_in_a_table():
-    """Those with tiles are in `test_tiled_systems`, those without a native class in `test_own_systems`."""
+    """Those without a native class are in `test_own_systems`; `test_tiled_systems` has more of those with tiles."""
     tables = "".join(file.read_text() for file in Path(__file__).parent.glob("test_*systems.py"))
     assert not [name for name in list_systems() if f'"{name}"' not in tables]
 
