@@ -252,7 +252,9 @@ def test_cached_sizes_are_those_in_memory(tokenizer, layout, cache, monkeypatch,
     rows = [*RECORDS[:3], talk(data(3)[:20], "<image>\nq?", "bad")] * 40
     monkeypatch.setattr(sizes_module, "_workers", lambda rows: workers)
     plain = build(rows, TALK, tokenizer, layout)
+    state = torch.get_rng_state()
     kept = build(table(rows), TALK, tokenizer, layout)
+    assert torch.equal(torch.get_rng_state(), state), "a run that finds the sizes draws the same random numbers"
     assert kept.refused == plain.refused == {"the image cannot be decoded": 40}
     assert kept.bad_samples.examples == plain.bad_samples.examples
     assert kept.lengths.tolist() == plain.lengths.tolist()

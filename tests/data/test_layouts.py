@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from layouts_for_tests import FAKE, GRIDS, SQUARE, any_resolution, image_of, native_aspect, split_layout, tiles_layout
 from PIL import Image
 from tiny import random_image, tiny_image_processor, tiny_tokenizer
-from transformers import LlavaNextConfig
+from transformers import LlavaNextConfig, LlavaProcessor
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava import LlavaImageProcessorPil
 from transformers.models.llava_next import LlavaNextImageProcessorPil
@@ -52,6 +52,17 @@ def expanded(layout, tokenizer, text, images):
 
 
 # -- fixed and padded squares -----------------------------------------------------------------------------------------
+
+
+def test_a_fixed_layout_counts_as_its_processor(shared_tokenizer):
+    for strategy, additional, count in (("full", 0, 16), ("default", 1, 16), ("full", 1, 17)):
+        native = LlavaProcessor(tiny_image_processor(), shared_tokenizer, 8, strategy, None, "<image>", additional)
+        assert native._get_num_multimodal_tokens([(50, 40)])["num_image_tokens"] == [count]
+        text, images = "a <image> star <image>", [image_of(50, 40), image_of(3, 9)]
+        layout = FixedLayout(native.image_token_id, count, native)
+        given = native(text=text, images=images, return_tensors="pt")
+        assert expanded(layout, shared_tokenizer, text, images) == given["input_ids"][0].tolist()
+        assert torch.allclose(layout(images)["pixel_values"], given["pixel_values"], atol=1.01 / 255 / 0.26)
 
 
 def test_a_fixed_layout_repeats_the_image_token_between_its_marks():
@@ -254,6 +265,10 @@ def test_split_grids_are_those_that_the_processor_cuts(shared_tokenizer, size, l
     _, rows, columns = processor.split_images(image, processor.max_image_size)
     assert layout.grid(*size) == (rows, columns)
     assert len(layout.tokens(*size)) <= layout.longest
+    if longest % 16 == 0:
+        alone = len(shared_tokenizer("\n", add_special_tokens=False)["input_ids"]) - 1  # a prefix, not inside a text
+        count = native._get_num_multimodal_tokens([size])["num_image_tokens"][0]
+        assert len(layout.tokens(*size)) == count - alone * (rows > 0)
 
 
 def blank_of(image, size):
