@@ -108,8 +108,8 @@ def _tables(headers: _Headers, workers: int, progress: bool) -> Iterator[Any]:
     """The tables of all runs of rows in their order; `datasets` draws the bar, and can be kept from it."""
     import datasets
 
-    # Worker processes inherit the mapped table, of which pickling would copy every image. The loader draws its seed from
-    # a generator of its own, so that a run that reads sizes and one that finds them have the same random numbers.
+    # Worker processes inherit the mapped table, of which pickling would copy every image. The loader's seed is of a
+    # generator of its own, so that a run that reads sizes and one that finds them have the same random numbers.
     runs: Any = torch.utils.data.DataLoader(
         headers, batch_size=None, shuffle=False, num_workers=workers, generator=torch.Generator()
     )
