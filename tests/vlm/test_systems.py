@@ -26,6 +26,7 @@ TOWERS = {
 SMALL_QFORMER = {"num_query_tokens": 4, "qformer_layers": 2, "qformer_width": 64, "qformer_dropout": 0.0}
 SMALL_PERCEIVER = {"num_latents": 4, "perceiver_layers": 2, "perceiver_heads": 2, "perceiver_head_dim": 16}
 SMALL_PERCEIVER |= {"perceiver_key_value_heads": 1}
+CAMBRIAN = {"query_side": 4, "connector_hidden_size": 32, "connector_heads": 2, "inner_layers": 1}
 
 
 @dataclass
@@ -55,6 +56,9 @@ SYSTEMS = {
     "llava-clip": Case("llava", "clip"),
     "llava15-siglip": Case("llava15", "siglip"),
     "llava15-dinov2": Case("llava15", "dinov2", llm={"tie_word_embeddings": True}),
+    "qwen_vl-clip": Case("qwen_vl", "clip", settings={"num_queries": 9, "connector_heads": 2}),
+    "prismatic-dinov2": Case("prismatic", "dinov2"),
+    "cambrian-siglip": Case("cambrian", "siglip", settings=CAMBRIAN),
     "paligemma-siglip": Case("paligemma", "siglip", "paligemma", "<image>what is it?"),
     "paligemma-clip": Case("paligemma", "clip", "paligemma", "<image>what is it?"),
     "blip2-vit": Case("blip2", "vit", "blip2", "<s>Question: what is it? Answer:", SMALL_QFORMER, special=True),
