@@ -220,6 +220,21 @@ def test_what_does_not_fit_is_refused_with_the_remedy(tokenizer_folder, system, 
         build_vlm(encoder_of(**encoder), tiny.tiny_llama(len(tokenizer)), system, tokenizer, **settings)
 
 
+@pytest.mark.parametrize("system", ["internvl", "llava_next"])
+def test_images_smaller_than_the_towers_own_are_refused_until_it_is_resized(tokenizer_folder, system):
+    """DINOv2's position embeddings are made for 518 pixels, its images are 224: the native classes cut by the former."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    llm, images = tiny.tiny_llama(len(tokenizer)), tiny.tiny_image_processor("dinov2", 32)
+    encoder = VisionEncoder.from_backbone(tiny.tiny_dinov2(image_size=64), images)
+    with pytest.raises(
+        ValueError, match="images of 32 and its tower image_size=64; load the encoder with --image_size"
+    ):
+        build_vlm(encoder, llm, system, tokenizer)
+    encoder = VisionEncoder.from_backbone(tiny.tiny_dinov2(image_size=64), images, image_size=48)
+    task, processor = build_vlm(encoder, llm, system, tokenizer, CHAT_TEMPLATES["vicuna"])
+    assert isinstance(answer(task, processor, QUESTION, [image(0)], max_new_tokens=2), str)
+
+
 def test_a_template_that_glues_words_to_images_is_refused_by_idefics2(tokenizer_folder):
     task, processor = built("idefics2-siglip", tokenizer_folder)
     processor.chat_template = processor.chat_template.replace("'<image>\n'", "'<image>'")

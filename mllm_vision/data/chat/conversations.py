@@ -30,8 +30,9 @@ class ConversationDataset(EpochDataset):
         records: a `datasets.Dataset` (or a list of dicts) with undecoded images, see `load_records`.
         columns: role -> column, as `bind_conversations` gives it (or bind_columns); None binds by name and type.
         tokenizer: the language model's; holds the image token.
-        layout: the model's tokens and tensors of an image, see `layouts`. Unless it is fixed, the sizes of all images
-            are read from their headers beforehand; a conversation with an image that has none is refused.
+        layout: the model's tokens and tensors of an image, as its system gives them (`task.system.layout(task.model,
+            processor)`). Unless it is fixed, the sizes of all images are read from their headers beforehand; a
+            conversation with an image that has none is refused.
         image_token: represents an image in the chat template's output.
         max_length: in tokens, image tokens included.
         on_truncation: "refuse" leaves out a longer conversation; "truncate" cuts it at the end, but refuses it
