@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_refused_with_the_remedy(tokenizer_folder, system, 
 
 @pytest.mark.parametrize("system", ["internvl", "llava_next"])
 def test_images_smaller_than_the_towers_own_are_refused_until_it_is_resized(tokenizer_folder, system):
-    """DINOv2's position embeddings are made for 518 pixels, its images are 224: the native classes cut by the former."""
+    """DINOv2 has position embeddings of 518 pixels and images of 224: the native classes cut by the former."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     llm, images = tiny.tiny_llama(len(tokenizer)), tiny.tiny_image_processor("dinov2", 32)
     encoder = VisionEncoder.from_backbone(tiny.tiny_dinov2(image_size=64), images)
