@@ -59,6 +59,7 @@ SYSTEMS = {
     "qwen_vl-clip": Case("qwen_vl", "clip", settings={"num_queries": 9, "connector_heads": 2}),
     "prismatic-dinov2": Case("prismatic", "dinov2"),
     "cambrian-siglip": Case("cambrian", "siglip", settings=CAMBRIAN),
+    "llava15-padded": Case("llava15", "clip", settings={"pad_images": True}),
     "paligemma-siglip": Case("paligemma", "siglip", "paligemma", "<image>what is it?"),
     "paligemma-clip": Case("paligemma", "clip", "paligemma", "<image>what is it?"),
     "blip2-vit": Case("blip2", "vit", "blip2", "<s>Question: what is it? Answer:", SMALL_QFORMER, special=True),
@@ -118,7 +119,7 @@ def test_every_system_is_in_a_table():
 
 def test_logits_and_words_are_those_of_the_native_class(system):
     case, task, processor = system
-    image = tiny.random_image(3)
+    image = tiny.random_image(3, (40, 64))
     ours, native = our_inputs(task, processor, image), native_inputs(case, processor, image)
     assert torch.equal(ours["input_ids"], native["input_ids"])
     assert torch.allclose(ours["pixel_values"], native["pixel_values"].flatten(0, -4), atol=1e-5)
@@ -135,10 +136,10 @@ def test_logits_and_words_are_those_of_the_native_class(system):
 
 def test_loss_and_gradients_are_those_of_the_native_class(system):
     case, task, processor = system
-    inputs = our_inputs(task, processor, tiny.random_image(3))
+    inputs = our_inputs(task, processor, tiny.random_image(3, (40, 64)))
     ids = torch.cat([inputs["input_ids"], torch.tensor([[60, 61, 62, 3]])], dim=1)
     labels = torch.where(torch.arange(ids.shape[1]) < ids.shape[1] - 4, -100, ids)
-    native = native_inputs(case, processor, tiny.random_image(3))
+    native = native_inputs(case, processor, tiny.random_image(3, (40, 64)))
     native |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "token_type_ids" in native:
         native["token_type_ids"] = (labels != -100).long()
@@ -160,7 +161,7 @@ def test_loss_and_gradients_are_those_of_the_native_class(system):
 def test_what_trains_gets_a_gradient_with_and_without_images(system, train):
     _, task, processor = system
     freeze(task, train).train()
-    inputs = our_inputs(task, processor, tiny.random_image(3))
+    inputs = our_inputs(task, processor, tiny.random_image(3, (40, 64)))
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, -3:] = inputs["input_ids"][:, -3:]
     task.zero_grad()
@@ -192,7 +193,7 @@ def test_a_padded_batch_answers_as_each_row_alone(system):
 
 def test_saved_and_loaded_here_and_by_plain_transformers(system, tmp_path):
     case, task, processor = system
-    image = tiny.random_image(3)
+    image = tiny.random_image(3, (40, 64))
     inputs = our_inputs(task, processor, image)
     with torch.no_grad():
         logits = task(**inputs).logits

@@ -6,6 +6,7 @@ The tower's patch tokens of one layer pass a linear layer (LLaVA, equation 1) or
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -14,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
+from transformers.models.llava import LlavaImageProcessorPil
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from mllm_vision.data.images.layouts import FixedLayout, ImageLayout
+from mllm_vision.data.images.layouts import FixedLayout, ImageLayout, PaddedLayout
 from mllm_vision.data.images.transforms import ImageTransform
 from mllm_vision.encoder import VisionEncoder
 from mllm_vision.encoder.families import FAMILIES, family_of
@@ -24,6 +26,7 @@ from mllm_vision.encoder.features import extract_features, num_layers
 from mllm_vision.vlm.connectors.linear import LinearConnector
 from mllm_vision.vlm.language_model import JoinedLanguageModel
 from mllm_vision.vlm.systems.base import Parts, System
+from mllm_vision.vlm.systems.tiled import pixels_of
 from mllm_vision.vlm.tokens import check_image_token
 
 logger = logging.getLogger(__name__)
@@ -31,6 +34,12 @@ logger = logging.getLogger(__name__)
 
 class LLaVA15(System):
     """LLaVA-1.5: an MLP of two layers between any transformer tower and any language model."""
+
+    @dataclasses.dataclass
+    class Config:
+        pad_images: bool = dataclasses.field(
+            default=False, metadata={"help": "Pad images to squares with the mean colour, in place of cropping."}
+        )
 
     name: ClassVar[str] = "llava15"
     activation: ClassVar[str] = "gelu"
@@ -42,8 +51,12 @@ class LLaVA15(System):
 
     def processor(self, encoder: VisionEncoder, tokenizer: Any) -> LlavaProcessor:
         layout = tower_layout(encoder)
+        images = encoder.processor
+        if self.config.pad_images:
+            square = {"height": encoder.image_size, "width": encoder.image_size}
+            images = LlavaImageProcessorPil(do_pad=True, size=square, crop_size=square, **pixels_of(images))
         return LlavaProcessor(
-            image_processor=encoder.processor,
+            image_processor=images,
             tokenizer=tokenizer,
             patch_size=layout["patch_size"],
             vision_feature_select_strategy=layout["strategy"],
@@ -67,7 +80,8 @@ class LLaVA15(System):
         return LlavaMultiModalProjector(config)
 
     def layout(self, model: Any, processor: Any) -> ImageLayout:
-        return FixedLayout(model.config.image_token_id, model.config.image_seq_length, processor.image_processor)
+        kind = PaddedLayout if getattr(processor.image_processor, "do_pad", None) else FixedLayout
+        return kind(model.config.image_token_id, model.config.image_seq_length, processor.image_processor)
 
     def features(self, model: Any, images: Mapping[str, Tensor]) -> Tensor:
         return tower_tokens(model, images["pixel_values"])

@@ -1,0 +1,96 @@
+"""Every system from the command line: its small configs, stage one and stage two, evaluation, saving, reading back."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from mllm_vision.vlm import list_systems, load_vlm
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "recipes" / "configs"
+TOWERS = {"siglip": ["idefics2", "paligemma", "prismatic", "cambrian"], "vit": ["internvl", "blip2"]}
+MORE = {"prismatic": ["vit"], "cambrian": ["clip"]}  # further encoders
+
+
+def recipe(name: str):
+    spec = importlib.util.spec_from_file_location(f"systems_{name}", ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Untrained encoders of several kinds, a language model, images with captions and questions."""
+    from mllm_vision.encoder import VisionEncoder
+
+    folder = tmp_path_factory.mktemp("systems")
+    makers = {"clip": tiny.tiny_clip_vision, "siglip": tiny.tiny_siglip_vision, "vit": tiny.tiny_vit}
+    for kind, make in makers.items():
+        VisionEncoder.from_backbone(make(), tiny.tiny_image_processor(kind)).save_pretrained(folder / kind)
+    tokenizer = tiny.tiny_tokenizer(folder / "llm")
+    tiny.tiny_llama(len(tokenizer), max_position_embeddings=512).save_pretrained(folder / "llm")
+    tiny.write_pairs_parquet(folder / "train.parquet", 48, captions_each=2)
+    tiny.write_pairs_parquet(folder / "validation.parquet", 16)
+    return folder
+
+
+def run(folder: Path, name: str, config: Path, output: Path, *more: object) -> dict:
+    """A recipe with a config, in few steps."""
+    words = ["--config", config, "--dataset_name", folder / "train.parquet", "--output_dir", output, "--max_steps", 4,
+             "--eval_dataset_name", folder / "validation.parquet", "--disable_tqdm", "true", *more]  # fmt: skip
+    recipe(name).main([str(word) for word in words])
+    return json.loads((output / "run.json").read_text())
+
+
+def parents(folder: Path, system: str) -> list[object]:
+    """The flags of a new model of that system."""
+    tower = next((kind for kind, names in TOWERS.items() if system in names), "clip")
+    more = [folder / kind for kind in MORE.get(system, [])]
+    found: list[object] = ["--encoder", folder / tower, "--llm", folder / "llm"]
+    return found + (["--more_encoders", *more] if more else [])
+
+
+@pytest.mark.parametrize("system", list_systems())
+def test_both_stages_of_a_system(folder, tmp_path, system):
+    configs = CONFIGS / system
+    assert {"align.yaml", "instruct.yaml", "tiny_align.yaml", "tiny_instruct.yaml"} <= {
+        p.name for p in configs.iterdir()
+    }
+    first = run(folder, "align", configs / "tiny_align.yaml", tmp_path / "one", *parents(folder, system))
+    assert first["artifacts"] and not first.get("missing")
+    moved = {row["group"]: row["moved"] for row in first["modules"]}
+    assert moved["connector"] and all(row["moved"] == bool(row["trainable"]) for row in first["modules"])
+    model = tmp_path / "one" / "model"
+    second = run(folder, "instruct", configs / "tiny_instruct.yaml", tmp_path / "two", "--model", model,
+                 "--max_new_tokens", 2)  # fmt: skip
+    assert not second.get("missing") and all(row["moved"] == bool(row["trainable"]) for row in second["modules"])
+    assert "answers" in second["evaluations"] and second["evaluations"]["answers"]["metrics"]["count"] > 0
+    task, processor = load_vlm(tmp_path / "two" / "model")
+    assert task.system.name == system
+    assert json.loads((tmp_path / "two" / "model" / "lineage.json").read_text())["parents"]
+    blank = {name: value for name, value in task.system.layout(task.model, processor).blank().items()}
+    assert torch.isfinite(task.image_tokens(blank)).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", list_systems())
+def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, system):
+    more = [*parents(folder, system), "--save_strategy", "steps", "--save_steps", 2]
+    config = CONFIGS / system / "tiny_align.yaml"
+    whole = run(folder, "align", config, tmp_path / "whole", *more)
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    for gone in ("checkpoint-4", "model"):
+        shutil.rmtree(tmp_path / "broken" / gone)
+    (tmp_path / "broken" / "run.json").unlink()
+    resumed = run(folder, "align", config, tmp_path / "broken", *more, "--resume")
+    assert resumed["artifacts"][0]["weights_sha256"] == whole["artifacts"][0]["weights_sha256"]
