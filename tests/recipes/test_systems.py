@@ -74,12 +74,11 @@ def test_both_stages_of_a_system(folder, tmp_path, system):
     second = run(folder, "instruct", configs / "tiny_instruct.yaml", tmp_path / "two", "--model", model,
                  "--max_new_tokens", 2)  # fmt: skip
     assert not second.get("missing") and all(row["moved"] == bool(row["trainable"]) for row in second["modules"])
-    assert "answers" in second["evaluations"] and second["evaluations"]["answers"]["metrics"]["count"] > 0
+    assert second["evaluations"]["answers"]["count"] > 0
     task, processor = load_vlm(tmp_path / "two" / "model")
     assert task.system.name == system
     assert json.loads((tmp_path / "two" / "model" / "lineage.json").read_text())["parents"]
-    blank = {name: value for name, value in task.system.layout(task.model, processor).blank().items()}
-    assert torch.isfinite(task.image_tokens(blank)).all()
+    assert torch.isfinite(task.image_tokens(task.system.layout(task.model, processor).blank())).all()
 
 
 @pytest.mark.slow
