@@ -14,17 +14,19 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _HALF = 0.1  # of 16-bit logits; models that cannot be packed differ by a multiple of it
 
 
-def check_packing(model: Any, longest: int, row: int | None = None) -> None:
-    """Refuses ``pack_turns`` if packed conversations do not give the logits of separate ones.
+def check_packing(model: Any, longest: int, row: int | None = None, *, flag: str = "pack_turns") -> None:
+    """Refuses packing if packed conversations do not give the logits of separate ones.
 
-    Conversations of random ids with a shared prefix are run packed (as by ``PackedConversations``) and separately: two,
-    or enough to exceed every window. Attention by mask and positions is exact. Sliding windows (shorter than a
-    conversation), ALiBi, recurrent and convolutional layers and an active cache are not.
+    Conversations of random ids are run packed and separately: two, or enough to exceed every window. For "pack_turns"
+    they share a prefix and are kept apart by a mask (as by ``PackedConversations``), for "packing" by positions that
+    begin again (as by ``PackedSamples``), in two rows, one of them padded. Attention by mask and positions is exact.
+    Sliding windows (shorter than a conversation), ALiBi, recurrent and convolutional layers and an active cache are not.
 
     Args:
         model: a ``LanguageTask``.
         longest: tokens of the longest conversation to be packed.
         row: maximal tokens of a packed row; None: no more than the trial's.
+        flag: "pack_turns" or "packing".
 
     Raises:
         ValueError: the logits differ, or the language model does not accept the mask.
@@ -32,35 +34,35 @@ def check_packing(model: Any, longest: int, row: int | None = None) -> None:
     windows = _windows(model.config.get_text_config())
     size = max([_TRIED, *(window + _TRIED // 2 for window in windows if window < longest)])
     size = max(min(longest, size), 6)
-    tail = size - size // 3
+    tail = size - size // 3 if flag == "pack_turns" else size
     count = max([2, *(-(-window // tail) + 1 for window in windows if window < (row or 0))])
     was_training = model.training
     model.eval()
-    model.packing_checked = True  # the trial's own passes need none
+    model.packing_checked = model.packing_checked | {flag}  # the trial's own passes need none
     try:
         with torch.no_grad():
-            packed, separate = _trial(model, size, count)
+            packed, separate = (_trial if flag == "pack_turns" else _trial_of_rows)(model, size, count)
     except Exception as error:
-        model.packing_checked = False
-        if "pack_turns" in str(error):
+        model.packing_checked = model.packing_checked - {flag}
+        if f"--{flag}" in str(error):
             raise
-        raise _refusal(model, f"it does not accept the mask ({type(error).__name__}: {error})") from error
+        raise _refusal(model, flag, f"it does not accept the mask ({type(error).__name__}: {error})") from error
     finally:
         model.train(was_training)
     tolerance = _TOLERANCE.get(packed.dtype, _HALF)
     difference, scale = (packed - separate).float(), separate.float()
     off = float((difference.norm(dim=-1) / scale.norm(dim=-1).mean().clamp(min=1e-12)).max())
     if not off <= tolerance:
-        model.packing_checked = False
-        raise _refusal(model, f"the logits differ by up to {off:.1%} in conversations of {size} tokens")
+        model.packing_checked = model.packing_checked - {flag}
+        raise _refusal(model, flag, f"the logits differ by up to {off:.1%} in conversations of {size} tokens")
 
 
-def _refusal(model: Any, why: str) -> ValueError:
+def _refusal(model: Any, flag: str, why: str) -> ValueError:
     kind = getattr(model.config.get_text_config(), "model_type", "the language model")
     return ValueError(
-        f"pack_turns: packed conversations are not equivalent to separate ones with {kind!r}: {why}. Its layers depend "
+        f"{flag}: packed conversations are not equivalent to separate ones with {kind!r}: {why}. Its layers depend "
         "on neighbours in the sequence regardless of the attention mask (a sliding window, ALiBi, recurrent or "
-        "convolutional layers); train without --pack_turns"
+        f"convolutional layers); train without --{flag}"
     )
 
 
@@ -90,3 +92,24 @@ def _trial(model: Any, size: int, count: int) -> tuple[Tensor, Tensor]:
     apart = {"input_ids": torch.stack([ids[row] for row in rows]), "labels": torch.stack([labels[row] for row in rows])}
     apart["attention_mask"] = torch.ones_like(apart["input_ids"])
     return packed, model(**{name: value.to(device) for name, value in apart.items()}, return_logits=True).logits
+
+
+def _trial_of_rows(model: Any, size: int, count: int) -> tuple[Tensor, Tensor]:
+    """Logits ``[S, V]`` of the same tokens: two rows of several conversations each, and the conversations alone."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = [[size] * count, [size // 2 + 1, size // 3 + 1]]  # the second row is padded
+    found: dict[str, list[Any]] = {"rows": [], "alone": []}
+    for row in sizes:
+        parts = [torch.randint(model.config.get_text_config().vocab_size - 1, (each,), generator=draw) for each in row]
+        parts = [part + (part >= model.config.image_token_id) for part in parts]  # any token but the image's
+        labels = [torch.cat([torch.full((1,), IGNORED), part[1:]]) for part in parts]
+        found["alone"] += [{"input_ids": part[None], "labels": part[None]} for part in parts]
+        segments = torch.arange(len(row)).repeat_interleave(torch.tensor(row))
+        found["rows"].append({"input_ids": torch.cat(parts), "labels": torch.cat(labels), "segments": segments})
+    packed = ConversationCollator.pad(found["rows"], max(sum(row) for row in sizes), pad_id=0)
+    alone = [model(**_moved(batch, model.device), return_logits=True).logits for batch in found["alone"]]
+    return model(**_moved(packed, model.device), return_logits=True).logits, torch.cat(alone)
+
+
+def _moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in batch.items()}

@@ -24,7 +24,7 @@ class ConversationCollator:
     Gives "input_ids", "attention_mask" and "labels" `[B, T]`, and the layout's tensors of all images in the order of
     their tokens ("pixel_values" and, for some, more); a batch of text alone has none of these. With rows of
     `PackedConversations` the "attention_mask" is `[B, 1, T, T]` (True: the row's token attends to the column's), and
-    "position_ids" `[B, T]` start at every conversation.
+    "position_ids" `[B, T]` start at every conversation. Rows of `PackedSamples` have these positions and no mask.
     """
 
     def __init__(self, tokenizer: Any, layout: ImageLayout, *, pad_to_multiple_of: int = 1) -> None:
@@ -34,7 +34,16 @@ class ConversationCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         length = -(-max(len(row["input_ids"]) for row in rows) // self.multiple) * self.multiple
-        ids = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
+        batch = self.pad(rows, length, self.pad_id)
+        images = [image for row in rows for image in row["images"]]
+        if images:
+            batch |= self.layout(images, keys=[key for row in rows for key in row["keys"]])
+        return batch
+
+    @classmethod
+    def pad(cls, rows: Sequence[dict[str, Any]], length: int, pad_id: int) -> dict[str, Tensor]:
+        """Ids, labels and what separates conversations, `[B, length]`."""
+        ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
         labels = torch.full((len(rows), length), IGNORED, dtype=torch.int64)
         attention = torch.zeros(len(rows), length, dtype=torch.int64)
         for number, row in enumerate(rows):
@@ -43,12 +52,21 @@ class ConversationCollator:
             labels[number, :size] = torch.as_tensor(row["labels"])
             attention[number, :size] = 1
         batch = {"input_ids": ids, "attention_mask": attention, "labels": labels}
+        if any("segments" in row for row in rows):
+            del batch["attention_mask"]  # without a mask, positions that begin again separate
+            return batch | {"position_ids": torch.stack([cls._positions(row["segments"], length) for row in rows])}
         if any("turns" in row for row in rows):
-            batch |= self.separate(rows, length)
-        images = [image for row in rows for image in row["images"]]
-        if images:
-            batch |= self.layout(images, keys=[key for row in rows for key in row["keys"]])
+            batch |= cls.separate(rows, length)
         return batch
+
+    @staticmethod
+    def _positions(segments: Any, length: int) -> Tensor:
+        """`[length]` positions that begin again with every segment, and with the padding."""
+        own = torch.full((length,), -1, dtype=torch.int64)
+        own[: len(segments)] = torch.as_tensor(segments)
+        places = torch.arange(length)
+        starts = torch.cat([torch.ones(1, dtype=torch.bool), own[1:] != own[:-1]])
+        return places - torch.cummax(torch.where(starts, places, 0), dim=0).values
 
     @staticmethod
     def separate(rows: Sequence[dict[str, Any]], length: int) -> dict[str, Tensor]:
@@ -72,8 +90,10 @@ class ConversationCollator:
 def preview_labels(batch: dict[str, Tensor], tokenizer: Any, row: int = 0) -> str:
     """One row of a batch as text, its supervised text between « and », repeated tokens as `<image>×16`."""
     ids, labels = batch["input_ids"][row].tolist(), batch["labels"][row].tolist()
-    mask = batch["attention_mask"][row]
-    kept = [bool(value) for value in (mask if mask.dim() == 1 else mask[0, :, 0]).tolist()]  # all but padding see BOS
+    kept = [True] * len(ids)
+    if "attention_mask" in batch:
+        mask = batch["attention_mask"][row]
+        kept = [bool(value) for value in (mask if mask.dim() == 1 else mask[0, :, 0]).tolist()]  # padding sees no BOS
     runs: list[tuple[bool, list[int]]] = []
     for token, label, keep in zip(ids, labels, kept, strict=True):
         if not keep:

@@ -227,6 +227,17 @@ class ConversationDataset(EpochDataset):
         """A sample's first wording: ids `[T]`, one image token an image, and the mask of the assistant's tokens."""
         return self._wording(index, 0)
 
+    def longest_wordings(self) -> np.ndarray:
+        """The tokens of every sample in the longest of its alternative wordings, int64 `[samples]`."""
+        ends = self._tokens.column("ends").combine_chunks()
+        offsets, flat = ends.offsets.to_numpy(), ends.values.to_numpy()
+        kept = np.arange(len(ends)) if self._places is None else self._places
+        first = flat[offsets[kept]]  # the tokens of the first wording, images unexpanded
+        sizes = np.diff(flat, prepend=0)
+        sizes[offsets[kept]] = first
+        longest = np.maximum.reduceat(sizes, offsets[kept])
+        return self.lengths + longest - first
+
     def beginnings(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(row of the records, tokens up to the end of its last image, a hash of them) of every sample, `[samples]`."""
         columns = [np.asarray(self._tokens.column(name)) for name in ("row", "prefix", "prefix_id")]

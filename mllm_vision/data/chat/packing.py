@@ -1,4 +1,4 @@
-"""Several independent conversations about one image in one row: the image's tokens are computed once.
+"""Several independent conversations in one row: about one image, whose tokens are computed once, or any.
 
 Questions on an image are asked one by one in use, but written one after the other (as LLaVA's data does) a later
 question sees the earlier answers, and learns from them instead of from the image: whoever reads "where is the red
@@ -8,12 +8,14 @@ positions it would have alone, so loss and gradients are those of separate sampl
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from typing import Any
 
 import numpy as np
 
+from mllm_vision.data.chat.collate import IGNORED
 from mllm_vision.data.chat.conversations import ConversationDataset
-from mllm_vision.data.records.sampling import EpochDataset, draw_key
+from mllm_vision.data.records.sampling import BadRow, EpochDataset, draw_key
 
 
 class PackedConversations(EpochDataset):
@@ -82,3 +84,106 @@ class PackedConversations(EpochDataset):
             turns.append(np.full(len(ids[-1]), number))
         packed = {"input_ids": np.concatenate(ids), "labels": np.concatenate(labels), "turns": np.concatenate(turns)}
         return {**row, **packed}
+
+
+class PackedSamples(EpochDataset):
+    """Samples of a `ConversationDataset` in rows of up to `max_length` tokens, in place of padding.
+
+    Which samples share a row depends on the seed alone, so that every rank, epoch and resumed run has the same rows;
+    the Trainer shuffles them. Samples of a row do not see each other.
+
+    Args:
+        samples: any conversations, with any number of images.
+        max_length: of a row, in tokens with the images'.
+
+    A row is one of `ConversationDataset` with "segments" `[T]`, the number of each token's sample in the row.
+    `ConversationCollator` makes positions of it that begin again with every sample. A sample that cannot be read is
+    counted and left out of its row. `lengths` holds the tokens of the rows.
+    """
+
+    def __init__(self, samples: ConversationDataset, *, max_length: int) -> None:
+        super().__init__(samples.seed, len(samples), samples.bad_samples)
+        self.samples, self.max_length = samples, int(max_length)
+        lengths = samples.longest_wordings()
+        packs = best_fit(lengths, self.max_length, samples.seed)
+        self._members = np.concatenate(packs)
+        self._ends = np.cumsum([len(pack) for pack in packs])
+        self.lengths = np.add.reduceat(lengths[self._members], self._ends - [len(pack) for pack in packs])
+
+    @property
+    def filled(self) -> float:
+        """The share of the rows' tokens that are not padding, if all rows were padded to `max_length`."""
+        return float(self.lengths.sum() / (len(self.lengths) * self.max_length))
+
+    def members(self, index: int) -> list[int]:
+        """The samples of a row."""
+        return self._members[self._ends[index - 1] if index else 0 : self._ends[index]].tolist()
+
+    def record_of(self, index: int) -> int:
+        return self.samples.record_of(self.members(index)[0])
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def set_epoch(self, epoch: int) -> None:
+        """As `EpochDataset.set_epoch`, for the samples too."""
+        super().set_epoch(epoch)
+        self.samples.set_epoch(epoch)
+
+    def _read(self, index: int, key: int) -> dict[str, Any]:
+        rows: list[dict[str, Any]] = []
+        bad: list[BadRow] = []
+        for sample in self.members(index):
+            where = f"row {self.samples.record_of(sample)}"
+            row = self.bad_samples.judge(where, self.samples._read, sample, draw_key(key, sample))
+            if isinstance(row, BadRow):
+                bad.append(row)
+            else:
+                rows.append(row)
+        if not rows:
+            raise bad[-1]
+        labels = [row["labels"].copy() for row in rows]
+        for each in labels:
+            each[0] = IGNORED  # nothing before it predicts it
+        sizes = [len(row["input_ids"]) for row in rows]
+        return {
+            "input_ids": np.concatenate([row["input_ids"] for row in rows]),
+            "labels": np.concatenate(labels),
+            "segments": np.repeat(np.arange(len(rows)), sizes),
+            "images": [image for row in rows for image in row["images"]],
+            "keys": [each for row in rows for each in row["keys"]],
+            "index": rows[0]["index"],
+        }
+
+
+def best_fit(lengths: np.ndarray, room: int, seed: int) -> list[np.ndarray]:
+    """Items in bins, each into the fullest bin that has room for it, in an order drawn from the seed.
+
+    Args:
+        lengths: of the items, int `[n]`; one above `room` has a bin of its own.
+        room: of a bin.
+        seed: of the order.
+
+    Returns:
+        The items of every bin, int64.
+    """
+    bins: list[list[int]] = []
+    left: list[int] = []  # what bins that are not full have left, ascending
+    of_room: dict[int, list[int]] = {}  # -> the bins with that much left
+    for item in np.random.default_rng(seed).permutation(len(lengths)).tolist():
+        length = int(lengths[item])
+        at = bisect_left(left, length)
+        if at == len(left):
+            number, rest = len(bins), room - length
+            bins.append([item])
+        else:
+            free = left[at]
+            number, rest = of_room[free].pop(), free - length
+            if not of_room[free]:
+                del of_room[free], left[at]
+            bins[number].append(item)
+        if rest > 0:
+            if rest not in of_room:
+                insort(left, rest)
+            of_room.setdefault(rest, []).append(number)
+    return [np.asarray(each, np.int64) for each in bins]
