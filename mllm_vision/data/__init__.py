@@ -30,6 +30,7 @@ __getattr__, __dir__, __all__ = attach(
         "ConversationCollator": "chat.collate",
         "ConversationDataset": "chat.conversations",
         "PackedConversations": "chat.packing",
+        "PackedSamples": "chat.packing",
         "bind_conversations": "records.forms",
         "preview_labels": "chat.collate",
         "to_messages": "records.forms",

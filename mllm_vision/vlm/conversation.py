@@ -14,6 +14,7 @@ from mllm_vision.data import (
     ConversationCollator,
     ConversationDataset,
     PackedConversations,
+    PackedSamples,
     StreamArguments,
     StreamDataset,
     bind_conversations,
@@ -64,7 +65,7 @@ def set_chat_template(processor: Any, name_or_path: str, task: Any = None) -> No
 class StageData:
     """Training and held-out conversations of one stage, with their records and columns."""
 
-    train: ConversationDataset | PackedConversations | StreamDataset
+    train: ConversationDataset | PackedConversations | PackedSamples | StreamDataset
     evaluation: ConversationDataset | PackedConversations
     collator: ConversationCollator
     train_collator: ConversationCollator
@@ -96,7 +97,7 @@ class StageData:
         Raises:
             ValueError: they are read as a stream.
         """
-        found = self.train.samples if isinstance(self.train, PackedConversations) else self.train
+        found = self.train.samples if isinstance(self.train, PackedConversations | PackedSamples) else self.train
         if isinstance(found, StreamDataset):
             raise ValueError("--cache_features and --streaming are mutually exclusive: a stream's images are read once")
         return found
@@ -134,6 +135,7 @@ def load_stage_data(
     max_turns: int | None = None,
     shuffle_turns: bool = True,
     pack_turns: bool = False,
+    packing: bool = False,
     seed: int = 0,
     streams: StreamArguments | None = None,
     max_steps: int = -1,
@@ -154,6 +156,7 @@ def load_stage_data(
         max_length: in tokens, image tokens included; None: the language model's limit, at most 2048.
         on_truncation, max_turns, shuffle_turns: see ``ConversationDataset``.
         pack_turns: questions on one image are independent samples, packed by ``PackedConversations``.
+        packing: training samples of any kind share rows of up to ``max_length`` tokens, by ``PackedSamples``.
         seed: determines the held-out rows, the drawn captions and the order of questions.
         streams: with `streaming`, the training data is read as a stream (then in `train_records`); ``max_steps`` limits
             endless streams.
@@ -174,13 +177,16 @@ def load_stage_data(
         raise ValueError(f"eval_rows={eval_rows} must be at least 2")
     if pack_turns and max_turns not in (None, 1):
         raise ValueError(f"pack_turns and max_turns={max_turns} are mutually exclusive: packed questions are separate")
+    if pack_turns and packing:
+        raise ValueError("--pack_turns and --packing are mutually exclusive; leave one of them out")
     where: dict[str, Any] = {"split": split, "config_name": config_name, "image_root": image_root}
     stream, records = None, None
     if streams is not None and streams.streaming:
         if not eval_dataset_name:
             raise ValueError("--streaming holds no rows out; pass --eval_dataset_name")
-        if pack_turns:
-            raise ValueError("--pack_turns and --streaming are mutually exclusive")
+        if pack_turns or packing:
+            flag = "pack_turns" if pack_turns else "packing"
+            raise ValueError(f"--{flag} and --streaming are mutually exclusive: lengths are known beforehand")
         stream = streams.open(dataset_name, **where, max_rows=max_rows, seed=seed, max_steps=max_steps)
         records = stream.head()
     else:
@@ -217,6 +223,13 @@ def load_stage_data(
     if pack_turns:
         check_packing(model, int(max(train.lengths.max(), evaluation.lengths.max())), max_length)
         train, evaluation = (PackedConversations(each, max_length=max_length) for each in (train, evaluation))
+    if packing:
+        check_packing(model, int(train.longest_wordings().max()), max_length, flag="packing")
+        train = PackedSamples(train, max_length=max_length)
+        logger.info(
+            "%d samples in %d rows of at most %d tokens, %.1f %% of them used",
+            *(len(train.samples), len(train), max_length, 100 * train.filled),
+        )
     return StageData(
         train=train,
         evaluation=evaluation,

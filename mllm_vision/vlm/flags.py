@@ -26,6 +26,9 @@ class ChatDataArguments(DataArguments):
     on_truncation: Literal["refuse", "truncate"] = field(
         default="refuse", metadata={"help": "Leave longer ones out (refuse), or cut them.", "rare": True}
     )
+    packing: bool = field(
+        default=False, metadata={"help": "Train several samples a row of max_length tokens, in place of padding."}
+    )
     dtype: str = field(default="float32", metadata={"help": "The weights' type: float32, bfloat16 or auto."})
     blind: bool = field(default=False, metadata={"help": "Train on zeros instead of images.", "rare": True})
     cache_features: bool = field(
@@ -104,6 +107,7 @@ class ChatDataArguments(DataArguments):
             eval_rows=self.max_eval_samples,
             max_length=self.max_length,
             on_truncation=self.on_truncation,
+            packing=self.packing,
             seed=arguments.seed,
             streams=streams,
             max_steps=arguments.max_steps,

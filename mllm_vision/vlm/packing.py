@@ -20,7 +20,8 @@ def check_packing(model: Any, longest: int, row: int | None = None, *, flag: str
     Conversations of random ids are run packed and separately: two, or enough to exceed every window. For "pack_turns"
     they share a prefix and are kept apart by a mask (as by ``PackedConversations``), for "packing" by positions that
     begin again (as by ``PackedSamples``), in two rows, one of them padded. Attention by mask and positions is exact.
-    Sliding windows (shorter than a conversation), ALiBi, recurrent and convolutional layers and an active cache are not.
+    Sliding windows (shorter than a conversation), ALiBi, recurrent and convolutional layers and an active cache are
+    not.
 
     Args:
         model: a ``LanguageTask``.
@@ -31,6 +32,8 @@ def check_packing(model: Any, longest: int, row: int | None = None, *, flag: str
     Raises:
         ValueError: the logits differ, or the language model does not accept the mask.
     """
+    if flag == "packing":
+        _check_positions(model)
     windows = _windows(model.config.get_text_config())
     size = max([_TRIED, *(window + _TRIED // 2 for window in windows if window < longest)])
     size = max(min(longest, size), 6)
@@ -61,9 +64,18 @@ def _refusal(model: Any, flag: str, why: str) -> ValueError:
     kind = getattr(model.config.get_text_config(), "model_type", "the language model")
     return ValueError(
         f"{flag}: packed conversations are not equivalent to separate ones with {kind!r}: {why}. Its layers depend "
-        "on neighbours in the sequence regardless of the attention mask (a sliding window, ALiBi, recurrent or "
-        f"convolutional layers); train without --{flag}"
+        "on neighbours in the sequence (a sliding window, ALiBi, recurrent or convolutional layers, or attention that "
+        f"takes no mask of one conversation each); train without --{flag}"
     )
+
+
+def _check_positions(model: Any) -> None:
+    """Refuses what cannot keep conversations apart by positions alone, without a trial."""
+    if model.system.bidirectional:
+        raise _refusal(model, "packing", f"the prompts of {model.system.name!r} attend in both directions")
+    implementation = model.config.get_text_config()._attn_implementation
+    if implementation == "flex_attention":  # torch 2.13 ends the process on a CPU
+        raise _refusal(model, "packing", "flex_attention does not read positions; use attn_implementation='sdpa'")
 
 
 def _windows(config: Any) -> list[int]:

@@ -49,7 +49,8 @@ class LanguageTask(nn.Module):
 
     Attributes:
         label_smoothing: of the training loss (``--label_smoothing_factor``).
-        packing_checked: whether the language model gives packed conversations the numbers of separate ones.
+        packing_checked: the forms of packing ("pack_turns", "packing") in which the language model gives conversations
+            the numbers of separate ones.
         adapters: peft's model around `model`, while adapters are trained.
 
     Source: LLaVA (arXiv:2304.08485), LLaVA-1.5 (arXiv:2310.03744).
@@ -58,7 +59,7 @@ class LanguageTask(nn.Module):
     adapters: Any
     accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch, so accumulation weights every token equally
     label_smoothing: float = 0.0
-    packing_checked = False
+    packing_checked: frozenset[str] = frozenset()
 
     def __init__(self, model: PreTrainedModel, system: System) -> None:
         super().__init__()
@@ -268,6 +269,8 @@ class LanguageTask(nn.Module):
     def _mask(self, attention_mask: Tensor | None, position_ids: Tensor | None, training: bool) -> Tensor | None:
         """The attention mask as the native model takes it."""
         if attention_mask is None:
+            if position_ids is not None and training and "packing" not in self.packing_checked:
+                check_packing(self, int(position_ids.max()) + 1, position_ids.shape[1], flag="packing")
             return None
         if attention_mask.dim() == 2:
             # With causal attention the padding on the right changes nothing, and without a mask attention is cheaper.
@@ -275,7 +278,7 @@ class LanguageTask(nn.Module):
             return None if right_padded and not self.system.bidirectional else attention_mask
         if attention_mask.dtype != torch.bool:
             return attention_mask
-        if not self.packing_checked:
+        if "pack_turns" not in self.packing_checked:
             row = attention_mask.shape[-1]
             check_packing(self, row if position_ids is None else int(position_ids.max()) + 1, row)
         return self._additive(attention_mask)

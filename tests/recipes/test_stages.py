@@ -374,9 +374,8 @@ def test_cached_features_train_the_same_weights_and_resume(folder, tmp_path):
     assert len(list((tmp_path / "features").glob("*.features"))) == 1  # nothing was computed again
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_cached_features_train_the_same_weights_in_stage_two(folder, aligned, tmp_path, packed):
-    more = ("--pack_turns",) if packed else ()
+@pytest.mark.parametrize("more", [(), ("--pack_turns",), ("--packing", "--max_length", "120")])
+def test_cached_features_train_the_same_weights_in_stage_two(folder, aligned, tmp_path, more):
     without, cached = (
         run_instruct(folder, tmp_path / str(len(extra)), *more, *extra, steps=3)
         for extra in ((), ("--cache_features", "--features_dir", tmp_path / "features"))
@@ -389,6 +388,7 @@ def test_cached_features_train_the_same_weights_in_stage_two(folder, aligned, tm
     [
         (("--features_dir", "x"), "--features_dir has no effect without --cache_features"),
         (("--features_dtype", "float16"), "--features_dtype has no effect"),
+        (("--packing", "--streaming", "--eval_dataset_name", "x"), "--packing and --streaming are mutually exclusive"),
         (("--cache_features", "--blind"), "--cache_features and --blind are mutually exclusive"),
         (("--cache_features", "--streaming"), "--cache_features and --streaming are mutually exclusive"),
         (("--cache_features", "--train", "encoder", "connector"), "frozen encoder, but .* train"),
