@@ -175,18 +175,12 @@ def load_stage_data(
         )
     if eval_rows < 2:
         raise ValueError(f"eval_rows={eval_rows} must be at least 2")
-    if pack_turns and max_turns not in (None, 1):
-        raise ValueError(f"pack_turns and max_turns={max_turns} are mutually exclusive: packed questions are separate")
-    if pack_turns and packing:
-        raise ValueError("--pack_turns and --packing are mutually exclusive; leave one of them out")
+    packed_by = _packed_by(pack_turns, packing, max_turns, streams is not None and streams.streaming)
     where: dict[str, Any] = {"split": split, "config_name": config_name, "image_root": image_root}
     stream, records = None, None
     if streams is not None and streams.streaming:
         if not eval_dataset_name:
             raise ValueError("--streaming holds no rows out; pass --eval_dataset_name")
-        if pack_turns or packing:
-            flag = "pack_turns" if pack_turns else "packing"
-            raise ValueError(f"--{flag} and --streaming are mutually exclusive: lengths are known beforehand")
         stream = streams.open(dataset_name, **where, max_rows=max_rows, seed=seed, max_steps=max_steps)
         records = stream.head()
     else:
@@ -220,16 +214,8 @@ def load_stage_data(
     _check_use(train, dataset_name, stream is not None, pack_turns, max_turns)
     if stream is not None:
         train = StreamDataset(stream, train)
-    if pack_turns:
-        check_packing(model, int(max(train.lengths.max(), evaluation.lengths.max())), max_length)
-        train, evaluation = (PackedConversations(each, max_length=max_length) for each in (train, evaluation))
-    if packing:
-        check_packing(model, int(train.longest_wordings().max()), max_length, flag="packing")
-        train = PackedSamples(train, max_length=max_length)
-        logger.info(
-            "%d samples in %d rows of at most %d tokens, %.1f %% of them used",
-            *(len(train.samples), len(train), max_length, 100 * train.filled),
-        )
+    if packed_by is not None:
+        train, evaluation = _packed(model, train, evaluation, packed_by, max_length)
     return StageData(
         train=train,
         evaluation=evaluation,
@@ -240,6 +226,34 @@ def load_stage_data(
         eval_records=held,
         eval_columns=eval_columns,
     )
+
+
+def _packed_by(pack_turns: bool, packing: bool, max_turns: int | None, streaming: bool) -> str | None:
+    """The flag of packing that is given, or None; ValueError for others that exclude it."""
+    if pack_turns and packing:
+        raise ValueError("--pack_turns and --packing are mutually exclusive; leave one of them out")
+    if pack_turns and max_turns not in (None, 1):
+        raise ValueError(f"pack_turns and max_turns={max_turns} are mutually exclusive: packed questions are separate")
+    flag = "pack_turns" if pack_turns else "packing" if packing else None
+    if flag is not None and streaming:
+        raise ValueError(f"--{flag} and --streaming are mutually exclusive: packing takes lengths known beforehand")
+    return flag
+
+
+def _packed(
+    model: Any, train: ConversationDataset, evaluation: ConversationDataset, flag: str, max_length: int
+) -> tuple[Any, Any]:
+    """The training and the held-out rows, packed as a flag says, after the trial of the language model."""
+    if flag == "pack_turns":
+        check_packing(model, int(max(train.lengths.max(), evaluation.lengths.max())), max_length)
+        return PackedConversations(train, max_length=max_length), PackedConversations(evaluation, max_length=max_length)
+    check_packing(model, int(train.longest_wordings().max()), max_length, flag="packing")
+    rows = PackedSamples(train, max_length=max_length)
+    logger.info(
+        "%d samples in %d rows of at most %d tokens, %.1f %% of them used",
+        *(len(train), len(rows), max_length, 100 * rows.filled),
+    )
+    return rows, evaluation
 
 
 def _held_out(
