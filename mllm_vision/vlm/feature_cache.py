@@ -89,9 +89,11 @@ def describe_features(task: Any, layout: Any, dtype: torch.dtype, autocast: torc
     """
     model, system = task.model, task.system
     weights = {name: value for name, value in model.state_dict().items() if system.parts.group_of(name) == "encoder"}
-    config = model.config.vision_config.to_dict()
     ignored = ("_", "transformers_version", "dtype", "torch_dtype")
-    settings: dict[str, Any] = {name: value for name, value in config.items() if not name.startswith(ignored)}
+    settings: dict[str, Any] = {}
+    for number, part in enumerate(system.parts.modules(model, "encoder")):
+        config = part.config.to_dict() if hasattr(part, "config") else {}
+        settings |= {f"{number}.{name}": value for name, value in config.items() if not name.startswith(ignored)}
     for name in ("vision_feature_layer", "vision_feature_select_strategy"):
         settings[name] = getattr(model.config, name, None)
     precision = _name(next(iter(weights.values())).dtype) + (
@@ -178,6 +180,8 @@ class _Tower:
     def _split(self, images: Sequence[Any]) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """(features, the layout's tensors beside the pixels) of each image."""
         tensors = self.layout(images)
+        if len(images) > 1 and "tiles" not in tensors and not self.layout.fixed:
+            return [found for image in images for found in self._split([image])]  # as many tiles as its size asks for
         if "pixel_attention_mask" in tensors:
             raise ValueError(
                 f"--cache_features: {type(self.layout).__name__} pads images of their own aspect, whose features "

@@ -12,9 +12,11 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from mllm_vision.data import ConversationCollator
 from mllm_vision.data.chat.templates import CHAT_TEMPLATES
 from mllm_vision.encoder import VisionEncoder
 from mllm_vision.vlm import answer, build_vlm, freeze, list_systems, load_vlm, save_vlm
+from mllm_vision.vlm.feature_cache import cache_features
 from mllm_vision.vlm.measure import spell_out
 
 TOWERS = {
@@ -213,3 +215,56 @@ def test_saved_and_loaded_here_and_by_plain_transformers(system, tmp_path):
         assert torch.equal(native["input_ids"], inputs["input_ids"])
         with torch.no_grad():
             assert torch.allclose(plain(**native).logits, logits, atol=1e-4)
+
+
+def test_cached_features_give_the_tokens_of_images_or_are_refused(system, tmp_path):
+    """Images of several sizes, read back in another order and one at a time."""
+    _, task, processor = system
+    layout = task.system.layout(task.model, processor)
+    values = [tiny.random_image(1, (48, 96)), tiny.random_image(2, (40, 40)), tiny.random_image(3, (96, 33))]
+    images = [[value] for value in values]
+    freeze(task, ("connector",))
+    if "pixel_attention_mask" in layout([layout.load(values[0])]):
+        with pytest.raises(ValueError, match="--cache_features: NativeAspectLayout pads"):
+            cache_features(task, layout, images, folder=tmp_path)
+        return
+    cached = cache_features(task, layout, images, folder=tmp_path)
+    for chosen in ([2, 0, 1], [1], [0, 0]):
+        found = cached([cached.load(values[each]) for each in chosen])
+        features = found.pop("image_features")
+        expected = task.image_tokens(layout([layout.load(values[each]) for each in chosen]))
+        torch.testing.assert_close(task.image_tokens(found, features), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_samples_packed_in_a_row_are_separate_or_packing_is_refused(system):
+    """Two samples with an image each, in one row: their loss and the connector's gradient."""
+    case, task, processor = system
+    freeze(task, ("connector",))
+    images = [tiny.random_image(5, case.size), tiny.random_image(6, case.size)]
+    rows = [our_inputs(task, processor, image)["input_ids"][0] for image in images]
+    rows[1] = torch.cat([rows[1], rows[1][-3:]])
+    labels = [torch.where(torch.arange(len(row)) >= len(row) - 4, row, -100) for row in rows]
+    layout = task.system.layout(task.model, processor)
+    segments = torch.arange(2).repeat_interleave(torch.tensor([len(row) for row in rows]))
+    packed = {"input_ids": torch.cat(rows), "labels": torch.cat(labels), "segments": segments}
+    count = torch.tensor(8)
+    batches = {
+        "packed": [ConversationCollator.pad([packed], len(segments), pad_id=0) | layout(images)],
+        "alone": [
+            {"input_ids": row[None], "labels": target[None], **layout([image])}
+            for row, target, image in zip(rows, labels, images, strict=True)
+        ],
+    }
+    if task.system.bidirectional:
+        with pytest.raises(ValueError, match="attend in both directions; train without --packing|--packing"):
+            task(**batches["packed"][0])
+        return
+    found = {}
+    for name, each in batches.items():
+        task.zero_grad()
+        loss = sum(task.train()(**batch, num_items_in_batch=count).loss for batch in each)
+        loss.backward()
+        found[name] = [loss.detach(), *(p.grad.clone() for p in task.parameters() if p.grad is not None)]
+    assert len(found["packed"]) == len(found["alone"]) > 1
+    for ours, separate in zip(found["packed"], found["alone"], strict=True):
+        torch.testing.assert_close(ours, separate, rtol=1e-3, atol=1e-5)
