@@ -237,7 +237,7 @@ def llava() -> Any:
 
     tokenizer = pairs_for_tests.tokenizer()
     encoder = VisionEncoder.from_backbone(tiny.tiny_clip_vision(), tiny.tiny_image_processor("clip"))
-    model, processor = build_vlm(encoder, tiny.tiny_llama(len(tokenizer)), "linear", tokenizer)
+    model, processor = build_vlm(encoder, tiny.tiny_llama(len(tokenizer)), "llava", tokenizer)
     set_chat_template(processor, "vicuna")
     return model.train(), processor
 
