@@ -34,7 +34,7 @@ VERBS = {
     "pretrain-images": Verb("recipes/pretrain_images.py", "Train an encoder on images alone (simclr, dino...).", True),
     "finetune": Verb("recipes/finetune.py", "Train an encoder and a linear classifier on labelled images.", True),
     "language-model": Verb("recipes/language_model.py", "Train a small language model and its tokenizer.", True),
-    "align": Verb("recipes/align.py", "Stage one: train the projector between encoder and language model.", True),
+    "align": Verb("recipes/align.py", "Stage one: train the connector between encoder and language model.", True),
     "instruct": Verb("recipes/instruct.py", "Stage two: train the aligned model to answer questions.", True),
     "evaluate": Verb("scripts/evaluate.py", "Measure an encoder or a vision-language model.", True),
     "report": Verb("scripts/report.py", "Draw one HTML page of a chain of runs."),

@@ -37,7 +37,7 @@ recipe pretrain pretrain pretrain --dataset_name "$data/train.parquet" --tokeniz
 publish pretrain/encoder encoder
 publish pretrain/dual dual
 
-say "Stage one: a projector connects the frozen encoder to the frozen language model"
+say "Stage one: a connector joins the frozen encoder to the frozen language model"
 recipe align align align --encoder "$out/encoder" --llm "$out/language_model" \
   --dataset_name "$data/train.parquet" --eval_dataset_name "$data/validation.parquet"
 publish align/model align

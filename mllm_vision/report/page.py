@@ -33,7 +33,7 @@ HEADLINES = (
 WHAT = {
     "stage_zero": "vision encoder",
     "language_model": "from text alone",
-    "stage_one": "projector, aligned on captions",
+    "stage_one": "connector, aligned on captions",
     "stage_two": "instructed to answer",
 }
 

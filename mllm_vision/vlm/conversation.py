@@ -276,7 +276,7 @@ def _check_use(
     """Refuses data without images, and flags of single questions for whole conversations."""
     if not streamed and not samples.has_images:
         raise ValueError(
-            f"none of the {len(samples)} conversations of {dataset_name} has an image, so the projector cannot be "
+            f"none of the {len(samples)} conversations of {dataset_name} has an image, so the connector cannot be "
             "trained: name the images with --image_column, or put them into the messages"
         )
     if not samples.form.by_question and (pack_turns or max_turns is not None):

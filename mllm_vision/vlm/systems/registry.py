@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from mllm_vision.errors import unknown_name
 from mllm_vision.vlm.systems.base import System
 
+logger = logging.getLogger(__name__)
 # name -> (module of this folder, class, model_type of its checkpoints)
 SYSTEMS: dict[str, tuple[str, str, str]] = {
     "blip2": ("blip2", "BLIP2", "blip-2"),
@@ -66,7 +69,11 @@ def system_of(config: Any, path: str = "the model") -> System:
         ValueError: not a model type of any system.
     """
     settings = dict(getattr(config, "mllm_vision", None) or {})
-    if named := settings.pop("system", None):
+    named = settings.pop("system", None)
+    module = str(named).partition(":")[0]
+    if named and ":" in named and module not in sys.modules:  # a downloaded config imports nothing
+        logger.warning("%s is of the system %s; import %s first to load it as such", path, named, module)
+    elif named:
         return _with_settings(load_system(named), settings)
     found = [name for name, (_, _, model_type) in SYSTEMS.items() if model_type == config.model_type]
     if not found:
