@@ -89,6 +89,7 @@ def messages(file: Path) -> list[tuple[int, str]]:
 def flags_of(script: str) -> set[str]:
     """The flags that `--help` of a recipe or script lists, for every method it takes."""
     from mllm_vision.objectives import list_objectives
+    from mllm_vision.vlm import list_systems
 
     out, module = io.StringIO(), _load(script)
     methods = {
@@ -96,6 +97,8 @@ def flags_of(script: str) -> set[str]:
         "recipes/pretrain_images.py": list_objectives("images"),
     }
     calls = [[], *(["--objective", name] for name in methods.get(script, ()))]
+    if script in ("recipes/align.py", "recipes/instruct.py"):
+        calls += [["--system", name] for name in list_systems()]
     for words in [*(["--help", "all", *words] for words in calls), ["plan", "--help", "all"]]:  # a mode of the doctor
         with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit, ValueError):
             module.main(words)
