@@ -54,10 +54,12 @@ def counted(task, monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
-def test_loss_and_gradients_equal_those_without_a_cache(aligned, make_batch, cells, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "autocast"), [("clip", None), ("siglip", None), ("dinov2", None), ("clip", torch.bfloat16)]
+)
+def test_loss_and_gradients_equal_those_without_a_cache(aligned, make_batch, cells, tmp_path, kind, autocast):
     task, layout = aligned(kind=kind)
-    cached = cache_features(task, layout, cells, folder=tmp_path, batch_size=4)
+    cached = cache_features(task, layout, cells, folder=tmp_path, batch_size=4, autocast=autocast)
     batch = make_batch(task, rows=3)
     values = [cells[2][0], cells[4][1], cells[2][0]]
     found = {}
@@ -65,7 +67,8 @@ def test_loss_and_gradients_equal_those_without_a_cache(aligned, make_batch, cel
         images = used([used.load(value) for value in values])
         batch = {key: value for key, value in batch.items() if key not in ("pixel_values", "image_features")} | images
         task.zero_grad()
-        loss = task.train()(**batch).loss
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            loss = task.train()(**batch).loss
         loss.backward()
         found[name] = [loss.detach(), *(p.grad.clone() for p in task.parameters() if p.grad is not None)]
     assert "image_features" in batch and "pixel_values" not in batch
