@@ -31,6 +31,7 @@ __getattr__, __dir__, __all__ = attach(
         "ConversationDataset": "chat.conversations",
         "PackedConversations": "chat.packing",
         "PackedSamples": "chat.packing",
+        "TokenWeights": "chat.weights",
         "bind_conversations": "records.forms",
         "preview_labels": "chat.collate",
         "to_messages": "records.forms",

@@ -17,6 +17,7 @@ from mllm_vision.data import (
     PackedSamples,
     StreamArguments,
     StreamDataset,
+    TokenWeights,
     bind_conversations,
     load_records,
     preview_labels,
@@ -105,7 +106,7 @@ class StageData:
     def use_layout(self, layout: Any, tokenizer: Any) -> None:
         """Gives the training images another form, as `CachedLayout` does; the held-out images keep theirs."""
         self.samples.layout = layout
-        self.train_collator = ConversationCollator(tokenizer, layout)
+        self.train_collator = ConversationCollator(tokenizer, layout, token_weights=self.train_collator.token_weights)
 
     def check(self, max_bad_fraction: float) -> None:
         """Raises ValueError if too many rows of the training or held-out data were refused."""
@@ -136,6 +137,7 @@ def load_stage_data(
     shuffle_turns: bool = True,
     pack_turns: bool = False,
     packing: bool = False,
+    loss_weights: str = "token",
     seed: int = 0,
     streams: StreamArguments | None = None,
     max_steps: int = -1,
@@ -157,6 +159,8 @@ def load_stage_data(
         on_truncation, max_turns, shuffle_turns: see ``ConversationDataset``.
         pack_turns: questions on one image are independent samples, packed by ``PackedConversations``.
         packing: training samples of any kind share rows of up to ``max_length`` tokens, by ``PackedSamples``.
+        loss_weights: of the training loss, "token", "sample" or "square_root"; see ``TokenWeights``. The held-out loss
+            is the mean over tokens.
         seed: determines the held-out rows, the drawn captions and the order of questions.
         streams: with `streaming`, the training data is read as a stream (then in `train_records`); ``max_steps`` limits
             endless streams.
@@ -212,6 +216,7 @@ def load_stage_data(
     )
     evaluation: Any = ConversationDataset(held, eval_columns, tokenizer, shuffle_turns=False, **options)
     _check_use(train, dataset_name, stream is not None, pack_turns, max_turns)
+    weights = _weights(loss_weights, train, stream is not None)
     if stream is not None:
         train = StreamDataset(stream, train)
     if packed_by is not None:
@@ -220,7 +225,7 @@ def load_stage_data(
         train=train,
         evaluation=evaluation,
         collator=ConversationCollator(tokenizer, layout),
-        train_collator=ConversationCollator(tokenizer, layout),
+        train_collator=ConversationCollator(tokenizer, layout, token_weights=weights),
         columns=columns,
         train_records=records if stream is None else stream,
         eval_records=held,
@@ -238,6 +243,16 @@ def _packed_by(pack_turns: bool, packing: bool, max_turns: int | None, streaming
     if flag is not None and streaming:
         raise ValueError(f"--{flag} and --streaming are mutually exclusive: packing takes lengths known beforehand")
     return flag
+
+
+def _weights(name: str, samples: ConversationDataset, streaming: bool) -> TokenWeights | None:
+    """The weights of the training tokens, None for equal ones; ValueError where they cannot be known."""
+    if name != "token" and streaming:
+        raise ValueError(
+            f"--loss_weights {name} and --streaming are mutually exclusive: the weights take the number of supervised "
+            "tokens of every sample, known beforehand; leave one of them out"
+        )
+    return None if name == "token" else TokenWeights.of(name, samples)
 
 
 def _packed(

@@ -29,6 +29,10 @@ class ChatDataArguments(DataArguments):
     packing: bool = field(
         default=False, metadata={"help": "Train several samples a row of max_length tokens, in place of padding."}
     )
+    loss_weights: Literal["token", "sample", "square_root"] = field(
+        default="token",
+        metadata={"help": "The mean loss over tokens, over samples, or weighted by 1/sqrt(n) of a sample's n tokens."},
+    )
     dtype: str = field(default="float32", metadata={"help": "The weights' type: float32, bfloat16 or auto."})
     blind: bool = field(default=False, metadata={"help": "Train on zeros instead of images.", "rare": True})
     cache_features: bool = field(
@@ -108,6 +112,7 @@ class ChatDataArguments(DataArguments):
             max_length=self.max_length,
             on_truncation=self.on_truncation,
             packing=self.packing,
+            loss_weights=self.loss_weights,
             seed=arguments.seed,
             streams=streams,
             max_steps=arguments.max_steps,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,21 +20,33 @@ class ConversationCollator:
         tokenizer: gives the padding id (the end token's where it has none; padding is masked anyway).
         layout: images to tensors.
         pad_to_multiple_of: round the length up.
+        token_weights: rows and length to the weights of their labels, as `TokenWeights`.
 
     Gives "input_ids", "attention_mask" and "labels" `[B, T]`, and the layout's tensors of all images in the order of
-    their tokens ("pixel_values" and, for some, more); a batch of text alone has none of these. With rows of
+    their tokens ("pixel_values" and, for some, more); a batch of text alone has none of these. With
+    `token_weights` also "token_weights", float32 `[B, T]`. With rows of
     `PackedConversations` the "attention_mask" is `[B, 1, T, T]` (True: the row's token attends to the column's), and
     "position_ids" `[B, T]` start at every conversation. Rows of `PackedSamples` have these positions and no mask.
     """
 
-    def __init__(self, tokenizer: Any, layout: ImageLayout, *, pad_to_multiple_of: int = 1) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        layout: ImageLayout,
+        *,
+        pad_to_multiple_of: int = 1,
+        token_weights: Callable[[Sequence[dict[str, Any]], int], Tensor] | None = None,
+    ) -> None:
         pad = tokenizer.pad_token_id
         self.pad_id = int(pad if pad is not None else tokenizer.eos_token_id)
         self.layout, self.multiple = layout, max(1, int(pad_to_multiple_of))
+        self.token_weights = token_weights
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         length = -(-max(len(row["input_ids"]) for row in rows) // self.multiple) * self.multiple
         batch = self.pad(rows, length, self.pad_id)
+        if self.token_weights is not None:
+            batch["token_weights"] = self.token_weights(rows, length)
         images = [image for row in rows for image in row["images"]]
         if images:
             batch |= self.layout(images, keys=[key for row in rows for key in row["keys"]])

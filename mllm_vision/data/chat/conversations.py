@@ -238,6 +238,23 @@ class ConversationDataset(EpochDataset):
         longest = np.maximum.reduceat(sizes, offsets[kept])
         return self.lengths + longest - first
 
+    def supervised_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """(supervised tokens, share among its sample's wordings) of every alternative wording, `[wordings]`.
+
+        The first token of a sample, which nothing predicts, does not count.
+        """
+        counts, shares = [], []
+        for batch in self._tokens.select(["mask", "ends"]).to_batches():
+            mask = batch.column("mask").flatten().to_numpy(zero_copy_only=False)
+            wordings = batch.column("ends").value_lengths().to_numpy(zero_copy_only=False)
+            lengths = batch.column("mask").value_lengths().to_numpy(zero_copy_only=False)
+            ends = batch.column("ends").flatten().to_numpy() + np.repeat(np.cumsum(lengths) - lengths, wordings)
+            starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(ends)]
+            before = np.concatenate([np.zeros(1, np.int64), np.cumsum(mask)])
+            counts.append(before[ends] - before[starts] - mask[starts])
+            shares.append(1 / np.repeat(wordings, wordings))
+        return np.concatenate(counts), np.concatenate(shares)
+
     def beginnings(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(row of the records, tokens up to the end of its last image, a hash of them) of every sample, `[samples]`."""
         columns = [np.asarray(self._tokens.column(name)) for name in ("row", "prefix", "prefix_id")]
