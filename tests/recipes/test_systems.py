@@ -1,4 +1,7 @@
-"""Every system from the command line: its small configs, stage one and stage two, evaluation, saving, reading back."""
+"""Systems from the command line: their small configs, stage one and stage two, evaluation, saving, reading back.
+
+Those with tiles are in `test_tiled_system_recipes`, those without a native class in `test_own_system_recipes`.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,7 @@ from mllm_vision.vlm import list_systems, load_vlm
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "recipes" / "configs"
-TOWERS = {"siglip": ["idefics2", "paligemma", "prismatic", "cambrian"], "vit": ["internvl", "blip2"]}
-MORE = {"prismatic": ["vit"], "cambrian": ["clip"]}  # further encoders
+TOWERS = {"llava": "clip", "llava15": "clip", "paligemma": "siglip", "blip2": "vit"}
 
 
 def recipe(name: str):
@@ -54,13 +56,18 @@ def run(folder: Path, name: str, config: Path, output: Path, *more: object) -> d
 
 def parents(folder: Path, system: str) -> list[object]:
     """The flags of a new model of that system."""
-    tower = next((kind for kind, names in TOWERS.items() if system in names), "clip")
-    more = [folder / kind for kind in MORE.get(system, [])]
-    found: list[object] = ["--encoder", folder / tower, "--llm", folder / "llm"]
-    return found + (["--more_encoders", *more] if more else [])
+    return ["--encoder", folder / TOWERS[system], "--llm", folder / "llm"]
 
 
-@pytest.mark.parametrize("system", list_systems())
+def test_every_system_has_its_four_configs_and_a_test():
+    tests = "".join(file.read_text() for file in Path(__file__).parent.glob("test_*system*.py"))
+    for system in list_systems():
+        names = {path.name for path in (CONFIGS / system).iterdir()}
+        assert names >= {"align.yaml", "instruct.yaml", "tiny_align.yaml", "tiny_instruct.yaml"}
+        assert f'"{system}"' in tests
+
+
+@pytest.mark.parametrize("system", TOWERS)
 def test_both_stages_of_a_system(folder, tmp_path, system):
     configs = CONFIGS / system
     assert {"align.yaml", "instruct.yaml", "tiny_align.yaml", "tiny_instruct.yaml"} <= {
@@ -82,7 +89,7 @@ def test_both_stages_of_a_system(folder, tmp_path, system):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("system", list_systems())
+@pytest.mark.parametrize("system", TOWERS)
 def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, system):
     more = [*parents(folder, system), "--save_strategy", "steps", "--save_steps", 2]
     config = CONFIGS / system / "tiny_align.yaml"
