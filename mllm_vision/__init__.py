@@ -7,7 +7,7 @@ from mllm_vision.evaluation.registry import evaluator_homes
 from mllm_vision.lazy import attach
 from mllm_vision.objectives.registry import method_homes
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # public names by subject: name -> module
 _SUBJECTS = {
