@@ -76,13 +76,13 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
     flags = parse_recipe(InstructArguments, Arguments, settings, StreamArguments, argv=argv, description=__doc__)
     own, arguments, settings, streams = flags
     own.check_model()
-    own.check_train()
+    own.check_train(arguments)
     own.check_cache(streams.streaming)
 
     from mllm_vision.modules.audit import audit_table
     from mllm_vision.training.recipe.run import Run
     from mllm_vision.training.trainer.recipe_trainer import RecipeTrainer
-    from mllm_vision.vlm import FreezeProof, HeldOutLoss, audit, learning_rates, merge_adapters, save_vlm
+    from mllm_vision.vlm import FreezeProof, HeldOutLoss, audit, merge_adapters, save_vlm
     from mllm_vision.vlm.conversation import label_preview, set_chat_template
 
     run = Run("stage_two", arguments, recipe_dict(*flags))
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
 
     own.prepare(task)
     own.cache(task, processor, data, arguments)
-    rows = audit(task, arguments.learning_rate, own.rates)
+    rows = audit(task, arguments.learning_rate, own.rates, arguments.weight_decay, own.weight_decays)
     proof = FreezeProof(task, rows)
     run.record["label_preview"] = label_preview(data, processor)
     if run.is_main:
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None, *, callbacks: list | None = None) -> Non
         data_collator=data.train_collator,
         callbacks=callbacks,
         run=run,
-        learning_rates=learning_rates(task, own.rates),
+        **own.by_prefix(task),
         bad_samples=data.bad_samples,
         evaluators=evaluators,
     )

@@ -158,11 +158,15 @@ class ModuleAudit:
 
 def audit_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """The audit as a table for people; after `close` it says what moved."""
-    lines = [f"{'module':<16}{'parameters':>14}{'trainable':>14}{'learning rate':>15}"]
+    rows = list(rows)
+    decays = any("weight_decay" in row for row in rows)
+    lines = [f"{'module':<16}{'parameters':>14}{'trainable':>14}{'learning rate':>15}" + f"{'decay':>9}" * decays]
     for row in rows:
         still = "follows" if row.get("follows") else "frozen"  # a teacher is moved by its student, not by a rate
         rate = f"{row['learning_rate']:.3g}" if row["trainable"] else still
         line = f"{row['group']:<16}{row['parameters']:>14,}{row['trainable']:>14,}{rate:>15}"
+        if decays:
+            line += f"{row['weight_decay']:>9.3g}" if row["trainable"] else f"{'':>9}"
         if "moved" in row:
             moved = "moved" if row["moved"] else "equal"
             line += f"   {row['sha256_before'][:12]} -> {row['sha256_after'][:12]} {moved}"

@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = attach(
         "FreezeProof": "freezing",
         "audit": "freezing",
         "freeze": "freezing",
-        "learning_rates": "freezing",
+        "by_prefix": "freezing",
         "HeldOutLoss": "measure",
         "answer": "measure",
         "supervised_loss": "measure",

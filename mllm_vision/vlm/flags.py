@@ -216,6 +216,15 @@ class TuningArguments:
     encoder_learning_rate: float | None = field(default=None, metadata={"help": "The rate of that part."})
     connector_learning_rate: float | None = field(default=None, metadata={"help": "The rate of that part."})
     language_model_learning_rate: float | None = field(default=None, metadata={"help": "The rate of that part."})
+    encoder_weight_decay: float | None = field(
+        default=None, metadata={"help": "The weight decay of that part.", "rare": True}
+    )
+    connector_weight_decay: float | None = field(
+        default=None, metadata={"help": "The weight decay of that part.", "rare": True}
+    )
+    language_model_weight_decay: float | None = field(
+        default=None, metadata={"help": "The weight decay of that part.", "rare": True}
+    )
     lora_rank: int = field(default=16, metadata={"help": "The rank of the adapters (LLaVA-1.5: 128)."})
     lora_alpha: int = field(default=32, metadata={"help": "Their scale times the rank (LLaVA-1.5: 256).", "rare": True})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters.", "rare": True})
@@ -229,11 +238,49 @@ class TuningArguments:
             "language_model": self.language_model_learning_rate,
         }
 
-    def check_train(self) -> None:
-        """Raises ValueError for a part or a way that does not exist, before anything is loaded."""
+    @property
+    def weight_decays(self) -> dict[str, float | None]:
+        """Module group -> its weight decay; None is the run's."""
+        return {
+            "encoder": self.encoder_weight_decay,
+            "connector": self.connector_weight_decay,
+            "language_model": self.language_model_weight_decay,
+        }
+
+    def by_prefix(self, task: Any) -> dict[str, dict[str, float]]:
+        """The keywords `learning_rates` and `weight_decays` of `RecipeTrainer`, for the parts that train."""
+        from mllm_vision.vlm.freezing import by_prefix
+
+        return {
+            "learning_rates": by_prefix(task, self.rates),
+            "weight_decays": by_prefix(task, self.weight_decays),
+        }
+
+    def check_train(self, arguments: Any) -> None:
+        """Raises ValueError for flags of the parts that cannot hold, before anything is loaded.
+
+        They are a part or a way that does not exist, a rate or weight decay of a part that stays frozen or below 0, and
+        a weight decay of one part beside ``--weight_decay_end``, which sets that of all.
+        """
         from mllm_vision.vlm.freezing import read_groups
 
-        read_groups(self.train)
+        trained = read_groups(self.train)
+        for kind, values in (("learning_rate", self.rates), ("weight_decay", self.weight_decays)):
+            for group, value in values.items():
+                if value is None:
+                    continue
+                if group not in trained:
+                    raise ValueError(
+                        f"--{group}_{kind} has no effect: --train names {' '.join(self.train)}, so the {group} stays "
+                        "frozen; add it to --train, or leave the flag out"
+                    )
+                if value < 0:
+                    raise ValueError(f"--{group}_{kind} {value} must not be negative")
+                if kind == "weight_decay" and arguments.weight_decay_end is not None:
+                    raise ValueError(
+                        f"--weight_decay_end and --{group}_weight_decay are mutually exclusive: the schedule sets the "
+                        "weight decay of every part; leave one of them out"
+                    )
 
     def prepare(self, task: Any) -> Any:
         """The task with frozen and trainable parts set, and adapters added."""

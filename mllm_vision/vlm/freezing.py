@@ -139,14 +139,14 @@ def _pattern(name: str) -> str:
     return re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name))
 
 
-def learning_rates(task: LanguageTask, rates: Mapping[str, float | None]) -> dict[str, float]:
-    """Parameter-name prefix -> learning rate of trained groups, from group -> rate (None: the run's)."""
+def by_prefix(task: LanguageTask, values: Mapping[str, float | None]) -> dict[str, float]:
+    """Parameter-name prefix -> learning rate or weight decay of trained groups, from group -> it (None: the run's)."""
     prefixes: dict[str, float] = {}
     for name, parameter in task.named_parameters():
         group, path = task.system.parts.path_of(name.removeprefix("model."))
-        rate = rates.get(group)
-        if rate is not None and parameter.requires_grad:
-            prefixes[f"model.{path}"] = rate
+        value = values.get(group)
+        if value is not None and parameter.requires_grad:
+            prefixes[f"model.{path}"] = value
     return prefixes
 
 
@@ -162,14 +162,19 @@ def _groups(task: LanguageTask) -> dict[str, dict[str, Tensor]]:
 
 
 def audit(
-    task: LanguageTask, learning_rate: float, rates: Mapping[str, float | None] | None = None
+    task: LanguageTask,
+    learning_rate: float,
+    rates: Mapping[str, float | None] | None = None,
+    weight_decay: float = 0.0,
+    weight_decays: Mapping[str, float | None] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per module group: ``group``, ``parameters``, ``trainable`` (number of parameters), ``learning_rate``.
+    """One row per module group: ``group``, ``parameters``, ``trainable``, ``learning_rate``, ``weight_decay``.
 
     Args:
         task: after `freeze`.
         learning_rate: the run's rate, used by groups without their own.
         rates: group -> learning rate.
+        weight_decay, weight_decays: likewise.
     """
     rows = []
     for group in GROUPS:
@@ -177,8 +182,11 @@ def audit(
         trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         own = (rates or {}).get(group)
         rate = (learning_rate if own is None else own) if trainable else 0.0
+        own = (weight_decays or {}).get(group)
+        decay = (weight_decay if own is None else own) if trainable else 0.0
         total = sum(parameter.numel() for parameter in parameters)
-        rows.append({"group": group, "parameters": total, "trainable": trainable, "learning_rate": rate})
+        rows.append({"group": group, "parameters": total, "trainable": trainable})
+        rows[-1] |= {"learning_rate": rate, "weight_decay": decay}
     return rows
 
 

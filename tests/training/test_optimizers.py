@@ -97,6 +97,31 @@ def test_the_longest_prefix_wins_and_frozen_ones_are_left_out() -> None:
     assert groups[0]["group_name"] == "default"  # the Trainer logs the rate of the first group
 
 
+def test_a_module_has_a_weight_decay_of_its_own_with_or_without_a_rate() -> None:
+    model = Pair()
+    model.logit_scale.requires_grad_(False)
+    given = {"learning_rates": {"vision": 1e-3}, "weight_decays": {"vision.encoder": 0.0, "head": 0.5, "vision": None}}
+    groups = parameter_groups(model, weight_decay=0.1, learning_rate=1e-2, **given)
+    found = named(model, groups)
+    assert found["head.weight"]["weight_decay"] == 0.5 and found["head.weight"]["lr"] == 1e-2
+    assert found["head.bias"]["weight_decay"] == 0, "a bias does not decay, whatever its module does"
+    inner = found["vision.encoder.layers.0.mlp.fc1.weight"]
+    assert inner["weight_decay"] == 0 and inner["decays"] and inner["lr"] == 1e-3
+    outer = found["vision.embeddings.patch_embedding.weight"]
+    assert outer["weight_decay"] == 0.1 and outer["lr"] == 1e-3
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    torch.optim.AdamW(groups, lr=1e-2).step()  # with a gradient of 0 AdamW only decays, by rate times weight decay
+    for name, p in model.named_parameters():
+        factor = 1 - found[name]["lr"] * found[name]["weight_decay"] if name in found else 1.0
+        torch.testing.assert_close(p.detach(), before[name] * factor)
+    with pytest.raises(ValueError, match="weight decay for unknown parameter prefix 'haed'"):
+        parameter_groups(model, weight_decay=0.1, learning_rate=1e-2, weight_decays={"haed": 0.1})
+    with pytest.raises(ValueError, match="weight decay -1.0 of 'head' must not be negative"):
+        parameter_groups(model, weight_decay=0.1, learning_rate=1e-2, weight_decays={"head": -1.0})
+
+
 def test_prefixes_hold_under_peft_and_ddp() -> None:
     assert plain_name("module.base_model.model.model.vision_tower.x") == "model.vision_tower.x"
     from peft import LoraConfig, get_peft_model

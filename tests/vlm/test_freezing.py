@@ -152,24 +152,32 @@ def test_lora_reaches_the_language_model_only_and_the_projector_trains_in_full(b
     assert rows["encoder"]["parameters"] == plain["encoder"] and rows["encoder"]["trainable"] == 0
 
 
-def test_learning_rate_prefixes_fit_the_trainers_groups(build):
+def test_rates_and_weight_decays_by_part_fit_the_trainers_groups(build):
+    from mllm_vision.modules.audit import audit_table
     from mllm_vision.training import parameter_groups
-    from mllm_vision.vlm import freeze, learning_rates
+    from mllm_vision.vlm import audit, by_prefix, freeze
 
     rates = {"encoder": 1e-5, "connector": 1e-3, "language_model": 1e-4}
+    decays = {"encoder": 0.9, "connector": None, "language_model": 0.3}
     model, _ = build()
     for wrapped in (
         freeze(model, ("connector", "language_model")),
         freeze(model, ("connector", "language_model=lora"), rank=2),
     ):
-        prefixes = learning_rates(wrapped, rates)
-        groups = parameter_groups(wrapped, weight_decay=0.1, learning_rate=1.0, learning_rates=prefixes)
-        rate_of = {id(p): group["lr"] for group in groups for p in group["params"]}
+        given = {"learning_rates": by_prefix(wrapped, rates), "weight_decays": by_prefix(wrapped, decays)}
+        groups = parameter_groups(wrapped, weight_decay=0.1, learning_rate=1.0, **given)
+        group_of = {id(p): group for group in groups for p in group["params"]}
         for name, parameter in wrapped.named_parameters():
-            if parameter.requires_grad:
-                assert rate_of[id(parameter)] == (1e-3 if "multi_modal_projector" in name else 1e-4), name
-            else:
-                assert id(parameter) not in rate_of
+            if not parameter.requires_grad:
+                assert id(parameter) not in group_of
+                continue
+            rate, decay = (1e-3, 0.1) if "multi_modal_projector" in name else (1e-4, 0.3)
+            assert group_of[id(parameter)]["lr"] == rate, name
+            assert group_of[id(parameter)]["weight_decay"] == (decay if parameter.ndim > 1 else 0.0), name
+    rows = {row["group"]: row for row in audit(wrapped, 1.0, rates, 0.1, decays)}
+    assert [rows[group]["weight_decay"] for group in rates] == [0.0, 0.1, 0.3], "the encoder is frozen"
+    table = audit_table(rows.values()).splitlines()
+    assert table[0].endswith("decay") and table[2].endswith("0.1") and table[3].endswith("0.3")
 
 
 @pytest.mark.parametrize("train", [(), ("projektor",)])

@@ -29,7 +29,7 @@ _REFUSED = {
 }
 # of recipes, methods and data; their other flags are in the checkpoint or decide what a row is
 _APPLIED = re.compile(
-    r"(eval_|max_eval_|zero_shot_|knn_).*|.*learning_rate|"
+    r"(eval_|max_eval_|zero_shot_|knn_).*|.*learning_rate|.*weight_decay|"
     r"evaluators|final_evaluators|raw_pixels|templates|sample_count|max_new_tokens|artifact_name|"
     r"dataset_name|image_root|mix_datasets|eval_cache_gb|cache_features|features_dir"  # the trainer compares the rows
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ def parameter_groups(
     weight_decay_on: str = "method",
     also_decays: Sequence[str] = (),
     learning_rates: Mapping[str, float | None] | None = None,
+    weight_decays: Mapping[str, float | None] | None = None,
     muon_learning_rate: float | None = None,
     bias_learning_rate: float | None = None,
     layer_decay: float | Mapping[str, float] | None = None,
@@ -80,6 +81,7 @@ def parameter_groups(
         weight_decay_on: `"method"` adds what `also_decays` names, `"matrices"` does not, `"all"` means every parameter.
         also_decays: parts of parameter names, such as `"cls_token"` or `"last_layer.norm"`.
         learning_rates: parameter-name prefix -> learning rate; the longest prefix wins, None means the default.
+        weight_decays: parameter-name prefix -> weight decay, likewise; for what takes weight decay at all.
         muon_learning_rate: of 2-D weights inside repeated blocks (`layers.0.`...), in groups marked `muon`; times the
             ratio of their prefix's rate to `learning_rate`.
         bias_learning_rate: of what takes no weight decay (Barlow Twins: 0.0048 beside 0.2), times the same ratio.
@@ -91,30 +93,33 @@ def parameter_groups(
         default group comes first, and of its kind the largest rate.
 
     Raises:
-        ValueError: a prefix matches no parameter, a rate is negative, nothing is trainable, or no layers to decay.
+        ValueError: a prefix matches no parameter, a rate or weight decay is negative, nothing is trainable, or there
+            are no layers to decay.
     """
     rates = {prefix: rate for prefix, rate in (learning_rates or {}).items() if rate is not None}
-    _check_rates(model, rates)
+    decay_of = {prefix: decay for prefix, decay in (weight_decays or {}).items() if decay is not None}
+    _check_prefixes(model, rates, "learning rate")
+    _check_prefixes(model, decay_of, "weight decay")
     scales = {} if layer_decay is None else layer_scales(_trained(model), layer_decay)
     groups: dict[tuple[str, bool, bool, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         plain = plain_name(name)
-        prefix = max((prefix for prefix in rates if is_under(plain, prefix)), key=len, default="")
+        prefix = _longest(plain, [*rates, *decay_of])
         matrix = decays(plain, parameter)
         named = weight_decay_on == "method" and any(f".{part}." in f".{plain}." for part in also_decays)
         decayed = matrix or named or weight_decay_on == "all"
         hidden = matrix and parameter.ndim == 2 and _HIDDEN.search(plain) is not None
         muon = hidden and muon_learning_rate is not None
-        rate = rates.get(prefix, learning_rate)
+        rate = rates.get(_longest(plain, rates), learning_rate)
         own = muon_learning_rate if muon else None if decayed else bias_learning_rate
         if own is not None:
             rate = own * (rate / learning_rate if learning_rate else 1.0)
         rate *= scales.get(plain, 1.0) * (patch_embedding_lr_scale if is_patch_embedding(plain) else 1.0)
         group = groups.setdefault(
             (prefix, muon, not decayed, -rate),
-            {"params": [], "lr": rate, "weight_decay": weight_decay if decayed else 0.0}
+            {"params": [], "lr": rate, "weight_decay": decay_of.get(_longest(plain, decay_of), weight_decay) * decayed}
             | {"group_name": prefix or "default", "muon": muon, "decays": decayed},
         )
         group["params"].append(parameter)
@@ -123,14 +128,19 @@ def parameter_groups(
     return [groups[key] for key in sorted(groups)]
 
 
-def _check_rates(model: nn.Module, rates: Mapping[str, float]) -> None:
+def _longest(name: str, prefixes: Iterable[str]) -> str:
+    """The longest prefix that a parameter is under; "" without one."""
+    return max((prefix for prefix in prefixes if is_under(name, prefix)), key=len, default="")
+
+
+def _check_prefixes(model: nn.Module, values: Mapping[str, float], what: str) -> None:
     names = [plain_name(name) for name, _ in model.named_parameters()]
-    for prefix, rate in rates.items():
-        if rate < 0:
-            raise ValueError(f"learning rate {rate} of {prefix!r} must not be negative")
+    for prefix, value in values.items():
+        if value < 0:
+            raise ValueError(f"{what} {value} of {prefix!r} must not be negative")
         if not any(is_under(name, prefix) for name in names):
             tops = {name.partition(".")[0] for name in names} | {".".join(name.split(".")[:2]) for name in names}
-            raise ValueError(f"learning rate for {unknown_name('parameter prefix', prefix, tops)}")
+            raise ValueError(f"{what} for {unknown_name('parameter prefix', prefix, tops)}")
 
 
 def _trained(model: nn.Module) -> list[str]:
@@ -140,20 +150,29 @@ def _trained(model: nn.Module) -> list[str]:
     return [name for name, _ in parameters if name.partition(".")[0] in parts]
 
 
-def group_flags(arguments: Any, learning_rates: Mapping[str, float | None]) -> list[str]:
+def group_flags(
+    arguments: Any, learning_rates: Mapping[str, float | None], weight_decays: Mapping[str, float | None]
+) -> list[str]:
     """The given flags that need our parameter groups."""
     neutral = {"lr_scaling": "none", "weight_decay_end": None, **_FLAGS}
     given = [name for name in neutral if getattr(arguments, name, None) not in (None, neutral[name])]
-    return given + ["learning rate per module group"] * bool(learning_rates)
+    given += ["learning rate per module group"] * bool(learning_rates)
+    return given + ["weight decay per module group"] * bool(weight_decays)
 
 
-def group_settings(arguments: Any, learning_rate: float, learning_rates: Mapping[str, float | None]) -> dict[str, Any]:
+def group_settings(
+    arguments: Any,
+    learning_rate: float,
+    learning_rates: Mapping[str, float | None],
+    weight_decays: Mapping[str, float | None],
+) -> dict[str, Any]:
     """The keywords of `parameter_groups` from the arguments.
 
     Args:
         arguments: `RecipeArguments` or `TrainingArguments`.
         learning_rate: of everything that no prefix names.
         learning_rates: parameter-name prefix -> learning rate.
+        weight_decays: parameter-name prefix -> weight decay.
     """
     given = {name: getattr(arguments, name, neutral) for name, neutral in _FLAGS.items()}
     return {
@@ -161,6 +180,7 @@ def group_settings(arguments: Any, learning_rate: float, learning_rates: Mapping
         "weight_decay": arguments.weight_decay,
         "learning_rate": learning_rate,
         "learning_rates": dict(learning_rates),
+        "weight_decays": dict(weight_decays),
     }
 
 

@@ -54,6 +54,7 @@ class RecipeTrainer(Evaluating):
     Args:
         run: the `Run` whose folder is written, or None.
         learning_rates: parameter-name prefix -> learning rate.
+        weight_decays: parameter-name prefix -> weight decay.
         bad_samples: the `BadSamples` counter of the data set, checked at every step.
         evaluators: callables (model, step) -> dict with an attribute `name`; metrics are logged as
             `eval_<name>_<metric>`; `baselines`, `samples` and `arrays` of the dict go to the run's record at the end.
@@ -71,6 +72,7 @@ class RecipeTrainer(Evaluating):
         *args: Any,
         run: Any = None,
         learning_rates: Mapping[str, float | None] | None = None,
+        weight_decays: Mapping[str, float | None] | None = None,
         bad_samples: Any = None,
         evaluators: Sequence[Callable[[Any, int], Mapping[str, Any]]] = (),
         **kwargs: Any,
@@ -80,7 +82,7 @@ class RecipeTrainer(Evaluating):
         if stand_in:
             kwargs["eval_dataset"] = []
         self.run = run
-        self.learning_rates = dict(learning_rates or {})
+        self.learning_rates, self.weight_decays = dict(learning_rates or {}), dict(weight_decays or {})
         self.evaluators = list(evaluators)
         self._before = {}
         self._clock: tuple[float, int] | None = None
@@ -151,12 +153,13 @@ class RecipeTrainer(Evaluating):
             named = self.optimizer_cls_and_kwargs or optimizer_class(args)
             cls, settings = named or self.get_optimizer_cls_and_kwargs(args, target)
             if {"params", "model", "optimizer_dict"} & set(settings):  # GaLore and others make their own groups
-                if asked := group_flags(args, self.learning_rates):
+                if asked := group_flags(args, self.learning_rates, self.weight_decays):
                     raise ValueError(
                         f"--optim {args.optim.value} makes its own groups and ignores {asked[0]}; leave it out"
                     )
                 return super().create_optimizer(model)
-            rates = group_settings(args, settings.get("lr", args.learning_rate), self.learning_rates)
+            rate = settings.get("lr", args.learning_rate)
+            rates = group_settings(args, rate, self.learning_rates, self.weight_decays)
             groups = parameter_groups(target, **rates, also_decays=getattr(self.model, "also_decays", ()))
             if self.is_world_process_zero():
                 log_rates(args, groups)
