@@ -14,7 +14,7 @@ FUNCTION, METHODS, RECIPE, FILE = 60, 12, 150, 400
 ROOMS: dict[str, int] = {
     "package without vlm": 36200,
     "report and hub": 2050,
-    "training": 7325,
+    "training": 7360,
 }
 # What is still longer, with its length: these only shrink, and an entry that is kept goes.
 LONG_FUNCTIONS: dict[str, int] = {
