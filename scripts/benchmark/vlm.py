@@ -202,7 +202,7 @@ class Contenders:
         }
         self.check()
         if arguments.stage != "one":
-            self.add_rows("ours, packed", packing=True)
+            self.add_rows("ours, packed", packing=True, max_turns=1, shuffle_turns=False)
             self.add_rows("ours, shared", pack_turns=True)
 
     def add_rows(self, name: str, **how: Any) -> None:
