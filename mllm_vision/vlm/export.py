@@ -20,6 +20,7 @@ from mllm_vision.vlm.tokens import check_vocabulary, pad_left, settle_ends
 
 logger = logging.getLogger(__name__)
 ADAPTER = "adapter"
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 def merge_adapters(task: LanguageTask) -> LanguageTask:
@@ -80,6 +81,11 @@ def load_vlm(
     folder = Path(path)
     if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
         read_config(folder)
+        if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+            raise ValueError(
+                f"{folder} has no processor ({' or '.join(PROCESSOR_FILES)}), which makes a model's inputs of images; "
+                "copy it from where the model was made"
+            )
     hub: dict[str, Any] = {"token": token, "revision": revision}
     with reading(path):
         system = system_of(AutoConfig.from_pretrained(str(path), **hub), str(path))
