@@ -25,6 +25,18 @@ def test_a_rank_without_images_neither_hangs_nor_bends_the_gradient(gloo, tokeni
             assert torch.allclose(found[name], expected[name], atol=1e-6), name
 
 
+@pytest.mark.parametrize("name", work.SYSTEMS)
+@pytest.mark.parametrize("train", [("connector",), ("encoder", "connector", "language_model=lora")])
+def test_two_ranks_give_the_gradients_of_one_for_every_kind_of_system(gloo, tokenizer, name, train):
+    """Other numbers of tiles and words on the ranks, a rank with text alone, and weighted tokens."""
+    expected = work.system_gradients(tokenizer, name, train)
+    for found in gloo.run(2, work.system_gradients, tokenizer, name, train):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.keys() == theirs.keys() and any(gradient.any() for gradient in theirs.values())
+            for parameter, gradient in theirs.items():
+                torch.testing.assert_close(ours[parameter], gradient, atol=1e-6, rtol=1e-4, msg=parameter)
+
+
 def test_held_out_loss_is_shared_out(gloo, tokenizer):
     expected = work.held_out(tokenizer, 8)
     for found in gloo.run(2, work.held_out, tokenizer, 8):

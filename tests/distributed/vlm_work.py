@@ -51,6 +51,72 @@ def gradients(folder: str, train: tuple[str, ...], images: list[bool]) -> dict[s
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+LATENTS = {"num_latents": 4, "perceiver_layers": 2, "perceiver_heads": 2, "perceiver_head_dim": 16}
+QFORMER = {"num_query_tokens": 4, "qformer_layers": 2, "qformer_width": 64, "qformer_dropout": 0.0}
+SYSTEMS: dict[str, tuple[str, str, dict]] = {
+    "llava_next": ("clip", "vicuna", {}),
+    "internvl": ("vit", "vicuna", {"max_tiles": 6}),
+    "idefics2": ("siglip", "vicuna", {**LATENTS, "perceiver_key_value_heads": 1, "longest_edge": 48, "shortest_edge": 16}),
+    "paligemma": ("siglip", "paligemma", {}),
+    "blip2": ("vit", "blip2", QFORMER),
+    "cambrian": ("siglip", "vicuna", {
+        "query_side": 4, "connector_hidden_size": 32, "connector_heads": 2, "inner_layers": 1,
+    }),
+}  # fmt: skip
+TOWERS = {"clip": tiny.tiny_clip_vision, "siglip": tiny.tiny_siglip_vision, "vit": tiny.tiny_vit}
+
+
+def asked(seed: int, size: tuple[int, int] | None, question: str, answer: str) -> dict:
+    """A conversation about an image of (height, width), or about none."""
+    images = [] if size is None else [tiny.random_image(seed, (size[1], size[0]))]
+    said = [{"from": "human", "value": "<image>\n" * len(images) + question}, {"from": "gpt", "value": answer}]
+    return {"image": images, "conversations": said}
+
+
+# what each of two ranks has: wide, square and small images of other numbers of tiles; an image here, text there
+WIDE = [asked(0, (33, 90), "what is it?", "a red star"), asked(1, (64, 64), "which?", "a blue circle beside a star")]
+SMALL = [asked(2, (7, 40), "where?", "left")]
+TEXT = [asked(3, None, "how many stars are there?", "two of them")]
+SHARES = [(WIDE, SMALL), (TEXT, SMALL)]
+
+
+def system_gradients(folder: str, name: str, train: tuple[str, ...]) -> list[dict[str, torch.Tensor]]:
+    """Gradients of the weighted loss for both `SHARES`: each rank takes its own, or one process all in one batch."""
+    from transformers import AutoTokenizer
+
+    from mllm_vision.data import CHAT_TEMPLATES, ConversationCollator, ConversationDataset, TokenWeights
+    from mllm_vision.distributed import rank, world_size
+    from mllm_vision.encoder import VisionEncoder
+    from mllm_vision.vlm import build_vlm, freeze
+
+    tower, template, settings = SYSTEMS[name]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoder = VisionEncoder.from_backbone(TOWERS[tower](), tiny.tiny_image_processor(tower))
+    torch.manual_seed(0)
+    task, processor = build_vlm(
+        encoder, tiny.tiny_llama(len(tokenizer)), name, tokenizer, CHAT_TEMPLATES[template], **settings
+    )
+    freeze(task, train).train()
+    layout = task.system.layout(task.model, processor)
+    collate = ConversationCollator(processor.tokenizer, layout, token_weights=TokenWeights(0.5, 1.7))
+    run = DistributedDataParallel(task) if world_size() > 1 else task
+    found = []
+    for shares in SHARES:
+        options = {"layout": layout, "max_length": 2000, "progress": False, "chat_template": processor.chat_template}
+        records = [record for share in shares for record in share]
+        dataset = ConversationDataset(records, None, processor.tokenizer, **options)
+        rows = [dataset[index] for index in range(len(records))]
+        count = sum(int((row["labels"][1:] != -100).sum()) for row in rows)
+        mine = rows
+        if world_size() > 1:
+            mine = rows[: len(shares[0])] if rank() == 0 else rows[len(shares[0]) :]
+        # as the Trainer: the tokens of all ranks, and a mean over ranks that is to be a sum
+        (run(**collate(mine), num_items_in_batch=count).loss * world_size()).backward()
+        found.append({each: p.grad.clone() for each, p in task.named_parameters() if p.requires_grad})
+        task.zero_grad()
+    return found
+
+
 def held_out(folder: str, count: int) -> dict:
     """The held-out loss of rows of which every rank measures its share."""
     from mllm_vision.vlm import HeldOutLoss
