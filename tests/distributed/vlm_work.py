@@ -52,11 +52,12 @@ def gradients(folder: str, train: tuple[str, ...], images: list[bool]) -> dict[s
 
 
 LATENTS = {"num_latents": 4, "perceiver_layers": 2, "perceiver_heads": 2, "perceiver_head_dim": 16}
+LATENTS |= {"perceiver_key_value_heads": 1}
 QFORMER = {"num_query_tokens": 4, "qformer_layers": 2, "qformer_width": 64, "qformer_dropout": 0.0}
 SYSTEMS: dict[str, tuple[str, str, dict]] = {
     "llava_next": ("clip", "vicuna", {}),
     "internvl": ("vit", "vicuna", {"max_tiles": 6}),
-    "idefics2": ("siglip", "vicuna", {**LATENTS, "perceiver_key_value_heads": 1, "longest_edge": 48, "shortest_edge": 16}),
+    "idefics2": ("siglip", "vicuna", {**LATENTS, "longest_edge": 48, "shortest_edge": 16}),
     "paligemma": ("siglip", "paligemma", {}),
     "blip2": ("vit", "blip2", QFORMER),
     "cambrian": ("siglip", "vicuna", {
@@ -96,6 +97,9 @@ def system_gradients(folder: str, name: str, train: tuple[str, ...]) -> list[dic
     task, processor = build_vlm(
         encoder, tiny.tiny_llama(len(tokenizer)), name, tokenizer, CHAT_TEMPLATES[template], **settings
     )
+    for part in task.system.parts.modules(task.model, "connector"):
+        for parameter in part.parameters():  # PaliGemma's is zero, so that a norm of 0 would magnify rounding
+            torch.nn.init.normal_(parameter, std=0.3)
     freeze(task, train).train()
     layout = task.system.layout(task.model, processor)
     collate = ConversationCollator(processor.tokenizer, layout, token_weights=TokenWeights(0.5, 1.7))
