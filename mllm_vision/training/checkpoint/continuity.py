@@ -135,7 +135,7 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint
         raise ValueError(
             f"the parameters that train, or the groups they are in, are not those of {checkpoint} "
             f"({len(before['groups'])} groups there, {len(now['groups'])} here: what is frozen, layer_decay, or a "
-            f"learning rate of one part): {remedy}"
+            f"learning rate or weight decay of one part): {remedy}"
         )
 
 
