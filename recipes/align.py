@@ -30,7 +30,7 @@ class AlignArguments(TuningArguments, ModelArguments, ChatDataArguments):
     caption_column: str | None = field(default=None, metadata=COLUMN)
     chat_template: str = "plain"
     sample_count: int = field(
-        default=100, metadata={"help": "Held-out images to caption at the end, for BLEU-4 and CIDEr; 0: none."}
+        default=100, metadata={"help": "Held-out images to caption and score at the end; 0: none."}
     )
     max_new_tokens: int = field(default=40, metadata={"help": "The length limit of these captions."})
 

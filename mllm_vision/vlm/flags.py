@@ -31,7 +31,10 @@ class ChatDataArguments(DataArguments):
     )
     loss_weights: Literal["token", "sample", "square_root"] = field(
         default="token",
-        metadata={"help": "The mean loss over tokens, over samples, or weighted by 1/sqrt(n) of a sample's n tokens."},
+        metadata={
+            "help": "The mean loss over tokens, over samples, or weighted by 1/sqrt(n) of a sample's n tokens.",
+            "rare": True,
+        },
     )
     dtype: str = field(default="float32", metadata={"help": "The weights' type: float32, bfloat16 or auto."})
     blind: bool = field(default=False, metadata={"help": "Train on zeros instead of images.", "rare": True})
@@ -142,7 +145,7 @@ class ModelArguments:
     system: str = field(
         default="llava15",
         metadata={
-            "help": "Of a new model: the system (see docs/systems.md), or package.module:Class.",
+            "help": "Of a new model: its system, as docs/systems.md lists them.",
             "imports": True,
         },
     )
@@ -225,7 +228,7 @@ class TuningArguments:
     language_model_weight_decay: float | None = field(
         default=None, metadata={"help": "The weight decay of that part.", "rare": True}
     )
-    lora_rank: int = field(default=16, metadata={"help": "The rank of the adapters (LLaVA-1.5: 128)."})
+    lora_rank: int = field(default=16, metadata={"help": "The rank of the adapters (LLaVA-1.5: 128).", "rare": True})
     lora_alpha: int = field(default=32, metadata={"help": "Their scale times the rank (LLaVA-1.5: 256).", "rare": True})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters.", "rare": True})
 
