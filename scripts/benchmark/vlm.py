@@ -139,7 +139,7 @@ class Padded:
             self.images.append(samples.images_of(index)[0]["bytes"])
 
     def __call__(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        images = [Image.open(io.BytesIO(self.images[row])).convert("RGB") for row in rows]
+        images = [Image.open(io.BytesIO(self.images[row]), formats=["JPEG", "PNG"]).convert("RGB") for row in rows]
         batch = self.processor(
             images=images, text=[self.texts[row] for row in rows], padding=True, padding_side="right",
             add_special_tokens=False, return_tensors="pt",
