@@ -170,67 +170,78 @@ def load_stage_data(
         ValueError: missing columns, an empty set, a length beyond the language model's limit, a language model that
             cannot be trained on packed conversations.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if max_length is None:
-        max_length = min(limit or LONGEST, LONGEST)
-    elif limit and max_length > limit:
-        raise ValueError(
-            f"max_length={max_length} is beyond the language model's limit of {limit}; use {limit} or less"
-        )
-    if eval_rows < 2:
-        raise ValueError(f"eval_rows={eval_rows} must be at least 2")
-    packed_by = _packed_by(pack_turns, packing, max_turns, streams is not None and streams.streaming)
+    max_length = _longest(model, max_length)
+    streaming = streams is not None and streams.streaming
+    packed_by = _packed_by(pack_turns, packing, max_turns, streaming)
     where: dict[str, Any] = {"split": split, "config_name": config_name, "image_root": image_root}
-    stream, records = None, None
-    if streams is not None and streams.streaming:
-        if not eval_dataset_name:
-            raise ValueError("--streaming holds no rows out; pass --eval_dataset_name")
-        stream = streams.open(dataset_name, **where, max_rows=max_rows, seed=seed, max_steps=max_steps)
-        records = stream.head()
-    else:
-        records = load_records(dataset_name, **where, max_rows=max_rows)
+    stream, records = _opened(dataset_name, where, max_rows, seed, streams if streaming else None, max_steps)
     where["split"] = eval_split or UsualSplit("validation", "--eval_split")
-    records, held = _held_out(records, eval_dataset_name, where, eval_rows, seed)
-
-    first = tuple(role for role in roles or () if role != "image")
-    forms = (first, ("conversations",), ("messages",)) if first else FORMS
-
-    columns, eval_columns = (
-        bind_conversations(each, dict(overrides or {}), forms=forms, report=each is records) for each in (records, held)
-    )
+    records, held = _held_out(records, eval_dataset_name, where, eval_rows, None if streaming else seed)
+    columns, eval_columns = _bound(records, held, roles, overrides)
     layout = model.system.layout(model.model, processor)
     options: dict[str, Any] = {
+        "tokenizer": processor.tokenizer,
         "layout": layout,
         "image_token": str(processor.image_token),
         "max_length": max_length,
         "chat_template": processor.chat_template,
         "on_truncation": on_truncation,
-        "max_turns": max_turns,
+        "max_turns": 1 if pack_turns else max_turns,
         "seed": seed,
     }
-    tokenizer = processor.tokenizer
-    if pack_turns:
-        options["max_turns"], shuffle_turns = 1, False
-    train: Any = ConversationDataset(
-        records, columns, tokenizer, shuffle_turns=shuffle_turns, streamed=stream is not None, **options
-    )
-    evaluation: Any = ConversationDataset(held, eval_columns, tokenizer, shuffle_turns=False, **options)
-    _check_use(train, dataset_name, stream is not None, pack_turns, max_turns)
-    weights = _weights(loss_weights, train, stream is not None)
-    if stream is not None:
-        train = StreamDataset(stream, train)
-    if packed_by is not None:
-        train, evaluation = _packed(model, train, evaluation, packed_by, max_length)
+    shuffle_turns = shuffle_turns and not pack_turns
+    train: Any = ConversationDataset(records, columns, shuffle_turns=shuffle_turns, streamed=streaming, **options)
+    evaluation: Any = ConversationDataset(held, eval_columns, shuffle_turns=False, **options)
+    _check_use(train, dataset_name, streaming, pack_turns, max_turns)
+    weights = _weights(loss_weights, train, streaming)
+    train = train if stream is None else StreamDataset(stream, train)
+    train, evaluation = _packed(model, train, evaluation, packed_by, max_length)
     return StageData(
-        train=train,
-        evaluation=evaluation,
-        collator=ConversationCollator(tokenizer, layout),
-        train_collator=ConversationCollator(tokenizer, layout, token_weights=weights),
+        *(train, evaluation),
+        collator=ConversationCollator(processor.tokenizer, layout),
+        train_collator=ConversationCollator(processor.tokenizer, layout, token_weights=weights),
         columns=columns,
         train_records=records if stream is None else stream,
         eval_records=held,
         eval_columns=eval_columns,
     )
+
+
+def _longest(model: Any, max_length: int | None) -> int:
+    """The longest sequence in tokens; ValueError beyond the language model's limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_length is None:
+        return min(limit or LONGEST, LONGEST)
+    if limit and max_length > limit:
+        raise ValueError(
+            f"max_length={max_length} is beyond the language model's limit of {limit}; use {limit} or less"
+        )
+    return max_length
+
+
+def _opened(
+    dataset_name: str,
+    where: Mapping[str, Any],
+    max_rows: int | None,
+    seed: int,
+    streams: StreamArguments | None,
+    max_steps: int,
+) -> tuple[Any, Any]:
+    """(the stream, its first rows), or (None, all rows)."""
+    if streams is None:
+        return None, load_records(dataset_name, **where, max_rows=max_rows)
+    stream = streams.open(dataset_name, **where, max_rows=max_rows, seed=seed, max_steps=max_steps)
+    return stream, stream.head()
+
+
+def _bound(
+    records: Any, held: Any, roles: tuple[str, ...] | None, overrides: Mapping[str, str | None] | None
+) -> list[dict[str, str]]:
+    """Role -> column of the training and of the held-out rows."""
+    first = tuple(role for role in roles or () if role != "image")
+    forms = (first, ("conversations",), ("messages",)) if first else FORMS
+    given = dict(overrides or {})
+    return [bind_conversations(each, given, forms=forms, report=each is records) for each in (records, held)]
 
 
 def _packed_by(pack_turns: bool, packing: bool, max_turns: int | None, streaming: bool) -> str | None:
@@ -256,9 +267,11 @@ def _weights(name: str, samples: ConversationDataset, streaming: bool) -> TokenW
 
 
 def _packed(
-    model: Any, train: ConversationDataset, evaluation: ConversationDataset, flag: str, max_length: int
+    model: Any, train: ConversationDataset, evaluation: ConversationDataset, flag: str | None, max_length: int
 ) -> tuple[Any, Any]:
-    """The training and the held-out rows, packed as a flag says, after the trial of the language model."""
+    """The training and the held-out rows, packed as a flag says (None: as they are), after a trial of the model."""
+    if flag is None:
+        return train, evaluation
     if flag == "pack_turns":
         check_packing(model, int(max(train.lengths.max(), evaluation.lengths.max())), max_length)
         return PackedConversations(train, max_length=max_length), PackedConversations(evaluation, max_length=max_length)
@@ -272,11 +285,18 @@ def _packed(
 
 
 def _held_out(
-    records: Any, eval_dataset_name: str | None, where: Mapping[str, Any], eval_rows: int, seed: int
+    records: Any, eval_dataset_name: str | None, where: Mapping[str, Any], eval_rows: int, seed: int | None
 ) -> tuple[Any, Any]:
-    """(training rows, held-out rows): a separate data set, or at most a tenth of the rows, drawn by the seed."""
+    """(training rows, held-out rows): a separate data set, or at most a tenth of the rows, drawn by the seed.
+
+    A seed of None stands for a stream, which holds no rows out.
+    """
+    if eval_rows < 2:
+        raise ValueError(f"eval_rows={eval_rows} must be at least 2")
     if eval_dataset_name:
         return records, load_records(eval_dataset_name, **where, max_rows=eval_rows)
+    if seed is None:
+        raise ValueError("--streaming holds no rows out; pass --eval_dataset_name")
     count = min(eval_rows, len(records) // 10)
     if count < 2:
         raise ValueError(f"{len(records)} rows are too few to hold some out; pass --eval_dataset_name or 20 rows")
