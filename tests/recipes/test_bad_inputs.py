@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from dry import _load
 
 from mllm_vision.training.recipe.launch import run_recipe
 
-ALIGN, INSTRUCT = _load("recipes/align.py").main, _load("recipes/instruct.py").main
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def recipe(name: str):
+    """A recipe's `main`, under a name of its own: its flags are pickled by the module they came from."""
+    spec = importlib.util.spec_from_file_location(f"bad_inputs_{name}", ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.main
+
+
+ALIGN, INSTRUCT = recipe("align"), recipe("instruct")
 TOWERS = {"clip": tiny.tiny_clip_vision, "siglip": tiny.tiny_siglip_vision, "vit": tiny.tiny_vit}
 
 
